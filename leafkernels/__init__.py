@@ -1,0 +1,20 @@
+"""LEAF span advantages for GRPO loops: one advantage per span of a rollout, from the prefixes that rollouts share."""
+
+from leafkernels.advantages import SpanTree, span_advantages, span_tree
+from leafkernels.boundaries import select_boundaries
+from leafkernels.prefix_lengths import common_prefix_lengths
+from leafkernels.scatter import scatter_spans
+from leafkernels.values import SpanValues, span_values
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SpanTree",
+    "SpanValues",
+    "common_prefix_lengths",
+    "scatter_spans",
+    "select_boundaries",
+    "span_advantages",
+    "span_tree",
+    "span_values",
+]

@@ -1,0 +1,122 @@
+"""One description of where the rows of a batch lie, whatever the caller's layout.
+
+Padded or packed, masked or not, the kernels see the same five numbers for a row: the first element of its storage
+(``slot_starts``), the end of it (``slot_ends``), its first token (``row_starts``), its length (``row_lengths``) and
+its group. Token t of row i of a tensor lies at ``i * stride_row + row_starts[i] + t``, where ``stride_row`` is the
+tensor's own for a padded tensor and 0 for a packed one: no token is copied, and no kernel knows which it was.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Rows and groups of a call. All tensors are int64 and on the device of the tokens.
+
+    A row is the stretch from the first to the last unmasked token of a rollout; a row without one has length 0.
+    ``rows_by_group[group_starts[g]:group_starts[g + 1]]`` are the rows of group g in ascending order, so a smaller rank
+    within a group is a smaller row. ``max_length`` and ``max_group`` bound the length of a row and the size of a group
+    without looking at values on a device: a CUDA ``groups`` tensor leaves only the number of rows as a bound.
+    """
+
+    slot_starts: Tensor  # (N,)
+    slot_ends: Tensor  # (N,)
+    row_starts: Tensor  # (N,)
+    row_lengths: Tensor  # (N,)
+    rows_by_group: Tensor  # (N,)
+    group_starts: Tensor  # (P + 1,)
+    group_of_row: Tensor  # (N,)
+    max_length: int
+    max_group: int
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """Whether reading values costs no device synchronisation and no graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """View (..., T) as (N, T) and leave 1-D tensors alone; copies only where the strides allow no such view."""
+    rows = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
+def build_layout(rows: Tensor, mask: Tensor | None, groups: Tensor | int, cu_seqlens: Tensor | None) -> Layout:
+    """Layout of ``rows`` (N, T), or (total,) with ``cu_seqlens``; arguments have been checked.
+
+    ``mask`` is a bool tensor shaped like ``rows``; ``groups`` an int (consecutive runs) or a tensor (N,).
+    """
+    device = rows.device
+    if cu_seqlens is None:
+        num_rows, width = rows.shape
+        slot_starts = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        slot_ends = torch.full_like(slot_starts, width)
+        max_length = width
+    else:
+        total = rows.shape[0]
+        # A cu_seqlens that breaks its rules on a GPU, where nobody looks at it, must still stay inside the tensors.
+        bounds = cu_seqlens.to(torch.int64).clamp(0, total)
+        slot_starts = bounds[:-1]
+        slot_ends = torch.maximum(bounds[1:], slot_starts)
+        num_rows = slot_starts.shape[0]
+        max_length = total
+        if num_rows and values_readable(slot_starts):
+            max_length = int((slot_ends - slot_starts).max())
+
+    row_starts, row_lengths = slot_starts, slot_ends - slot_starts
+    if mask is not None and mask.numel():
+        row_starts, row_lengths = _stretches(mask, slot_starts, slot_ends)
+
+    if isinstance(groups, int):
+        rows_by_group = torch.arange(num_rows, device=device)
+        group_starts = torch.arange(0, num_rows + 1, max(groups, 1), device=device)
+        group_of_row = rows_by_group // max(groups, 1)
+        max_group = groups
+    else:
+        rows_by_group, group_starts, group_of_row, max_group = _scattered_groups(groups)
+    return Layout(
+        slot_starts,
+        slot_ends,
+        row_starts,
+        row_lengths,
+        rows_by_group,
+        group_starts,
+        group_of_row,
+        max_length,
+        max_group,
+    )
+
+
+def _stretches(mask: Tensor, slot_starts: Tensor, slot_ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Start and length of each row's stretch, from one running count of the unmasked tokens of all rows."""
+    base = 0 if mask.dim() == 1 else torch.arange(mask.shape[0], device=mask.device) * mask.shape[1]
+    counts = mask.reshape(-1).cumsum(0)
+    padded = torch.nn.functional.pad(counts, (1, 0))
+    before = padded[slot_starts + base]
+    after = padded[slot_ends + base]
+    first = torch.searchsorted(counts, before + 1) - base
+    last = torch.searchsorted(counts, after) - base
+    is_empty = after == before
+    return torch.where(is_empty, slot_starts, first), (last + 1 - first).masked_fill(is_empty, 0)
+
+
+def _scattered_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Rows by group, group starts, group of each row, largest group; equal names make a group wherever they stand."""
+    num_rows = groups.shape[0]
+    rows_by_group = torch.argsort(groups, stable=True)
+    names = groups[rows_by_group]
+    is_new = torch.ones_like(names, dtype=torch.bool)
+    is_new[1:] = names[1:] != names[:-1]
+    sorted_groups = is_new.cumsum(0) - 1
+    # Counting the groups would synchronise a device: there, N groups are laid out and the last ones stay empty.
+    num_groups = max_group = num_rows
+    if num_rows and values_readable(groups):
+        num_groups = int(sorted_groups[-1]) + 1
+    group_starts = torch.searchsorted(sorted_groups, torch.arange(num_groups + 1, device=groups.device))
+    if num_rows and values_readable(groups):
+        max_group = int(group_starts.diff().max())
+    group_of_row = torch.empty_like(sorted_groups)
+    group_of_row[rows_by_group] = sorted_groups
+    return rows_by_group, group_starts, group_of_row, max_group

@@ -1,0 +1,19 @@
+"""Every operation in vectorised PyTorch: what runs on the CPU, and what ``backend="torch"`` runs anywhere.
+
+Memory stays proportional to the tokens plus, for each row, the size of its group. On CUDA tensors these functions read
+sizes back from the device; the Triton kernels never do.
+"""
+
+from leafkernels.eager.boundaries import select_boundaries
+from leafkernels.eager.prefix_lengths import common_prefix_lengths
+from leafkernels.eager.scatter import gather_spans, scatter_spans
+from leafkernels.eager.values import span_values, span_values_backward
+
+__all__ = [
+    "common_prefix_lengths",
+    "gather_spans",
+    "scatter_spans",
+    "select_boundaries",
+    "span_values",
+    "span_values_backward",
+]

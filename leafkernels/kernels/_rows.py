@@ -1,0 +1,45 @@
+"""Reading and writing a stretch of a row in blocks, and how many programs to launch."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_block(ptr, base, start, length, other, BLOCK: tl.constexpr):
+    """Elements [start, start + BLOCK) of the row that begins at ``ptr + base``; ``other`` at and behind ``length``.
+
+    ``base`` is int64, ``start`` a multiple of BLOCK. A row may begin and end anywhere, and then its elements are read
+    one by one; whole blocks of rows that begin on a multiple of 16, the rule with padded batches, take wide loads. Only
+    the division tells the compiler so: it knows nothing of a number that was read from memory.
+    """
+    offs = start + tl.arange(0, BLOCK)
+    if (base % 16 == 0) & (start + BLOCK <= length):
+        block = tl.load(ptr + base // 16 * 16 + offs)
+    else:
+        block = tl.load(ptr + base + offs, mask=offs < length, other=other)
+    return block
+
+
+@triton.jit
+def store_block(ptr, base, start, length, block, BLOCK: tl.constexpr):
+    """Write elements [start, start + BLOCK) of the row that begins at ``ptr + base``, none at or behind ``length``."""
+    offs = start + tl.arange(0, BLOCK)
+    if (base % 16 == 0) & (start + BLOCK <= length):
+        tl.store(ptr + base // 16 * 16 + offs, block)
+    else:
+        tl.store(ptr + base + offs, block, mask=offs < length)
+
+
+def num_splits(length: int, block: int, programs: int) -> int:
+    """How many programs share a row (or a group) of up to ``length`` tokens, when there are ``programs`` of them.
+
+    Enough to fill a large GPU several times over, never more than there are blocks. The programs stride over the blocks
+    that there really are, so the bound costs nothing where rows are shorter than it.
+    """
+    enough = triton.cdiv(8192, max(programs, 1))
+    return max(1, min(triton.cdiv(length, block), enough))
+
+
+def row_stride(tensor) -> int:
+    """Elements from one row to the next; 0 for packed rows, whose starts already count from the first token."""
+    return tensor.stride(0) if tensor.dim() == 2 else 0

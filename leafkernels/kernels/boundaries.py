@@ -1,0 +1,180 @@
+"""Boundaries by non-maximum suppression on the column maxima (see ``leafkernels.eager.boundaries`` for why).
+
+    C[p]   = max over the rows of (score at p, then the smaller row)        one read of every score
+    repeat B times: take the best C (then the smaller p); blank all columns closer than D
+
+A score becomes an integer that sorts as the score does (the bits of a float, the negative ones flipped), with the row
+below it, so that one integer maximum settles score and row, in any order of evaluation.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leafkernels.kernels._rows import load_block, num_splits, row_stride
+
+NEVER = tl.constexpr(-(2**63))  # below every score, -inf included
+
+
+@triton.jit(do_not_specialize=["stride_scores_row", "stride_mask_row"])
+def _column_maxima_kernel(
+    columns_ptr,
+    column_starts_ptr,
+    scores_ptr,
+    mask_ptr,
+    row_starts_ptr,
+    row_lengths_ptr,
+    rows_by_group_ptr,
+    group_starts_ptr,
+    stride_scores_row,
+    stride_mask_row,
+    NEGATE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    first = tl.load(group_starts_ptr + group)
+    last = tl.load(group_starts_ptr + group + 1)
+    column_start = tl.load(column_starts_ptr + group)
+    longest = first * 0
+    for j in range(first, last):
+        longest = tl.maximum(longest, tl.load(row_lengths_ptr + tl.load(rows_by_group_ptr + j)))
+
+    for block in range(tl.program_id(1), tl.cdiv(longest, BLOCK), tl.num_programs(1)):
+        start = block * BLOCK
+        offs = start + tl.arange(0, BLOCK)
+        best = tl.full([BLOCK], NEVER, tl.int64)
+        for j in range(first, last):
+            row = tl.load(rows_by_group_ptr + j)
+            length = tl.load(row_lengths_ptr + row)
+            if start < length:
+                row_start = tl.load(row_starts_ptr + row)
+                score = load_block(scores_ptr, row * stride_scores_row + row_start, start, length, 0.0, BLOCK)
+                score = score.to(tl.float32)
+                if NEGATE:
+                    score = -score
+                # NaN differs from itself; the first token of a row can start no span but the first.
+                candidate = (score == score) & (offs >= 1) & (offs < length)
+                if HAS_MASK:
+                    live = load_block(mask_ptr, row * stride_mask_row + row_start, start, length, 0, BLOCK)
+                    candidate = candidate & (live != 0)
+                score = tl.where(score == 0.0, 0.0, score)  # -0 and 0 tie
+                bits = score.to(tl.int32, bitcast=True)
+                bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+                key = bits.to(tl.int64) * 4294967296 + (4294967295 - row)
+                best = tl.maximum(best, tl.where(candidate, key, NEVER))
+        tl.store(columns_ptr + column_start + offs, best, mask=offs < longest)
+
+
+@triton.jit(do_not_specialize=["min_separation"])
+def _select_boundaries_kernel(
+    boundaries_ptr,
+    columns_ptr,
+    column_starts_ptr,
+    row_lengths_ptr,
+    rows_by_group_ptr,
+    group_starts_ptr,
+    min_separation,
+    NUM_BOUNDARIES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    first = tl.load(group_starts_ptr + group)
+    last = tl.load(group_starts_ptr + group + 1)
+    column_start = tl.load(column_starts_ptr + group)
+    longest = 0
+    shortest = 2147483647
+    for j in range(first, last):
+        length = tl.load(row_lengths_ptr + tl.load(rows_by_group_ptr + j)).to(tl.int32)
+        longest = tl.maximum(longest, length)
+        shortest = tl.where(length > 0, tl.minimum(shortest, length), shortest)
+    separation = tl.maximum(shortest // (NUM_BOUNDARIES + 1), 2)
+    separation = tl.where(min_separation > 0, min_separation, separation)
+
+    offs_b = tl.arange(0, BLOCK_B)
+    accepted = tl.full([BLOCK_B], 2147483647, tl.int32)
+    for k in range(NUM_BOUNDARIES):
+        best = tl.full([BLOCK], NEVER, tl.int64)
+        where = tl.full([BLOCK], 0, tl.int32)
+        for block in range(0, tl.cdiv(longest, BLOCK)):
+            offs = block * BLOCK + tl.arange(0, BLOCK)
+            key = load_block(columns_ptr, column_start, block * BLOCK, longest, NEVER, BLOCK)
+            # An unused entry of accepted is so large that the distance to it, taken in int64, always suffices.
+            distance = tl.abs(accepted[None, :].to(tl.int64) - offs[:, None])
+            blanked = tl.min(distance, axis=1) < separation
+            key = tl.where(blanked, NEVER, key)
+            where = tl.where(key > best, offs, where)  # of equal keys the smaller position stays
+            best = tl.maximum(best, key)
+        top = tl.max(best, axis=0)
+        position = tl.min(tl.where(best == top, where, 2147483647), axis=0)
+        position = tl.where(top == NEVER, 2147483647, position)
+        accepted = tl.where(offs_b == k, position, accepted)
+
+    # Distinct positions, so a boundary's place is the number of smaller ones; those not found keep the last places.
+    found = accepted < 2147483647
+    smaller = (accepted[None, :] < accepted[:, None]).to(tl.int32)
+    place = tl.where(found, tl.sum(smaller, axis=1), offs_b)
+    tl.store(
+        boundaries_ptr + group * NUM_BOUNDARIES + place, tl.where(found, accepted, -1), mask=offs_b < NUM_BOUNDARIES
+    )
+
+
+def launch_select_boundaries(
+    scores: Tensor,
+    mask: Tensor | None,
+    row_starts: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    max_length: int,
+    num_boundaries: int,
+    min_separation: int | None,
+    negate: bool,
+) -> Tensor:
+    """(P, num_boundaries) int32, ascending, -1 where there are fewer; ``negate`` ranks by -scores."""
+    num_groups = group_starts.shape[0] - 1
+    boundaries = scores.new_empty((num_groups, num_boundaries), dtype=torch.int32)
+    if boundaries.numel() == 0:
+        return boundaries
+    if num_groups * max_length <= scores.numel():
+        num_columns = num_groups * max_length
+        column_starts = torch.arange(num_groups, device=scores.device) * max_length
+    else:
+        # Packed rows, or groups of unknown size: a group has no more columns than tokens.
+        num_columns = scores.numel()
+        before = torch.nn.functional.pad(row_lengths[rows_by_group].cumsum(0), (1, 0))
+        column_starts = before[group_starts[:-1]]
+    columns = torch.empty(num_columns, dtype=torch.int64, device=scores.device)
+
+    block = 1024
+    _column_maxima_kernel[(num_groups, num_splits(max_length, block, num_groups))](
+        columns,
+        column_starts,
+        scores,
+        mask,
+        row_starts,
+        row_lengths,
+        rows_by_group,
+        group_starts,
+        row_stride(scores),
+        0 if mask is None else row_stride(mask),
+        NEGATE=negate,
+        HAS_MASK=mask is not None,
+        BLOCK=block,
+    )
+    _select_boundaries_kernel[(num_groups,)](
+        boundaries,
+        columns,
+        column_starts,
+        row_lengths,
+        rows_by_group,
+        group_starts,
+        min_separation or 0,
+        NUM_BOUNDARIES=num_boundaries,
+        BLOCK_B=triton.next_power_of_2(num_boundaries),
+        BLOCK=block,
+    )
+    return boundaries

@@ -1,0 +1,266 @@
+"""Span values: a program for each row averages the rewards of the rows that share its prefixes and credits its spans; a
+second kernel z-scores them over the group (or the call).
+
+    A_k = [w_g (V_k - V_0) + w_l (V_k - V_{k-1})] * n_k ** -power,  the tail: w_g (r - V_0) + w_l (r - V_R)
+
+Sums are float64, centred on the least reward of the group, and taken in one fixed order: rows of a node get the same
+bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FAR = tl.constexpr(2147483647)
+
+
+@triton.jit(do_not_specialize=["max_group"])
+def _span_values_kernel(
+    raw_ptr,
+    span_ends_ptr,
+    sizes_ptr,
+    node_values_ptr,
+    reward_std_ptr,
+    rewards_ptr,
+    prefix_lengths_ptr,
+    boundaries_ptr,
+    row_lengths_ptr,
+    rows_by_group_ptr,
+    group_starts_ptr,
+    group_of_row_ptr,
+    max_group,
+    NUM_SLOTS: tl.constexpr,
+    USE_GLOBAL: tl.constexpr,
+    USE_LOCAL: tl.constexpr,
+    MULTIPLICITY_POWER: tl.constexpr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.load(group_of_row_ptr + row)
+    first = tl.load(group_starts_ptr + group)
+    size = tl.load(group_starts_ptr + group + 1) - first
+    length = tl.load(row_lengths_ptr + row).to(tl.int32)
+
+    # Slot s ends at boundary s, its parent at the boundary before; the group itself counts as boundary -1.
+    slot = tl.arange(0, BLOCK_S)
+    has_end = slot < NUM_SLOTS - 1
+    at = tl.load(boundaries_ptr + group * (NUM_SLOTS - 1) + slot, mask=has_end, other=-1)
+    is_boundary = at >= 0
+    at = tl.where(is_boundary, at, FAR)
+    has_parent = (slot > 0) & (slot < NUM_SLOTS)
+    parent_at = tl.load(boundaries_ptr + group * (NUM_SLOTS - 1) + slot - 1, mask=has_parent, other=-1)
+    parent_at = tl.where((slot > 0) & (parent_at < 0), FAR, parent_at)
+
+    least = tl.full([BLOCK], float("inf"), tl.float64)
+    for block in range(0, tl.cdiv(size, BLOCK)):
+        rank = block * BLOCK + tl.arange(0, BLOCK)
+        member = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
+        reward = tl.load(rewards_ptr + member, mask=rank < size, other=float("nan")).to(tl.float64)
+        least = tl.minimum(least, tl.where(reward == reward, reward, float("inf")))
+    lowest = tl.min(least, axis=0)
+
+    sizes = tl.zeros([BLOCK_S], tl.float64)
+    sums = tl.zeros([BLOCK_S], tl.float64)
+    parent_sizes = tl.zeros([BLOCK_S], tl.float64)
+    parent_sums = tl.zeros([BLOCK_S], tl.float64)
+    for block in range(0, tl.cdiv(size, BLOCK)):
+        rank = block * BLOCK + tl.arange(0, BLOCK)
+        member = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
+        reward = tl.load(rewards_ptr + member, mask=rank < size, other=float("nan")).to(tl.float64)
+        other_length = tl.load(row_lengths_ptr + member, mask=rank < size, other=0).to(tl.int32)
+        shared = tl.load(prefix_lengths_ptr + row * max_group + rank, mask=rank < size, other=0)
+        # Identical rows go together beyond every boundary; rows without a reward are not even of the group.
+        shared = tl.where((shared == length) & (other_length == length) & (length > 0), FAR, shared)
+        shared = tl.where(reward == reward, shared, -2)
+        centred = tl.where(reward == reward, reward - lowest, 0.0)
+        same = (shared[:, None] >= at[None, :]).to(tl.float64)
+        sizes += tl.sum(same, axis=0)
+        sums += tl.sum(same * centred[:, None], axis=0)
+        same = (shared[:, None] >= parent_at[None, :]).to(tl.float64)
+        parent_sizes += tl.sum(same, axis=0)
+        parent_sums += tl.sum(same * centred[:, None], axis=0)
+
+    group_size = tl.sum(tl.where(slot == 0, parent_sizes, 0.0), axis=0)
+    group_value = tl.sum(tl.where(slot == 0, parent_sums, 0.0), axis=0) / tl.maximum(group_size, 1.0)
+    values = sums / tl.maximum(sizes, 1.0)
+    parent_values = parent_sums / tl.maximum(parent_sizes, 1.0)
+
+    spread = tl.zeros([BLOCK], tl.float64)
+    for block in range(0, tl.cdiv(size, BLOCK)):
+        rank = block * BLOCK + tl.arange(0, BLOCK)
+        member = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
+        reward = tl.load(rewards_ptr + member, mask=rank < size, other=float("nan")).to(tl.float64)
+        distance = tl.where(reward == reward, reward - lowest - group_value, 0.0)
+        spread += distance * distance
+    reward_std = tl.sqrt(tl.sum(spread, axis=0) / tl.maximum(group_size - 1.0, 1.0))
+
+    is_retained = is_boundary & (sizes >= 2.0)
+    num_retained = tl.sum(is_retained.to(tl.int32), axis=0)
+    last = tl.max(tl.where(is_retained, at, 0), axis=0)
+    is_tail = (slot == num_retained) & (length > last)
+    own_reward = tl.load(rewards_ptr + row).to(tl.float64) - lowest
+    own = tl.where(is_tail, own_reward, values)
+
+    weight = tl.exp(tl.log(tl.maximum(sizes, 1.0)) * (-MULTIPLICITY_POWER))
+    weight = tl.where(is_tail, 1.0, weight)
+    raw = tl.zeros([BLOCK_S], tl.float64)
+    if USE_GLOBAL:
+        term = own - group_value
+        if LEAVE_ONE_OUT:
+            term = term * (group_size / tl.maximum(group_size - 1.0, 1.0))
+        raw += term
+    if USE_LOCAL:
+        term = own - parent_values
+        if LEAVE_ONE_OUT:
+            term = term * (parent_sizes / tl.maximum(parent_sizes - 1.0, 1.0))
+        raw += term
+    raw = tl.where(is_retained | is_tail, raw * weight, 0.0)
+
+    in_row = slot < NUM_SLOTS
+    offs = row * NUM_SLOTS + slot
+    tl.store(raw_ptr + offs, raw, mask=in_row)
+    tl.store(span_ends_ptr + offs, tl.where(is_retained, at, tl.maximum(length, last)), mask=in_row)
+    tl.store(sizes_ptr + offs, parent_sizes.to(tl.int32), mask=in_row)
+    tl.store(node_values_ptr + offs, parent_values + lowest, mask=in_row)
+    tl.store(reward_std_ptr + row, reward_std)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _normalize_spans_kernel(
+    values_ptr,
+    raw_ptr,
+    span_ends_ptr,
+    reward_std_ptr,
+    rows_by_group_ptr,
+    group_starts_ptr,
+    num_rows,
+    WHOLE_CALL: tl.constexpr,
+    BY_REWARD_STD: tl.constexpr,
+    NUM_SLOTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = num_rows * 0
+    last = num_rows
+    if not WHOLE_CALL:
+        group = tl.program_id(0).to(tl.int64)
+        first = tl.load(group_starts_ptr + group)
+        last = tl.load(group_starts_ptr + group + 1)
+    slot = tl.arange(0, BLOCK_S)[None, :]
+
+    shift = tl.sum(tl.zeros([BLOCK_S], tl.float64), axis=0)
+    scale = shift
+    if not BY_REWARD_STD:
+        number = tl.zeros([BLOCK, BLOCK_S], tl.float64)
+        total = tl.zeros([BLOCK, BLOCK_S], tl.float64)
+        for block in range(0, tl.cdiv(last - first, BLOCK)):
+            rank = first + block * BLOCK + tl.arange(0, BLOCK)
+            row = tl.load(rows_by_group_ptr + rank, mask=rank < last, other=0)[:, None]
+            here = (rank < last)[:, None] & (slot < NUM_SLOTS)
+            offs = row * NUM_SLOTS + slot
+            end = tl.load(span_ends_ptr + offs, mask=here, other=0)
+            start = tl.load(span_ends_ptr + offs - 1, mask=here & (slot > 0), other=0)
+            number += tl.where(here & (end > start), 1.0, 0.0)
+            total += tl.load(raw_ptr + offs, mask=here, other=0.0)
+        count = tl.sum(tl.sum(number, axis=1), axis=0)
+        shift = tl.sum(tl.sum(total, axis=1), axis=0) / tl.maximum(count, 1.0)
+        spread = tl.zeros([BLOCK, BLOCK_S], tl.float64)
+        for block in range(0, tl.cdiv(last - first, BLOCK)):
+            rank = first + block * BLOCK + tl.arange(0, BLOCK)
+            row = tl.load(rows_by_group_ptr + rank, mask=rank < last, other=0)[:, None]
+            here = (rank < last)[:, None] & (slot < NUM_SLOTS)
+            offs = row * NUM_SLOTS + slot
+            end = tl.load(span_ends_ptr + offs, mask=here, other=0)
+            start = tl.load(span_ends_ptr + offs - 1, mask=here & (slot > 0), other=0)
+            distance = tl.load(raw_ptr + offs, mask=here, other=0.0) - shift
+            spread += tl.where(here & (end > start), distance * distance, 0.0)
+        variance = tl.sum(tl.sum(spread, axis=1), axis=0) / tl.maximum(count - 1.0, 1.0)
+        scale = tl.maximum(tl.sqrt(variance), 1e-6)
+
+    for block in range(0, tl.cdiv(last - first, BLOCK)):
+        rank = first + block * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(rows_by_group_ptr + rank, mask=rank < last, other=0)[:, None]
+        here = (rank < last)[:, None] & (slot < NUM_SLOTS)
+        offs = row * NUM_SLOTS + slot
+        end = tl.load(span_ends_ptr + offs, mask=here, other=0)
+        start = tl.load(span_ends_ptr + offs - 1, mask=here & (slot > 0), other=0)
+        raw = tl.load(raw_ptr + offs, mask=here, other=0.0)
+        # The deviation of rewards is exactly 0 where they are all equal, and so must the advantages be.
+        std = tl.load(reward_std_ptr + row, mask=row < num_rows, other=0.0)
+        if BY_REWARD_STD:
+            value = raw / (std + 1e-6)
+        else:
+            value = (raw - shift) / scale
+        tl.store(values_ptr + offs, tl.where((end > start) & (std > 0.0), value, 0.0), mask=here)
+
+
+def launch_span_values(
+    rewards: Tensor,
+    prefix_lengths: Tensor,
+    boundaries: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    terms: str,
+    multiplicity_power: float,
+    leave_one_out: bool,
+    normalize: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Normalised and raw values (N, S) float64, span_ends (N, S) int32, node sizes (N, S) int32 and values (N, S).
+
+    See ``leafkernels.eager.values.span_values``.
+    """
+    num_rows, num_slots = rewards.shape[0], boundaries.shape[1] + 1
+    raw = torch.empty((num_rows, num_slots), dtype=torch.float64, device=rewards.device)
+    span_ends = torch.empty((num_rows, num_slots), dtype=torch.int32, device=rewards.device)
+    sizes = torch.empty_like(span_ends)
+    node_values = torch.empty_like(raw)
+    reward_std = torch.empty(num_rows, dtype=torch.float64, device=rewards.device)
+    block_s = max(2, triton.next_power_of_2(num_slots))
+    _span_values_kernel[(num_rows,)](
+        raw,
+        span_ends,
+        sizes,
+        node_values,
+        reward_std,
+        rewards.contiguous(),
+        prefix_lengths.contiguous(),
+        boundaries.contiguous(),
+        row_lengths,
+        rows_by_group,
+        group_starts,
+        group_of_row,
+        prefix_lengths.shape[1],
+        NUM_SLOTS=num_slots,
+        USE_GLOBAL=terms != "local",
+        USE_LOCAL=terms != "global",
+        MULTIPLICITY_POWER=multiplicity_power,
+        LEAVE_ONE_OUT=leave_one_out,
+        BLOCK_S=block_s,
+        BLOCK=32,
+        num_warps=1,
+    )
+    if normalize == "none":
+        return raw.clone(), raw, span_ends, sizes, node_values
+    values = torch.empty_like(raw)
+    whole_call = normalize == "batch"
+    _normalize_spans_kernel[(1 if whole_call else group_starts.shape[0] - 1,)](
+        values,
+        raw,
+        span_ends,
+        reward_std,
+        rows_by_group,
+        group_starts,
+        num_rows,
+        WHOLE_CALL=whole_call,
+        BY_REWARD_STD=normalize == "reward_std",
+        NUM_SLOTS=num_slots,
+        BLOCK_S=block_s,
+        BLOCK=64,
+        num_warps=4 if whole_call else 1,
+    )
+    return values, raw, span_ends, sizes, node_values

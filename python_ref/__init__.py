@@ -1,0 +1,23 @@
+"""LEAF span advantages in plain Python: the specification that people read and that tests hold the kernels to.
+
+Lists in, lists out, standard library only, written as the definitions are (arXiv 2606.07610), with nested loops over
+prefixes and no shared tricks. Every module has the name of the operation in ``leafkernels`` that it specifies.
+"""
+
+from python_ref.advantages import SpanTree, span_advantages, span_tree
+from python_ref.boundaries import select_boundaries
+from python_ref.prefix_lengths import common_prefix_lengths
+from python_ref.scatter import gather_spans, scatter_spans
+from python_ref.values import normalize_spans, span_values
+
+__all__ = [
+    "SpanTree",
+    "common_prefix_lengths",
+    "gather_spans",
+    "normalize_spans",
+    "scatter_spans",
+    "select_boundaries",
+    "span_advantages",
+    "span_tree",
+    "span_values",
+]

@@ -1,0 +1,33 @@
+"""What the package is and needs; pyproject.toml holds the build system and the settings of the tools."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+train = ["transformers>=4.50", "peft>=0.14"]
+test = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "hypothesis>=6.100",
+    "numpy>=1.26",  # Triton's interpreter computes with it
+    *train,
+]
+
+setup(
+    name="leafkernels",
+    version="0.1.0",
+    description="LEAF span advantages for GRPO loops: Triton kernels, vectorised PyTorch, and a pure-Python reference",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["leafkernels", "leafkernels.kernels", "leafkernels.eager", "leafkernels.data", "python_ref"],
+    package_data={"leafkernels": ["py.typed"], "leafkernels.data": ["*.jsonl.gz"], "python_ref": ["py.typed"]},
+    install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "rich>=13"],
+    extras_require={
+        "train": train,
+        "test": test,
+        "bench": ["pytest>=8", "pytest-benchmark>=5", "numpy>=1.26"],
+    },
+    zip_safe=False,
+)

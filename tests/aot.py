@@ -1,0 +1,189 @@
+"""Compile every kernel for real GPUs, without one, and read what the compiler made of it.
+
+    python tests/aot.py            prints the table: registers, spills, stack, width of the widest load and store
+
+Triton's interpreter must be off (the kernels of an interpreted process cannot be compiled), so tests run this as a
+program.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from leafkernels.kernels import boundaries, prefix_lengths, scatter, values
+
+ARCHITECTURES = (80, 90, 100)
+
+
+class Case(NamedTuple):
+    """A kernel, the types of its arguments in order (None: compiled away), and its compile-time constants."""
+
+    name: str
+    kernel: Any
+    types: str
+    constants: dict[str, Any]
+    contiguous: bool
+    """Whether it streams tokens, so that wide loads (or stores) are expected."""
+
+
+_COLUMNS = "*i64 *i64 {scores} {mask} *i64 *i64 *i64 *i64 i32 i32"
+_SCATTER = "*fp32 *fp64 *i32 {mask} *i64 *i64 *i64 i32 i32 i32"
+
+CASES = [
+    *(
+        Case(
+            f"column_maxima {scores} {'mask' if mask == '*i1' else 'no mask'}",
+            boundaries._column_maxima_kernel,
+            _COLUMNS.format(scores=scores, mask=mask),
+            {"NEGATE": True, "HAS_MASK": mask == "*i1", "BLOCK": 1024},
+            True,
+        )
+        for scores in ("*fp32", "*bf16", "*fp16")
+        for mask in ("*i1", "None")
+    ),
+    Case(
+        "select_boundaries",
+        boundaries._select_boundaries_kernel,
+        "*i32 *i64 *i64 *i64 *i64 *i64 i32",
+        {"NUM_BOUNDARIES": 4, "BLOCK_B": 4, "BLOCK": 1024},
+        False,
+    ),
+    *(
+        Case(
+            f"common_prefix_lengths {ids}",
+            prefix_lengths._common_prefix_lengths_kernel,
+            f"*i32 {ids} *i64 *i64 *i64 *i64 *i64 *i32 i32 i32",
+            {"HAS_LIMIT": True, "BLOCK": 512},
+            True,
+        )
+        for ids in ("*i64", "*i32")
+    ),
+    Case(
+        "span_values",
+        values._span_values_kernel,
+        "*fp64 *i32 *i32 *fp64 *fp64 *fp32 *i32 *i32 *i64 *i64 *i64 *i64 i32",
+        {
+            "NUM_SLOTS": 5,
+            "USE_GLOBAL": True,
+            "USE_LOCAL": True,
+            "MULTIPLICITY_POWER": 0.5,
+            "LEAVE_ONE_OUT": True,
+            "BLOCK_S": 8,
+            "BLOCK": 32,
+            "num_warps": 1,
+        },
+        False,
+    ),
+    *(
+        Case(
+            f"normalize_spans {name}",
+            values._normalize_spans_kernel,
+            "*fp64 *fp64 *i32 *fp64 *i64 *i64 i32",
+            {
+                "WHOLE_CALL": name == "batch",
+                "BY_REWARD_STD": name == "reward_std",
+                "NUM_SLOTS": 5,
+                "BLOCK_S": 8,
+                "BLOCK": 64,
+                "num_warps": 4 if name == "batch" else 1,
+            },
+            False,
+        )
+        for name in ("span", "batch", "reward_std")
+    ),
+    *(
+        Case(
+            f"scatter_spans {'mask' if mask == '*i1' else 'no mask'}",
+            scatter._scatter_spans_kernel,
+            _SCATTER.format(mask=mask),
+            {"HAS_MASK": mask == "*i1", "BLOCK": 1024},
+            True,
+        )
+        for mask in ("*i1", "None")
+    ),
+    Case(
+        "gather_spans",
+        scatter._gather_spans_kernel,
+        "*fp64 *fp32 *i32 *i1 *i64 *i64 *i64 i32 i32 i32",
+        {"HAS_MASK": True, "BLOCK": 1024},
+        True,
+    ),
+]
+
+
+class Compiled(NamedTuple):
+    """What the assembler says of one kernel on one architecture."""
+
+    name: str
+    arch: int
+    registers: int
+    spills: int
+    stack: int
+    widest: int
+    """Bytes of the widest access to global memory of one thread."""
+    contiguous: bool
+
+
+def compile_case(case: Case, arch: int) -> Compiled:
+    """Compile one kernel for ``sm_<arch>`` and read its resources and machine code."""
+    constants = dict(case.constants)
+    options = {"num_warps": constants.pop("num_warps", 4)}
+    names = case.kernel.arg_names
+    types = dict(zip(names, case.types.split(), strict=False))
+    signature, constexprs, attributes = {}, {}, {}
+    for index, name in enumerate(names):
+        if name in constants or types.get(name) == "None":
+            signature[name] = "constexpr"
+            constexprs[(index,)] = constants.get(name)
+        else:
+            signature[name] = types[name]
+            if types[name].startswith("*"):
+                attributes[(index,)] = [["tt.divisibility", 16]]  # what PyTorch's allocator guarantees
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump("-res-usage", cubin)
+        sass = _cuobjdump("-sass", cubin)
+    registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    widths = [int(width or 32) // 8 for width in re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*?(?:\.(64|128))?\b", sass)]
+    return Compiled(case.name, arch, registers, spills, stack, max(widths), case.contiguous)
+
+
+def _cuobjdump(flag: str, cubin: Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Print the table, or one JSON object for each line of it with --json."""
+    as_json = "--json" in sys.argv[1:]
+    if not as_json:
+        print(f"{'kernel':34} {'arch':>6} {'registers':>9} {'spills':>6} {'stack':>5} {'widest access':>13}")
+    for case in CASES:
+        for arch in ARCHITECTURES:
+            row = compile_case(case, arch)
+            if as_json:
+                print(json.dumps(row._asdict()), flush=True)
+            else:
+                print(
+                    f"{row.name:34} sm_{row.arch:<3} {row.registers:9} {row.spills:6} {row.stack:5} {row.widest:11} B",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
