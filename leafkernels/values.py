@@ -126,7 +126,7 @@ def check_value_options(terms: str, multiplicity_power: float, leave_one_out: bo
 
 def finish(spans: SpanValues, boundaries_of_rows: Tensor, row_shape: tuple[int, ...]) -> SpanValues:
     """What users see: nothing where a row retains no node, and the caller's leading dimensions."""
-    is_group = torch.ones_like(boundaries_of_rows[:, :1], dtype=torch.bool)
+    is_group = torch.ones_like(spans.members[:, :1], dtype=torch.bool)
     is_node = torch.cat([is_group, (spans.members[:, 1:] >= 2) & (boundaries_of_rows >= 0)], dim=1)
     members = spans.members.masked_fill(~is_node, 0)
     spans = spans._replace(members=members, node_values=spans.node_values.masked_fill(members == 0, torch.nan))

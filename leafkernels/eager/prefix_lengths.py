@@ -128,7 +128,7 @@ def _first_mismatch(tokens: Tensor, a: Tensor, b: Tensor, start: Tensor, end: Te
         right = tokens[(b[going, None] + t).clamp_max_(last)]
         first = _first_true((left != right).logical_or_(t >= end[going, None])).clamp_max_(block)
         shared[going] += first
-        going = going[first == block]
+        going = going[(first == block) & (shared[going] < end[going])]
         if going.numel():
             block = min(block * 8, 16384, int((end - shared)[going].max()))
     return shared

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from leafkernels.kernels._rows import load_block, num_splits, row_stride
 
+BLOCK = 1024  # columns of a program; tests shrink it to cross blocks with small inputs
 NEVER = tl.constexpr(-(2**63))  # below every score, -inf included
 
 
@@ -136,7 +137,7 @@ def launch_select_boundaries(
 ) -> Tensor:
     """(P, num_boundaries) int32, ascending, -1 where there are fewer; ``negate`` ranks by -scores."""
     num_groups = group_starts.shape[0] - 1
-    boundaries = scores.new_empty((num_groups, num_boundaries), dtype=torch.int32)
+    boundaries = torch.empty((num_groups, num_boundaries), dtype=torch.int32, device=scores.device)
     if boundaries.numel() == 0:
         return boundaries
     if num_groups * max_length <= scores.numel():
@@ -149,8 +150,7 @@ def launch_select_boundaries(
         column_starts = before[group_starts[:-1]]
     columns = torch.empty(num_columns, dtype=torch.int64, device=scores.device)
 
-    block = 1024
-    _column_maxima_kernel[(num_groups, num_splits(max_length, block, num_groups))](
+    _column_maxima_kernel[(num_groups, num_splits(max_length, BLOCK, num_groups))](
         columns,
         column_starts,
         scores,
@@ -163,7 +163,7 @@ def launch_select_boundaries(
         0 if mask is None else row_stride(mask),
         NEGATE=negate,
         HAS_MASK=mask is not None,
-        BLOCK=block,
+        BLOCK=BLOCK,
     )
     _select_boundaries_kernel[(num_groups,)](
         boundaries,
@@ -175,6 +175,6 @@ def launch_select_boundaries(
         min_separation or 0,
         NUM_BOUNDARIES=num_boundaries,
         BLOCK_B=triton.next_power_of_2(num_boundaries),
-        BLOCK=block,
+        BLOCK=BLOCK,
     )
     return boundaries

@@ -12,6 +12,9 @@ from torch import Tensor
 from leafkernels.kernels._rows import load_block, row_stride
 
 
+BLOCK = 512  # tokens compared at a time: most pairs part early
+
+
 @triton.jit(do_not_specialize=["stride_tokens_row", "max_group"])
 def _common_prefix_lengths_kernel(
     lengths_ptr,
@@ -94,6 +97,6 @@ def launch_common_prefix_lengths(
             row_stride(token_ids),
             max_group,
             HAS_LIMIT=limit is not None,
-            BLOCK=512,
+            BLOCK=BLOCK,
         )
     return lengths

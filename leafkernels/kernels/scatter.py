@@ -12,6 +12,8 @@ from torch import Tensor
 
 from leafkernels.kernels._rows import load_block, num_splits, row_stride, store_block
 
+BLOCK = 1024  # tokens written or summed at a time
+
 
 @triton.jit(do_not_specialize=["stride_tokens_row", "stride_mask_row", "num_spans"])
 def _scatter_spans_kernel(
@@ -100,8 +102,7 @@ def launch_scatter_spans(
     tokens = torch.empty(size, dtype=dtype, device=values.device)
     num_rows, num_spans = values.shape
     if math.prod(size):
-        block = 1024
-        _scatter_spans_kernel[(num_rows, num_splits(size[-1], block, num_rows))](
+        _scatter_spans_kernel[(num_rows, num_splits(size[-1], BLOCK, num_rows))](
             tokens,
             values.contiguous(),
             span_ends.contiguous(),
@@ -113,7 +114,7 @@ def launch_scatter_spans(
             0 if mask is None else row_stride(mask),
             num_spans,
             HAS_MASK=mask is not None,
-            BLOCK=block,
+            BLOCK=BLOCK,
         )
     return tokens
 
@@ -142,6 +143,6 @@ def launch_gather_spans(
             0 if mask is None else row_stride(mask),
             num_spans,
             HAS_MASK=mask is not None,
-            BLOCK=1024,
+            BLOCK=BLOCK,
         )
     return sums

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+BLOCK = 32  # rows of a group at a time
 FAR = tl.constexpr(2147483647)
 
 
@@ -241,7 +242,7 @@ def launch_span_values(
         MULTIPLICITY_POWER=multiplicity_power,
         LEAVE_ONE_OUT=leave_one_out,
         BLOCK_S=block_s,
-        BLOCK=32,
+        BLOCK=BLOCK,
         num_warps=1,
     )
     if normalize == "none":
@@ -260,7 +261,7 @@ def launch_span_values(
         BY_REWARD_STD=normalize == "reward_std",
         NUM_SLOTS=num_slots,
         BLOCK_S=block_s,
-        BLOCK=64,
+        BLOCK=BLOCK,
         num_warps=4 if whole_call else 1,
     )
     return values, raw, span_ends, sizes, node_values

@@ -1,0 +1,167 @@
+"""The reference behind ``backend="reference"``: tensors to lists, ``python_ref``, and back; slow, on any device."""
+
+import torch
+from torch import Tensor
+
+import python_ref
+from python_ref.values import nodes_from_prefix_lengths
+
+
+def _row(tensor: Tensor, row: int, start: int, end: int) -> list:
+    of_row = tensor[row] if tensor.dim() == 2 else tensor
+    return of_row[start:end].tolist()
+
+
+def _rows_of_groups(rows_by_group: Tensor, group_starts: Tensor) -> list[list[int]]:
+    rows, starts = rows_by_group.tolist(), group_starts.tolist()
+    return [rows[starts[g] : starts[g + 1]] for g in range(len(starts) - 1)]
+
+
+def select_boundaries(
+    scores: Tensor,
+    mask: Tensor | None,
+    row_starts: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    max_length: int,
+    num_boundaries: int,
+    min_separation: int | None,
+    negate: bool,
+) -> Tensor:
+    """See ``python_ref.select_boundaries``; arguments and result as the PyTorch implementation."""
+    starts, lengths = row_starts.tolist(), row_lengths.tolist()
+    result = []
+    for rows in _rows_of_groups(rows_by_group, group_starts):
+        group_scores = [_row(scores, i, starts[i], starts[i] + lengths[i]) for i in rows]
+        if negate:
+            group_scores = [[-x for x in row] for row in group_scores]
+        masks = None if mask is None else [_row(mask, i, starts[i], starts[i] + lengths[i]) for i in rows]
+        found = python_ref.select_boundaries(
+            group_scores, response_mask=masks, num_boundaries=num_boundaries, min_separation=min_separation
+        )
+        result.append(found + [-1] * (num_boundaries - len(found)))
+    return torch.tensor(result, dtype=torch.int32, device=scores.device).reshape(len(result), num_boundaries)
+
+
+def common_prefix_lengths(
+    token_ids: Tensor,
+    row_starts: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    limit: Tensor | None,
+    max_group: int,
+) -> Tensor:
+    """See ``python_ref.common_prefix_lengths``; arguments and result as the PyTorch implementation."""
+    starts, lengths = row_starts.tolist(), row_lengths.tolist()
+    result = torch.zeros((len(starts), max_group), dtype=torch.int32)
+    for g, rows in enumerate(_rows_of_groups(rows_by_group, group_starts)):
+        shared = python_ref.common_prefix_lengths([_row(token_ids, i, starts[i], starts[i] + lengths[i]) for i in rows])
+        most = max(int(limit[g]), 0) if limit is not None else max(lengths, default=0)
+        for i, row in zip(rows, shared, strict=True):
+            result[i, : len(rows)] = torch.tensor([min(length, most) for length in row], dtype=torch.int32)
+    return result.to(token_ids.device)
+
+
+def span_values(
+    rewards: Tensor,
+    prefix_lengths: Tensor,
+    boundaries: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    terms: str,
+    multiplicity_power: float,
+    leave_one_out: bool,
+    normalize: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``python_ref.span_values`` and ``normalize_spans``; arguments and results as the PyTorch implementation."""
+    num_rows, num_slots = rewards.shape[0], boundaries.shape[1] + 1
+    all_rewards, all_lengths = rewards.tolist(), row_lengths.tolist()
+    values = torch.zeros((num_rows, num_slots), dtype=torch.float64)
+    raw = torch.zeros_like(values)
+    ends = torch.zeros((num_rows, num_slots), dtype=torch.int32)
+    sizes = torch.zeros_like(ends)
+    node_values = torch.full_like(values, torch.nan)
+
+    groups = _rows_of_groups(rows_by_group, group_starts)
+    group_rewards = [[all_rewards[i] for i in rows] for rows in groups]
+    raw_spans = []
+    for g, rows in enumerate(groups):
+        shared = [row[: len(rows)] for row in prefix_lengths[rows].tolist()]
+        lengths = [all_lengths[i] for i in rows]
+        positions = [p for p in boundaries[g].tolist() if p >= 0]
+        raw_spans.append(
+            python_ref.span_values(
+                shared,
+                positions,
+                group_rewards[g],
+                lengths,
+                terms=terms,
+                multiplicity_power=multiplicity_power,
+                leave_one_out=leave_one_out,
+            )
+        )
+        scored = [r for r in group_rewards[g] if r == r]
+        taking_part = [length > 0 and r == r for length, r in zip(lengths, group_rewards[g], strict=True)]
+        nodes = [nodes_from_prefix_lengths(shared, lengths, p, taking_part) for p in positions]
+        for rank, i in enumerate(rows):
+            sizes[i, 0], node_values[i, 0] = len(scored), sum(scored) / max(len(scored), 1)
+            for k, members_of_row in enumerate(nodes):
+                members = [group_rewards[g][j] for j in members_of_row[rank]]
+                sizes[i, k + 1], node_values[i, k + 1] = len(members), sum(members) / max(len(members), 1)
+
+    normalized = python_ref.normalize_spans(raw_spans, group_rewards, normalize)
+    for rows, raw_rows, rows_of_spans in zip(groups, raw_spans, normalized, strict=True):
+        for i, raw_row, spans in zip(rows, raw_rows, rows_of_spans, strict=True):
+            for s, (_, end, value) in enumerate(spans):
+                values[i, s], raw[i, s], ends[i, s:] = value, raw_row[s][2], end
+    device = rewards.device
+    return values.to(device), raw.to(device), ends.to(device), sizes.to(device), node_values.to(device)
+
+
+def _masks(
+    mask: Tensor | None, slot_starts: Tensor, slot_ends: Tensor
+) -> tuple[list[tuple[int, int]], list[list[bool]]]:
+    slots = list(zip(slot_starts.tolist(), slot_ends.tolist(), strict=True))
+    if mask is None:
+        return slots, [[True] * (end - start) for start, end in slots]
+    return slots, [_row(mask, i, start, end) for i, (start, end) in enumerate(slots)]
+
+
+def scatter_spans(
+    values: Tensor,
+    span_ends: Tensor,
+    mask: Tensor | None,
+    slot_starts: Tensor,
+    slot_ends: Tensor,
+    row_starts: Tensor,
+    size: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """See ``python_ref.scatter_spans``; arguments and result as the PyTorch implementation."""
+    slots, masks = _masks(mask, slot_starts, slot_ends)
+    tokens = torch.zeros(size, dtype=dtype)
+    for i, row in enumerate(python_ref.scatter_spans(values.tolist(), span_ends.tolist(), masks)):
+        of_row = tokens[i] if len(size) == 2 else tokens
+        of_row[slots[i][0] : slots[i][1]] = torch.tensor(row, dtype=dtype)
+    return tokens.to(values.device)
+
+
+def gather_spans(
+    gradients: Tensor,
+    span_ends: Tensor,
+    mask: Tensor | None,
+    slot_starts: Tensor,
+    slot_ends: Tensor,
+    row_starts: Tensor,
+) -> Tensor:
+    """See ``python_ref.gather_spans``; arguments and result as the PyTorch implementation."""
+    slots, masks = _masks(mask, slot_starts, slot_ends)
+    rows = [_row(gradients, i, start, end) for i, (start, end) in enumerate(slots)]
+    sums = python_ref.gather_spans(rows, span_ends.tolist(), masks)
+    return torch.tensor(sums, dtype=torch.float64, device=gradients.device).reshape(span_ends.shape)

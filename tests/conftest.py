@@ -1,0 +1,53 @@
+"""Triton's interpreter where there is no GPU, and uninitialised memory that cannot pass for a result."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before anything imports a kernel: Triton looks at it then.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "leafkernels",
+    deadline=None,
+    print_blob=True,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("leafkernels")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty returns NaN (or the largest integer), so that an element that no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels cross several blocks, and the PyTorch backend refines, already on small inputs."""
+    from leafkernels.eager import prefix_lengths as eager_prefix_lengths
+    from leafkernels.kernels import boundaries, prefix_lengths, scatter, values
+
+    monkeypatch.setattr(boundaries, "BLOCK", 4)
+    monkeypatch.setattr(prefix_lengths, "BLOCK", 2)
+    monkeypatch.setattr(scatter, "BLOCK", 4)
+    monkeypatch.setattr(values, "BLOCK", 2)
+    monkeypatch.setattr(eager_prefix_lengths, "_FEW_TOKENS", 0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference data beside a development checkout; tests that need it skip where it is missing."""
+    folder = Path(os.environ.get("LEAFKERNELS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder of reference data, {folder} (or $LEAFKERNELS_SHARED), which is not here")
+    return folder

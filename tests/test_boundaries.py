@@ -1,0 +1,95 @@
+"""select_boundaries: exactly the reference's, on every backend and layout."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rollouts import BACKENDS, DEVICE, Rollouts, rollouts
+
+import leafkernels
+import python_ref
+
+EXAMPLES = {"torch": 150, "triton": 150 if DEVICE == "cuda" else 20, "reference": 40}
+
+
+def expected_of_row(case: Rollouts, row: int) -> list[int]:
+    """The boundaries of the row's prompt, filled up with -1."""
+    rows = [i for i, name in enumerate(case.groups) if name == case.groups[row]]
+    count = case.options["num_boundaries"]
+    found = python_ref.select_boundaries(
+        [case.logprobs[i] for i in rows],
+        response_mask=[case.mask[i] for i in rows],
+        num_boundaries=count,
+        min_separation=case.options["min_separation"],
+    )
+    return found + [-1] * (count - len(found))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["right", "left", "packed"])
+def test_agrees_with_the_reference(backend: str, layout: str, small_blocks: None) -> None:
+    @settings(max_examples=EXAMPLES[backend])
+    @given(rollouts(longest=12))
+    def check(case: Rollouts) -> None:
+        inputs = case.packed() if layout == "packed" else case.padded(layout, extra=1)
+        del inputs["token_ids"], inputs["rewards"]
+        found = leafkernels.select_boundaries(
+            inputs.pop("logprobs"),
+            **inputs,
+            num_boundaries=case.options["num_boundaries"],
+            min_separation=case.options["min_separation"],
+            backend=backend,
+        )
+        assert found.dtype == torch.int32
+        assert found.tolist() == [expected_of_row(case, i) for i in range(len(case.groups))]
+
+    check()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_float_keeps_its_place(backend: str, dtype: torch.dtype) -> None:
+    """Both signs, subnormals, zeros of both signs (a tie), infinities; NaN nowhere."""
+    # Triton's interpreter widens subnormal bfloat16 numbers wrongly (seen with 3.9); a GPU does it exactly.
+    interpreted_bfloat16 = backend == "triton" and DEVICE == "cpu" and dtype == torch.bfloat16
+    tiny = torch.finfo(dtype).smallest_normal / (1 if interpreted_bfloat16 else 4)
+    scores = [0.0, -math.inf, -3.0, -tiny, -0.0, 0.0, tiny, 2.0, math.inf, math.nan]
+    found = leafkernels.select_boundaries(
+        torch.tensor([scores], dtype=dtype, device=DEVICE), num_boundaries=9, min_separation=1, backend=backend
+    )
+    assert found.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, -1]
+    for most, kept in [(1, [8]), (2, [7, 8]), (4, [4, 6, 7, 8]), (5, [4, 5, 6, 7, 8]), (6, [3, 4, 5, 6, 7, 8])]:
+        found = leafkernels.select_boundaries(
+            torch.tensor([scores], dtype=dtype, device=DEVICE), num_boundaries=most, min_separation=1, backend=backend
+        )
+        assert found.tolist() == kept
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes(backend: str) -> None:
+    scores = torch.rand(6, 9, device=DEVICE)
+    call = {"num_boundaries": 2, "backend": backend}
+    whole = leafkernels.select_boundaries(scores, **call)
+    assert whole.shape == (2,)
+    halves = leafkernels.select_boundaries(scores.reshape(2, 3, 9), **call)
+    assert torch.equal(halves, leafkernels.select_boundaries(scores, groups=3, **call))
+    names = torch.tensor([5, 5, 5, -1, -1, -1], device=DEVICE)
+    assert torch.equal(halves.repeat_interleave(3, 0), leafkernels.select_boundaries(scores, groups=names, **call))
+    assert leafkernels.select_boundaries(scores, num_boundaries=0, backend=backend).shape == (0,)
+
+
+@given(st.integers(1, 3), st.integers(0, 12), st.data())
+@settings(max_examples=100)
+@example(1, 0, None)
+def test_boundaries_are_apart_and_inside(rows: int, tokens: int, data: st.DataObject | None) -> None:
+    """Laws without an oracle: ascending, at least the separation apart, inside the longest row, the best one among them."""
+    scores = torch.rand(rows, tokens, device=DEVICE)
+    most = data.draw(st.integers(1, 4)) if data else 1
+    found = [p for p in leafkernels.select_boundaries(scores, num_boundaries=most).tolist() if p >= 0]
+    separation = max(2, tokens // (most + 1))
+    assert all(b - a >= separation for a, b in zip(found, found[1:], strict=False))
+    assert all(1 <= p < tokens for p in found)
+    if tokens > 1:
+        assert int(scores[:, 1:].amax(0).argmax()) + 1 in found
