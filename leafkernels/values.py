@@ -200,11 +200,13 @@ def span_values(
     of_rows = prefix_lengths.reshape(rewards.shape[0], group).to(torch.int32)
     layout = build_layout(of_rows, None, group, None)
     boundaries = boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries).to(torch.int32)
+    # A row without a reward takes part in nothing, as if it were empty.
+    is_out = rewards.isnan()
     spans = values_of_groups(
         rewards,
-        of_rows,
+        of_rows.masked_fill(is_out[:, None], 0),
         boundaries,
-        lengths.reshape(-1).to(torch.int64).masked_fill(rewards.isnan(), 0),
+        lengths.reshape(-1).to(torch.int64).masked_fill(is_out, 0),
         layout,
         terms,
         multiplicity_power,

@@ -1,4 +1,4 @@
-"""The whole function: against the reference on generated rollouts, in every layout, and the laws that need no oracle."""
+"""The whole function: against the reference on generated rollouts, in every layout, and the laws without an oracle."""
 
 import math
 
@@ -178,9 +178,7 @@ def test_law_2_global_terms_of_a_node_sum_to_its_members(case: Rollouts) -> None
             if tree.nodes[i, k] >= 0:
                 members = (tree.nodes[:, k] == tree.nodes[i, k]) & (prompts == prompts[i])
                 assert int(members.sum()) == int(tree.spans.members[i, k + 1])
-                torch.testing.assert_close(
-                    tree.spans.raw[members, k].sum(), centred[members].sum(), rtol=0, atol=1e-12
-                )
+                torch.testing.assert_close(tree.spans.raw[members, k].sum(), centred[members].sum(), rtol=0, atol=1e-12)
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 0.25, -3.0]), min_size=2, max_size=6), st.integers(1, 6), st.integers(0, 3))

@@ -84,7 +84,7 @@ def test_shapes(backend: str) -> None:
 @settings(max_examples=100)
 @example(1, 0, None)
 def test_boundaries_are_apart_and_inside(rows: int, tokens: int, data: st.DataObject | None) -> None:
-    """Laws without an oracle: ascending, at least the separation apart, inside the longest row, the best one among them."""
+    """Laws without an oracle: ascending, apart, inside the longest row, and the best position among them."""
     scores = torch.rand(rows, tokens, device=DEVICE)
     most = data.draw(st.integers(1, 4)) if data else 1
     found = [p for p in leafkernels.select_boundaries(scores, num_boundaries=most).tolist() if p >= 0]

@@ -6,7 +6,6 @@ import os.path
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from rollouts import Rollouts, rollouts, token_rows
 
 import python_ref
