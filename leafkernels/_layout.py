@@ -65,7 +65,8 @@ def build_layout(rows: Tensor, mask: Tensor | None, groups: Tensor | int, cu_seq
         if num_rows and values_readable(slot_starts):
             max_length = int((slot_ends - slot_starts).max())
 
-    row_starts, row_lengths = slot_starts, slot_ends - slot_starts
+    # A view, because torch.compile refuses an autograd function that is given one tensor twice.
+    row_starts, row_lengths = slot_starts.view(-1), slot_ends - slot_starts
     if mask is not None and mask.numel():
         row_starts, row_lengths = _stretches(mask, slot_starts, slot_ends)
 

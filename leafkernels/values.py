@@ -91,7 +91,7 @@ def values_of_groups(
     normalize: str,
     backend: str,
 ) -> SpanValues:
-    """Spans of the N rows of a layout; ``nodes`` count over all N rows. The arguments have been checked.
+    """Spans of the N rows of a layout; the arguments have been checked.
 
     ``prefix_lengths`` is (N, max_group) by rank within the group, ``boundaries`` (P, B), ``rewards`` (N,).
     """

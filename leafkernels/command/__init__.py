@@ -1,0 +1,1 @@
+"""What ``python -m leafkernels`` is made of: reading and writing rollouts, their credit, and how it is shown."""

@@ -1,0 +1,113 @@
+"""The options of the command, and the help that explains them and the format of the file."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from leafkernels import __version__
+
+CREDIT_OPTIONS = (
+    "num_boundaries",
+    "min_separation",
+    "terms",
+    "normalize",
+    "leave_one_out",
+    "multiplicity_power",
+    "backend",
+)
+
+_EPILOG = """\
+ROLLOUTS holds one prompt a line, as JSON; blank lines are skipped:
+
+  {"prompt_id": "p7", "prompt": "3+4=", "completions": [
+    {"token_ids": [5, 9], "logprobs": [-0.1, null], "reward": 1.0,
+     "tokens": ["7", "<end>"]}, ...]}
+
+prompt_id, prompt and tokens are for display and may be missing; other fields
+are kept. completions must not be empty; token_ids may be. A position whose
+logprob is null is never a boundary. A rollout whose reward is null is left out
+of every mean and gets 0.
+
+Exit codes: 0; 2 for a wrong option or file; 130 after Ctrl-C; 141 where the
+reader of the output went away (with --out the file is written all the same).
+"""
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    """A type for argparse: integers from ``least``."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options; those of the credit have the names that ``leafkernels.span_advantages`` gives them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m leafkernels",
+        description="Compute LEAF span advantages for the rollouts in a file and show the prefix trees behind them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS", help=".jsonl or .jsonl.gz (none: sample)")
+    parser.add_argument("--version", action="version", version=f"leafkernels {__version__}")
+    files = parser.add_argument_group("reading and writing")
+    files.add_argument("--out", type=Path, metavar="FILE", help="write the lines with 'advantages' in every completion")
+    files.add_argument("--limit", type=_integer(1), metavar="N", help="stop after N prompts")
+    files.add_argument("--show", type=_integer(0), default=3, metavar="N", help="print N trees at most (default: 3)")
+    credit = parser.add_argument_group("credit")
+    credit.add_argument(
+        "--num-boundaries", type=_integer(0), default=2, metavar="B", help="boundaries of a prompt at most (default: 2)"
+    )
+    credit.add_argument(
+        "--min-separation",
+        type=_integer(1),
+        metavar="D",
+        help="least distance of two boundaries (default: max(2, shortest rollout // (B + 1)))",
+    )
+    credit.add_argument(
+        "--terms",
+        choices=("both", "global", "local"),
+        default="both",
+        help="credit against the group, against the parent node, or both (default: both)",
+    )
+    credit.add_argument(
+        "--normalize",
+        choices=("span", "reward_std", "none"),
+        default="span",
+        help="z-scores over a prompt's spans, division by the deviation of its rewards, or none (default: span); "
+        "the library's 'batch' needs all prompts at once and is not offered, because the file is read one by one",
+    )
+    credit.add_argument("--leave-one-out", action="store_true", help="the unbiased variant of both terms")
+    credit.add_argument(
+        "--multiplicity-power",
+        type=_finite,
+        default=0.5,
+        metavar="X",
+        help="scale spans that n rollouts share by n ** -X (default: 0.5)",
+    )
+    credit.add_argument(
+        "--backend",
+        choices=("auto", "torch", "triton", "reference"),
+        default="auto",
+        help="auto and torch: PyTorch on the CPU; triton: the GPU; reference: plain Python (default: auto)",
+    )
+    return parser

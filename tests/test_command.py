@@ -1,0 +1,527 @@
+"""``python -m leafkernels``: what it writes, what it shows, what it says when something is wrong."""
+
+import gzip
+import importlib.resources
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.cells import cell_len
+from rich.console import Console
+
+import python_ref
+from leafkernels.__main__ import main
+from leafkernels.command.credit import credit_prompt
+from leafkernels.command.display import draw_prompt
+from leafkernels.command.reading import RolloutFile
+from leafkernels.command.text import line_of_numbers, line_of_tokens, shorten, visible
+from leafkernels.command.tree import branches
+
+Record = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ["a", " b", " [red]x", "[/]", "\n", " 数", "é", "\t", "\x1b[31m", "\ud83d", " sum", ":smile:"]
+
+
+def completion(token_ids: list[int], reward: float | None, logprobs: list[float | None] | None = None) -> Record:
+    return {
+        "token_ids": token_ids,
+        "logprobs": [-0.5] * len(token_ids) if logprobs is None else logprobs,
+        "reward": reward,
+    }
+
+
+def random_prompt(rng: random.Random, name: str, rows: int = 6) -> Record:
+    """Rows that copy a start of an earlier one, some empty, some without a reward, some logprobs null."""
+    completions: list[Record] = []
+    for _ in range(rows):
+        earlier = rng.choice(completions)["token_ids"] if completions else []
+        kept = earlier[: rng.choice([0, 3, 8, 40])]
+        ids = kept + [rng.randrange(len(WORDS)) for _ in range(rng.choice([0, 0, 5, 12]))]
+        # Multiples of 1/64 are exact in float32, so both sides rank the same numbers.
+        logprobs = [None if rng.random() < 0.1 else -rng.randrange(400) / 64 for _ in ids]
+        completions.append(completion(ids, rng.choice([0, 1.0, 0.25, None]), logprobs))
+        if rng.random() < 0.7:
+            completions[-1]["tokens"] = [WORDS[token] for token in ids]
+    return {"prompt_id": name, "prompt": "What [b]is[/b]\nthis?", "completions": completions, "kept": {"x": [1, None]}}
+
+
+def random_prompts(count: int, seed: int = 0) -> list[Record]:
+    rng = random.Random(seed)
+    return [random_prompt(rng, f"p{index}") for index in range(count)]
+
+
+def save(path: Path, records: list[Any]) -> Path:
+    """JSON lines, strings taken as they are; compressed if the name says so."""
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    data = "".join(line + "\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
+    return path
+
+
+def load(path: Path) -> list[Record]:
+    data = path.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(data) if path.name.endswith(".gz") else data).splitlines()]
+
+
+def nan(values: list[float | None]) -> list[float]:
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def expected(record: Record, **options: Any) -> list[list[float]]:
+    rows = record["completions"]
+    return python_ref.span_advantages(
+        [nan(row["logprobs"]) for row in rows],
+        [row["token_ids"] for row in rows],
+        nan([row["reward"] for row in rows]),
+        **options,
+    )
+
+
+def check_written(source: list[Record], written: list[Record], **options: Any) -> None:
+    assert len(written) == len(source)
+    for record, result in zip(source, written, strict=True):
+        found = [row.pop("advantages") for row in result["completions"]]
+        assert result == record, "a field got lost"
+        for row, reference in zip(found, expected(record, **options), strict=True):
+            assert row == pytest.approx(reference, rel=1e-9, abs=1e-9)
+
+
+OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
+    ([], {}),
+    (["--num-boundaries", "4", "--min-separation", "1"], {"num_boundaries": 4, "min_separation": 1}),
+    (["--num-boundaries", "0", "--normalize", "none"], {"num_boundaries": 0, "normalize": "none"}),
+    (["--terms", "global", "--normalize", "reward_std"], {"terms": "global", "normalize": "reward_std"}),
+    (["--terms", "local", "--leave-one-out"], {"terms": "local", "leave_one_out": True}),
+    (["--multiplicity-power", "-0.5", "--backend", "torch"], {"multiplicity_power": -0.5}),
+    (["--backend", "reference"], {}),
+    # Far beyond what fits an integer of the machine.
+    (["--num-boundaries", "9" * 30, "--min-separation", "1"], {"num_boundaries": 200, "min_separation": 1}),
+    (["--min-separation", "9" * 30], {"min_separation": 1000}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "options"), OPTIONS, ids=[" ".join(a) or "defaults" for a, _ in OPTIONS])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_writes_the_advantages_of_the_reference(
+    tmp_path: Path, arguments: list[str], options: dict[str, Any], suffix: str
+) -> None:
+    prompts = random_prompts(12)
+    source = save(tmp_path / f"in{suffix}", prompts)
+    out = tmp_path / f"out{suffix}"
+    assert main([str(source), "--out", str(out), "--show", "0", *arguments]) == 0
+    check_written(prompts, load(out), **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"in{suffix}", f"out{suffix}"]
+
+
+def test_advantages_of_one_prompt_by_hand(tmp_path: Path) -> None:
+    # Boundary 2; V_0 = 0.5, V_1 = 1: the span gets (0.5 + 0.5) / sqrt(2), its tails 0.5 + 0, the others -0.5 - 0.5.
+    rows = [
+        completion([1, 2, 3], 1, [-1, -1, -9]),
+        completion([1, 2, 4], 1),
+        completion([5, 6, 7], 0),
+        completion([8], 0),
+    ]
+    source = save(tmp_path / "a.jsonl", [{"prompt_id": 1, "completions": rows}])
+    out = tmp_path / "b.jsonl"
+    assert main([str(source), "--out", str(out), "--normalize", "none", "--num-boundaries", "1"]) == 0
+    found = [row["advantages"] for row in load(out)[0]["completions"]]
+    span = 2**-0.5
+    assert found == [pytest.approx(row) for row in ([span, span, 0.5], [span, span, 0.5], [-1.0] * 3, [-1.0])]
+
+
+def test_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sample = importlib.resources.files("leafkernels.data").joinpath("sample_rollouts.jsonl.gz")
+    if not sample.is_file():
+        pytest.skip("the sample has not been made (examples/sample_rollouts.py writes it)")
+    out = tmp_path / "out.jsonl"
+    assert main(["--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    with importlib.resources.as_file(sample) as path:
+        source = load(path)
+    for record in source:
+        for row in record["completions"]:
+            row["logprobs"] = torch.tensor(row["logprobs"]).tolist()
+    written = load(out)
+    for record, result in zip(source, written, strict=True):
+        for row, reference in zip(result["completions"], expected(record), strict=True):
+            assert row["advantages"] == pytest.approx(reference, rel=1e-9, abs=1e-9)
+    assert source[0]["prompt_id"] in shown
+    assert "prompts" in shown and "that fire and inform" in shown
+
+
+GOOD = {"prompt_id": "ok", "completions": [completion([1, 2], 1.0), completion([1, 3], 0.0)]}
+
+
+def broken(**fields: Any) -> str:
+    """A line whose second completion is wrong; a field set to ... is missing."""
+    row = {**completion([1, 2], 1.0), **fields}
+    return json.dumps({"completions": [completion([1], 0.0), {k: v for k, v in row.items() if v is not ...}]})
+
+
+BAD_LINES: list[tuple[str, str]] = [
+    ("{", "not JSON: expecting property name"),
+    ("{} {}", "not JSON: extra data at column 4"),
+    ('{"completions": [' + "9" * 5000 + "]}", "not JSON that can be read"),
+    ("[" * 100_000, "not JSON that can be read"),
+    ("[1]", "must be an object with a list 'completions', got a list"),
+    ("null", "must be an object with a list 'completions', got null"),
+    ('{"prompt_id": "x"}', "the prompt has no 'completions'"),
+    ('{"completions": 3}', "completions of the prompt must be a list, got a number"),
+    ('{"completions": []}', "completions is empty"),
+    ('{"completions": ["x"]}', "completions[0] must be an object, got a string"),
+    (broken(token_ids=...), "completions[1] has no 'token_ids'"),
+    (broken(logprobs=...), "completions[1] has no 'logprobs'"),
+    (broken(reward=...), "completions[1] has no 'reward'"),
+    (broken(token_ids=None), "token_ids of completions[1] must be a list, got null"),
+    (broken(token_ids=[1, 2.0]), "completions[1].token_ids[1] must be an integer, got 2.0"),
+    (broken(token_ids=[True, 2]), "completions[1].token_ids[0] must be an integer, got true"),
+    (broken(token_ids=["1", 2]), "completions[1].token_ids[0] must be an integer, got a string"),
+    (broken(token_ids=[1, 2**63]), "completions[1].token_ids holds a number that does not fit 64 bits"),
+    (broken(token_ids=[-(2**63) - 1, 0]), "completions[1].token_ids holds a number that does not fit 64 bits"),
+    (broken(token_ids=[1, 2, 3]), "completions[1] has 3 token_ids and 2 logprobs"),
+    (broken(logprobs=[-1.0, "x"]), "completions[1].logprobs[1] must be a number or null, got a string"),
+    (broken(logprobs=[-1.0, 10**400]), "completions[1].logprobs holds a number that is too large"),
+    (broken(tokens=["a"]), "completions[1] has 2 token_ids and 1 tokens"),
+    (broken(tokens=["a", 1]), "completions[1].tokens[1] must be a string, got a number"),
+    (broken(tokens="ab"), "tokens of completions[1] must be a list, got a string"),
+    (broken(reward="1"), "completions[1].reward must be a number or null, got a string"),
+    (broken(reward=True), "completions[1].reward must be a number or null, got true"),
+    (broken(reward=math.inf), "completions[1].reward must be finite"),
+    (broken(reward=1e308, logprobs=[0, 0]).replace("0.0}", "-1e308}"), "the advantages are not finite"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=[message for _, message in BAD_LINES])
+def test_a_bad_line_is_named_and_leaves_nothing_half_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    source = save(tmp_path / "in.jsonl", [GOOD, "", line, GOOD])
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious")
+    assert main([str(source), "--out", str(out), "--show", "0"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"leafkernels: {source}, line 3: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
+    assert out.read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_bytes_that_are_not_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'{"a": "\xff"}\n')
+    assert main([str(source)]) == 2
+    assert capsys.readouterr().err == f"leafkernels: {source}, line 1: not UTF-8 text (byte 8 of the line)\n"
+
+
+def fails_with(message: str, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails_with("missing.jsonl: no such file or directory", [tmp_path / "missing.jsonl"], capsys)
+    fails_with("is a directory", [tmp_path], capsys)
+    plain = save(tmp_path / "plain.jsonl", [GOOD]).rename(tmp_path / "plain.jsonl.gz")
+    fails_with("plain.jsonl.gz is not a gzip file, although its name ends in .gz", [plain], capsys)
+    whole = save(tmp_path / "cut.jsonl.gz", random_prompts(300))
+    whole.write_bytes(whole.read_bytes()[:-20])
+    fails_with("the gzip data are damaged or end too early", [whole, "--show", "0"], capsys)
+    for name, records in {"none.jsonl": [], "none.jsonl.gz": [], "blank.jsonl": ["", "  \t"]}.items():
+        fails_with(f"{name} is empty: there is no prompt in it", [save(tmp_path / name, records)], capsys)
+    empty = tmp_path / "nothing.jsonl.gz"
+    empty.touch()
+    fails_with("nothing.jsonl.gz is empty", [empty, "--out", tmp_path / "out"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tmp_path / "in.jsonl", [GOOD, GOOD])
+    before = source.read_bytes()
+    fails_with("missing/out: no such file or directory", [source, "--out", tmp_path / "missing" / "out"], capsys)
+    fails_with("not a regular file", [source, "--out", tmp_path], capsys)
+    # Renamed over, the device would be gone for everybody.
+    fails_with("/dev/null: not a regular file", [source, "--out", "/dev/null"], capsys)
+    fails_with("--limit would drop the other prompts", [source, "--out", source, "--limit", 1], capsys)
+    assert source.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--limit", "0"], ["--show", "-1"], ["--num-boundaries", "x"], ["--min-separation", "0"], ["--terms", "all"]]
+    + [["--normalize", "batch"], ["--multiplicity-power", "nan"], ["--backend", "cuda"], ["a", "b"], ["--bogus"]],
+)
+def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="triton runs here")
+def test_a_backend_that_cannot_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leafkernels._backend.INTERPRETING", False)
+    fails_with("--backend triton cannot run here", [save(tmp_path / "a.jsonl", [GOOD]), "--backend", "triton"], capsys)
+
+
+def test_out_may_be_the_input_or_a_link_to_it(tmp_path: Path) -> None:
+    prompts = random_prompts(4)
+    source = save(tmp_path / "in.jsonl.gz", prompts)
+    source.chmod(0o640)
+    link = tmp_path / "link.jsonl.gz"
+    link.symlink_to(source)
+    for out in (source, link):
+        assert main([str(source), "--out", str(out), "--show", "0"]) == 0
+        assert link.is_symlink() and source.stat().st_mode & 0o777 == 0o640
+        check_written(prompts, load(source))
+    first = source.read_bytes()
+    assert main([str(source), "--out", str(source), "--show", "0"]) == 0
+    assert source.read_bytes() == first, "the same rollouts give the same bytes, and old advantages are replaced"
+
+
+def test_limit_show_and_a_byte_order_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = random_prompts(5)
+    source = save(tmp_path / "in.jsonl", ["\ufeff" + json.dumps(prompts[0]), "", *prompts[1:], "not JSON"])
+    out = tmp_path / "out.jsonl"
+    assert main([str(source), "--limit", "4", "--show", "2", "--out", str(out)]) == 0
+    check_written(prompts[:4], load(out))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "──" in line] == ["p0", "p1", "summary"]
+    assert lines[-1].endswith(f"wrote {out}")
+
+
+HAND: list[Record] = [
+    # Boundary 3, shared by rows 0 and 2, whose rewards are equal: it fires and does not inform.
+    {
+        "prompt_id": "A",
+        "completions": [
+            completion([1, 2, 3, 4], 1, [0, -0.1, -0.1, -9]),
+            completion([1, 2, 5, 6], 0),
+            completion([1, 2, 3, 7], 1),
+        ],
+    },
+    # Boundary 1, shared by two identical rows with different rewards.
+    {
+        "prompt_id": "B",
+        "completions": [
+            completion([1, 2, 3], 1, [-1, -5, -1]),
+            completion([1, 2, 3], 0),
+            completion([], 0),
+            completion([9, 9], None, [-8, -8]),
+        ],
+    },
+    # One rollout shares nothing with anybody.
+    {"prompt_id": "C", "completions": [completion([4, 5], 1)]},
+]
+
+
+def test_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(save(tmp_path / "in.jsonl", HAND)), "--num-boundaries", "1", "--show", "0"]) == 0
+    found = {}
+    for line in capsys.readouterr().out.splitlines()[1:12]:
+        name, *numbers = line.strip().split("  ", 1)
+        found[name.rstrip(" ¹²³")] = numbers[0].split()
+    assert found == {
+        "prompts": ["3"],
+        "with all rewards equal": ["1", "33.3%"],
+        "rollouts": ["8"],
+        "same tokens as an earlier one": ["1", "12.5%"],
+        "without a reward, left out": ["1", "12.5%"],
+        "without a token": ["1", "12.5%"],
+        "tokens": ["22"],
+        "with span credit": ["8", "40.0%"],
+        "boundaries selected": ["3"],
+        "that fire": ["2", "66.7%"],
+        "that fire and inform": ["1", "33.3%"],
+    }
+
+
+def test_trees_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = HAND[0]["completions"] + [completion([7], 0.5), completion([7], 0.5)]
+    records = [{**HAND[0], "completions": rows}, *HAND[1:]]
+    source = save(tmp_path / "in.jsonl", records)
+    assert main([str(source), "--num-boundaries", "1", "--normalize", "none"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    # V_0 = 0.6, V_1 = 1: (0.4 + 0.4) / sqrt(2) = 0.566. Identical rows share even a boundary behind their end.
+    assert lines[1:10] == [
+        "boundary 3",
+        "rollouts tokens reward advantage",
+        "all 5 0.600",
+        "├─ 2: #0 #2 0–3 1.000 +0.566 1 2 3",
+        "│ ├─ #0 3–4 1.000 +0.400 4",
+        "│ └─ #2 3–4 1.000 +0.400 7",
+        "├─ #1 0–4 0.000 -1.200 1 2 5 6",
+        "└─ 2: #3 #4 0–1 0.500 -0.141 7",
+        "└─ #3 = #4 1–1 0.500 · (ends here)",
+    ]
+    assert lines[lines.index("boundary 1") + 1 :][:8] == [
+        "rollouts tokens reward advantage",
+        "all 4 0.333",
+        "├─ 2: #0 #1 0–1 0.500 +0.236 1",
+        "│ ├─ #0 1–3 1.000 +1.167 2 3",
+        "│ └─ #1 1–3 0.000 -0.833 2 3",
+        "├─ #2 0–0 0.000 · (no token)",
+        "└─ #3 0–2 none · 9 9",
+        "",
+    ]
+    assert "boundary 1 (not shared)" in lines
+    assert "all rewards are equal: every advantage is 0" in lines
+
+
+def test_trees_deeper_than_the_recursion_limit(tmp_path: Path) -> None:
+    rows = [completion([1] * 3000, 1.0), completion([1] * 3000, 0.0)]
+    source = save(tmp_path / "in.jsonl", [{"completions": rows}])
+    options = {"num_boundaries": 1400, "min_separation": 2}
+    with RolloutFile(source) as file:
+        prompt = next(iter(file))
+    assert prompt.name == "line 1"
+    found = list(branches(prompt, credit_prompt(prompt, options, torch.device("cpu"))))
+    assert len(found) == 1400 + 2 and not found[1399].is_leaf and found[-1].rows == [1]
+
+
+@pytest.mark.parametrize("columns", [20, 60, 80, 200])
+def test_plain_lines_that_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    prompts = random_prompts(20)
+    long = [completion([token] * 5000, 1.0 - token) for token in (0, 1)]
+    long[0]["tokens"] = [" [red]数"] * 5000
+    prompts += [{"prompt_id": "[bold]" + "z" * 300, "completions": long * 20}, {"completions": [completion([], None)]}]
+    assert main([str(save(tmp_path / "in.jsonl", prompts)), "--show", "99", "--num-boundaries", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "\r" not in shown and "\ud83d" not in shown
+    assert all(cell_len(line) <= columns and line == line.rstrip() for line in shown.splitlines())
+    if columns == 200:
+        assert "·[red]x" in shown and "[/]" in shown and ":smile:" in shown and "What [b]is[/b]↵this?" in shown
+        assert "\\x1b[31m" in shown and "\\ud83d" in shown and "…" in shown
+
+
+def test_colours_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RolloutFile(save(tmp_path / "in.jsonl", HAND)) as file:
+        prompt = next(iter(file))
+    console = Console(force_terminal=True, color_system="truecolor", width=100, markup=False, highlight=False)
+    options = {"num_boundaries": 1, "min_separation": None}
+    draw_prompt(console, prompt, credit_prompt(prompt, options, torch.device("cpu")))
+    by_row = {
+        line.split("#")[1][0]: line for line in capsys.readouterr().out.splitlines() if "─ " in line and "#" in line
+    }
+    assert "48;2;150;24;24m1 2 5 6" in by_row["1"], "the largest advantage has the full colour"
+    red, green, blue = map(int, by_row["2"].split("48;2;")[1].split("m")[0].split(";"))
+    assert 58 > red >= 16 and 58 < green < 112 and blue <= 58, "a smaller one is paler"
+
+
+@pytest.mark.parametrize("width", range(1, 30))
+def test_shortening(width: int) -> None:
+    for text in ("", "abc", "abcdefghijklmnopqrstuvwxyz", "数学数学数学数学数学", "a数" * 20):
+        short = shorten(text, width)
+        assert cell_len(short) <= width
+        assert short == text or cell_len(short) >= width - 2
+    for count in (0, 1, 5, 50, 10_000):
+        line = line_of_tokens([" ab"] * count, width)
+        assert line == shorten("·ab" * count, width)
+        numbers = line_of_numbers(range(100, 100 + count), width)
+        words = numbers.split(" ")
+        if numbers != "…":
+            assert len(numbers) <= width
+        assert all(word == "…" or 100 <= int(word) < 100 + count for word in words if word)
+        assert ("…" in words) == (4 * count - 1 > width)
+
+
+def test_visible() -> None:
+    assert visible(" a\n\t\r") == "·a↵⇥␍" and visible(" a\n", spaces=False) == " a↵"
+    assert visible("\x1b\x07\x9b\u202e\u200d\ud83d\u2028") == "\\x1b\\x07\\x9b\\u202e\\u200d\\ud83d\\u2028"
+    assert visible("é数[red]🙂") == "é数[red]🙂"
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    prompts = [{**prompt, "ballast": "x" * 20_000} for prompt in random_prompts(10)]
+    small = save(tmp_path / "small.jsonl", prompts)
+    large = save(tmp_path / "large.jsonl.gz", prompts * 25)
+    arguments = ["--show", "0", "--out", str(tmp_path / "out.jsonl")]
+    main([str(small), *arguments])  # what is imported and cached at first use is not counted below
+    peaks = []
+    for source in (small, large):
+        tracemalloc.start()
+        assert main([str(source), *arguments]) == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (tmp_path / "out.jsonl").stat().st_size > 5_000_000
+    assert peaks[1] < peaks[0] + 500_000
+
+
+def test_reading_holds_one_prompt(tmp_path: Path) -> None:
+    source = save(tmp_path / "many.jsonl", random_prompts(100) * 30)
+    with RolloutFile(source) as file:
+        tracemalloc.start()
+        positions = [file.position() for _ in file]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert len(positions) == 3000 and positions[-1] == source.stat().st_size == file.size
+    assert positions == sorted(positions) and positions[0] < 100_000
+    assert peak < 500_000 < source.stat().st_size
+
+
+def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "leafkernels", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", env=environment, **options)
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    prompts = random_prompts(40)
+    source = save(tmp_path / "in.jsonl", [*prompts, "oops"])
+    good = save(tmp_path / "good.jsonl", prompts)
+    # Side by side, because each spends its time on importing PyTorch.
+    failing = start(source, "--show", "1")
+    deaf = start(good, "--show", "40")
+    writing = start(good, "--show", "40", "--out", tmp_path / "out.jsonl")
+    for process in (deaf, writing):
+        assert process.stdout is not None
+        process.stdout.close()
+
+    out, err = failing.communicate(timeout=60)
+    assert failing.returncode == 2
+    assert err == f"leafkernels: {source}, line 41: not JSON: expecting value at column 1\n"
+    assert out.startswith("p0 ──") and "\x1b" not in out
+    for process, code in ((deaf, 141), (writing, 0)):
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == code
+        process.stderr.close()
+    check_written(prompts, load(tmp_path / "out.jsonl"))
+
+
+def test_shows_a_prompt_before_the_next_is_there_and_leaves_nothing_behind_when_interrupted(tmp_path: Path) -> None:
+    fifo = tmp_path / "pipe.jsonl"
+    os.mkfifo(fifo)
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious")
+    process = start(fifo, "--out", out)
+    with open(fifo, "w") as feed:
+        feed.write(json.dumps(HAND[0]) + "\n")
+        feed.flush()
+        assert process.stdout is not None
+        while "#2" not in (line := process.stdout.readline()):
+            assert line, "it ended"
+        assert len(list(tmp_path.iterdir())) == 3, "the partial file lies beside the other"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "leafkernels: interrupted\n"
+    assert out.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "pipe.jsonl"]

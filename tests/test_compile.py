@@ -1,0 +1,172 @@
+"""Registered operations, torch.compile, no recompilation, no synchronisation, CUDA graphs."""
+
+from typing import Any
+
+import pytest
+import torch
+from rollouts import DEVICE, random_group
+
+import leafkernels
+from leafkernels._layout import as_rows, build_layout
+
+on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+OPS = torch.ops.leafkernels
+
+
+def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
+    """Every operation with arguments as the public functions pass them."""
+    group = random_group(4, 10, seed=2, vocabulary=2)
+    mask = torch.ones(4, 10, dtype=torch.bool, device=DEVICE)
+    mask[1, 7:] = False
+    ids = as_rows(group["token_ids"])
+    layout = build_layout(ids, mask, 2, None)
+    groups = layout.rows_by_group, layout.group_starts, layout.group_of_row
+    rows = layout.row_starts, layout.row_lengths, *groups
+    slots = layout.slot_starts, layout.slot_ends, layout.row_starts
+    boundaries = OPS.select_boundaries(group["logprobs"], mask, *rows, layout.max_length, 2, None, True, backend)
+    limit = boundaries.amax(1)
+    shared = OPS.common_prefix_lengths(ids, *rows, limit, layout.max_group, backend)
+    credit = group["rewards"], shared, boundaries, layout.row_lengths, *groups, "both", 0.5, True, "span"
+    values, raw, ends, *_ = OPS.span_values(*credit, backend)
+    return {
+        "select_boundaries": (
+            OPS.select_boundaries,
+            (group["logprobs"], mask, *rows, layout.max_length, 2, None, True, backend),
+        ),
+        "common_prefix_lengths": (OPS.common_prefix_lengths, (ids, *rows, limit, layout.max_group, backend)),
+        "span_values": (OPS.span_values, (*credit, backend)),
+        "span_values_backward": (OPS.span_values_backward, (values, raw, raw, *credit)),
+        "scatter_spans": (OPS.scatter_spans, (values, ends, mask, *slots, [4, 10], torch.float32, backend)),
+        "gather_spans": (OPS.gather_spans, (group["logprobs"], ends, mask, *slots, backend)),
+    }
+
+
+@pytest.mark.parametrize("name", op_calls("torch"))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend: str, name: str) -> None:
+    op, args = op_calls(backend)[name]
+    result = torch.library.opcheck(op.default, args)
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("layout", ["padded", "groups", "packed"])
+def test_torch_compile_fullgraph(backend: str, layout: str) -> None:
+    group = random_group(6, 20, seed=3, vocabulary=2)
+    options: dict[str, Any] = {"backend": backend, "response_mask": torch.ones(6, 20, device=DEVICE)}
+    if layout == "groups":
+        options["groups"] = torch.tensor([1, 0, 1, 1, 0, 0], device=DEVICE)
+    if layout == "packed":
+        options["cu_seqlens"] = torch.arange(0, 121, 20, dtype=torch.int32, device=DEVICE)
+        options["groups"] = 3
+        options["response_mask"] = None
+        group["logprobs"], group["token_ids"] = group["logprobs"].flatten(), group["token_ids"].flatten()
+
+    def step(logprobs: torch.Tensor, token_ids: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+        advantages = leafkernels.span_advantages(logprobs, token_ids, rewards, **options)
+        return (advantages * logprobs.exp()).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    arguments = group["logprobs"], group["token_ids"], group["rewards"]
+    torch.testing.assert_close(compiled(*arguments), step(*arguments), rtol=1e-5, atol=1e-6)
+
+
+def test_torch_compile_with_gradients() -> None:
+    group = random_group(6, 20, seed=4, vocabulary=2)
+
+    def loss(logprobs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+        advantages = leafkernels.span_advantages(logprobs.detach(), group["token_ids"], rewards)
+        return (advantages * logprobs).sum()
+
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        logprobs = group["logprobs"].clone().requires_grad_()
+        rewards = group["rewards"].clone().requires_grad_()
+        function(logprobs, rewards).backward()
+        assert rewards.grad is not None
+        assert rewards.grad.any()
+        results.append((logprobs.grad, rewards.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@on_gpu
+def test_a_new_length_compiles_nothing() -> None:
+    from leafkernels.kernels import boundaries, prefix_lengths, scatter, values
+
+    kernels = [
+        boundaries._column_maxima_kernel,
+        boundaries._select_boundaries_kernel,
+        prefix_lengths._common_prefix_lengths_kernel,
+        values._span_values_kernel,
+        values._normalize_spans_kernel,
+        scatter._scatter_spans_kernel,
+    ]
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    leafkernels.span_advantages(**random_group(8, 100, seed=1))
+    before = compiled()
+    for rows, tokens in [(8, 101), (8, 112), (1, 7), (16, 1), (3, 1025), (32, 64)]:
+        leafkernels.span_advantages(**random_group(rows, tokens, seed=1))
+    assert compiled() == before
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", ["padded", "groups", "packed"])
+def test_nothing_synchronises_and_a_graph_captures_it(layout: str) -> None:
+    group = random_group(16, 300, seed=5)
+    mask = torch.ones(16, 300, dtype=torch.bool, device=DEVICE)
+    mask[3, 200:] = False
+    options: dict[str, Any] = {"response_mask": mask, "groups": 8}
+    if layout == "groups":
+        options["groups"] = torch.arange(16, device=DEVICE) % 3
+    if layout == "packed":
+        options = {"cu_seqlens": torch.arange(0, 4801, 300, dtype=torch.int32, device=DEVICE), "groups": 8}
+        group["logprobs"], group["token_ids"] = group["logprobs"].flatten(), group["token_ids"].flatten()
+
+    def step() -> torch.Tensor:
+        return leafkernels.span_advantages(**group, **options)
+
+    expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    group["rewards"].copy_(group["rewards"].flip(0))
+    graph.replay()
+    torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+    group["rewards"].copy_(group["rewards"].flip(0))
+    graph.replay()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+
+
+@on_gpu
+def test_broken_cu_seqlens_stay_inside_the_tensors() -> None:
+    """Values are preconditions on a GPU; breaking them gives meaningless numbers, not an access outside."""
+    group = random_group(4, 64, seed=6)
+    flat = {"logprobs": group["logprobs"].flatten(), "token_ids": group["token_ids"].flatten()}
+    for bounds in ([0, 10**6, 5, -7, 256], [2**31 - 1] * 5, [200, 100, 50, 20, 0]):
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        advantages = leafkernels.span_advantages(**flat, rewards=group["rewards"], cu_seqlens=cu_seqlens)
+        assert advantages.shape == (256,)
+    torch.cuda.synchronize()
+
+
+@on_gpu
+def test_triton_and_torch_agree_on_a_gpu_at_size() -> None:
+    group = random_group(64, 4096, seed=7)
+    for options in ({}, {"num_boundaries": 6}, {"groups": 16, "normalize": "batch"}):
+        triton, torch_ = (leafkernels.span_advantages(**group, **options, backend=b) for b in ("triton", "torch"))
+        torch.testing.assert_close(triton, torch_, rtol=2e-7, atol=1e-8)
