@@ -2,6 +2,7 @@
 
 from leafkernels.advantages import SpanTree, span_advantages, span_tree
 from leafkernels.boundaries import select_boundaries
+from leafkernels.groups import group_index
 from leafkernels.prefix_lengths import common_prefix_lengths
 from leafkernels.scatter import scatter_spans
 from leafkernels.values import SpanValues, span_values
@@ -12,6 +13,7 @@ __all__ = [
     "SpanTree",
     "SpanValues",
     "common_prefix_lengths",
+    "group_index",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("leafkernels", "DEF")
 
@@ -14,8 +15,16 @@ def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) ->
     A bare definition with the autograd function outside is the cheapest registered boundary PyTorch offers, and
     ``torch.compile`` sees one opaque node with the shapes that ``fake`` gives.
     """
+
+    def on_device_of_first(first: Tensor, *rest: Any) -> Any:
+        # Triton launches on the current device, which need not be that of the tensors.
+        if not first.is_cuda:
+            return impl(first, *rest)
+        with torch.cuda.device(first.device):
+            return impl(first, *rest)
+
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, on_device_of_first, "CompositeExplicitAutograd")
     torch.library.register_fake(f"leafkernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.leafkernels, name).default

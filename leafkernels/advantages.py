@@ -128,11 +128,12 @@ def span_advantages(
             ``cu_seqlens``. float32, bfloat16 or float16, nats: log-probabilities of the sampled tokens. Boundaries are
             ranked by their negative; no gradient flows to them. NaN: never a boundary.
         token_ids: the same shape; any integer dtype.
-        rewards: one for each row: (G,), (B, G) or (N,); floating point or integers. NaN (unscorable) leaves the row
-            out of every mean and gives it 0.
+        rewards: one for each row: (G,), (B, G) or (N,); finite floating point or integers. NaN (unscorable) leaves the
+            row out of every mean and gives it 0.
         response_mask: the same shape; nonzero where a token counts, with holes and padding anywhere; None: all.
         groups: an int (consecutive runs of that many rows are a prompt) or an integer tensor (N,) that names each
-            row's prompt, in any order and with unequal sizes; None: all rows are one prompt. A CUDA tensor costs
+            row's prompt, in any order and with unequal sizes (``group_index`` makes it from uid strings); None: all
+            rows are one prompt. A CUDA tensor costs
             N * N int32 of temporary memory, because counting its groups would synchronise; an int costs N * groups.
         cu_seqlens: (N + 1,) int32, offsets of packed rows: 0, ascending, the total.
         num_boundaries: boundaries of a prompt at most (B of the paper).

@@ -118,7 +118,7 @@ def check_value_options(terms: str, multiplicity_power: float, leave_one_out: bo
     """Raise unless the options of the credit are what they must be."""
     check_choice("terms", terms, TERMS)
     check_choice("normalize", normalize, NORMALIZE)
-    if isinstance(multiplicity_power, bool) or not isinstance(multiplicity_power, int | float):
+    if isinstance(multiplicity_power, bool) or not isinstance(multiplicity_power, (int, float)):
         raise TypeError(f"multiplicity_power must be a number, got {type(multiplicity_power).__name__}")
     if not isinstance(leave_one_out, bool):
         raise TypeError(f"leave_one_out must be a bool, got {type(leave_one_out).__name__}")

@@ -133,6 +133,8 @@ class Compiled(NamedTuple):
     widest: int
     """Bytes of the widest access to global memory of one thread."""
     contiguous: bool
+    specialised: list[str]
+    """Integer arguments whose value may compile the kernel anew."""
 
 
 def compile_case(case: Case, arch: int) -> Compiled:
@@ -157,10 +159,12 @@ def compile_case(case: Case, arch: int) -> Compiled:
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _cuobjdump("-res-usage", cubin)
         sass = _cuobjdump("-sass", cubin)
+    is_integer = {name for name, kind in signature.items() if kind in ("i32", "i64")}
+    specialised = [p.name for p in case.kernel.params if p.name in is_integer and not p.do_not_specialize]
     registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     widths = [int(width or 32) // 8 for width in re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*?(?:\.(64|128))?\b", sass)]
-    return Compiled(case.name, arch, registers, spills, stack, max(widths), case.contiguous)
+    return Compiled(case.name, arch, registers, spills, stack, max(widths), case.contiguous, specialised)
 
 
 def _cuobjdump(flag: str, cubin: Path) -> str:

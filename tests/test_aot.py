@@ -34,6 +34,11 @@ def test_wide_accesses_where_tokens_are_streamed(table: list[dict]) -> None:
     assert [row for row in table if row["contiguous"] and row["widest"] < 16] == []
 
 
+def test_no_size_is_compiled_in(table: list[dict]) -> None:
+    """A new length, number of rows or stride must find a compiled kernel."""
+    assert [row for row in table if row["specialised"]] == []
+
+
 def test_every_kernel_and_architecture_is_in_the_table(table: list[dict]) -> None:
     kernels = Path(__file__).parents[1] / "leafkernels" / "kernels"
     defined = {

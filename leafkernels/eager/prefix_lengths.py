@@ -14,8 +14,10 @@ from torch.nn.functional import pad
 
 from leafkernels.eager._rows import aligned_rows, group_members
 
-# Comparing all pairs takes a tenth of the steps of a refinement, and a bounded amount of memory up to this many tokens.
+# Comparing all pairs takes a tenth of the steps of a refinement. It is for problems of at most so many tokens to compare,
+# and takes so many at a time, about what the cache of one core holds.
 _FEW_TOKENS = 1 << 20
+_CACHED_TOKENS = 1 << 17
 
 
 def common_prefix_lengths(
@@ -39,28 +41,23 @@ def common_prefix_lengths(
     )
     members, is_member = group_members(rows_by_group, group_starts, group_of_row, max_group)
     width = int(caps.max())
-    if num_rows * max_group // 2 * width <= _FEW_TOKENS:
+    if num_rows * max_group * width <= _FEW_TOKENS:
         return _all_pairs(aligned_rows(token_ids, row_starts, width), caps, members, is_member)
     return _refine(*_flat(token_ids, row_starts), caps, members, is_member)
 
 
 def _all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:
-    """Compare every row (N, width) with the rows of its group."""
-    row, rank = is_member.nonzero(as_tuple=True)
-    other = members[row, rank]
-    upper = row < other
-    left, right = row[upper], other[upper]
-    first = _first_true(tokens.index_select(0, left) != tokens.index_select(0, right))
-    shared = torch.minimum(first, torch.minimum(caps[left], caps[right]))
-    # Rows of a group ascend with their rank, so the pairs below the diagonal come in the order of a transposition.
-    lengths = torch.zeros(members.shape, dtype=torch.int32, device=tokens.device)
-    lengths[row, rank] = caps[row].to(torch.int32)
-    ranks = torch.zeros_like(caps)
-    ranks[members[row, rank]] = rank
-    shared = shared.to(torch.int32)
-    lengths[left, rank[upper]] = shared
-    lengths[right, ranks[left]] = shared
-    return lengths
+    """Compare every row (N, width) with every row of its group, as many rows at a time as stay in the cache."""
+    (num_rows, max_group), width = members.shape, tokens.shape[1]
+    at_a_time = max(1, _CACHED_TOKENS // max(max_group * width, 1))
+    shared = []
+    for start in range(0, num_rows, at_a_time):
+        rows = tokens[start : start + at_a_time, None]
+        others = tokens.index_select(0, members[start : start + at_a_time].reshape(-1))
+        differs = others.view(-1, max_group, width) != rows
+        shared.append(_first_true(differs.view(differs.shape[0] * max_group, width)))
+    ends = torch.minimum(caps[members], caps[:, None])
+    return torch.minimum(torch.cat(shared).view(members.shape), ends).masked_fill_(~is_member, 0).to(torch.int32)
 
 
 def _refine(tokens: Tensor, offsets: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:

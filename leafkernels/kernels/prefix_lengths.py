@@ -11,7 +11,6 @@ from torch import Tensor
 
 from leafkernels.kernels._rows import load_block, row_stride
 
-
 BLOCK = 512  # tokens compared at a time: most pairs part early
 
 
