@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from leafkernels.eager._rows import aligned_rows, group_members
 
-# Comparing all pairs takes a tenth of the steps of a refinement. It is for problems of at most so many tokens to compare,
-# and takes so many at a time, about what the cache of one core holds.
+# Comparing all pairs takes a tenth of the steps of a refinement. It is for problems of at most so many tokens, and
+# takes so many at a time, about what the cache of one core holds.
 _FEW_TOKENS = 1 << 20
 _CACHED_TOKENS = 1 << 17
 
@@ -54,7 +54,7 @@ def _all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor)
     for start in range(0, num_rows, at_a_time):
         rows = tokens[start : start + at_a_time, None]
         others = tokens.index_select(0, members[start : start + at_a_time].reshape(-1))
-        differs = others.view(-1, max_group, width) != rows
+        differs = others.view(rows.shape[0], max_group, width) != rows
         shared.append(_first_true(differs.view(differs.shape[0] * max_group, width)))
     ends = torch.minimum(caps[members], caps[:, None])
     return torch.minimum(torch.cat(shared).view(members.shape), ends).masked_fill_(~is_member, 0).to(torch.int32)
