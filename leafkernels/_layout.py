@@ -121,3 +121,12 @@ def _scattered_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     group_of_row = torch.empty_like(sorted_groups)
     group_of_row[rows_by_group] = sorted_groups
     return rows_by_group, group_starts, group_of_row, max_group
+
+
+def group_members(
+    rows_by_group: Tensor, group_starts: Tensor, group_of_row: Tensor, max_group: int
+) -> tuple[Tensor, Tensor]:
+    """For each row the rows of its group, (N, max_group), and which entries are real."""
+    index = group_starts[group_of_row][:, None] + torch.arange(max_group, device=rows_by_group.device)
+    is_member = index < group_starts[group_of_row + 1][:, None]
+    return rows_by_group[index.clamp_max(max(rows_by_group.shape[0] - 1, 0))], is_member

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from leafkernels._backend import resolve_backend
 from leafkernels._checks import check_integer, check_layout, check_like, check_real, check_rewards
-from leafkernels._layout import Layout, as_rows
+from leafkernels._layout import Layout, as_rows, group_members
 from leafkernels.boundaries import boundaries_of_groups, check_boundary_options, per_prompt
-from leafkernels.eager._rows import group_members
 from leafkernels.prefix_lengths import prefix_lengths_of_groups
 from leafkernels.scatter import scatter_to_tokens
 from leafkernels.values import SpanValues, check_value_options, finish, values_of_groups

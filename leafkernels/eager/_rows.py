@@ -1,4 +1,4 @@
-"""Rows and groups as dense tables."""
+"""Rows as a dense table."""
 
 import torch
 from torch import Tensor
@@ -14,12 +14,3 @@ def aligned_rows(tensor: Tensor, row_starts: Tensor, width: int) -> Tensor:
     index = row_starts[:, None] + torch.arange(width, device=tensor.device)
     index = index.clamp_max(max(tensor.shape[-1] - 1, 0))
     return tensor.gather(1, index) if tensor.dim() == 2 else tensor[index]
-
-
-def group_members(
-    rows_by_group: Tensor, group_starts: Tensor, group_of_row: Tensor, max_group: int
-) -> tuple[Tensor, Tensor]:
-    """For each row the rows of its group, (N, max_group), and which entries are real."""
-    index = group_starts[group_of_row][:, None] + torch.arange(max_group, device=rows_by_group.device)
-    is_member = index < group_starts[group_of_row + 1][:, None]
-    return rows_by_group[index.clamp_max(max(rows_by_group.shape[0] - 1, 0))], is_member

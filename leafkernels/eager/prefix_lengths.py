@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leafkernels.eager._rows import aligned_rows, group_members
+from leafkernels._layout import group_members
+from leafkernels.eager._rows import aligned_rows
 
 # Comparing all pairs takes a tenth of the steps of a refinement. It is for problems of at most so many tokens, and
 # takes so many at a time, about what the cache of one core holds.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leafkernels.eager._rows import group_members
+from leafkernels._layout import group_members
 
 _FAR = torch.iinfo(torch.int32).max
 

@@ -129,6 +129,27 @@ def _span_values_kernel(
     tl.store(reward_std_ptr + row, reward_std)
 
 
+@triton.jit
+def _slots(
+    rows_by_group_ptr,
+    span_ends_ptr,
+    start,
+    last,
+    NUM_SLOTS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where the slots of rows [start, start + BLOCK) by group lie, which are real, which hold a span, and the rows."""
+    rank = start + tl.arange(0, BLOCK)
+    slot = tl.arange(0, BLOCK_S)[None, :]
+    row = tl.load(rows_by_group_ptr + rank, mask=rank < last, other=0)[:, None]
+    in_table = (rank < last)[:, None] & (slot < NUM_SLOTS)
+    offs = row * NUM_SLOTS + slot
+    end = tl.load(span_ends_ptr + offs, mask=in_table, other=0)
+    begin = tl.load(span_ends_ptr + offs - 1, mask=in_table & (slot > 0), other=0)
+    return offs, in_table, end > begin, row
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _normalize_spans_kernel(
     values_ptr,
@@ -150,52 +171,40 @@ def _normalize_spans_kernel(
         group = tl.program_id(0).to(tl.int64)
         first = tl.load(group_starts_ptr + group)
         last = tl.load(group_starts_ptr + group + 1)
-    slot = tl.arange(0, BLOCK_S)[None, :]
 
     shift = tl.sum(tl.zeros([BLOCK_S], tl.float64), axis=0)
     scale = shift
     if not BY_REWARD_STD:
         number = tl.zeros([BLOCK, BLOCK_S], tl.float64)
         total = tl.zeros([BLOCK, BLOCK_S], tl.float64)
-        for block in range(0, tl.cdiv(last - first, BLOCK)):
-            rank = first + block * BLOCK + tl.arange(0, BLOCK)
-            row = tl.load(rows_by_group_ptr + rank, mask=rank < last, other=0)[:, None]
-            here = (rank < last)[:, None] & (slot < NUM_SLOTS)
-            offs = row * NUM_SLOTS + slot
-            end = tl.load(span_ends_ptr + offs, mask=here, other=0)
-            start = tl.load(span_ends_ptr + offs - 1, mask=here & (slot > 0), other=0)
-            number += tl.where(here & (end > start), 1.0, 0.0)
-            total += tl.load(raw_ptr + offs, mask=here, other=0.0)
+        for start in range(first, last, BLOCK):
+            offs, in_table, is_span, _ = _slots(
+                rows_by_group_ptr, span_ends_ptr, start, last, NUM_SLOTS, BLOCK_S, BLOCK
+            )
+            number += tl.where(is_span, 1.0, 0.0)
+            total += tl.load(raw_ptr + offs, mask=in_table, other=0.0)
         count = tl.sum(tl.sum(number, axis=1), axis=0)
         shift = tl.sum(tl.sum(total, axis=1), axis=0) / tl.maximum(count, 1.0)
         spread = tl.zeros([BLOCK, BLOCK_S], tl.float64)
-        for block in range(0, tl.cdiv(last - first, BLOCK)):
-            rank = first + block * BLOCK + tl.arange(0, BLOCK)
-            row = tl.load(rows_by_group_ptr + rank, mask=rank < last, other=0)[:, None]
-            here = (rank < last)[:, None] & (slot < NUM_SLOTS)
-            offs = row * NUM_SLOTS + slot
-            end = tl.load(span_ends_ptr + offs, mask=here, other=0)
-            start = tl.load(span_ends_ptr + offs - 1, mask=here & (slot > 0), other=0)
-            distance = tl.load(raw_ptr + offs, mask=here, other=0.0) - shift
-            spread += tl.where(here & (end > start), distance * distance, 0.0)
+        for start in range(first, last, BLOCK):
+            offs, in_table, is_span, _ = _slots(
+                rows_by_group_ptr, span_ends_ptr, start, last, NUM_SLOTS, BLOCK_S, BLOCK
+            )
+            distance = tl.load(raw_ptr + offs, mask=in_table, other=0.0) - shift
+            spread += tl.where(is_span, distance * distance, 0.0)
         variance = tl.sum(tl.sum(spread, axis=1), axis=0) / tl.maximum(count - 1.0, 1.0)
         scale = tl.maximum(tl.sqrt(variance), 1e-6)
 
-    for block in range(0, tl.cdiv(last - first, BLOCK)):
-        rank = first + block * BLOCK + tl.arange(0, BLOCK)
-        row = tl.load(rows_by_group_ptr + rank, mask=rank < last, other=0)[:, None]
-        here = (rank < last)[:, None] & (slot < NUM_SLOTS)
-        offs = row * NUM_SLOTS + slot
-        end = tl.load(span_ends_ptr + offs, mask=here, other=0)
-        start = tl.load(span_ends_ptr + offs - 1, mask=here & (slot > 0), other=0)
-        raw = tl.load(raw_ptr + offs, mask=here, other=0.0)
+    for start in range(first, last, BLOCK):
+        offs, in_table, is_span, row = _slots(rows_by_group_ptr, span_ends_ptr, start, last, NUM_SLOTS, BLOCK_S, BLOCK)
+        raw = tl.load(raw_ptr + offs, mask=in_table, other=0.0)
         # The deviation of rewards is exactly 0 where they are all equal, and so must the advantages be.
         std = tl.load(reward_std_ptr + row, mask=row < num_rows, other=0.0)
         if BY_REWARD_STD:
             value = raw / (std + 1e-6)
         else:
             value = (raw - shift) / scale
-        tl.store(values_ptr + offs, tl.where((end > start) & (std > 0.0), value, 0.0), mask=here)
+        tl.store(values_ptr + offs, tl.where(is_span & (std > 0.0), value, 0.0), mask=in_table)
 
 
 def launch_span_values(
