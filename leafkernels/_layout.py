@@ -31,6 +31,20 @@ class Layout(NamedTuple):
     max_length: int
     max_group: int
 
+    def without(self, is_out: Tensor) -> "Layout":
+        """The layout in which the rows of a mask (N,) have no token."""
+        return Layout(
+            self.slot_starts,
+            self.slot_ends,
+            self.row_starts,
+            self.row_lengths.masked_fill(is_out, 0),
+            self.rows_by_group,
+            self.group_starts,
+            self.group_of_row,
+            self.max_length,
+            self.max_group,
+        )
+
 
 def values_readable(tensor: Tensor) -> bool:
     """Whether reading values costs no device synchronisation and no graph break."""

@@ -68,7 +68,7 @@ def _credit(
     backend = resolve_backend(backend, token_ids.device)
 
     # A row that cannot be scored takes no part in anything, as if it had no token and no reward.
-    layout = layout._replace(row_lengths=layout.row_lengths.masked_fill(rewards.isnan(), 0))
+    layout = layout.without(rewards.isnan())
     scores = logprobs if boundary_scores is None else boundary_scores
     boundaries = boundaries_of_groups(
         as_rows(scores), mask, layout, num_boundaries, min_separation, boundary_scores is None, backend

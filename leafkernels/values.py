@@ -129,8 +129,9 @@ def finish(spans: SpanValues, boundaries_of_rows: Tensor, row_shape: tuple[int, 
     is_group = torch.ones_like(spans.members[:, :1], dtype=torch.bool)
     is_node = torch.cat([is_group, (spans.members[:, 1:] >= 2) & (boundaries_of_rows >= 0)], dim=1)
     members = spans.members.masked_fill(~is_node, 0)
-    spans = spans._replace(members=members, node_values=spans.node_values.masked_fill(members == 0, torch.nan))
-    return SpanValues(*(field.reshape(*row_shape, field.shape[-1]) for field in spans))
+    node_values = spans.node_values.masked_fill(members == 0, torch.nan)
+    fields = (spans.values, spans.raw, spans.span_ends, members, node_values)
+    return SpanValues(*(field.reshape(*row_shape, field.shape[-1]) for field in fields))
 
 
 def span_values(

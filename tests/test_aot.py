@@ -1,5 +1,6 @@
 """Every kernel compiles for real GPUs, without one: no spills, no stack, wide accesses where tokens are streamed."""
 
+import inspect
 import json
 import os
 import re
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+compiler = pytest.importorskip("triton.compiler")
+if "constexprs" not in inspect.signature(compiler.ASTSource).parameters:
+    pytest.skip("needs the interface to Triton's compiler of version 3.3 or later", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
