@@ -5,6 +5,7 @@ from leafkernels.boundaries import select_boundaries
 from leafkernels.groups import group_index
 from leafkernels.prefix_lengths import common_prefix_lengths
 from leafkernels.scatter import scatter_spans
+from leafkernels.surprisal import SurprisalEntropy, surprisal_entropy
 from leafkernels.values import SpanValues, span_values
 
 __version__ = "0.1.0"
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SpanTree",
     "SpanValues",
+    "SurprisalEntropy",
     "common_prefix_lengths",
     "group_index",
     "scatter_spans",
@@ -19,4 +21,5 @@ __all__ = [
     "span_advantages",
     "span_tree",
     "span_values",
+    "surprisal_entropy",
 ]

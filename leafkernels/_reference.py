@@ -1,5 +1,7 @@
 """The reference behind ``backend="reference"``: tensors to lists, ``python_ref``, and back; slow, on any device."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -165,3 +167,46 @@ def gather_spans(
     rows = [_row(gradients, i, start, end) for i, (start, end) in enumerate(slots)]
     sums = python_ref.gather_spans(rows, span_ends.tolist(), masks)
     return torch.tensor(sums, dtype=torch.float64, device=gradients.device).reshape(span_ends.shape)
+
+
+def surprisal_entropy(
+    logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``python_ref.surprisal_entropy``; arguments and results as the PyTorch implementation."""
+    live = range(logits.shape[0]) if mask is None else mask.nonzero().flatten().tolist()
+    rows, tokens, temperatures = logits.tolist(), token_ids.tolist(), temperature.tolist()
+    surprisals, entropies = python_ref.surprisal_entropy(
+        [rows[i] for i in live], [tokens[i] for i in live], temperature=[temperatures[i] for i in live]
+    )
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    results = torch.zeros((4, logits.shape[0]), dtype=dtype)
+    for i, surprisal, entropy in zip(live, surprisals, entropies, strict=True):
+        # The top and log sum e^(x - top), which the gradient starts from, are surprisals as well: of the id at the top.
+        top = max(rows[i], default=math.nan)
+        log_total = python_ref.surprisal_entropy([rows[i]], [rows[i].index(top)], temperature=temperatures[i])[0][0]
+        results[:, i] = torch.tensor([surprisal, entropy, top, log_total], dtype=dtype)
+    return tuple(results.to(logits.device).unbind())  # type: ignore[return-value]
+
+
+def surprisal_entropy_backward(
+    surprisal_gradients: Tensor,
+    entropy_gradients: Tensor | None,
+    entropy: Tensor,
+    tops: Tensor,
+    log_totals: Tensor,
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """See ``python_ref.surprisal_entropy_backward``; arguments and result as the PyTorch implementation."""
+    rows, tokens, temperatures = logits.tolist(), token_ids.tolist(), temperature.tolist()
+    of_surprisal = surprisal_gradients.tolist()
+    of_entropy = [0.0] * len(rows) if entropy_gradients is None else entropy_gradients.tolist()
+    result = torch.zeros(logits.shape, dtype=logits.dtype)
+    for i in range(len(rows)) if mask is None else mask.nonzero().flatten().tolist():
+        gradient = python_ref.surprisal_entropy_backward(
+            [of_surprisal[i]], [of_entropy[i]], [rows[i]], [tokens[i]], temperature=temperatures[i]
+        )
+        result[i] = torch.tensor(gradient[0], dtype=logits.dtype)
+    return result.to(logits.device)

@@ -8,6 +8,7 @@ from python_ref.advantages import SpanTree, span_advantages, span_tree
 from python_ref.boundaries import select_boundaries
 from python_ref.prefix_lengths import common_prefix_lengths
 from python_ref.scatter import gather_spans, scatter_spans
+from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
 from python_ref.values import normalize_spans, span_values
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "span_advantages",
     "span_tree",
     "span_values",
+    "surprisal_entropy",
+    "surprisal_entropy_backward",
 ]

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from leafkernels.kernels import boundaries, prefix_lengths, scatter, values
+from leafkernels.kernels import boundaries, prefix_lengths, scatter, surprisal, values
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -112,6 +112,27 @@ CASES = [
         )
         for mask in ("*i1", "None")
     ),
+    *(
+        Case(
+            f"surprisal_entropy {logits}",
+            surprisal._surprisal_entropy_kernel,
+            f"*fp32 *fp32 *fp32 *fp32 {logits} *i64 *fp64 *i1 i32 i32",
+            {"HAS_MASK": True, "BLOCK": 4096, "num_warps": 8},
+            True,
+        )
+        for logits in ("*fp32", "*bf16", "*fp16")
+    ),
+    *(
+        Case(
+            f"surprisal_entropy_backward {logits}{'' if with_entropy else ' no entropy'}",
+            surprisal._surprisal_entropy_backward_kernel,
+            f"{logits} *fp32 *fp32 *fp32 *fp32 *fp32 {logits} *i64 *fp64 *i1 i32 i32 i32",
+            {"HAS_ENTROPY": with_entropy, "HAS_MASK": True, "BLOCK": 4096, "num_warps": 8},
+            True,
+        )
+        for logits in ("*fp32", "*bf16")
+        for with_entropy in (True, False)
+    ),
     Case(
         "gather_spans",
         scatter._gather_spans_kernel,
@@ -176,7 +197,7 @@ def main() -> None:
     """Print the table, or one JSON object for each line of it with --json."""
     as_json = "--json" in sys.argv[1:]
     if not as_json:
-        print(f"{'kernel':34} {'arch':>6} {'registers':>9} {'spills':>6} {'stack':>5} {'widest access':>13}")
+        print(f"{'kernel':46} {'arch':>6} {'registers':>9} {'spills':>6} {'stack':>5} {'widest access':>13}")
     for case in CASES:
         for arch in ARCHITECTURES:
             row = compile_case(case, arch)
@@ -184,7 +205,7 @@ def main() -> None:
                 print(json.dumps(row._asdict()), flush=True)
             else:
                 print(
-                    f"{row.name:34} sm_{row.arch:<3} {row.registers:9} {row.spills:6} {row.stack:5} {row.widest:11} B",
+                    f"{row.name:46} sm_{row.arch:<3} {row.registers:9} {row.spills:6} {row.stack:5} {row.widest:11} B",
                     flush=True,
                 )
 

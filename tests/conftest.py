@@ -35,13 +35,16 @@ def poisoned_memory() -> Iterator[None]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels cross several blocks, and the PyTorch backend refines, already on small inputs."""
     from leafkernels.eager import prefix_lengths as eager_prefix_lengths
-    from leafkernels.kernels import boundaries, prefix_lengths, scatter, values
+    from leafkernels.eager import surprisal as eager_surprisal
+    from leafkernels.kernels import boundaries, prefix_lengths, scatter, surprisal, values
 
     monkeypatch.setattr(boundaries, "BLOCK", 4)
     monkeypatch.setattr(prefix_lengths, "BLOCK", 2)
     monkeypatch.setattr(scatter, "BLOCK", 4)
+    monkeypatch.setattr(surprisal, "BLOCK", 8)
     monkeypatch.setattr(values, "BLOCK", 2)
     monkeypatch.setattr(eager_prefix_lengths, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(eager_surprisal, "_CHUNK", 64)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,11 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     shared = OPS.common_prefix_lengths(ids, *rows, limit, layout.max_group, backend)
     credit = group["rewards"], shared, boundaries, layout.row_lengths, *groups, "both", 0.5, True, "span"
     values, raw, ends, *_ = OPS.span_values(*credit, backend)
+    logits = torch.randn(4, 9, device=DEVICE)
+    tokens, live = torch.tensor([3, 0, 8, 2], device=DEVICE), torch.tensor([1, 0, 1, 1], device=DEVICE).bool()
+    temperature = torch.full((4,), 0.5, dtype=torch.float64, device=DEVICE)
+    surprisal, *results = OPS.surprisal_entropy(logits, tokens, temperature, live, backend)
+    results.insert(0, results[0])  # the entropy stands for its own gradient
     return {
         "select_boundaries": (
             OPS.select_boundaries,
@@ -37,6 +42,11 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
         "span_values": (OPS.span_values, (*credit, backend)),
         "span_values_backward": (OPS.span_values_backward, (values, raw, raw, *credit)),
         "scatter_spans": (OPS.scatter_spans, (values, ends, mask, *slots, [4, 10], torch.float32, backend)),
+        "surprisal_entropy": (OPS.surprisal_entropy, (logits, tokens, temperature, live, backend)),
+        "surprisal_entropy_backward": (
+            OPS.surprisal_entropy_backward,
+            (surprisal, *results, logits, tokens, temperature, live, backend),
+        ),
         "gather_spans": (OPS.gather_spans, (group["logprobs"], ends, mask, *slots, backend)),
     }
 

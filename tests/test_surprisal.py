@@ -1,0 +1,280 @@
+"""surprisal_entropy: right where a softmax written down is not, against float64 on the inputs as rounded."""
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rollouts import BACKENDS, DEVICE
+
+import leafkernels
+import python_ref
+
+FAST = ("torch", "triton")
+INF = math.inf
+
+
+def tolerance(dtype: torch.dtype, reduced: int) -> float:
+    """Relative error of a float32 sum of exponentials: each is off by about 4 roundings, their sum by its depth.
+
+    Results are float32 whatever the logits were (the inputs are rounded before the truth is computed), float64 for
+    float64.
+    """
+    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    return unit * (8 + 2 * math.log2(max(reduced, 2)))
+
+
+def truth(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    surprisal, entropy = python_ref.surprisal_entropy(
+        logits.double().tolist(), token_ids.tolist(), temperature=temperature
+    )
+    return torch.tensor(surprisal, dtype=torch.float64), torch.tensor(entropy, dtype=torch.float64)
+
+
+def check(logits: torch.Tensor, token_ids: torch.Tensor, backend: str, temperature: float = 1.0) -> None:
+    found = leafkernels.surprisal_entropy(logits, token_ids, temperature=temperature, backend=backend)
+    expected = truth(logits, token_ids, temperature)
+    # The surprisal of a token x below the top is a difference of numbers of that size.
+    rtol = tolerance(logits.dtype, logits.shape[-1])
+    for actual, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual.double().cpu(), want, rtol=rtol, atol=1e-30, equal_nan=True)
+
+
+LOGITS = (0.0, -0.0, 1.0, -1.5, 3.0, 10.0, -30.0, 60.0, -INF)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_the_reference(backend: str, small_blocks: None) -> None:
+    @settings(max_examples={"torch": 150, "reference": 40}.get(backend, 150 if DEVICE == "cuda" else 40))
+    @given(
+        st.integers(1, 40).flatmap(
+            lambda v: st.lists(st.lists(st.sampled_from(LOGITS), min_size=v, max_size=v), min_size=1, max_size=3)
+        ),
+        st.data(),
+        st.sampled_from([1.0, 0.5, 3.0]),
+    )
+    def run(rows: list[list[float]], data: st.DataObject, temperature: float) -> None:
+        logits = torch.tensor(rows, device=DEVICE)
+        ids = torch.tensor([data.draw(st.integers(0, len(rows[0]) - 1)) for _ in rows], device=DEVICE)
+        check(logits, ids, backend, temperature)
+
+    run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 8, 9, 63, 64, 65, 257])
+@pytest.mark.parametrize("backend", FAST)
+def test_vocabularies_that_cross_blocks(backend: str, vocabulary: int, dtype: torch.dtype, small_blocks: None) -> None:
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels take no float64")
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (torch.randn(3, vocabulary, generator=generator) * 4).to(dtype).to(DEVICE)
+    ids = torch.randint(0, vocabulary, (3,), generator=generator).to(DEVICE)
+    check(logits, ids, backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_banned_ids(backend: str, small_blocks: None) -> None:
+    """-inf anywhere: whole leading blocks, all but one, the sampled id itself, the whole row."""
+    logits = torch.linspace(-2, 2, 40, device=DEVICE).repeat(5, 1)
+    logits[0, :25] = -INF
+    logits[1, torch.arange(40) != 17] = -INF
+    logits[2, 30] = -INF
+    logits[3] = -INF
+    logits[4, 9:] = -INF
+    ids = torch.tensor([30, 17, 30, 0, 3], device=DEVICE)
+    check(logits, ids, backend)
+    logits.requires_grad_()
+    surprisal, entropy = leafkernels.surprisal_entropy(logits, ids, backend=backend)
+    assert entropy[1] == 0
+    assert surprisal[1] == 0
+    assert surprisal[2] == INF
+    assert entropy[2].isfinite()
+    (surprisal + 2 * entropy).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[[0, 1, 2, 4]].isfinite().all()
+    assert not logits.grad[1].any()
+    assert logits.grad[3].isnan().all()
+
+
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+@pytest.mark.parametrize("backend", FAST)
+def test_shifted_rows_lose_nothing(backend: str, shift: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(4, 1000, generator=generator) * 3 + shift).to(DEVICE)
+    check(logits, torch.tensor([0, 10, 500, 999], device=DEVICE), backend)
+
+
+@pytest.mark.parametrize("lead", [10.0, 30.0, 60.0])
+@pytest.mark.parametrize("backend", FAST)
+def test_peaked_rows_keep_their_entropy(backend: str, lead: float) -> None:
+    """Most tokens of a trained policy; lse - E[x] gives 0 or noise here, and 1e-4 is what is promised."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.rand(3, 5000, generator=generator).to(DEVICE)
+    logits[:, 77] = lead + 1
+    ids = torch.tensor([77, 3, 4999], device=DEVICE)
+    _, expected = truth(logits, ids)
+    _, entropy = leafkernels.surprisal_entropy(logits, ids, backend=backend)
+    assert (expected > 0).all()
+    torch.testing.assert_close(entropy.double().cpu(), expected, rtol=1e-4, atol=0)
+    check(logits, ids, backend)
+
+
+@pytest.mark.parametrize("vocabulary", [128_256, 151_936])
+@pytest.mark.parametrize("backend", FAST)
+def test_vocabularies_of_real_models(backend: str, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = (torch.randn(2, vocabulary, generator=generator) * 3).to(dtype).to(DEVICE)
+        check(logits, torch.tensor([5, vocabulary - 1], device=DEVICE), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", FAST)
+def test_half_precision_is_no_worse_than_eager(backend: str, dtype: torch.dtype) -> None:
+    """The error of the same computation in eager PyTorch at the same dtype, plus float32 rounding, is the bar."""
+    generator = torch.Generator().manual_seed(4)
+    logits = (torch.randn(4, 3000, generator=generator) * 4).to(dtype).to(DEVICE)
+    ids = torch.randint(0, 3000, (4,), generator=generator).to(DEVICE)
+    logprobs = logits.log_softmax(-1)
+    eager = -logprobs.gather(1, ids[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
+    ours = leafkernels.surprisal_entropy(logits, ids, backend=backend)
+    for a, b, want in zip(ours, eager, truth(logits, ids), strict=True):
+        error, bar = (a.double().cpu() - want).abs(), (b.double().cpu() - want).abs()
+        assert (error <= bar + tolerance(dtype, 3000) * want.abs()).all()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_bad_rows_and_masked_rows_stay_alone(backend: str, small_blocks: None) -> None:
+    logits = torch.randn(6, 20, device=DEVICE)
+    logits[0, 3], logits[1, 19], logits[2] = math.nan, INF, math.nan
+    ids = torch.tensor([1, 1, 1, 20, -1, 7], device=DEVICE)
+    mask = torch.tensor([1, 1, 0, 1, 1, 1], device=DEVICE)
+    logits.requires_grad_()
+    surprisal, entropy = leafkernels.surprisal_entropy(logits, ids, response_mask=mask, backend=backend)
+    assert surprisal.isnan().tolist() == [True, True, False, True, True, False]
+    assert entropy.isnan().tolist() == [True, True, False, False, False, False]
+    assert surprisal[2] == entropy[2] == 0
+    (surprisal.nan_to_num() + entropy.nan_to_num()).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[3:].isfinite().all()
+    assert not logits.grad[2].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_strides_and_temperatures(backend: str) -> None:
+    wide = torch.randn(2, 3, 30, device=DEVICE)
+    ids = torch.randint(0, 20, (2, 3), device=DEVICE)
+    sliced = wide[..., 5:25]
+    expected = leafkernels.surprisal_entropy(sliced.contiguous(), ids, backend=backend)
+    for view in (sliced, wide.transpose(0, 1).contiguous().transpose(0, 1)[..., 5:25]):
+        found = leafkernels.surprisal_entropy(view, ids, backend=backend)
+        assert found.surprisal.shape == (2, 3)
+        torch.testing.assert_close(found, expected)
+    assert torch.equal(expected.logprobs, -expected.surprisal)
+    temperatures = torch.tensor([[0.5, 1.0, 2.0], [0.1, 1.0, 7.0]], device=DEVICE)
+    found = leafkernels.surprisal_entropy(sliced, ids, temperature=temperatures, backend=backend)
+    for i in range(2):
+        for j in range(3):
+            one = leafkernels.surprisal_entropy(sliced[i, j] / temperatures[i, j], ids[i, j], backend=backend)
+            torch.testing.assert_close(found.surprisal[i, j], one.surprisal, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found.entropy[i, j], one.entropy, rtol=1e-5, atol=1e-6)
+    nothing = leafkernels.surprisal_entropy(wide[:0], ids[:0], backend=backend)
+    assert nothing.entropy.shape == (0, 3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradcheck(masked: bool, small_blocks: None) -> None:
+    logits = torch.randn(4, 11, dtype=torch.float64, device=DEVICE).requires_grad_()
+    ids = torch.randint(0, 11, (4,), device=DEVICE)
+    mask = torch.tensor([True, False, True, True], device=DEVICE) if masked else None
+
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(leafkernels.surprisal_entropy(x, ids, temperature=0.7, response_mask=mask, backend="torch"))
+
+    assert torch.autograd.gradcheck(both, (logits,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", ["surprisal", "entropy", "both"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_against_float64(backend: str, outputs: str, dtype: torch.dtype, small_blocks: None) -> None:
+    """Autograd through log_softmax in float64, with a banned id and a peaked row; rows of the gradient sum to 0."""
+    logits = (torch.randn(5, 40, device=DEVICE) * 3).to(dtype)
+    logits[1, :20], logits[2, 4] = -60.0, 30.0
+    ids = torch.randint(20, 40, (5,), device=DEVICE)
+    weights = torch.rand(2, 5, device=DEVICE)
+    if outputs != "both":
+        weights[0 if outputs == "entropy" else 1] = 0
+
+    ours = logits.clone().requires_grad_()
+    surprisal, entropy = leafkernels.surprisal_entropy(ours, ids, temperature=0.8, backend=backend)
+    terms = {"surprisal": (weights[0] * surprisal).sum(), "entropy": (weights[1] * entropy).sum()}
+    sum(terms[name] for name in terms if outputs in (name, "both")).backward()  # type: ignore[union-attr]
+
+    exact = logits.double().requires_grad_()
+    logprobs = (exact / 0.8).log_softmax(-1)
+    (-weights[0] * logprobs.gather(1, ids[:, None]).squeeze(1)).sum().backward(retain_graph=True)
+    (-weights[1] * (logprobs.exp() * logprobs).sum(-1)).sum().backward()
+    assert ours.grad is not None
+    assert exact.grad is not None
+    unit = torch.finfo(dtype).eps
+    # One rounding to the dtype of the logits, of sums of terms of order 1 in float32.
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=unit, atol=1e-5)
+    assert (ours.grad.double().sum(1).abs() <= 40 * unit * ours.grad.double().abs().amax(1) + 1e-6).all()
+
+
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12),
+    st.floats(-100, 100, width=32),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=100)
+def test_laws(row: list[float], shift: float, rng: Any) -> None:
+    """0 <= H <= log V, surprisal >= 0, E_p[surprisal] = H, and neither a shift nor an order of the ids matters."""
+    every = torch.arange(len(row), device=DEVICE)
+    logits = torch.tensor(row, device=DEVICE).expand(len(row), -1)
+    surprisal, entropy = leafkernels.surprisal_entropy(logits, every)
+    assert (surprisal >= 0).all()
+    assert (entropy >= 0).all()
+    assert (entropy <= math.log(len(row)) * (1 + 1e-6)).all()
+    torch.testing.assert_close((surprisal * (-surprisal).exp()).sum(), entropy[0], rtol=1e-5, atol=1e-6)
+    order = list(range(len(row)))
+    rng.shuffle(order)
+    permuted, _ = leafkernels.surprisal_entropy(logits[:, order], every)
+    torch.testing.assert_close(permuted, surprisal[order], rtol=1e-5, atol=1e-6)
+    moved, _ = leafkernels.surprisal_entropy(logits.double() + shift, every)
+    exact, _ = leafkernels.surprisal_entropy(logits.double(), every)
+    torch.testing.assert_close(moved, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_errors() -> None:
+    logits, ids = torch.zeros(2, 5, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+
+    def refuses(error: type[Exception], message: str, **changes: Any) -> None:
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            leafkernels.surprisal_entropy(**{"logits": logits, "token_ids": ids, **changes})
+
+    refuses(
+        ValueError,
+        "token_ids must have one entry for each row of logits, shape (2,), got shape (3,)",
+        token_ids=torch.zeros(3, dtype=torch.int64, device=DEVICE),
+    )
+    refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=logits[:, 0])
+    refuses(ValueError, "temperature must be positive, got 0.0", temperature=0.0)
+    refuses(TypeError, "temperature must be a number or a tensor, got str", temperature="1")
+    refuses(
+        ValueError,
+        "temperature must be a number or have one entry for each row, shape (2,), got shape (5,)",
+        temperature=torch.ones(5, device=DEVICE),
+    )
+    refuses(ValueError, "response_mask must have the shape of token_ids, (2,), got shape (2, 5)", response_mask=logits)
+    refuses(
+        TypeError,
+        "logits must be float32, bfloat16 or float16 with backend='triton', got torch.float64",
+        logits=logits.double(),
+        backend="triton",
+    )
