@@ -21,7 +21,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["leafkernels", "leafkernels.kernels", "leafkernels.eager", "leafkernels.command", "leafkernels.data", "python_ref"],
+    packages=[
+        "leafkernels",
+        "leafkernels.kernels",
+        "leafkernels.eager",
+        "leafkernels.command",
+        "leafkernels.data",
+        "python_ref",
+    ],
     package_data={"leafkernels": ["py.typed"], "leafkernels.data": ["*.jsonl.gz"], "python_ref": ["py.typed"]},
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "rich>=13"],
     extras_require={

@@ -38,19 +38,21 @@ def test_agrees_with_the_reference(backend: str, layout: str, small_blocks: None
     check()
 
 
-@pytest.mark.parametrize("few", [0, 1 << 20])
-@given(rows=token_rows(6, longest=40, vocabulary=2))
-@settings(max_examples=100)
-def test_both_ways_of_the_pytorch_backend(rows: list[list[int]], few: int) -> None:
-    """All pairs at once, and refinement, must not be told apart."""
+@pytest.mark.parametrize(("few", "hardly_any"), [(0, 0), (1 << 20, 0), (1 << 20, 1 << 15)])
+def test_all_ways_of_the_pytorch_backend(few: int, hardly_any: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refinement, all pairs in two steps, and all pairs in one must not be told apart."""
     from leafkernels.eager import prefix_lengths
 
-    before = prefix_lengths._FEW_TOKENS
-    prefix_lengths._FEW_TOKENS = few
-    try:
+    monkeypatch.setattr(prefix_lengths, "_FEW_TOKENS", few)
+    monkeypatch.setattr(prefix_lengths, "_HARDLY_ANY_TOKENS", hardly_any)
+    monkeypatch.setattr(prefix_lengths, "_HEAD", 3)
+
+    @given(rows=token_rows(6, longest=40, vocabulary=2))
+    @settings(max_examples=100)
+    def check(rows: list[list[int]]) -> None:
         assert lengths_of(rows).tolist() == python_ref.common_prefix_lengths(rows)
-    finally:
-        prefix_lengths._FEW_TOKENS = before
+
+    check()
 
 
 def hard_inputs(rows: int, tokens: int) -> dict[str, list[list[int]]]:

@@ -78,5 +78,12 @@ def _column_maxima(
     if mask is not None:
         excluded.logical_or_(aligned_rows(mask, row_starts, width).logical_not())
     keys.masked_fill_(excluded, _NEVER)
-    columns = keys.new_full((group_starts.shape[0] - 1, width), _NEVER)
+    num_groups = group_starts.shape[0] - 1
+    if num_groups == 1:
+        return keys.amax(0, keepdim=True)
+    runs = torch.arange(row_starts.shape[0], device=scores.device) // max(row_starts.shape[0] // num_groups, 1)
+    if torch.equal(group_of_row, runs):
+        # A maximum over a dimension takes a tenth of the time of a scattered one.
+        return keys.view(num_groups, -1, width).amax(1)
+    columns = keys.new_full((num_groups, width), _NEVER)
     return columns.scatter_reduce_(0, group_of_row[:, None].expand_as(keys), keys, "amax")

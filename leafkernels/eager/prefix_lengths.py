@@ -15,10 +15,11 @@ from torch.nn.functional import pad
 from leafkernels._layout import group_members
 from leafkernels.eager._rows import aligned_rows
 
-# Comparing all pairs takes a tenth of the steps of a refinement. It is for problems of at most so many tokens, and
-# takes so many at a time, about what the cache of one core holds.
+# Comparing all pairs takes a tenth of the steps of a refinement, and is for problems of at most so many tokens; in one
+# step, if there are hardly any.
 _FEW_TOKENS = 1 << 20
-_CACHED_TOKENS = 1 << 17
+_HARDLY_ANY_TOKENS = 1 << 15
+_HEAD = 32
 
 
 def common_prefix_lengths(
@@ -48,17 +49,19 @@ def common_prefix_lengths(
 
 
 def _all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:
-    """Compare every row (N, width) with every row of its group, as many rows at a time as stay in the cache."""
-    (num_rows, max_group), width = members.shape, tokens.shape[1]
-    at_a_time = max(1, _CACHED_TOKENS // max(max_group * width, 1))
-    shared = []
-    for start in range(0, num_rows, at_a_time):
-        rows = tokens[start : start + at_a_time, None]
-        others = tokens.index_select(0, members[start : start + at_a_time].reshape(-1))
-        differs = others.view(rows.shape[0], max_group, width) != rows
-        shared.append(_first_true(differs.view(differs.shape[0] * max_group, width)))
-    ends = torch.minimum(caps[members], caps[:, None])
-    return torch.minimum(torch.cat(shared).view(members.shape), ends).masked_fill_(~is_member, 0).to(torch.int32)
+    """Compare every row (N, width) with every row of its group: first where most pairs part, then behind it."""
+    num_pairs, width = members.numel(), tokens.shape[1]
+    head = width if num_pairs * width <= _HARDLY_ANY_TOKENS else min(_HEAD, width)
+    start = tokens[:, :head]
+    differs = start.index_select(0, members.view(-1)).view(*members.shape, head) != start[:, None]
+    shared = _first_true(differs.view(num_pairs, head)).view(members.shape)
+    ends = torch.minimum(caps[members], caps[:, None]).masked_fill_(~is_member, 0)
+    if head < width:
+        left, rank = ((shared >= head) & (ends > head)).nonzero(as_tuple=True)
+        rest = tokens[:, head:]
+        differs = rest.index_select(0, left) != rest.index_select(0, members[left, rank])
+        shared[left, rank] = _first_true(differs).add_(head)
+    return torch.minimum(shared, ends).to(torch.int32)
 
 
 def _refine(tokens: Tensor, offsets: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:

@@ -13,10 +13,9 @@ from torch.nn.functional import pad
 
 def _pieces(span_ends: Tensor, slot_starts: Tensor, slot_ends: Tensor, row_starts: Tensor) -> Tensor:
     """(N * (S + 2),) number of tokens before the row, in each span, and behind the last."""
-    ends = (row_starts[:, None] + span_ends).cummax(1).values
-    cuts = torch.cat([row_starts[:, None], ends, slot_ends[:, None]], dim=1)
-    cuts = torch.minimum(torch.maximum(cuts, slot_starts[:, None]), slot_ends[:, None])
-    return torch.cat([cuts[:, :1] - slot_starts[:, None], cuts.diff(dim=1)], dim=1).reshape(-1)
+    first, last, row = slot_starts[:, None], slot_ends[:, None], row_starts[:, None]
+    cuts = torch.cat([row, (row + span_ends).cummax(1).values, last], dim=1).clamp_(first, last)
+    return cuts.diff(dim=1, prepend=first).view(-1)
 
 
 def scatter_spans(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from leafkernels._layout import group_members
 
@@ -37,9 +38,8 @@ def _nodes(
     members, is_member = group_members(rows_by_group, group_starts, group_of_row, prefix_lengths.shape[1])
     lengths = row_lengths.to(torch.int32)
     column = lengths[:, None]
-    at = boundaries.new_full((boundaries.shape[0], boundaries.shape[1] + 2), _FAR)
+    at = pad(boundaries.masked_fill(boundaries < 0, _FAR), (1, 1), value=_FAR)
     at[:, 0] = -1
-    at[:, 1:-1] = boundaries.masked_fill(boundaries < 0, _FAR)
     at = at[group_of_row]
 
     # How far two rows go together: beyond every boundary if they are identical (two empty rows are not), and not even

@@ -1,0 +1,1 @@
+"""Benchmarks: ``pytest bench/`` times every operation, ``python bench/report.py`` also writes the results down."""

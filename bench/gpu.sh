@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# All GPU tests, then all benches, within ten minutes, on a machine with nothing but this repository, torch, triton,
+# pytest, hypothesis, pytest-benchmark and rich. Results go to $OUT (default bench/results).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+unset TRITON_INTERPRET # kernels are to run on the GPU
+out=${OUT:-bench/results}
+start=$SECONDS
+limit=585 # seconds for everything
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+python3 - <<'PYTHON'
+import platform, torch, triton
+print(f"python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}, cuda {torch.version.cuda}")
+assert torch.cuda.is_available(), "torch sees no CUDA device"
+PYTHON
+
+# A part that fails or runs out of time does not keep the other from running; the script fails in the end.
+status=0
+echo "== tests"
+# Without the tests of the command, the examples and README, which do nothing on a GPU.
+timeout --kill-after=5 240 python3 -m pytest tests -q --maxfail=20 --ignore=tests/test_bench.py \
+    --ignore=tests/test_command.py --ignore=tests/test_examples.py --ignore=tests/test_readme.py || status=$?
+echo "== tests ended with $status after $((SECONDS - start)) s"
+echo "== benches"
+left=$((limit - (SECONDS - start)))
+# Cases that no longer fit are skipped, so that those before them are written down.
+timeout --kill-after=5 "$left" python3 bench/report.py --out "$out" --limit $((left - 45)) || status=$?
+echo "== done after $((SECONDS - start)) s, status $status"
+exit $status
