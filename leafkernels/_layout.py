@@ -70,10 +70,10 @@ def build_layout(rows: Tensor, mask: Tensor | None, groups: Tensor | int, cu_seq
         max_length = width
     else:
         total = rows.shape[0]
-        # A cu_seqlens that breaks its rules on a GPU, where nobody looks at it, must still stay inside the tensors.
-        bounds = cu_seqlens.to(torch.int64).clamp(0, total)
-        slot_starts = bounds[:-1]
-        slot_ends = torch.maximum(bounds[1:], slot_starts)
+        # A cu_seqlens that breaks its rules on a GPU, where nobody looks at it, must still stay inside the tensors, and
+        # its rows must not overlap: what is allotted by the sum of their lengths holds no more than all tokens.
+        bounds = cu_seqlens.to(torch.int64).clamp(0, total).cummax(0).values
+        slot_starts, slot_ends = bounds[:-1], bounds[1:]
         num_rows = slot_starts.shape[0]
         max_length = total
         if num_rows and values_readable(slot_starts):

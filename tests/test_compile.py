@@ -167,7 +167,7 @@ def test_broken_cu_seqlens_stay_inside_the_tensors() -> None:
     """Values are preconditions on a GPU; breaking them gives meaningless numbers, not an access outside."""
     group = random_group(4, 64, seed=6)
     flat = {"logprobs": group["logprobs"].flatten(), "token_ids": group["token_ids"].flatten()}
-    for bounds in ([0, 10**6, 5, -7, 256], [2**31 - 1] * 5, [200, 100, 50, 20, 0]):
+    for bounds in ([0, 10**6, 5, -7, 256], [2**31 - 1] * 5, [200, 100, 50, 20, 0], [0, 256, 0, 256, 0]):
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
         advantages = leafkernels.span_advantages(**flat, rewards=group["rewards"], cu_seqlens=cu_seqlens)
         assert advantages.shape == (256,)

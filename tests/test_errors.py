@@ -21,7 +21,9 @@ def bounds(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
-def refuses(error: type[Exception], message: str, function: Any = leafkernels.span_advantages, **changes: Any) -> None:
+def check_refuses(
+    error: type[Exception], message: str, function: Any = leafkernels.span_advantages, **changes: Any
+) -> None:
     if function is leafkernels.span_advantages:
         changes = {"logprobs": LOGPROBS, "token_ids": IDS, "rewards": REWARDS, **changes}
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
@@ -29,30 +31,30 @@ def refuses(error: type[Exception], message: str, function: Any = leafkernels.sp
 
 
 def test_types() -> None:
-    refuses(TypeError, "token_ids must be a torch.Tensor, got list", token_ids=[[1]])
-    refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=LOGPROBS)
-    refuses(TypeError, "token_ids must hold integers, got torch.bool", token_ids=IDS.bool())
+    check_refuses(TypeError, "token_ids must be a torch.Tensor, got list", token_ids=[[1]])
+    check_refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=LOGPROBS)
+    check_refuses(TypeError, "token_ids must hold integers, got torch.bool", token_ids=IDS.bool())
     floats = "must be floating point (float32, bfloat16, float16 or float64), got"
-    refuses(TypeError, f"logprobs {floats} torch.bool", logprobs=LOGPROBS.bool())
-    refuses(TypeError, f"logprobs {floats} torch.complex64", logprobs=LOGPROBS.to(torch.complex64))
-    refuses(TypeError, f"boundary_scores {floats} torch.int64", boundary_scores=IDS)
-    refuses(TypeError, "rewards must be a torch.Tensor, got list", rewards=[0.0] * 4)
-    refuses(TypeError, "rewards must be floating point or integers, got torch.bool", rewards=REWARDS.bool())
-    refuses(TypeError, "response_mask must be a torch.Tensor, got list", response_mask=[[1]])
-    refuses(
+    check_refuses(TypeError, f"logprobs {floats} torch.bool", logprobs=LOGPROBS.bool())
+    check_refuses(TypeError, f"logprobs {floats} torch.complex64", logprobs=LOGPROBS.to(torch.complex64))
+    check_refuses(TypeError, f"boundary_scores {floats} torch.int64", boundary_scores=IDS)
+    check_refuses(TypeError, "rewards must be a torch.Tensor, got list", rewards=[0.0] * 4)
+    check_refuses(TypeError, "rewards must be floating point or integers, got torch.bool", rewards=REWARDS.bool())
+    check_refuses(TypeError, "response_mask must be a torch.Tensor, got list", response_mask=[[1]])
+    check_refuses(
         TypeError,
         "response_mask must be bool, integer or floating point, got torch.complex64",
         response_mask=LOGPROBS.to(torch.complex64),
     )
-    refuses(TypeError, "groups must be an int or an integer tensor, got str", groups="a")
-    refuses(TypeError, "groups must be an int or an integer tensor, got bool", groups=True)
-    refuses(TypeError, "groups must hold integers, got torch.float32", groups=REWARDS)
-    refuses(TypeError, "num_boundaries must be an int, got float", num_boundaries=2.0)
-    refuses(TypeError, "min_separation must be an int, got bool", min_separation=True)
-    refuses(TypeError, "multiplicity_power must be a number, got str", multiplicity_power="0.5")
-    refuses(TypeError, "leave_one_out must be a bool, got int", leave_one_out=1)
-    refuses(TypeError, "cu_seqlens must be a torch.Tensor, got list", **PACKED, cu_seqlens=[0, 24])
-    refuses(
+    check_refuses(TypeError, "groups must be an int or an integer tensor, got str", groups="a")
+    check_refuses(TypeError, "groups must be an int or an integer tensor, got bool", groups=True)
+    check_refuses(TypeError, "groups must hold integers, got torch.float32", groups=REWARDS)
+    check_refuses(TypeError, "num_boundaries must be an int, got float", num_boundaries=2.0)
+    check_refuses(TypeError, "min_separation must be an int, got bool", min_separation=True)
+    check_refuses(TypeError, "multiplicity_power must be a number, got str", multiplicity_power="0.5")
+    check_refuses(TypeError, "leave_one_out must be a bool, got int", leave_one_out=1)
+    check_refuses(TypeError, "cu_seqlens must be a torch.Tensor, got list", **PACKED, cu_seqlens=[0, 24])
+    check_refuses(
         TypeError,
         "cu_seqlens must be int32 (or int64), got torch.float32",
         **PACKED,
@@ -61,39 +63,39 @@ def test_types() -> None:
 
 
 def test_shapes() -> None:
-    refuses(
+    check_refuses(
         ValueError,
         "logprobs must have the shape of token_ids, (4, 6), got shape (4, 5)",
         logprobs=LOGPROBS[:, :5],
     )
-    refuses(
+    check_refuses(
         ValueError,
         "boundary_scores must have the shape of token_ids, (4, 6), got shape (24,)",
         boundary_scores=LOGPROBS.flatten(),
     )
-    refuses(
+    check_refuses(
         ValueError,
         "response_mask must have the shape of token_ids, (4, 6), got shape (6, 4)",
         response_mask=LOGPROBS.T,
     )
-    refuses(
+    check_refuses(
         ValueError,
         "token_ids must have shape (rows, tokens) or (prompts, rows, tokens), or (total,) together with cu_seqlens, "
         "got shape (24,)",
         **PACKED,
     )
-    refuses(
+    check_refuses(
         ValueError,
         "rewards must have one entry for each row of token_ids, shape (4,), got shape (4, 1)",
         rewards=REWARDS[:, None],
     )
-    refuses(
+    check_refuses(
         ValueError,
         "rewards must have one entry for each row of token_ids, shape (2, 2), got shape (4,)",
         logprobs=LOGPROBS.reshape(2, 2, 6),
         token_ids=IDS.reshape(2, 2, 6),
     )
-    refuses(
+    check_refuses(
         ValueError,
         "groups must be None where token_ids is (prompts, rows, tokens), each prompt being a group; "
         "got token_ids of shape (2, 2, 6) and groups=2",
@@ -101,19 +103,19 @@ def test_shapes() -> None:
         token_ids=IDS.reshape(2, 2, 6),
         groups=2,
     )
-    refuses(ValueError, "groups must be a positive divisor of the number of rows, 4, got 3", groups=3)
-    refuses(ValueError, "groups must be a positive divisor of the number of rows, 4, got 0", groups=0)
-    refuses(ValueError, "groups must name one prompt for each of 4 rows, got shape (3,)", groups=bounds(1, 2, 3))
+    check_refuses(ValueError, "groups must be a positive divisor of the number of rows, 4, got 3", groups=3)
+    check_refuses(ValueError, "groups must be a positive divisor of the number of rows, 4, got 0", groups=0)
+    check_refuses(ValueError, "groups must name one prompt for each of 4 rows, got shape (3,)", groups=bounds(1, 2, 3))
 
 
 def test_cu_seqlens() -> None:
     def packed(message: str, cu_seqlens: torch.Tensor, error: type[Exception] = ValueError, **changes: Any) -> None:
-        refuses(error, message, **{**PACKED, **changes}, cu_seqlens=cu_seqlens)
+        check_refuses(error, message, **{**PACKED, **changes}, cu_seqlens=cu_seqlens)
 
     packed("cu_seqlens must have shape (rows + 1,), got shape (1, 5)", bounds(0, 6, 12, 18, 24)[None])
     packed("cu_seqlens must have shape (rows + 1,), got shape (0,)", bounds())
     packed("rewards must have one entry for each row of token_ids, shape (3,), got shape (4,)", bounds(0, 9, 18, 24))
-    refuses(
+    check_refuses(
         ValueError,
         "token_ids must have shape (total,) together with cu_seqlens, got shape (4, 6)",
         cu_seqlens=bounds(0, 6, 12, 18, 24),
@@ -125,26 +127,34 @@ def test_cu_seqlens() -> None:
 
 
 def test_options() -> None:
-    refuses(ValueError, "terms must be one of 'both', 'global', 'local', got 'all'", terms="all")
-    refuses(ValueError, "normalize must be one of 'span', 'batch', 'reward_std', 'none', got None", normalize=None)
-    refuses(ValueError, "backend must be one of 'auto', 'triton', 'torch', 'reference', got 'cuda'", backend="cuda")
-    refuses(ValueError, "num_boundaries must be at least 0, got -1", num_boundaries=-1)
-    refuses(ValueError, "min_separation must be at least 1, got 0", min_separation=0)
+    check_refuses(ValueError, "terms must be one of 'both', 'global', 'local', got 'all'", terms="all")
+    check_refuses(
+        ValueError, "normalize must be one of 'span', 'batch', 'reward_std', 'none', got None", normalize=None
+    )
+    check_refuses(
+        ValueError, "backend must be one of 'auto', 'triton', 'torch', 'reference', got 'cuda'", backend="cuda"
+    )
+    check_refuses(ValueError, "num_boundaries must be at least 0, got -1", num_boundaries=-1)
+    check_refuses(ValueError, "min_separation must be at least 1, got 0", min_separation=0)
 
 
 def test_devices() -> None:
     elsewhere = torch.empty(4, 6, device="meta")
-    refuses(ValueError, f"logprobs must be on the device of token_ids, {IDS.device}, got meta", logprobs=elsewhere)
-    refuses(ValueError, f"rewards must be on the device of token_ids, {IDS.device}, got meta", rewards=elsewhere[:, 0])
-    refuses(
+    check_refuses(
+        ValueError, f"logprobs must be on the device of token_ids, {IDS.device}, got meta", logprobs=elsewhere
+    )
+    check_refuses(
+        ValueError, f"rewards must be on the device of token_ids, {IDS.device}, got meta", rewards=elsewhere[:, 0]
+    )
+    check_refuses(
         ValueError, f"response_mask must be on the device of token_ids, {IDS.device}, got meta", response_mask=elsewhere
     )
-    refuses(
+    check_refuses(
         ValueError,
         f"groups must be on the device of token_ids, {IDS.device}, got meta",
         groups=elsewhere[:, 0].to(torch.int64),
     )
-    refuses(
+    check_refuses(
         ValueError,
         f"cu_seqlens must be on the device of token_ids, {IDS.device}, got meta",
         **PACKED,
@@ -155,41 +165,41 @@ def test_devices() -> None:
 def test_steps() -> None:
     select, shared = leafkernels.select_boundaries, leafkernels.common_prefix_lengths
     values, scatter = leafkernels.span_values, leafkernels.scatter_spans
-    refuses(
+    check_refuses(
         TypeError,
         "scores must be floating point (float32, bfloat16, float16 or float64), got torch.int64",
         select,
         scores=IDS,
     )
-    refuses(TypeError, "token_ids must hold integers, got torch.float32", shared, token_ids=LOGPROBS)
+    check_refuses(TypeError, "token_ids must hold integers, got torch.float32", shared, token_ids=LOGPROBS)
     table = torch.zeros(4, 4, dtype=torch.int32, device=DEVICE)
     good = {"prefix_lengths": table, "boundaries": bounds(1), "rewards": REWARDS, "lengths": IDS[:, 0]}
-    refuses(
+    check_refuses(
         ValueError,
         "prefix_lengths must have shape (rows, rows) or (prompts, rows, rows), got (4, 6)",
         values,
         **{**good, "prefix_lengths": IDS},
     )
-    refuses(
+    check_refuses(
         ValueError,
         "lengths must have one entry for each row of prefix_lengths, shape (4,), got shape (4, 6)",
         values,
         **{**good, "lengths": IDS},
     )
-    refuses(
+    check_refuses(
         ValueError,
         "boundaries must hold one list for each prompt of prefix_lengths, shape ('K',), got shape (1, 1)",
         values,
         **{**good, "boundaries": bounds(1)[None]},
     )
-    refuses(
+    check_refuses(
         ValueError,
         "rewards must have one entry for each row of prefix_lengths, shape (4,), got shape (3,)",
         values,
         **{**good, "rewards": REWARDS[:3]},
     )
     ends = IDS[:, :2]
-    refuses(
+    check_refuses(
         ValueError,
         "span_ends must have the shape of values, (4, 2), got shape (4, 3)",
         scatter,
@@ -197,7 +207,7 @@ def test_steps() -> None:
         span_ends=IDS[:, :3],
         num_tokens=6,
     )
-    refuses(
+    check_refuses(
         ValueError,
         "values must have shape (rows, spans) or (prompts, rows, spans), and (rows, spans) together with cu_seqlens, "
         "got shape (4,)",
@@ -206,7 +216,7 @@ def test_steps() -> None:
         span_ends=IDS[:, 0],
         num_tokens=6,
     )
-    refuses(
+    check_refuses(
         ValueError,
         "values must have one row for each of the 2 rows of cu_seqlens, got shape (4, 2)",
         scatter,
@@ -215,7 +225,7 @@ def test_steps() -> None:
         num_tokens=6,
         cu_seqlens=bounds(0, 3, 6),
     )
-    refuses(
+    check_refuses(
         ValueError,
         "num_tokens must be at least 0, got -1",
         scatter,

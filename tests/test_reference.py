@@ -17,7 +17,7 @@ LOGPROBS = [[-0.1, -0.1, -5.0, -0.1, -3.0, -0.1]] * 4
 ROOT2 = math.sqrt(0.5)
 
 
-def close(actual: object, expected: object) -> None:
+def assert_near(actual: object, expected: object) -> None:
     torch.testing.assert_close(
         torch.tensor(actual, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12
     )
@@ -29,11 +29,11 @@ def test_worked_example() -> None:
     assert [[span[:2] for span in row] for row in tree.raw] == [[(0, 2), (2, 4), (4, 6)]] * 4
     half = 0.5 * ROOT2
     raw = [[0, half, 1.25], [0, half, -0.75], [0, -half, -0.25], [0, -half, -0.25]]
-    close([[a for _, _, a in row] for row in tree.raw], raw)
+    assert_near([[a for _, _, a in row] for row in tree.raw], raw)
     # Their sum of squares over the 11 degrees of freedom is 1/4, so that the z-scores are twice the raw values.
-    close([[a for _, _, a in row] for row in tree.spans], [[2 * a for a in row] for row in raw])
+    assert_near([[a for _, _, a in row] for row in tree.spans], [[2 * a for a in row] for row in raw])
     advantages = python_ref.span_advantages(LOGPROBS, ROWS, REWARDS)
-    close(advantages[1], [0, 0, ROOT2, ROOT2, -1.5, -1.5])
+    assert_near(advantages[1], [0, 0, ROOT2, ROOT2, -1.5, -1.5])
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_worked_example() -> None:
 )
 def test_options_by_hand(options: dict, row_0: list[float]) -> None:
     (tree,) = python_ref.span_tree(LOGPROBS, ROWS, REWARDS, normalize="none", **options)
-    close([a for _, _, a in tree.spans[0]], row_0)
+    assert_near([a for _, _, a in tree.spans[0]], row_0)
 
 
 def test_normalisations_by_hand() -> None:
@@ -64,15 +64,15 @@ def test_normalisations_by_hand() -> None:
     def advantages(normalize: str) -> list[float]:
         return [row[0] for row in python_ref.span_advantages(**call, normalize=normalize)]
 
-    close(advantages("none"), [1, -1, 3, -3])
-    close(advantages("span"), [ROOT2, -ROOT2, ROOT2, -ROOT2])
+    assert_near(advantages("none"), [1, -1, 3, -3])
+    assert_near(advantages("span"), [ROOT2, -ROOT2, ROOT2, -ROOT2])
     std = math.sqrt((1 + 1 + 9 + 9) / 3)
-    close(advantages("batch"), [1 / std, -1 / std, 3 / std, -3 / std])
+    assert_near(advantages("batch"), [1 / std, -1 / std, 3 / std, -3 / std])
     a, b = math.sqrt(0.5) + 1e-6, math.sqrt(4.5) + 1e-6
-    close(advantages("reward_std"), [1 / a, -1 / a, 3 / b, -3 / b])
+    assert_near(advantages("reward_std"), [1 / a, -1 / a, 3 / b, -3 / b])
     call["rewards"] = [1.0, 1.0, 3.0, 0.0]
     std = math.sqrt(18 / 3)
-    close(advantages("batch"), [0, 0, 3 / std, -3 / std])
+    assert_near(advantages("batch"), [0, 0, 3 / std, -3 / std])
 
 
 def test_boundaries_by_hand() -> None:

@@ -34,7 +34,7 @@ def truth(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float = 1.
     return torch.tensor(surprisal, dtype=torch.float64), torch.tensor(entropy, dtype=torch.float64)
 
 
-def check(logits: torch.Tensor, token_ids: torch.Tensor, backend: str, temperature: float = 1.0) -> None:
+def check_exact(logits: torch.Tensor, token_ids: torch.Tensor, backend: str, temperature: float = 1.0) -> None:
     found = leafkernels.surprisal_entropy(logits, token_ids, temperature=temperature, backend=backend)
     expected = truth(logits, token_ids, temperature)
     finite = logits[logits.isfinite()].double()
@@ -60,7 +60,7 @@ def test_agrees_with_the_reference(backend: str, small_blocks: None) -> None:
     def run(rows: list[list[float]], data: st.DataObject, temperature: float) -> None:
         logits = torch.tensor(rows, device=DEVICE)
         ids = torch.tensor([data.draw(st.integers(0, len(rows[0]) - 1)) for _ in rows], device=DEVICE)
-        check(logits, ids, backend, temperature)
+        check_exact(logits, ids, backend, temperature)
 
     run()
 
@@ -74,7 +74,7 @@ def test_vocabularies_that_cross_blocks(backend: str, vocabulary: int, dtype: to
     generator = torch.Generator().manual_seed(vocabulary)
     logits = (torch.randn(3, vocabulary, generator=generator) * 4).to(dtype).to(DEVICE)
     ids = torch.randint(0, vocabulary, (3,), generator=generator).to(DEVICE)
-    check(logits, ids, backend)
+    check_exact(logits, ids, backend)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -87,7 +87,7 @@ def test_banned_ids(backend: str, small_blocks: None) -> None:
     logits[3] = -INF
     logits[4, 9:] = -INF
     ids = torch.tensor([30, 17, 30, 0, 3], device=DEVICE)
-    check(logits, ids, backend)
+    check_exact(logits, ids, backend)
     logits.requires_grad_()
     surprisal, entropy = leafkernels.surprisal_entropy(logits, ids, backend=backend)
     assert entropy[1] == 0
@@ -106,7 +106,7 @@ def test_banned_ids(backend: str, small_blocks: None) -> None:
 def test_shifted_rows_lose_nothing(backend: str, shift: float) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(4, 1000, generator=generator) * 3 + shift).to(DEVICE)
-    check(logits, torch.tensor([0, 10, 500, 999], device=DEVICE), backend)
+    check_exact(logits, torch.tensor([0, 10, 500, 999], device=DEVICE), backend)
 
 
 @pytest.mark.parametrize("lead", [10.0, 30.0, 60.0])
@@ -121,7 +121,7 @@ def test_peaked_rows_keep_their_entropy(backend: str, lead: float) -> None:
     _, entropy = leafkernels.surprisal_entropy(logits, ids, backend=backend)
     assert (expected > 0).all()
     torch.testing.assert_close(entropy.double().cpu(), expected, rtol=1e-4, atol=0)
-    check(logits, ids, backend)
+    check_exact(logits, ids, backend)
 
 
 @pytest.mark.parametrize("vocabulary", [128_256, 151_936])
@@ -130,7 +130,7 @@ def test_vocabularies_of_real_models(backend: str, vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(3)
     for dtype in (torch.float32, torch.bfloat16):
         logits = (torch.randn(2, vocabulary, generator=generator) * 3).to(dtype).to(DEVICE)
-        check(logits, torch.tensor([5, vocabulary - 1], device=DEVICE), backend)
+        check_exact(logits, torch.tensor([5, vocabulary - 1], device=DEVICE), backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -255,25 +255,27 @@ def test_laws(row: list[float], shift: float, rng: Any) -> None:
 def test_errors() -> None:
     logits, ids = torch.zeros(2, 5, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
 
-    def refuses(error: type[Exception], message: str, **changes: Any) -> None:
+    def check_refuses(error: type[Exception], message: str, **changes: Any) -> None:
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             leafkernels.surprisal_entropy(**{"logits": logits, "token_ids": ids, **changes})
 
-    refuses(
+    check_refuses(
         ValueError,
         "token_ids must have one entry for each row of logits, shape (2,), got shape (3,)",
         token_ids=torch.zeros(3, dtype=torch.int64, device=DEVICE),
     )
-    refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=logits[:, 0])
-    refuses(ValueError, "temperature must be positive, got 0.0", temperature=0.0)
-    refuses(TypeError, "temperature must be a number or a tensor, got str", temperature="1")
-    refuses(
+    check_refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=logits[:, 0])
+    check_refuses(ValueError, "temperature must be positive, got 0.0", temperature=0.0)
+    check_refuses(TypeError, "temperature must be a number or a tensor, got str", temperature="1")
+    check_refuses(
         ValueError,
         "temperature must be a number or have one entry for each row, shape (2,), got shape (5,)",
         temperature=torch.ones(5, device=DEVICE),
     )
-    refuses(ValueError, "response_mask must have the shape of token_ids, (2,), got shape (2, 5)", response_mask=logits)
-    refuses(
+    check_refuses(
+        ValueError, "response_mask must have the shape of token_ids, (2,), got shape (2, 5)", response_mask=logits
+    )
+    check_refuses(
         TypeError,
         "logits must be float32, bfloat16 or float16 with backend='triton', got torch.float64",
         logits=logits.double(),
