@@ -10,7 +10,7 @@ import leafkernels
 import python_ref
 from bench.bench_prefix_lengths import dense, dense_by_chunks, ids_needed
 from bench.harness import Bench, Call, Prepare, Session, compiled, interleaved
-from bench.rollouts import SHAPES, TINY, Batch, Shape, batches
+from bench.rollouts import SHAPES, TINY, Batch, Shape
 from leafkernels import eager
 from leafkernels._layout import as_rows, build_layout
 
@@ -114,7 +114,7 @@ PROMISES = {"8x200": 1.0, "64x8x200": 20.0, "64x8192": 50.0}
 def test_promise(name: str, session: Session) -> None:
     least = PROMISES[name]
     shape = TINY[0] if session.tiny else next(shape for shape in SHAPES if shape.name == name)
-    batch = batches(shape, "sampled", "cpu", 1)[0]
+    batch = shape.batches("sampled", "cpu", 1)[0]
     python, torch_backend = literal(batch), PREPARES["torch"](batch)
     gate(batch, torch_backend())
     # For a fixed time, kept or not: stopping at the first ratio that is good enough would be picking it.

@@ -44,7 +44,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every shape, with the inputs that both the bench (its INPUTS) and the shape name, on every backend."""
     if "backend" in metafunc.fixturenames:
-        shapes = TINY if metafunc.config.getoption("--tiny") else SHAPES
+        is_tiny = metafunc.config.getoption("--tiny")
+        # A bench that is not about rollouts brings its own.
+        shapes = getattr(metafunc.module, "TINY" if is_tiny else "SHAPES", TINY if is_tiny else SHAPES)
         cases = [(shape, inputs) for shape in shapes for inputs in metafunc.module.INPUTS if inputs in shape.inputs]
         metafunc.parametrize("shape, inputs", cases, ids=[f"{shape.name}-{inputs}" for shape, inputs in cases])
         metafunc.parametrize("backend", BACKENDS)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.rollouts import CPU_TOKENS, LITERAL_TOKENS, Batch, Shape, batches
+from bench.rollouts import CPU_TOKENS, LITERAL_TOKENS, Batch, Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -94,7 +94,7 @@ class Bench:
             pytest.skip(reason)
         if backend == "compile":
             torch._dynamo.reset()  # nothing, sizes seen before least of all, is to depend on the cases before
-        sets = batches(shape, inputs, DEVICE, _num_sets(shape))
+        sets = shape.batches(inputs, DEVICE, _num_sets(shape))
         calls = [prepares[backend](batch) for batch in sets]
         result = self._first_call(backend, calls[0])
         gate(sets[0], result)
@@ -201,8 +201,7 @@ def _num_sets(shape: Shape) -> int:
     """Batches to rotate among on a GPU, so that none is still in its cache (small ones always come from there)."""
     if DEVICE == "cpu":
         return 1
-    of_batch = shape.num_tokens * 12  # int64 ids, float32 log-probabilities
-    return max(1, min(16, math.ceil(2 * _l2_bytes() / of_batch)))
+    return max(1, min(16, math.ceil(2 * _l2_bytes() / shape.bytes_of_batch)))
 
 
 def _median_of_events(call: Call, rounds: int) -> float:

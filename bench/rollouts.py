@@ -25,6 +25,15 @@ class Shape:
     def num_tokens(self) -> int:
         return self.prompts * self.group * self.tokens
 
+    @property
+    def bytes_of_batch(self) -> int:
+        """int64 ids and float32 log-probabilities."""
+        return self.num_tokens * 12
+
+    def batches(self, inputs: str, device: str, count: int) -> "tuple[Batch, ...]":
+        """Different batches, the same ones in every session on a kind of device."""
+        return _batches(self, inputs, device, count)
+
 
 SHAPES = (
     Shape("8x200", 1, 8, 200, 2, ("sampled",), "the paper's setting, and the least work: all overhead"),
@@ -117,8 +126,7 @@ class Batch:
 
 
 @lru_cache(maxsize=1)  # the cases of one shape follow each other, and the largest fill gigabytes
-def batches(shape: Shape, inputs: str, device: str, count: int) -> tuple[Batch, ...]:
-    """Different batches of one shape, the same ones in every session on a kind of device."""
+def _batches(shape: Shape, inputs: str, device: str, count: int) -> tuple[Batch, ...]:
     return tuple(_batch(shape, inputs, device, seed) for seed in range(count))
 
 

@@ -1,7 +1,10 @@
 """Surprisal and entropy over the vocabulary, a few rows at a time, so that what is in between stays in the cache.
 
-See ``leafkernels.kernels.surprisal`` for the mathematics. Memory beside the results: one chunk of rows.
+See ``leafkernels.kernels.surprisal`` for the mathematics. Memory beside the results: one chunk of rows. Steps that make
+or take booleans cost as much as an exponential here, so there are none over the vocabulary.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,11 +12,18 @@ from torch import Tensor
 # Logits of a chunk: large enough that a step costs more than its call, small enough for the cache.
 _CHUNK = 1 << 18
 
+# e^-10,000 is 0 in every dtype, and 0 * -10,000 is 0, where 0 * -inf is not a number.
+_FLOOR = -1e4
 
-def _chunks(logits: Tensor) -> list[slice]:
+
+def _chunks(logits: Tensor, mask: Tensor | None) -> Iterator[slice | Tensor]:
+    """Rows that count, a chunk at a time; masked ones are not read."""
     num_rows, vocab_size = logits.shape
-    rows = max(1, _CHUNK // max(vocab_size, 1))
-    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+    step = max(1, _CHUNK // max(vocab_size, 1))
+    if mask is None:
+        yield from (slice(start, start + step) for start in range(0, num_rows, step))
+    else:
+        yield from (rows for rows in mask.nonzero().squeeze(1).split(step) if rows.numel())
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
@@ -29,35 +39,30 @@ def surprisal_entropy(
     """
     num_rows, vocab_size = logits.shape
     dtype = _compute_dtype(logits)
+    fill = torch.nan if mask is None else 0.0
     surprisal, entropy, tops, log_totals = (
-        torch.full((num_rows,), torch.nan, dtype=dtype, device=logits.device) for _ in range(4)
+        torch.full((num_rows,), fill, dtype=dtype, device=logits.device) for _ in range(4)
     )
     scale = temperature.to(dtype).reciprocal()
-    for rows in _chunks(logits) if vocab_size else []:
+    for rows in _chunks(logits, mask) if vocab_size else ():
         x = logits[rows].to(dtype)
         top = x.amax(1, keepdim=True)
-        is_top = x == top
-        # A copy of our own, whatever the dtype was: the steps below write in place.
-        z = (x - top).mul_(scale[rows, None])
+        z = (x - top).mul_(scale[rows, None]).clamp_min_(_FLOOR)
         e = z.exp()
-        e.masked_fill_(is_top, 0.0)
-        ties = is_top.sum(1)
-        rest = e.sum(1)
-        log_total = ties.to(dtype).log_() + (rest / ties).log1p_()
-        # A banned id adds 0, not -inf * 0.
-        t = z.masked_fill_(x == -torch.inf, 0.0).mul_(e).sum(1)
+        # 0 at the top and 1 below it: what is added there may be far below the rounding of 1.
+        is_rest = (z * -torch.finfo(dtype).max).clamp_max_(1.0)
+        ties = vocab_size - is_rest.sum(1)
+        rest = e.mul_(is_rest).sum(1)
+        log_total = ties.log() + (rest / ties).log1p_()
         is_bad = top.squeeze(1).isinf()
-        entropy[rows] = (log_total - t / (ties + rest)).masked_fill_(is_bad, torch.nan)
-        log_totals[rows] = log_total.masked_fill_(is_bad, torch.nan)
-        tops[rows] = top.squeeze(1)
+        entropy[rows] = (log_total - z.mul_(e).sum(1) / (ties + rest)).masked_fill_(is_bad, torch.nan)
+        log_totals[rows] = log_total = log_total.masked_fill_(is_bad, torch.nan)
+        tops[rows] = top = top.squeeze(1)
 
-    if vocab_size:
-        in_row = (token_ids >= 0) & (token_ids < vocab_size)
-        x_token = logits.gather(1, token_ids.to(torch.int64).clamp(0, vocab_size - 1)[:, None]).squeeze(1).to(dtype)
-        surprisal = (log_totals - (x_token - tops) * scale).masked_fill_(~in_row, torch.nan)
-    if mask is not None:
-        for result in (surprisal, entropy, tops, log_totals):
-            result.masked_fill_(~mask, 0.0)
+        tokens = token_ids[rows].to(torch.int64)
+        in_row = (tokens >= 0) & (tokens < vocab_size)
+        x_token = x.gather(1, tokens.clamp(0, vocab_size - 1)[:, None]).squeeze(1)
+        surprisal[rows] = (log_total - (x_token - top) * scale[rows]).masked_fill_(~in_row, torch.nan)
     return surprisal, entropy, tops, log_totals
 
 
@@ -74,26 +79,21 @@ def surprisal_entropy_backward(
 ) -> Tensor:
     """Gradient of the logits (N, V) in their dtype; 0 in masked rows."""
     dtype = _compute_dtype(logits)
-    gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    make = torch.empty if mask is None else torch.zeros
+    gradients = make(logits.shape, dtype=logits.dtype, device=logits.device)
     vocab_size = logits.shape[1]
-    if not gradients.numel():
-        return gradients
     scale = temperature.to(dtype).reciprocal()
     of_surprisal = surprisal_gradients.to(dtype) * scale
     of_entropy = None if entropy_gradients is None else entropy_gradients.to(dtype) * scale
-    in_row = (token_ids >= 0) & (token_ids < vocab_size)
-    tokens = token_ids.to(torch.int64).clamp(0, vocab_size - 1)[:, None]
-    for rows in _chunks(logits):
+    for rows in _chunks(logits, mask) if vocab_size else ():
         x = logits[rows].to(dtype)
-        log_p = (x - tops[rows, None]).mul_(scale[rows, None]).sub_(log_totals[rows, None])
+        log_p = (x - tops[rows, None]).mul_(scale[rows, None]).sub_(log_totals[rows, None]).clamp_min_(_FLOOR)
         p = log_p.exp()
         gradient = p * of_surprisal[rows, None]
-        gradient.scatter_add_(1, tokens[rows], -(of_surprisal[rows] * in_row[rows])[:, None])
+        tokens = token_ids[rows].to(torch.int64)
+        in_row = (tokens >= 0) & (tokens < vocab_size)
+        gradient.scatter_add_(1, tokens.clamp(0, vocab_size - 1)[:, None], -(of_surprisal[rows] * in_row)[:, None])
         if of_entropy is not None:
-            # p log p is 0 for a banned id, not 0 * -inf.
-            term = log_p.add_(entropy[rows, None]).mul_(p).masked_fill_(x == -torch.inf, 0.0)
-            gradient.sub_(term.mul_(of_entropy[rows, None]))
-        if mask is not None:
-            gradient.masked_fill_(~mask[rows, None], 0.0)
+            gradient.sub_(log_p.add_(entropy[rows, None]).mul_(p).mul_(of_entropy[rows, None]))
         gradients[rows] = gradient.to(logits.dtype)
     return gradients
