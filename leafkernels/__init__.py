@@ -3,6 +3,7 @@
 from leafkernels.advantages import SpanTree, span_advantages, span_tree
 from leafkernels.boundaries import select_boundaries
 from leafkernels.groups import group_index
+from leafkernels.loss import PolicyLoss, policy_loss
 from leafkernels.prefix_lengths import common_prefix_lengths
 from leafkernels.scatter import scatter_spans
 from leafkernels.surprisal import SurprisalEntropy, surprisal_entropy
@@ -11,11 +12,13 @@ from leafkernels.values import SpanValues, span_values
 __version__ = "0.1.0"
 
 __all__ = [
+    "PolicyLoss",
     "SpanTree",
     "SpanValues",
     "SurprisalEntropy",
     "common_prefix_lengths",
     "group_index",
+    "policy_loss",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",

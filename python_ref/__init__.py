@@ -6,6 +6,7 @@ prefixes and no shared tricks. Every module has the name of the operation in ``l
 
 from python_ref.advantages import SpanTree, span_advantages, span_tree
 from python_ref.boundaries import select_boundaries
+from python_ref.loss import policy_loss
 from python_ref.prefix_lengths import common_prefix_lengths
 from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
@@ -16,6 +17,7 @@ __all__ = [
     "common_prefix_lengths",
     "gather_spans",
     "normalize_spans",
+    "policy_loss",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",
