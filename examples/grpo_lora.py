@@ -32,9 +32,9 @@ from running_sums import (
 )
 from torch import Tensor
 
-from leafkernels import span_advantages
+from leafkernels import policy_loss, span_advantages
 
-CLIP = 0.2
+CLIP = (0.2, 0.2)
 INNER_UPDATES = 2
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -81,15 +81,6 @@ def grpo_advantages(rollouts: Rollouts, group_size: int) -> Tensor:
     return flat.view(-1, 1) * rollouts.response_mask
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor) -> Tensor:
-    """Return the clipped policy loss, averaged over all response tokens of the batch; every input is (B * G, T)."""
-    ratio = (logprobs - old_logprobs).exp()
-    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
-    # The smaller of the two never rewards a move that has already left the trusted range.
-    gain = torch.minimum(ratio * advantages, clipped * advantages)
-    return -(gain * response_mask).sum() / response_mask.sum()
-
-
 def add_adapter(model: Any) -> Any:
     """Freeze the model and return it with a trainable low-rank adapter on each of its linear layers."""
     config = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -109,9 +100,9 @@ def train_step(
     else:
         advantages = grpo_advantages(rollouts, args.rollouts)
     for _ in range(INNER_UPDATES):
-        loss = policy_loss(token_logprobs(policy, rollouts), old_logprobs, advantages, rollouts.response_mask)
+        logprobs = token_logprobs(policy, rollouts)
         optimizer.zero_grad()
-        loss.backward()
+        policy_loss(logprobs, old_logprobs, advantages, rollouts.response_mask, clip=CLIP).loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
     grouped = rollouts.rewards.view(args.prompts, args.rollouts)

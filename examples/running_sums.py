@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from leafkernels import surprisal_entropy
+
 PAD_TOKEN = "<pad>"
 END_TOKEN = "."
 TOKENS = [PAD_TOKEN, END_TOKEN, *"0123456789", "+", "=", ","]
@@ -162,9 +164,8 @@ def token_logprobs(model: Any, rollouts: Rollouts) -> Tensor:
     """Return the log-probability of every response token under ``model``, (B * G, T), 0 on padding."""
     length = rollouts.token_ids.shape[1]
     # The logits at one position score the token at the next, hence the window that ends one place early.
-    logits = model(input_ids=rollouts.sequences).logits[:, -length - 1 : -1].float()
-    logprobs = logits.log_softmax(dim=-1).gather(-1, rollouts.token_ids[..., None]).squeeze(-1)
-    return logprobs.masked_fill(~rollouts.response_mask, 0.0)
+    logits = model(input_ids=rollouts.sequences).logits[:, -length - 1 : -1]
+    return surprisal_entropy(logits, rollouts.token_ids, response_mask=rollouts.response_mask).logprobs
 
 
 def greedy_accuracy(model: Any, prompts: Sequence[str]) -> float:
