@@ -13,11 +13,6 @@ from leafkernels._layout import Layout, as_rows, build_layout, values_readable
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def describe(tensor: Tensor) -> str:
-    """Dtype and shape in one short phrase: "float32 (4, 7)"."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
 def check_tensor(name: str, value: Any) -> Tensor:
     """Raise TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
@@ -122,7 +117,7 @@ def check_layout(
 
 
 def _brief(groups: Any) -> str:
-    return describe(groups) if isinstance(groups, Tensor) else repr(groups)
+    return f"a tensor of shape {tuple(groups.shape)}" if isinstance(groups, Tensor) else repr(groups)
 
 
 def _check_cu_seqlens(cu_seqlens: Any, name: str, tensor: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The library in which the operations are registered, and how one is registered."""
+"""The library in which the operations are registered, how one is registered, and in what precision it computes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("leafkernels", "DEF")
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What numbers of the dtype of ``tensor`` are computed in: float64 for float64, float32 for all others."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import python_ref
+from leafkernels._ops import compute_dtype
 from python_ref.values import nodes_from_prefix_lengths
 
 
@@ -178,13 +179,13 @@ def surprisal_entropy(
     surprisals, entropies = python_ref.surprisal_entropy(
         [rows[i] for i in live], [tokens[i] for i in live], temperature=[temperatures[i] for i in live]
     )
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    results = torch.zeros((4, logits.shape[0]), dtype=dtype)
+    results = torch.zeros((4, logits.shape[0]), dtype=compute_dtype(logits))
     for i, surprisal, entropy in zip(live, surprisals, entropies, strict=True):
         # The top and log sum e^(x - top), which the gradient starts from, are surprisals as well: of the id at the top.
         top = max(rows[i], default=math.nan)
-        log_total = python_ref.surprisal_entropy([rows[i]], [rows[i].index(top)], temperature=temperatures[i])[0][0]
-        results[:, i] = torch.tensor([surprisal, entropy, top, log_total], dtype=dtype)
+        at_top = rows[i].index(top) if rows[i] else 0
+        log_total = python_ref.surprisal_entropy([rows[i]], [at_top], temperature=temperatures[i])[0][0]
+        results[:, i] = torch.tensor([surprisal, entropy, top, log_total], dtype=results.dtype)
     return tuple(results.to(logits.device).unbind())  # type: ignore[return-value]
 
 

@@ -132,8 +132,8 @@ def span_advantages(
         response_mask: the same shape; nonzero where a token counts, with holes and padding anywhere; None: all.
         groups: an int (consecutive runs of that many rows are a prompt) or an integer tensor (N,) that names each
             row's prompt, in any order and with unequal sizes (``group_index`` makes it from uid strings); None: all
-            rows are one prompt. A CUDA tensor costs
-            N * N int32 of temporary memory, because counting its groups would synchronise; an int costs N * groups.
+            rows are one prompt. A CUDA tensor costs N * N int32 of temporary memory, because counting its groups would
+            synchronise; an int costs N * groups.
         cu_seqlens: (N + 1,) int32, offsets of packed rows: 0, ascending, the total.
         num_boundaries: boundaries of a prompt at most (B of the paper).
         min_separation: least distance of two boundaries; default max(2, shortest row // (max(B, 1) + 1)).

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from leafkernels._checks import check_choice, check_like, check_mask, check_real, check_tensor
+from leafkernels._ops import compute_dtype
 
 AGGREGATES = ("token_mean", "sequence_mean", "sum", "constant")
 IMPORTANCE = ("token", "sequence")
@@ -96,7 +97,7 @@ def policy_loss(
             f"aggregate={aggregate!r}"
         )
 
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(logprobs)
 
     def live(tensor: Tensor) -> Tensor:
         # Filled before anything is computed from it: 0 * NaN would bring NaN back through the gradient.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from leafkernels._backend import implementation, resolve_backend
 from leafkernels._checks import check_device, check_integer, check_mask, check_real
-from leafkernels._ops import register
+from leafkernels._ops import compute_dtype, register
 
 _INPUTS = "Tensor logits, Tensor token_ids, Tensor temperature, Tensor? mask, str backend"
 
@@ -32,8 +32,7 @@ def _impl(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return tuple(logits.new_empty((logits.shape[0],), dtype=dtype) for _ in range(4))
+    return tuple(logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits)) for _ in range(4))
 
 
 _surprisal_entropy = register(f"surprisal_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _impl, _fake)

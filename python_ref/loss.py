@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 
+from python_ref.values import mean
+
 Table = Sequence[Sequence[float]]
 
 
@@ -66,8 +68,3 @@ def policy_loss(
         "mean_kl": mean(kls),
         "mean_entropy": mean(entropies),
     }
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; 0 of nothing."""
-    return math.fsum(values) / len(values) if values else 0.0

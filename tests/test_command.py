@@ -224,36 +224,36 @@ def test_bytes_that_are_not_text(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == f"leafkernels: {source}, line 1: not UTF-8 text (byte 8 of the line)\n"
 
 
-def fails_with(message: str, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def check_fails_with(message: str, arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(argument) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fails_with("missing.jsonl: no such file or directory", [tmp_path / "missing.jsonl"], capsys)
-    fails_with("is a directory", [tmp_path], capsys)
+    check_fails_with("missing.jsonl: no such file or directory", [tmp_path / "missing.jsonl"], capsys)
+    check_fails_with("is a directory", [tmp_path], capsys)
     plain = save(tmp_path / "plain.jsonl", [GOOD]).rename(tmp_path / "plain.jsonl.gz")
-    fails_with("plain.jsonl.gz is not a gzip file, although its name ends in .gz", [plain], capsys)
+    check_fails_with("plain.jsonl.gz is not a gzip file, although its name ends in .gz", [plain], capsys)
     whole = save(tmp_path / "cut.jsonl.gz", random_prompts(300))
     whole.write_bytes(whole.read_bytes()[:-20])
-    fails_with("the gzip data are damaged or end too early", [whole, "--show", "0"], capsys)
+    check_fails_with("the gzip data are damaged or end too early", [whole, "--show", "0"], capsys)
     for name, records in {"none.jsonl": [], "none.jsonl.gz": [], "blank.jsonl": ["", "  \t"]}.items():
-        fails_with(f"{name} is empty: there is no prompt in it", [save(tmp_path / name, records)], capsys)
+        check_fails_with(f"{name} is empty: there is no prompt in it", [save(tmp_path / name, records)], capsys)
     empty = tmp_path / "nothing.jsonl.gz"
     empty.touch()
-    fails_with("nothing.jsonl.gz is empty", [empty, "--out", tmp_path / "out"], capsys)
+    check_fails_with("nothing.jsonl.gz is empty", [empty, "--out", tmp_path / "out"], capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_files_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(tmp_path / "in.jsonl", [GOOD, GOOD])
     before = source.read_bytes()
-    fails_with("missing/out: no such file or directory", [source, "--out", tmp_path / "missing" / "out"], capsys)
-    fails_with("not a regular file", [source, "--out", tmp_path], capsys)
+    check_fails_with("missing/out: no such file or directory", [source, "--out", tmp_path / "missing" / "out"], capsys)
+    check_fails_with("not a regular file", [source, "--out", tmp_path], capsys)
     # Renamed over, the device would be gone for everybody.
-    fails_with("/dev/null: not a regular file", [source, "--out", "/dev/null"], capsys)
-    fails_with("--limit would drop the other prompts", [source, "--out", source, "--limit", 1], capsys)
+    check_fails_with("/dev/null: not a regular file", [source, "--out", "/dev/null"], capsys)
+    check_fails_with("--limit would drop the other prompts", [source, "--out", source, "--limit", 1], capsys)
     assert source.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -274,7 +274,9 @@ def test_a_backend_that_cannot_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("leafkernels._backend.INTERPRETING", False)
-    fails_with("--backend triton cannot run here", [save(tmp_path / "a.jsonl", [GOOD]), "--backend", "triton"], capsys)
+    check_fails_with(
+        "--backend triton cannot run here", [save(tmp_path / "a.jsonl", [GOOD]), "--backend", "triton"], capsys
+    )
 
 
 def test_out_may_be_the_input_or_a_link_to_it(tmp_path: Path) -> None:

@@ -187,6 +187,15 @@ def test_shapes_strides_and_temperatures(backend: str) -> None:
     assert nothing.entropy.shape == (0, 3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_vocabulary_has_no_distribution(backend: str) -> None:
+    logits, ids = torch.zeros(3, 0, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    mask = torch.tensor([True, False, True], device=DEVICE)
+    for result in leafkernels.surprisal_entropy(logits, ids, response_mask=mask, backend=backend):
+        assert result.isnan().tolist() == mask.tolist()
+        assert result[1] == 0
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(masked: bool, small_blocks: None) -> None:
     logits = torch.randn(4, 11, dtype=torch.float64, device=DEVICE).requires_grad_()

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from leafkernels._ops import compute_dtype
+
 # Logits of a chunk: large enough that a step costs more than its call, small enough for the cache.
 _CHUNK = 1 << 18
 
@@ -26,10 +28,6 @@ def _chunks(logits: Tensor, mask: Tensor | None) -> Iterator[slice | Tensor]:
         yield from (rows for rows in mask.nonzero().squeeze(1).split(step) if rows.numel())
 
 
-def _compute_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def surprisal_entropy(
     logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,11 +36,9 @@ def surprisal_entropy(
     float32, or float64 for float64 logits; 0 in masked rows.
     """
     num_rows, vocab_size = logits.shape
-    dtype = _compute_dtype(logits)
-    fill = torch.nan if mask is None else 0.0
-    surprisal, entropy, tops, log_totals = (
-        torch.full((num_rows,), fill, dtype=dtype, device=logits.device) for _ in range(4)
-    )
+    dtype = compute_dtype(logits)
+    results = tuple(torch.full((num_rows,), torch.nan, dtype=dtype, device=logits.device) for _ in range(4))
+    surprisal, entropy, tops, log_totals = results
     scale = temperature.to(dtype).reciprocal()
     for rows in _chunks(logits, mask) if vocab_size else ():
         x = logits[rows].to(dtype)
@@ -63,6 +59,9 @@ def surprisal_entropy(
         in_row = (tokens >= 0) & (tokens < vocab_size)
         x_token = x.gather(1, tokens.clamp(0, vocab_size - 1)[:, None]).squeeze(1)
         surprisal[rows] = (log_total - (x_token - top) * scale[rows]).masked_fill_(~in_row, torch.nan)
+    if mask is not None:
+        for result in results:
+            result.masked_fill_(~mask, 0.0)
     return surprisal, entropy, tops, log_totals
 
 
@@ -78,7 +77,7 @@ def surprisal_entropy_backward(
     mask: Tensor | None,
 ) -> Tensor:
     """Gradient of the logits (N, V) in their dtype; 0 in masked rows."""
-    dtype = _compute_dtype(logits)
+    dtype = compute_dtype(logits)
     make = torch.empty if mask is None else torch.zeros
     gradients = make(logits.shape, dtype=logits.dtype, device=logits.device)
     vocab_size = logits.shape[1]
