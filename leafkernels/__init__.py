@@ -3,6 +3,7 @@
 from leafkernels.advantages import SpanTree, span_advantages, span_tree
 from leafkernels.boundaries import select_boundaries
 from leafkernels.groups import group_index
+from leafkernels.linear_surprisal import linear_surprisal_entropy
 from leafkernels.loss import PolicyLoss, policy_loss
 from leafkernels.prefix_lengths import common_prefix_lengths
 from leafkernels.scatter import scatter_spans
@@ -18,6 +19,7 @@ __all__ = [
     "SurprisalEntropy",
     "common_prefix_lengths",
     "group_index",
+    "linear_surprisal_entropy",
     "policy_loss",
     "scatter_spans",
     "select_boundaries",

@@ -97,7 +97,7 @@ def policy_loss(
             f"aggregate={aggregate!r}"
         )
 
-    dtype = compute_dtype(logprobs)
+    dtype = compute_dtype(logprobs.dtype)
 
     def live(tensor: Tensor) -> Tensor:
         # Filled before anything is computed from it: 0 * NaN would bring NaN back through the gradient.
