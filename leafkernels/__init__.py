@@ -5,6 +5,7 @@ from leafkernels.boundaries import select_boundaries
 from leafkernels.groups import group_index
 from leafkernels.linear_surprisal import linear_surprisal_entropy
 from leafkernels.loss import PolicyLoss, policy_loss
+from leafkernels.loss_from_logits import policy_loss_from_logits
 from leafkernels.prefix_lengths import common_prefix_lengths
 from leafkernels.scatter import scatter_spans
 from leafkernels.surprisal import SurprisalEntropy, surprisal_entropy
@@ -21,6 +22,7 @@ __all__ = [
     "group_index",
     "linear_surprisal_entropy",
     "policy_loss",
+    "policy_loss_from_logits",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",

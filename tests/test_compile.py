@@ -35,6 +35,8 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     results.insert(0, results[0])  # the entropy stands for its own gradient
     hidden, weight, bias = torch.randn(4, 5, device=DEVICE), torch.randn(9, 5, device=DEVICE), logits[0]
     head = hidden, weight, bias, tokens, temperature, live, 3.0, None, 2, torch.float32, backend
+    shares, old = torch.rand(2, 4, device=DEVICE)
+    loss = logits, tokens, temperature, live, shares, -old, old, None, 0.2, 0.3, 0.0, 0.1, True, backend
     return {
         "select_boundaries": (
             OPS.select_boundaries,
@@ -58,6 +60,8 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
             OPS.linear_surprisal_entropy_backward,
             (surprisal, *results, *head, [True, True, True]),
         ),
+        "policy_loss": (OPS.policy_loss, loss),
+        "scale_gradient": (OPS.scale_gradient, (logits, old[0], backend)),
         "gather_spans": (OPS.gather_spans, (group["logprobs"], ends, mask, *slots, backend)),
     }
 
@@ -113,13 +117,16 @@ def test_torch_compile_with_gradients() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("function", ["surprisal_entropy", "in place", "linear_surprisal_entropy"])
+@pytest.mark.parametrize("function", ["surprisal_entropy", "in place", "linear_surprisal_entropy", "policy_loss"])
 def test_vocabulary_functions_compile_with_gradients(function: str, backend: str) -> None:
     ids, weight = torch.tensor([3, 0, 8, 2], device=DEVICE), torch.randn(9, 5, device=DEVICE)
     mask = torch.tensor([1, 1, 0, 1], device=DEVICE)
     options: dict[str, Any] = {"response_mask": mask, "backend": backend}
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
+        if function == "policy_loss":
+            logits, row = (hidden @ weight.T)[None], ids[None]
+            return leafkernels.policy_loss_from_logits(logits, row, None, row.float(), mask[None], backend=backend).loss
         if function == "linear_surprisal_entropy":
             found = leafkernels.linear_surprisal_entropy(hidden, weight, ids, **options)
         else:
