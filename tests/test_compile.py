@@ -146,9 +146,11 @@ def test_vocabulary_functions_compile_with_gradients(function: str, backend: str
 
 @on_gpu
 def test_a_new_length_compiles_nothing() -> None:
-    from leafkernels.kernels import boundaries, prefix_lengths, scatter, values
+    from leafkernels.kernels import boundaries, prefix_lengths, scatter, surprisal, values
 
     kernels = [
+        surprisal._surprisal_states_kernel,
+        surprisal._merge_surprisal_states_kernel,
         boundaries._column_maxima_kernel,
         boundaries._select_boundaries_kernel,
         prefix_lengths._common_prefix_lengths_kernel,
@@ -160,10 +162,15 @@ def test_a_new_length_compiles_nothing() -> None:
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
-    leafkernels.span_advantages(**random_group(8, 100, seed=1))
+    def run(rows: int, tokens: int) -> None:
+        group = random_group(rows, tokens, seed=1)
+        leafkernels.span_advantages(**group)
+        leafkernels.surprisal_entropy(group["logprobs"], group["token_ids"][:, 0])  # any floats are logits
+
+    run(8, 100)
     before = compiled()
-    for rows, tokens in [(8, 101), (8, 112), (1, 7), (16, 1), (3, 1025), (32, 64)]:
-        leafkernels.span_advantages(**random_group(rows, tokens, seed=1))
+    for rows, tokens in [(8, 101), (8, 112), (1, 7), (16, 1), (3, 1025), (32, 64), (3, 9000)]:
+        run(rows, tokens)
     assert compiled() == before
 
 
@@ -201,6 +208,46 @@ def test_nothing_synchronises_and_a_graph_captures_it(layout: str) -> None:
     graph.replay()
     torch.testing.assert_close(captured, step(), rtol=0, atol=0)
     group["rewards"].copy_(group["rewards"].flip(0))
+    graph.replay()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+
+
+@on_gpu
+@pytest.mark.parametrize("function", ["surprisal_entropy", "linear_surprisal_entropy", "policy_loss_from_logits"])
+def test_vocabulary_functions_synchronise_nothing_and_a_graph_captures_them(function: str) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(8)
+    hidden = torch.randn(2, 50, 64, device=DEVICE, generator=generator, dtype=torch.bfloat16)
+    weight = torch.randn(1000, 64, device=DEVICE, generator=generator, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.randint(0, 1000, (2, 50), device=DEVICE, generator=generator)
+    mask = torch.arange(50, device=DEVICE).expand(2, 50) < 40
+
+    def step() -> torch.Tensor:
+        if function == "linear_surprisal_entropy":
+            found = leafkernels.linear_surprisal_entropy(
+                hidden, weight, ids, response_mask=mask, num_live=80, chunk_tokens=30
+            )
+        elif function == "surprisal_entropy":
+            found = leafkernels.surprisal_entropy(hidden @ weight.T, ids, response_mask=mask, inplace_backward=True)
+        else:
+            logits = hidden @ weight.T
+            loss = leafkernels.policy_loss_from_logits(logits, ids, None, hidden[..., 0], mask, entropy_coef=0.1).loss
+            return torch.autograd.grad(loss, weight)[0]
+        return torch.autograd.grad((found.surprisal + found.entropy).sum(), weight)[0]
+
+    expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
     graph.replay()
     torch.testing.assert_close(captured, expected, rtol=0, atol=0)
 
