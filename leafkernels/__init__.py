@@ -2,6 +2,7 @@
 
 from leafkernels.advantages import SpanTree, span_advantages, span_tree
 from leafkernels.boundaries import select_boundaries
+from leafkernels.estimators import dr_grpo, grpo, rloo, tempo, treerl
 from leafkernels.groups import group_index
 from leafkernels.loss import PolicyLoss, policy_loss
 from leafkernels.prefix_lengths import common_prefix_lengths
@@ -17,12 +18,17 @@ __all__ = [
     "SpanValues",
     "SurprisalEntropy",
     "common_prefix_lengths",
+    "dr_grpo",
     "group_index",
+    "grpo",
     "policy_loss",
+    "rloo",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",
     "span_tree",
     "span_values",
     "surprisal_entropy",
+    "tempo",
+    "treerl",
 ]

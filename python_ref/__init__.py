@@ -6,6 +6,7 @@ prefixes and no shared tricks. Every module has the name of the operation in ``l
 
 from python_ref.advantages import SpanTree, span_advantages, span_tree
 from python_ref.boundaries import select_boundaries
+from python_ref.estimators import dr_grpo, grpo, rloo, tempo, treerl
 from python_ref.loss import policy_loss
 from python_ref.prefix_lengths import common_prefix_lengths
 from python_ref.scatter import gather_spans, scatter_spans
@@ -15,9 +16,12 @@ from python_ref.values import normalize_spans, span_values
 __all__ = [
     "SpanTree",
     "common_prefix_lengths",
+    "dr_grpo",
     "gather_spans",
+    "grpo",
     "normalize_spans",
     "policy_loss",
+    "rloo",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",
@@ -25,4 +29,6 @@ __all__ = [
     "span_values",
     "surprisal_entropy",
     "surprisal_entropy_backward",
+    "tempo",
+    "treerl",
 ]
