@@ -168,8 +168,7 @@ def _tempo_spans(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     difference = means.gather(1, later) - means
 
     mean = means.gather(1, first)
-    squares = _sums_from((of_members - mean).square().masked_fill(is_other, 0.0)).gather(1, first)
-    variance = squares / (group - first - 1).clamp_min(1)
+    variance = _sums_from((of_members - mean).square()).gather(1, first) / (group - first - 1).clamp_min(1)
     # The slope of the root is infinite at 0, and would make NaN of gradients that are 0.
     is_flat = variance == 0.0
     std = variance.masked_fill(is_flat, 1.0).sqrt().masked_fill(is_flat, 0.0)

@@ -12,6 +12,8 @@ from rollouts import BACKENDS, DEVICE, Rollouts, assert_rows_close, random_group
 
 import leafkernels
 import python_ref
+from leafkernels._rollouts import read_rollouts
+from leafkernels.estimators import _tempo_spans
 
 NAMES = ("grpo", "dr_grpo", "rloo", "tempo", "treerl")
 BOUNDARY_OPTIONS = ("num_boundaries", "min_separation")
@@ -159,6 +161,21 @@ def test_tempo_leaves_what_differs_at_a_hole_to_no_token() -> None:
     assert leafkernels.tempo(logprobs, ids, rewards)[0, 1] > with_hole[0, 0]
 
 
+@given(rollouts())
+@settings(max_examples=50)
+def test_spans_of_tempo_are_what_the_scatter_takes(case: Rollouts) -> None:
+    """Ascending, also where rows leave together, and up to the last token of each row that has a reward."""
+    inputs = case.padded()
+    mask, groups = inputs["response_mask"], inputs["groups"]
+    call = inputs["logprobs"], inputs["token_ids"], inputs["rewards"], mask, groups, None, "torch"
+    rollouts = read_rollouts(*call)
+    values, ends = _tempo_spans(rollouts)
+    assert values.shape == ends.shape
+    assert (ends.diff(dim=1) >= 0).all()
+    assert (ends >= 0).all()
+    assert torch.equal(ends[:, -1].long(), rollouts.layout.row_lengths)
+
+
 # The laws. They hold for any backend; the fast one can afford many cases.
 
 
@@ -256,12 +273,14 @@ def test_empty_inputs_have_an_answer(backend: str, shape: tuple[int, ...]) -> No
         assert result.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_equal_rewards_and_single_rows_give_exactly_zero(backend: str, name: str) -> None:
-    """Six times 0.3 in float32 has a mean that is not 0.3."""
+def test_equal_rewards_and_single_rows_give_exactly_zero(backend: str, name: str, dtype: torch.dtype) -> None:
+    """Six times 0.3 has a mean that is not 0.3, in float32 and in float64."""
     flat, mixed = random_group(6, 12, seed=0, vocabulary=2), random_group(6, 12, seed=1, vocabulary=2)
     both = {key: torch.stack([flat[key], mixed[key]]) for key in flat}
+    both["rewards"] = both["rewards"].to(dtype)
     both["rewards"][0] = 0.3
     result = advantages(name, **both, backend=backend)
     assert torch.equal(result[0], torch.zeros_like(result[0]))
