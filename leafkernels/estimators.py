@@ -129,7 +129,8 @@ def tempo(
     r - mean, unless another row is identical or goes on where it ends: then to V of the whole row, less the mean.
 
     The values of ``logprobs`` do not matter. All arguments, layouts and errors as in ``span_advantages``; holes of the
-    mask count in a prefix, and what differs at a hole is credited to no token.
+    mask count in a prefix, and what differs at a hole is credited to no token. A row has up to 2 G spans, G the size of
+    a prompt (of the whole call where ``groups`` is a CUDA tensor), and a few tables of that size are float64.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
@@ -157,8 +158,7 @@ def _tempo_spans(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     # Members in the order in which they leave the row; what takes no part comes first.
     shared = prefix_lengths_of_groups(as_rows(rollouts.token_ids), layout, None, rollouts.backend)
     shared, order = shared.masked_fill(is_other, -1).sort(dim=1, stable=True)
-    is_other = shared < 0
-    of_members = rewards[members.gather(1, order)].masked_fill(is_other, 0.0)
+    of_members = rewards[members.gather(1, order)]
     group = shared.shape[1]
     first = is_other.sum(1, keepdim=True).clamp_max(group - 1)
 

@@ -273,15 +273,17 @@ def test_empty_inputs_have_an_answer(backend: str, shape: tuple[int, ...]) -> No
         assert result.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dtype", "reward"), [(torch.float32, 0.3), (torch.float64, 0.1)])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_equal_rewards_and_single_rows_give_exactly_zero(backend: str, name: str, dtype: torch.dtype) -> None:
-    """Six times 0.3 has a mean that is not 0.3, in float32 and in float64."""
+def test_equal_rewards_and_single_rows_give_exactly_zero(
+    backend: str, name: str, dtype: torch.dtype, reward: float
+) -> None:
+    """Six times 0.3 in float32, or 0.1 in float64, have a mean that is another number."""
     flat, mixed = random_group(6, 12, seed=0, vocabulary=2), random_group(6, 12, seed=1, vocabulary=2)
     both = {key: torch.stack([flat[key], mixed[key]]) for key in flat}
     both["rewards"] = both["rewards"].to(dtype)
-    both["rewards"][0] = 0.3
+    both["rewards"][0] = reward
     result = advantages(name, **both, backend=backend)
     assert torch.equal(result[0], torch.zeros_like(result[0]))
     assert result[1].any()
@@ -448,6 +450,19 @@ def test_gradients_are_finite_and_unscorable_rows_have_none(name: str) -> None:
     assert rewards.grad.isfinite().all()
     assert not rewards.grad[rewards.isnan()].any()
     assert rewards.grad[1, 0] != 0
+
+
+def test_tempo_and_grpo_have_one_gradient_behind_the_parting() -> None:
+    """Also where all rewards are equal, and the slope of their deviation is taken as 0."""
+    ids = torch.tensor([[1, 5], [2, 5], [3, 5]], device=DEVICE)
+    weights = torch.tensor([[0.0, 0.5], [0.0, -1.0], [0.0, 2.0]], device=DEVICE)
+    for rewards in ([0.5, 0.5, 0.5], [1.0, 0.0, 0.25]):
+        gradients = []
+        for name in ("tempo", "grpo"):
+            leaf = torch.tensor(rewards, dtype=torch.float64, device=DEVICE).requires_grad_()
+            (advantages(name, torch.zeros(3, 2, device=DEVICE), ids, leaf) * weights).sum().backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
 
 
 BAD_CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
