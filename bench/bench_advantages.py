@@ -1,5 +1,6 @@
 """span_advantages, the whole function, and the speed that it promises on a CPU."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,10 +44,15 @@ def backend_of_package(backend: str) -> Prepare:
     return prepare
 
 
-def dense_compiled(batch: Batch) -> Call:
+def dense_compiled(
+    batch: Batch,
+    credit: tuple[str, float, bool, str] = ("both", 0.5, False, "span"),
+    finish: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Call:
     """The PyTorch backend's functions, compiled one by one: together they break into the same graphs.
 
-    The layout is made before, and all pairs are compared; see the bench of common_prefix_lengths.
+    The layout is made before, and all pairs are compared; see the bench of common_prefix_lengths. ``credit`` are the
+    options of the span values, ``finish`` what an estimator makes of them.
     """
     mask = None if batch.mask is None else as_rows(batch.mask)
     scores, rewards, shape = as_rows(batch.logprobs), batch.rewards.flatten(), batch.token_ids.shape
@@ -62,10 +68,8 @@ def dense_compiled(batch: Batch) -> Call:
             scores, mask, layout.row_starts, layout.row_lengths, *groups, layout.max_length, count, None, True
         )
         prefix_lengths = prefixes().flatten(0, 1)
-        normalized, _, ends, _, _ = values(
-            rewards, prefix_lengths, boundaries, layout.row_lengths, *groups, "both", 0.5, False, "span"
-        )
-        return scatter(normalized, ends, mask, *slots, size, torch.float32).view(shape)
+        normalized, _, ends, _, _ = values(rewards, prefix_lengths, boundaries, layout.row_lengths, *groups, *credit)
+        return scatter(finish(normalized), ends, mask, *slots, size, torch.float32).view(shape)
 
     return call
 

@@ -2,6 +2,7 @@
 
 from leafkernels.advantages import SpanTree, span_advantages, span_tree
 from leafkernels.boundaries import select_boundaries
+from leafkernels.estimators import dr_grpo, grpo, rloo, tempo, treerl
 from leafkernels.groups import group_index
 from leafkernels.linear_surprisal import linear_surprisal_entropy
 from leafkernels.loss import PolicyLoss, policy_loss
@@ -19,14 +20,19 @@ __all__ = [
     "SpanValues",
     "SurprisalEntropy",
     "common_prefix_lengths",
+    "dr_grpo",
     "group_index",
+    "grpo",
     "linear_surprisal_entropy",
     "policy_loss",
     "policy_loss_from_logits",
+    "rloo",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",
     "span_tree",
     "span_values",
     "surprisal_entropy",
+    "tempo",
+    "treerl",
 ]

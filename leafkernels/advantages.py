@@ -5,12 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leafkernels._backend import resolve_backend
-from leafkernels._checks import check_integer, check_layout, check_like, check_real, check_rewards
+from leafkernels._checks import check_like, check_real
 from leafkernels._layout import Layout, as_rows, group_members
+from leafkernels._rollouts import Rollouts, read_rollouts, spread
 from leafkernels.boundaries import boundaries_of_groups, check_boundary_options, per_prompt
 from leafkernels.prefix_lengths import prefix_lengths_of_groups
-from leafkernels.scatter import scatter_to_tokens
 from leafkernels.values import SpanValues, check_value_options, finish, values_of_groups
 
 
@@ -28,17 +27,16 @@ class SpanTree(NamedTuple):
     """Values, ends, members and mean rewards of every row's spans."""
 
 
-class _Credit(NamedTuple):
-    layout: Layout
-    mask: Tensor | None
-    row_shape: tuple[int, ...]
+class Credit(NamedTuple):
+    """Spans of the rows of a call, and what they were made from."""
+
+    rollouts: Rollouts
     boundaries: Tensor
     prefix_lengths: Tensor
     spans: SpanValues
-    backend: str
 
 
-def _credit(
+def credit_spans(
     logprobs: Tensor,
     token_ids: Tensor,
     rewards: Tensor,
@@ -54,29 +52,24 @@ def _credit(
     leave_one_out: bool,
     normalize: str,
     backend: str,
-) -> _Credit:
-    check_integer("token_ids", token_ids)
-    check_real("logprobs", logprobs)
-    check_like("logprobs", logprobs, "token_ids", token_ids.shape, token_ids.device)
+) -> Credit:
+    """Boundaries, shared prefixes and span values; arguments as ``span_advantages``."""
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
     if boundary_scores is not None:
         check_real("boundary_scores", boundary_scores)
         check_like("boundary_scores", boundary_scores, "token_ids", token_ids.shape, token_ids.device)
     check_boundary_options(num_boundaries, min_separation)
     check_value_options(terms, multiplicity_power, leave_one_out, normalize)
-    layout, mask, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens)
-    rewards = check_rewards(rewards, "token_ids", row_shape, token_ids.device)
-    backend = resolve_backend(backend, token_ids.device)
 
-    # A row that cannot be scored takes no part in anything, as if it had no token and no reward.
-    layout = layout.without(rewards.isnan())
+    layout, backend = rollouts.layout, rollouts.backend
     scores = logprobs if boundary_scores is None else boundary_scores
     boundaries = boundaries_of_groups(
-        as_rows(scores), mask, layout, num_boundaries, min_separation, boundary_scores is None, backend
+        as_rows(scores), rollouts.mask, layout, num_boundaries, min_separation, boundary_scores is None, backend
     )
     last = boundaries.amax(1) if num_boundaries else boundaries.new_zeros(boundaries.shape[0])
     prefix_lengths = prefix_lengths_of_groups(as_rows(token_ids), layout, last, backend)
     spans = values_of_groups(
-        rewards,
+        rollouts.rewards,
         prefix_lengths,
         boundaries,
         layout.row_lengths,
@@ -87,7 +80,7 @@ def _credit(
         normalize,
         backend,
     )
-    return _Credit(layout, mask, row_shape, boundaries, prefix_lengths, spans, backend)
+    return Credit(rollouts, boundaries, prefix_lengths, spans)
 
 
 def span_advantages(
@@ -152,7 +145,7 @@ def span_advantages(
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
         RuntimeError: the backend asked for cannot run here.
     """
-    credit = _credit(
+    credit = credit_spans(
         logprobs,
         token_ids,
         rewards,
@@ -168,17 +161,7 @@ def span_advantages(
         normalize=normalize,
         backend=backend,
     )
-    size = tuple(token_ids.shape) if token_ids.dim() < 3 else (credit.layout.row_starts.shape[0], token_ids.shape[-1])
-    advantages = scatter_to_tokens(
-        credit.spans.values,
-        credit.spans.span_ends,
-        credit.mask,
-        credit.layout,
-        size,
-        torch.float32,
-        credit.backend,
-    )
-    return advantages.reshape(token_ids.shape)
+    return spread(credit.spans.values, credit.spans.span_ends, credit.rollouts)
 
 
 def span_tree(
@@ -199,7 +182,7 @@ def span_tree(
     backend: str = "auto",
 ) -> SpanTree:
     """The tree that ``span_advantages`` credits; same arguments. Rows lead every field, in the caller's shape."""
-    credit = _credit(
+    credit = credit_spans(
         logprobs,
         token_ids,
         rewards,
@@ -215,7 +198,7 @@ def span_tree(
         normalize=normalize,
         backend=backend,
     )
-    layout, row_shape = credit.layout, credit.row_shape
+    layout, row_shape = credit.rollouts.layout, credit.rollouts.row_shape
     of_rows = credit.boundaries[layout.group_of_row]
     spans = finish(credit.spans, of_rows, row_shape)
     has_node = spans.members.reshape(of_rows.shape[0], -1)[:, 1:] > 0

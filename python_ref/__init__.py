@@ -6,6 +6,7 @@ prefixes and no shared tricks. Every module has the name of the operation in ``l
 
 from python_ref.advantages import SpanTree, span_advantages, span_tree
 from python_ref.boundaries import select_boundaries
+from python_ref.estimators import dr_grpo, grpo, rloo, tempo, treerl
 from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
 from python_ref.loss import policy_loss
 from python_ref.loss_from_logits import policy_loss_from_logits
@@ -22,13 +23,16 @@ from python_ref.values import normalize_spans, span_values
 __all__ = [
     "SpanTree",
     "common_prefix_lengths",
+    "dr_grpo",
     "gather_spans",
+    "grpo",
     "linear_surprisal_entropy",
     "linear_surprisal_entropy_backward",
     "merge_surprisal_states",
     "normalize_spans",
     "policy_loss",
     "policy_loss_from_logits",
+    "rloo",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",
@@ -37,4 +41,6 @@ __all__ = [
     "surprisal_entropy",
     "surprisal_entropy_backward",
     "surprisal_state",
+    "tempo",
+    "treerl",
 ]

@@ -18,6 +18,11 @@ OPERATIONS = NOT_LITERAL | {
     "span_values",
     "scatter_spans",
     "span_advantages",
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "tempo",
+    "treerl",
     "surprisal_entropy",
 }
 

@@ -11,6 +11,7 @@ from leafkernels._layout import as_rows, build_layout
 
 on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 OPS = torch.ops.leafkernels
+ESTIMATORS = ("grpo", "dr_grpo", "rloo", "tempo", "treerl")
 
 
 def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
@@ -144,6 +145,28 @@ def test_vocabulary_functions_compile_with_gradients(function: str, backend: str
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_torch_compile_of_other_estimators(backend: str, name: str) -> None:
+    group = random_group(6, 20, seed=4, vocabulary=2)
+    estimator = getattr(leafkernels, name)
+
+    def loss(logprobs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+        advantages = estimator(logprobs.detach(), group["token_ids"], rewards, groups=3, backend=backend)
+        return (advantages * logprobs).sum()
+
+    torch._dynamo.reset()
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        logprobs = group["logprobs"].clone().requires_grad_()
+        rewards = group["rewards"].clone().requires_grad_()
+        function(logprobs, rewards).backward()
+        assert rewards.grad is not None
+        assert rewards.grad.any()
+        results.append((logprobs.grad, rewards.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
 @on_gpu
 def test_a_new_length_compiles_nothing() -> None:
     from leafkernels.kernels import boundaries, prefix_lengths, scatter, surprisal, values
@@ -175,8 +198,9 @@ def test_a_new_length_compiles_nothing() -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize("name", ["span_advantages", *ESTIMATORS])
 @pytest.mark.parametrize("layout", ["padded", "groups", "packed"])
-def test_nothing_synchronises_and_a_graph_captures_it(layout: str) -> None:
+def test_nothing_synchronises_and_a_graph_captures_it(layout: str, name: str) -> None:
     group = random_group(16, 300, seed=5)
     mask = torch.ones(16, 300, dtype=torch.bool, device=DEVICE)
     mask[3, 200:] = False
@@ -188,7 +212,7 @@ def test_nothing_synchronises_and_a_graph_captures_it(layout: str) -> None:
         group["logprobs"], group["token_ids"] = group["logprobs"].flatten(), group["token_ids"].flatten()
 
     def step() -> torch.Tensor:
-        return leafkernels.span_advantages(**group, **options)
+        return getattr(leafkernels, name)(**group, **options)
 
     expected = step()
     torch.cuda.synchronize()

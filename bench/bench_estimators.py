@@ -1,0 +1,144 @@
+"""The other estimators: what comparing credit schemes costs.
+
+Those of whole rollouts write a float32 per token and read next to nothing; ``tempo`` also reads ids until the rows have
+parted, and ``treerl`` is span_advantages with another last step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+import leafkernels
+import python_ref
+from bench import bench_advantages
+from bench.bench_prefix_lengths import ids_needed
+from bench.harness import Bench, Call, Prepare, compiled
+from bench.rollouts import Batch, Shape
+
+INPUTS = ("sampled", "ragged")
+NAMES = ("grpo", "dr_grpo", "rloo", "tempo", "treerl")
+
+
+def options(name: str, batch: Batch) -> dict[str, Any]:
+    return {"num_boundaries": batch.shape.num_boundaries} if name == "treerl" else {}
+
+
+def literal(name: str) -> Prepare:
+    def prepare(batch: Batch) -> Call:
+        lists = batch.lists
+        return lambda: getattr(python_ref, name)(
+            lists.logprobs,
+            lists.token_ids,
+            lists.rewards,
+            response_mask=None if batch.mask is None else lists.mask,
+            groups=lists.groups,
+            **options(name, batch),
+        )
+
+    return prepare
+
+
+def backend_of_package(name: str, backend: str) -> Prepare:
+    def prepare(batch: Batch) -> Call:
+        return lambda: getattr(leafkernels, name)(
+            batch.logprobs,
+            batch.token_ids,
+            batch.rewards,
+            response_mask=batch.mask,
+            backend=backend,
+            **options(name, batch),
+        )
+
+    return prepare
+
+
+def of_rollouts(name: str) -> Callable[[Tensor, Tensor | None, int], Tensor]:
+    """The lines that trainers have, in float64 as all that is compared with here."""
+
+    def function(rewards: Tensor, mask: Tensor | None, num_tokens: int) -> Tensor:
+        centred = rewards.double() - rewards.double().mean(1, keepdim=True)
+        if name == "grpo":
+            centred = centred / (centred.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)).sqrt().add(1e-6)
+        elif name == "rloo":
+            centred = centred * (rewards.shape[1] / (rewards.shape[1] - 1))
+        tokens = centred.float()[:, :, None].expand(-1, -1, num_tokens)
+        return tokens.contiguous() if mask is None else torch.where(mask, tokens, 0.0)
+
+    return function
+
+
+def dense_tempo(token_ids: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+    """V at every position, from every pair of rows at every position; the masks are of rows padded on the right."""
+    rewards = rewards.double()
+    same = (token_ids[:, :, None] == token_ids[:, None]) & mask[:, :, None] & mask[:, None]
+    shares = same.long().cumprod(-1).bool()
+    of_others = torch.where(shares, rewards[:, None, :, None], 0.0)
+    mean = rewards.mean(1, keepdim=True)[:, :, None]
+    after = of_others.sum(2) / shares.sum(2)
+    before = torch.cat([mean.expand(-1, after.shape[1], 1), after[:, :, :-1]], dim=2)
+    centred = rewards[:, :, None] - mean
+    std = (centred.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)).sqrt()
+    return torch.where(mask, (centred + after - before) / (std + 1e-6), 0.0).float()
+
+
+def compiled_peer(name: str) -> Prepare:
+    def prepare(batch: Batch) -> Call:
+        if name == "treerl":
+            return bench_advantages.dense_compiled(
+                batch,
+                ("global", 0.5, True, "none"),
+                lambda scaled: 2.0 * scaled - pad(scaled[:, :-1], (1, 0)),
+            )
+        if name == "tempo":
+            mask = torch.ones_like(batch.token_ids, dtype=torch.bool) if batch.mask is None else batch.mask
+            prompts = max(1, (1 << 27) // (batch.shape.group**2 * batch.shape.tokens))
+            chunks = [t.split(prompts) for t in (batch.token_ids, batch.rewards, mask)]
+            dense = compiled(dense_tempo)
+            return lambda: torch.cat([dense(*chunk) for chunk in zip(*chunks, strict=True)])
+        function = compiled(of_rollouts(name))
+        return lambda: function(batch.rewards, batch.mask, batch.shape.tokens)
+
+    return prepare
+
+
+def prepares(name: str) -> dict[str, Prepare]:
+    return {
+        "python_ref": literal(name),
+        "torch": backend_of_package(name, "torch"),
+        "compile": compiled_peer(name),
+        "triton": backend_of_package(name, "triton"),
+    }
+
+
+def gate(name: str) -> Callable[[Batch, Any], None]:
+    def compare(batch: Batch, result: Any) -> None:
+        expected = torch.tensor(literal(name)(batch.sample)())
+        result = torch.tensor(result) if isinstance(result, list) else result.flatten(0, 1)
+        torch.testing.assert_close(result[: len(expected)].cpu(), expected, rtol=1e-6, atol=1e-7)
+
+    return compare
+
+
+def bytes_moved(name: str) -> Callable[[Batch], int]:
+    """A float32 per token written, a bool read if there is a mask; for tempo an int64 id for each token that is needed
+    to part the rows, for treerl what span_advantages needs. What is small beside the tokens is left out."""
+
+    def count(batch: Batch) -> int:
+        if name == "treerl":
+            return bench_advantages.bytes_moved(batch)
+        of_tokens = batch.shape.num_tokens * (4 if batch.mask is None else 5)
+        if name != "tempo":
+            return of_tokens
+        lengths = leafkernels.common_prefix_lengths(batch.token_ids, response_mask=batch.mask, backend="torch")
+        return of_tokens + int(ids_needed(lengths, batch.shape.tokens).sum()) * 8
+
+    return count
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_estimators(name: str, shape: Shape, inputs: str, backend: str, bench: Bench) -> None:
+    bench(name, shape, inputs, backend, prepares(name), gate(name), bytes_moved(name), tolerance=1e-6)

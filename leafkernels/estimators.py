@@ -1,0 +1,242 @@
+"""Other estimators on the same rollouts, called as ``span_advantages`` is: compare credit schemes by changing a name.
+
+With r the reward of a row, mean, std (ddof 1) and K those of its prompt:
+
+    grpo       (r - mean) / (std + 1e-6)
+    dr_grpo    r - mean
+    rloo       K / (K - 1) * (r - mean)
+    tempo      (r - mean + V(s_{t+1}) - V(s_t)) / (std + 1e-6), V the mean reward of the rows that share a prefix
+    treerl     2 V_k / sqrt(n_k) - V_{k-1} / sqrt(n_{k-1}), on the nodes at the boundaries of ``span_advantages``
+
+As there, a row whose reward is NaN takes no part in anything and gets 0, an empty row counts in mean, std and K, and a
+prompt of one row, or one whose rewards are all equal, gets exactly 0.0.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from leafkernels._layout import as_rows, group_members
+from leafkernels._rollouts import Rollouts, read_rollouts, spread
+from leafkernels.advantages import credit_spans
+from leafkernels.prefix_lengths import prefix_lengths_of_groups
+from leafkernels.values import values_of_groups
+
+
+def _one_for_each_row(rollouts: Rollouts, leave_one_out: bool, normalize: str) -> Tensor:
+    """The credit of a tree without boundaries, in which every row is a tail: what it shares does not matter."""
+    layout = rollouts.layout
+    boundaries = layout.group_starts.new_empty((layout.group_starts.shape[0] - 1, 0), dtype=torch.int32)
+    prefix_lengths = layout.row_lengths.new_zeros((rollouts.rewards.shape[0], layout.max_group), dtype=torch.int32)
+    spans = values_of_groups(
+        rollouts.rewards,
+        prefix_lengths,
+        boundaries,
+        layout.row_lengths,
+        layout,
+        "global",
+        0.0,
+        leave_one_out,
+        normalize,
+        rollouts.backend,
+    )
+    return spread(spans.values, spans.span_ends, rollouts)
+
+
+def grpo(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """(r - mean) / (std + 1e-6) at every token of a rollout, std with ddof 1 (GRPO, arXiv 2402.03300).
+
+    Of ``logprobs`` and ``token_ids`` only the shape matters. All arguments, layouts and errors as in
+    ``span_advantages``.
+
+    Returns:
+        float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
+    """
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    return _one_for_each_row(rollouts, False, "reward_std")
+
+
+def dr_grpo(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """r - mean at every token of a rollout (Dr. GRPO, arXiv 2503.20783).
+
+    Of ``logprobs`` and ``token_ids`` only the shape matters. All arguments, layouts and errors as in
+    ``span_advantages``.
+
+    Returns:
+        float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
+    """
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    return _one_for_each_row(rollouts, False, "none")
+
+
+def rloo(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """r minus the mean of the prompt's other rewards, at every token of a rollout (RLOO, arXiv 2402.14740).
+
+    That is K / (K - 1) * (r - mean). Of ``logprobs`` and ``token_ids`` only the shape matters. All arguments, layouts
+    and errors as in ``span_advantages``.
+
+    Returns:
+        float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
+    """
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    return _one_for_each_row(rollouts, True, "none")
+
+
+def tempo(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """GRPO plus, at every token where rollouts part, what the token changed (TEMPO, arXiv 2509.18314).
+
+        A_t = (r - mean + V(s_{t+1}) - V(s_t)) / (std + 1e-6)
+
+    s_t is the prefix of a row's first t tokens and V(s_t) the mean reward of all rows that begin with it, the row
+    itself included. The difference is 0 but at the tokens where a row with the same prefix goes another way or has
+    ended, at most K - 1 of them; at the last one, V becomes the row's own reward. Over a row the differences sum to
+    r - mean, unless another row is identical or goes on where it ends: then to V of the whole row, less the mean.
+
+    The values of ``logprobs`` do not matter. All arguments, layouts and errors as in ``span_advantages``; holes of the
+    mask count in a prefix, and what differs at a hole is credited to no token. A row has up to 2 G spans, G the size of
+    a prompt (of the whole call where ``groups`` is a CUDA tensor), and a few tables of that size are float64.
+
+    Returns:
+        float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
+    """
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    if rollouts.rewards.shape[0] == 0:
+        return torch.zeros_like(token_ids, dtype=torch.float32)
+    return spread(*_tempo_spans(rollouts), rollouts)
+
+
+def _tempo_spans(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Values (N, 2 G) float64 and ends (N, 2 G) int32: for each member of a group the stretch up to the token at which
+    it leaves the row, and that token. Members that leave together, or not at all, have empty spans.
+
+    One number for each pair of rows, and so PyTorch on every backend, without a synchronisation.
+    """
+    layout, is_out = rollouts.layout, rollouts.rewards.isnan()
+    members, is_member = group_members(layout.rows_by_group, layout.group_starts, layout.group_of_row, layout.max_group)
+    is_other = ~is_member | is_out[members]
+    rewards = rollouts.rewards.to(torch.float64)
+    # Above the least of the prompt, so that equal rewards are exactly 0.
+    least = rewards.detach()[members].masked_fill(is_other, torch.inf).amin(1)
+    rewards = (rewards - least).masked_fill(is_out, 0.0)
+
+    # Members in the order in which they leave the row; what takes no part comes first.
+    shared = prefix_lengths_of_groups(as_rows(rollouts.token_ids), layout, None, rollouts.backend)
+    shared, order = shared.masked_fill(is_other, -1).sort(dim=1, stable=True)
+    of_members = rewards[members.gather(1, order)]
+    group = shared.shape[1]
+    first = is_other.sum(1, keepdim=True).clamp_max(group - 1)
+
+    # Mean of a member and those that leave no sooner, less that of those that leave later (ties leave together).
+    means = _sums_from(of_members) / torch.arange(group, 0, -1, device=shared.device)
+    later = torch.searchsorted(shared, shared, right=True).clamp_max(group - 1)
+    difference = means.gather(1, later) - means
+
+    mean = means.gather(1, first)
+    variance = _sums_from((of_members - mean).square()).gather(1, first) / (group - first - 1).clamp_min(1)
+    # The slope of the root is infinite at 0, and would make NaN of gradients that are 0.
+    is_flat = variance == 0.0
+    std = variance.masked_fill(is_flat, 1.0).sqrt().masked_fill(is_flat, 0.0)
+    own = (rewards[:, None] - mean).expand_as(difference)
+    values = torch.stack([own, own + difference], dim=2).flatten(1) / (std + 1e-6)
+
+    lengths = layout.row_lengths[:, None].to(torch.int32)
+    ends = torch.stack([shared, shared + 1], dim=2).flatten(1).clamp_min(0).minimum(lengths)
+    return values, ends.cummax(1).values
+
+
+def _sums_from(entries: Tensor) -> Tensor:
+    """(N, G): each entry plus all behind it, in an order that entries before it do not change.
+
+    A scan of its own, because torch.cumsum of floats counts as not deterministic on CUDA.
+    """
+    step = 1
+    while step < entries.shape[1]:
+        entries = entries + pad(entries[:, step:], (0, step))
+        step *= 2
+    return entries
+
+
+def treerl(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_boundaries: int = 2,
+    min_separation: int | None = None,
+    boundary_scores: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """TreeRL's process reward (arXiv 2506.11902) on the tree of ``span_advantages``, in place of a tree search's.
+
+    Rewards are centred leave-one-out, c_i = r_i - mean of the prompt's others. V_k is the mean of c over the n_k rows
+    of the row's node at boundary k; V_0, that of the whole prompt, is 0. Each value is divided by the root of its own
+    node's size, as in the authors' released code:
+
+        span k <= R   A = V_k / sqrt(n_k) - V_{k-1} / sqrt(n_{k-1}) + V_k / sqrt(n_k)
+        tail          the same, its node being the leaf: V = c_i, n = 1, after the last node R that the row retains
+
+    Where no two rows share a boundary prefix this is twice ``rloo``.
+
+    All arguments, layouts and errors as in ``span_advantages``.
+
+    Returns:
+        float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
+    """
+    credit = credit_spans(
+        logprobs,
+        token_ids,
+        rewards,
+        response_mask=response_mask,
+        groups=groups,
+        cu_seqlens=cu_seqlens,
+        num_boundaries=num_boundaries,
+        min_separation=min_separation,
+        boundary_scores=boundary_scores,
+        terms="global",
+        multiplicity_power=0.5,
+        leave_one_out=True,
+        normalize="none",
+        backend=backend,
+    )
+    # The global term is K / (K - 1) * (mean of r over the node - mean) / sqrt(n), and that is V / sqrt(n).
+    scaled = credit.spans.values
+    return spread(2.0 * scaled - pad(scaled[:, :-1], (1, 0)), credit.spans.span_ends, credit.rollouts)
