@@ -189,7 +189,35 @@ def surprisal_entropy(
     return tuple(results.to(logits.device).unbind())  # type: ignore[return-value]
 
 
+def surprisal_states(
+    logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See ``python_ref.surprisal_state``; arguments and results as the PyTorch implementation."""
+    rows, tokens, temperatures = logits.tolist(), token_ids.tolist(), temperature.tolist()
+    states = torch.zeros((4, len(rows), 1), dtype=compute_dtype(logits))
+    states[0] = -torch.inf
+    picked = torch.full((len(rows),), torch.nan, dtype=states.dtype)
+    for i in range(len(rows)) if mask is None else mask.nonzero().flatten().tolist():
+        states[:, i, 0] = torch.tensor(python_ref.surprisal_state(rows[i], temperatures[i]), dtype=states.dtype)
+        if 0 <= tokens[i] < len(rows[i]):
+            picked[i] = rows[i][tokens[i]]
+    return states.to(logits.device), picked.to(logits.device)
+
+
+def merge_surprisal_states(
+    states: Tensor, picked: Tensor, temperature: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``python_ref.merge_surprisal_states``; arguments and results as the PyTorch implementation."""
+    of_rows, ids, temperatures = states.permute(1, 2, 0).tolist(), picked.tolist(), temperature.tolist()
+    results = torch.zeros((4, len(ids)), dtype=states.dtype)
+    for i in range(len(ids)) if mask is None else mask.nonzero().flatten().tolist():
+        merged = python_ref.merge_surprisal_states(of_rows[i], ids[i], temperatures[i])
+        results[:, i] = torch.tensor(merged, dtype=states.dtype)
+    return tuple(results.to(states.device).unbind())  # type: ignore[return-value]
+
+
 def surprisal_entropy_backward(
+    gradients: Tensor,
     surprisal_gradients: Tensor,
     entropy_gradients: Tensor | None,
     entropy: Tensor,
@@ -199,15 +227,26 @@ def surprisal_entropy_backward(
     token_ids: Tensor,
     temperature: Tensor,
     mask: Tensor | None,
-) -> Tensor:
-    """See ``python_ref.surprisal_entropy_backward``; arguments and result as the PyTorch implementation."""
+    softcap: float | None,
+) -> None:
+    """See ``python_ref.surprisal_entropy_backward``; arguments as the PyTorch implementation.
+
+    The rows' entropies, tops and totals are used where only a slice of the vocabulary is at hand.
+    """
     rows, tokens, temperatures = logits.tolist(), token_ids.tolist(), temperature.tolist()
     of_surprisal = surprisal_gradients.tolist()
     of_entropy = [0.0] * len(rows) if entropy_gradients is None else entropy_gradients.tolist()
-    result = torch.zeros(logits.shape, dtype=logits.dtype)
+    gradients.zero_()
     for i in range(len(rows)) if mask is None else mask.nonzero().flatten().tolist():
-        gradient = python_ref.surprisal_entropy_backward(
-            [of_surprisal[i]], [of_entropy[i]], [rows[i]], [tokens[i]], temperature=temperatures[i]
+        (gradient,) = python_ref.surprisal_entropy_backward(
+            [of_surprisal[i]],
+            [of_entropy[i]],
+            [rows[i]],
+            [tokens[i]],
+            temperature=temperatures[i],
+            log_sums=[float(tops[i]) / temperatures[i] + float(log_totals[i])],
+            entropies=[float(entropy[i])],
         )
-        result[i] = torch.tensor(gradient[0], dtype=logits.dtype)
-    return result.to(logits.device)
+        if softcap is not None:
+            gradient = [g * (1 - (x / softcap) ** 2) for g, x in zip(gradient, rows[i], strict=True)]
+        gradients[i] = torch.tensor(gradient, dtype=gradients.dtype)

@@ -39,8 +39,11 @@ _surprisal_entropy = register(f"surprisal_entropy({_INPUTS}) -> (Tensor, Tensor,
 
 
 def _backward_impl(surprisal_gradients: Tensor, *args: Any) -> Tensor:
-    *arguments, backend = args
-    return implementation(backend).surprisal_entropy_backward(surprisal_gradients, *arguments)
+    *arguments, softcap, backend = args
+    logits = arguments[4]
+    gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    implementation(backend).surprisal_entropy_backward(gradients, surprisal_gradients, *arguments, softcap)
+    return gradients
 
 
 def _backward_fake(*args: Any) -> Tensor:
@@ -48,30 +51,50 @@ def _backward_fake(*args: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+_BACKWARD = (
+    "(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor entropy, Tensor tops, Tensor log_totals, {logits}, "
+    "Tensor token_ids, Tensor temperature, Tensor? mask, float? softcap, str backend) -> "
+)
 _surprisal_entropy_backward = register(
-    "surprisal_entropy_backward(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor entropy, Tensor tops, "
-    f"Tensor log_totals, {_INPUTS}) -> Tensor",
-    _backward_impl,
-    _backward_fake,
+    f"surprisal_entropy_backward{_BACKWARD.format(logits='Tensor logits')}Tensor", _backward_impl, _backward_fake
+)
+
+
+def _backward_in_place_impl(surprisal_gradients: Tensor, *args: Any) -> None:
+    *arguments, softcap, backend = args
+    implementation(backend).surprisal_entropy_backward(arguments[4], surprisal_gradients, *arguments, softcap)
+
+
+_surprisal_entropy_backward_ = register(
+    f"surprisal_entropy_backward_{_BACKWARD.format(logits='Tensor(a!) logits')}()",
+    _backward_in_place_impl,
+    lambda *_: None,
 )
 
 
 class _SurprisalEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        surprisal, entropy, tops, log_totals = _surprisal_entropy(logits, *args)
-        ctx.save_for_backward(entropy, tops, log_totals, logits, *args[:3])
-        ctx.backend = args[3]
+        *arguments, backend, ctx.in_place = args
+        surprisal, entropy, tops, log_totals = _surprisal_entropy(logits, *arguments, backend)
+        ctx.save_for_backward(entropy, tops, log_totals, logits, *arguments)
+        ctx.backend = backend
         # A gradient that nobody asks for stays None, and the backward pass then leaves its terms out.
         ctx.set_materialize_grads(False)
         return surprisal, entropy
 
     @staticmethod
     def backward(ctx: Any, of_surprisal: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        entropy, *rest = ctx.saved_tensors
+        entropy, tops, log_totals, logits, *arguments = ctx.saved_tensors
         if of_surprisal is None:
             of_surprisal = torch.zeros_like(entropy)
-        return _surprisal_entropy_backward(of_surprisal, of_entropy, entropy, *rest, ctx.backend), *[None] * 4
+        everything = (of_surprisal, of_entropy, entropy, tops, log_totals, logits, *arguments, None, ctx.backend)
+        if not ctx.in_place:
+            return _surprisal_entropy_backward(*everything), *[None] * 5
+        _surprisal_entropy_backward_(*everything)
+        # Whoever else kept the logits for a backward pass, this one a second time included, is told by autograd.
+        torch.autograd.graph.increment_version(logits)
+        return logits, *[None] * 5
 
 
 def surprisal_entropy(
@@ -80,6 +103,7 @@ def surprisal_entropy(
     *,
     temperature: float | Tensor = 1.0,
     response_mask: Tensor | None = None,
+    inplace_backward: bool = False,
     backend: str = "auto",
 ) -> SurprisalEntropy:
     """Surprisal of each sampled token and entropy of the distribution it was drawn from, from one read of the logits.
@@ -99,6 +123,9 @@ def surprisal_entropy(
         token_ids: (...) integers.
         temperature: positive; a float, or one for each row, shaped like ``token_ids``.
         response_mask: (...); rows where it is False are not read, give 0, and get zero gradient.
+        inplace_backward: write the gradient over the logits, which saves their size in memory. They must be the result
+            of a computation; whatever else in the graph kept them makes autograd raise, and so does a second backward
+            pass.
         backend: "auto", "triton", "torch" or "reference".
     """
     check_real("logits", logits)
@@ -121,13 +148,15 @@ def surprisal_entropy(
         rows = rows.contiguous()
     arguments = (
         rows,
-        token_ids.reshape(num_rows),
-        temperatures.reshape(num_rows),
-        None if mask is None else mask.reshape(num_rows),
+        token_ids.reshape(num_rows).contiguous(),  # reshape leaves the strides of what is 1-D
+        temperatures.reshape(num_rows).contiguous(),
+        None if mask is None else mask.reshape(num_rows).contiguous(),
         backend,
     )
+    if inplace_backward and logits.is_leaf and logits.requires_grad:
+        raise ValueError("logits must be the result of a computation with inplace_backward=True, got a leaf")
     if logits.requires_grad:
-        surprisal, entropy = _SurprisalEntropy.apply(*arguments)
+        surprisal, entropy = _SurprisalEntropy.apply(*arguments, inplace_backward)
     else:
         surprisal, entropy, _, _ = _surprisal_entropy(*arguments)
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))

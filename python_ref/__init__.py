@@ -9,13 +9,19 @@ from python_ref.boundaries import select_boundaries
 from python_ref.loss import policy_loss
 from python_ref.prefix_lengths import common_prefix_lengths
 from python_ref.scatter import gather_spans, scatter_spans
-from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
+from python_ref.surprisal import (
+    merge_surprisal_states,
+    surprisal_entropy,
+    surprisal_entropy_backward,
+    surprisal_state,
+)
 from python_ref.values import normalize_spans, span_values
 
 __all__ = [
     "SpanTree",
     "common_prefix_lengths",
     "gather_spans",
+    "merge_surprisal_states",
     "normalize_spans",
     "policy_loss",
     "scatter_spans",
@@ -25,4 +31,5 @@ __all__ = [
     "span_values",
     "surprisal_entropy",
     "surprisal_entropy_backward",
+    "surprisal_state",
 ]

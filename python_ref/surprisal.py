@@ -38,23 +38,64 @@ def surprisal_entropy_backward(
     token_ids: Sequence[int],
     *,
     temperature: float | Sequence[float] = 1.0,
+    log_sums: Sequence[float] | None = None,
+    entropies: Sequence[float] | None = None,
 ) -> list[list[float]]:
     """Gradient of sum(surprisal * surprisal_gradients + entropy * entropy_gradients) with respect to the logits.
 
     d surprisal / d x_j = p_j - [j = id], d entropy / d x_j = -p_j (log p_j + entropy), each over the temperature.
+    ``log_sums`` (log sum e^x) and ``entropies`` are those of the whole rows where ``logits`` are slices of them.
     """
     temperatures = [temperature] * len(logits) if isinstance(temperature, int | float) else temperature
+    if entropies is None:
+        _, entropies = surprisal_entropy(logits, token_ids, temperature=temperature)
+    if log_sums is None:
+        # An id's surprisal is log sum e^x minus its own x.
+        tops = [max(range(len(row)), key=row.__getitem__) for row in logits]
+        of_tops, _ = surprisal_entropy(logits, tops, temperature=temperature)
+        log_sums = [s + row[j] / t for s, row, j, t in zip(of_tops, logits, tops, temperatures, strict=True)]
     result = []
-    for a, b, row, token, t in zip(
-        surprisal_gradients, entropy_gradients, logits, token_ids, temperatures, strict=True
+    for a, b, row, token, t, log_sum, entropy in zip(
+        surprisal_gradients, entropy_gradients, logits, token_ids, temperatures, log_sums, entropies, strict=True
     ):
-        (entropy,) = surprisal_entropy([row], [token], temperature=t)[1]
         gradient = []
         for j, x in enumerate(row):
-            # Each id's own surprisal is -log p_j.
-            (minus_log_p,) = surprisal_entropy([row], [j], temperature=t)[0]
-            p = math.exp(-minus_log_p)
-            of_entropy = p * (minus_log_p - entropy) if x > -math.inf or math.isnan(entropy) else 0.0
+            log_p = x / t - log_sum
+            p = math.exp(log_p)
+            of_entropy = -p * (log_p + entropy) if p > 0 or math.isnan(p) else 0.0
             gradient.append((a * (p - (j == token)) + b * of_entropy) / t)
         result.append(gradient)
     return result
+
+
+def surprisal_state(logits: Sequence[float], temperature: float = 1.0) -> tuple[float, float, float, float]:
+    """What a slice of a row knows: its top logit m, how many ids have it, and over the others, with z = (x - m) /
+    temperature, sum e^z and sum z e^z. A banned id (-inf) adds nothing."""
+    if any(math.isnan(x) or x == math.inf for x in logits):
+        return math.nan, math.nan, math.nan, math.nan
+    top = max(logits, default=-math.inf)
+    rest = [(x - top) / temperature for x in logits if -math.inf < x < top]
+    ties = float(sum(x == top for x in logits if x > -math.inf))
+    return top, ties, math.fsum(map(math.exp, rest)), math.fsum(z * math.exp(z) for z in rest)
+
+
+def merge_surprisal_states(
+    states: Sequence[Sequence[float]], picked: float, temperature: float = 1.0
+) -> tuple[float, float, float, float]:
+    """Surprisal and entropy of a row, its top, and log sum e^(x - top), from its slices' states and its id's logit.
+
+    A slice whose top lies d below the row's counts e^-d as much, and each of its ids lies d lower.
+    """
+    top = max((state[0] for state in states), default=-math.inf)
+    if any(math.isnan(number) for state in states for number in state) or math.isinf(top):
+        return math.nan, math.nan, top, math.nan
+    ties = math.fsum(state[1] for state in states if state[0] == top)
+    rest, moments = [], []
+    for m, n, r, t in states:
+        z = (m - top) / temperature
+        below = r if m == top else r + n
+        rest.append(math.exp(z) * below)
+        moments.append(math.exp(z) * (t + (z * below if z > -math.inf else 0.0)))
+    log_total = math.log(ties) + math.log1p(math.fsum(rest) / ties)
+    entropy = log_total - math.fsum(moments) / (ties + math.fsum(rest))
+    return log_total - (picked - top) / temperature, entropy, top, log_total

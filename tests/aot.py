@@ -1,6 +1,6 @@
 """Compile every kernel for real GPUs, without one, and read what the compiler made of it.
 
-    python tests/aot.py            prints the table: registers, spills, stack, width of the widest load and store
+    python tests/aot.py            prints the table: registers, spills, stack, width of the widest access, exponentials
 
 Triton's interpreter must be off (the kernels of an interpreted process cannot be compiled), so tests run this as a
 program.
@@ -114,20 +114,33 @@ CASES = [
     ),
     *(
         Case(
-            f"surprisal_entropy {logits}",
-            surprisal._surprisal_entropy_kernel,
-            f"*fp32 *fp32 *fp32 *fp32 {logits} *i64 *fp64 *i1 i32 i32",
-            {"HAS_MASK": True, "BLOCK": 4096, "num_warps": 8},
+            f"surprisal_states {logits}",
+            surprisal._surprisal_states_kernel,
+            f"*fp32 *fp32 {logits} *i64 *fp64 *i1 i32 i32 i32 i32 i32",
+            {"HAS_MASK": True, "BLOCK": surprisal.BLOCK, "num_warps": 8},
             True,
         )
         for logits in ("*fp32", "*bf16", "*fp16")
+    ),
+    Case(
+        "merge_surprisal_states",
+        surprisal._merge_surprisal_states_kernel,
+        "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp64 *i1 i32 i32",
+        {"HAS_MASK": True, "ROWS": surprisal.ROWS, "SPLITS": surprisal.MAX_SPLITS},
+        False,
     ),
     *(
         Case(
             f"surprisal_entropy_backward {logits}{'' if with_entropy else ' no entropy'}",
             surprisal._surprisal_entropy_backward_kernel,
-            f"{logits} *fp32 *fp32 *fp32 *fp32 *fp32 {logits} *i64 *fp64 *i1 i32 i32 i32",
-            {"HAS_ENTROPY": with_entropy, "HAS_MASK": True, "BLOCK": 4096, "num_warps": 8},
+            f"{logits} *fp32 *fp32 *fp32 *fp32 *fp32 {logits} *i64 *fp64 *i1 fp32 i32 i32 i32 i32",
+            {
+                "HAS_ENTROPY": with_entropy,
+                "HAS_MASK": True,
+                "HAS_SOFTCAP": False,
+                "BLOCK": surprisal.BLOCK,
+                "num_warps": 8,
+            },
             True,
         )
         for logits in ("*fp32", "*bf16")
@@ -156,6 +169,8 @@ class Compiled(NamedTuple):
     contiguous: bool
     specialised: list[str]
     """Integer arguments whose value may compile the kernel anew."""
+    exponentials: float
+    """Exponentials for each element of a block; what a row costs once adds one part in elements a thread."""
 
 
 def compile_case(case: Case, arch: int) -> Compiled:
@@ -185,7 +200,9 @@ def compile_case(case: Case, arch: int) -> Compiled:
     registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     widths = [int(width or 32) // 8 for width in re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*?(?:\.(64|128))?\b", sass)]
-    return Compiled(case.name, arch, registers, spills, stack, max(widths), case.contiguous, specialised)
+    per_thread = max(1, constants.get("BLOCK", 1) // (32 * options["num_warps"]))
+    exponentials = len(re.findall(r"\bMUFU\.EX2\b", sass)) / per_thread
+    return Compiled(case.name, arch, registers, spills, stack, max(widths), case.contiguous, specialised, exponentials)
 
 
 def _cuobjdump(flag: str, cubin: Path) -> str:
@@ -197,7 +214,7 @@ def main() -> None:
     """Print the table, or one JSON object for each line of it with --json."""
     as_json = "--json" in sys.argv[1:]
     if not as_json:
-        print(f"{'kernel':46} {'arch':>6} {'registers':>9} {'spills':>6} {'stack':>5} {'widest access':>13}")
+        print(f"{'kernel':46} {'arch':>6} registers spills stack widest access exp2/element")
     for case in CASES:
         for arch in ARCHITECTURES:
             row = compile_case(case, arch)
@@ -205,7 +222,8 @@ def main() -> None:
                 print(json.dumps(row._asdict()), flush=True)
             else:
                 print(
-                    f"{row.name:46} sm_{row.arch:<3} {row.registers:9} {row.spills:6} {row.stack:5} {row.widest:11} B",
+                    f"{row.name:46} sm_{row.arch:<3} {row.registers:9} {row.spills:6} {row.stack:5} {row.widest:11} B "
+                    f"{row.exponentials:12.2f}",
                     flush=True,
                 )
 

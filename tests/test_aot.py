@@ -42,6 +42,13 @@ def test_no_size_is_compiled_in(table: list[dict]) -> None:
     assert [row for row in table if row["specialised"]] == []
 
 
+def test_one_exponential_for_each_logit(table: list[dict]) -> None:
+    """One is free beside the memory traffic, two are not; merging two states takes one more for a whole block."""
+    over_logits = [row for row in table if row["contiguous"] and "surprisal" in row["name"]]
+    assert over_logits
+    assert [row for row in over_logits if not 1 <= row["exponentials"] < 1.2] == []
+
+
 def test_every_kernel_and_architecture_is_in_the_table(table: list[dict]) -> None:
     kernels = Path(__file__).parents[1] / "leafkernels" / "kernels"
     defined = {

@@ -45,7 +45,11 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
         "surprisal_entropy": (OPS.surprisal_entropy, (logits, tokens, temperature, live, backend)),
         "surprisal_entropy_backward": (
             OPS.surprisal_entropy_backward,
-            (surprisal, *results, logits, tokens, temperature, live, backend),
+            (surprisal, *results, logits, tokens, temperature, live, None, backend),
+        ),
+        "surprisal_entropy_backward_": (
+            OPS.surprisal_entropy_backward_,
+            (surprisal, *results, logits, tokens, temperature, live, 3.0, backend),
         ),
         "gather_spans": (OPS.gather_spans, (group["logprobs"], ends, mask, *slots, backend)),
     }

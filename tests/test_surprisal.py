@@ -12,6 +12,7 @@ from rollouts import BACKENDS, DEVICE
 
 import leafkernels
 import python_ref
+from leafkernels._backend import implementation
 
 FAST = ("torch", "triton")
 INF = math.inf
@@ -37,14 +38,16 @@ def truth(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float = 1.
 def check_exact(logits: torch.Tensor, token_ids: torch.Tensor, backend: str, temperature: float = 1.0) -> None:
     found = leafkernels.surprisal_entropy(logits, token_ids, temperature=temperature, backend=backend)
     expected = truth(logits, token_ids, temperature)
-    finite = logits[logits.isfinite()].double()
+    finite = logits[logits > torch.finfo(logits.dtype).min].double()
     lead = float(finite.max() - finite.min()) / temperature if finite.numel() else 0.0
     rtol = tolerance(logits.dtype, logits.shape[-1], lead)
     for actual, want in zip(found, expected, strict=True):
+        want[want > torch.finfo(actual.dtype).max] = INF
         torch.testing.assert_close(actual.double().cpu(), want, rtol=rtol, atol=1e-30, equal_nan=True)
 
 
-LOGITS = (0.0, -0.0, 1.0, -1.5, 3.0, 10.0, -30.0, 60.0, -INF)
+# The least finite number is what masks write who do without -inf; a temperature below 1 takes it there.
+LOGITS = (0.0, -0.0, 1.0, -1.5, 3.0, 10.0, -30.0, 60.0, -INF, torch.finfo(torch.float32).min)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -183,6 +186,12 @@ def test_shapes_strides_and_temperatures(backend: str) -> None:
             one = leafkernels.surprisal_entropy(sliced[i, j] / temperatures[i, j], ids[i, j], backend=backend)
             torch.testing.assert_close(found.surprisal[i, j], one.surprisal, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(found.entropy[i, j], one.entropy, rtol=1e-5, atol=1e-6)
+    # Found by a test that gave every row the same id.
+    apart = {"token_ids": torch.tensor([3, 4], device=DEVICE)[::2].expand(3), "response_mask": ids[0].bool().expand(3)}
+    apart["temperature"] = torch.tensor([0.5], device=DEVICE).expand(3)
+    found = leafkernels.surprisal_entropy(sliced[0], **apart, backend=backend)
+    together = {name: tensor.contiguous() for name, tensor in apart.items()}
+    torch.testing.assert_close(found, leafkernels.surprisal_entropy(sliced[0], **together, backend=backend))
     nothing = leafkernels.surprisal_entropy(wide[:0], ids[:0], backend=backend)
     assert nothing.entropy.shape == (0, 3)
 
@@ -237,6 +246,164 @@ def test_gradient_against_float64(backend: str, outputs: str, dtype: torch.dtype
     assert (ours.grad.double().sum(1).abs() <= 40 * unit * ours.grad.double().abs().amax(1) + 1e-6).all()
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_finite_differences(backend: str, small_blocks: None) -> None:
+    """Central differences of the float32 outputs themselves: right to their rounding over the step, and its square."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(1, 20, generator=generator).to(DEVICE)
+    token = torch.tensor([7], device=DEVICE)
+    step = 2.0**-6
+    for output in (0, 1):
+        ours = logits.clone().requires_grad_()
+        leafkernels.surprisal_entropy(ours, token, temperature=0.8, backend=backend)[output].sum().backward()
+        moved = torch.cat((logits + step * torch.eye(20, device=DEVICE), logits - step * torch.eye(20, device=DEVICE)))
+        found = leafkernels.surprisal_entropy(moved, token.expand(40), temperature=0.8, backend=backend)[output]
+        differences = (found[:20] - found[20:]) / (2 * step)
+        assert ours.grad is not None
+        rounding = 8 * torch.finfo(torch.float32).eps * float(found.abs().max()) / step
+        torch.testing.assert_close(ours.grad[0], differences, rtol=0, atol=rounding + (step / 0.8) ** 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    st.lists(st.lists(st.sampled_from(LOGITS[:-1]), min_size=1, max_size=5), min_size=3, max_size=6),
+    st.sampled_from([1.0, 0.5, 3.0]),
+)
+@settings(max_examples=30)
+def test_states_of_slices_merge_in_any_order(backend: str, slices: list[list[float]], temperature: float) -> None:
+    """All at once, or the rest first: the merge is associative, and gives what the whole row gives."""
+    row = [x for part in slices for x in part]
+    exact = python_ref.surprisal_entropy([row], [0], temperature=temperature)
+    module = implementation(backend)
+    token = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    temperatures = torch.full((1,), temperature, dtype=torch.float64, device=DEVICE)
+    parts, picked = [], torch.tensor([row[0]], device=DEVICE)
+    for part in slices:
+        states, first = module.surprisal_states(torch.tensor([part], device=DEVICE), token, temperatures, None)
+        assert first == part[0]
+        parts.append(states)
+    at_once = torch.cat(parts, 2)
+    in_turn = torch.cat((parts[0], merged(torch.cat(parts[1:], 2), temperature)), 2)
+    lead = (max(row) - min((x for x in row if x > -INF), default=0.0)) / temperature
+    for states in (at_once, in_turn):
+        surprisal, entropy, *_ = module.merge_surprisal_states(states.contiguous(), picked, temperatures, None)
+        for found, (want,) in zip((surprisal, entropy), exact, strict=True):
+            expected = torch.tensor([want], dtype=torch.float64)
+            rtol = tolerance(torch.float32, len(row), lead if math.isfinite(lead) else 0.0)
+            torch.testing.assert_close(found.double().cpu(), expected, rtol=rtol, atol=1e-30, equal_nan=True)
+
+
+def merged(states: torch.Tensor, temperature: float) -> torch.Tensor:
+    """One state of several, in float64, by the rule of the kernels' docstring."""
+    total = states[..., :1].double()
+    for k in range(1, states.shape[2]):
+        a, b = (total, states[..., k : k + 1].double())
+        (m, n, r, t), (low, ties, rest, moment) = (a, b) if a[0] >= b[0] else (b, a)
+        if low == m:
+            total = torch.stack((m, n + ties, r + rest, t + moment)) if m > -INF else a
+        elif low == -INF:
+            total = torch.stack((m, n, r, t))
+        else:
+            drop = (low - m) / temperature
+            joined = rest + ties
+            total = torch.stack((m, n, r + drop.exp() * joined, t + drop.exp() * (moment + drop * joined)))
+    return total.to(states.dtype)
+
+
+@pytest.mark.parametrize("most", [1, 2, 64])
+def test_the_number_of_programs_that_share_a_row_changes_rounding_only(
+    most: int, small_blocks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leafkernels.kernels import surprisal as kernels
+
+    monkeypatch.setattr(kernels, "MAX_SPLITS", most)
+    generator = torch.Generator().manual_seed(6)
+    logits = (torch.randn(7, 75, generator=generator) * 9).to(DEVICE).requires_grad_()
+    with torch.no_grad():
+        logits[1, :50], logits[2, 20:] = -INF, -INF
+    ids = torch.randint(0, 75, (7,), generator=generator).to(DEVICE)
+    ids[1], ids[2] = 60, 3
+    check_exact(logits.detach(), ids, "triton")
+    gradients = []
+    for backend in FAST:
+        surprisal, entropy = leafkernels.surprisal_entropy(logits, ids, backend=backend)
+        gradients += torch.autograd.grad((surprisal + 2 * entropy).sum(), logits)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_in_place_of_the_logits(backend: str, masked: bool, small_blocks: None) -> None:
+    weight = torch.randn(12, 30, device=DEVICE)
+    ids = torch.randint(0, 30, (5,), device=DEVICE)
+    mask = torch.tensor([1, 0, 1, 1, 1], device=DEVICE) if masked else None
+    gradients = []
+    for in_place in (False, True):
+        hidden = torch.linspace(-1, 1, 60, device=DEVICE).view(5, 12).requires_grad_()
+        logits = hidden @ weight
+        storage = logits.data_ptr()
+        found = leafkernels.surprisal_entropy(
+            logits, ids, response_mask=mask, inplace_backward=in_place, backend=backend
+        )
+        (of_logits,) = torch.autograd.grad(found.surprisal.sum() + found.entropy.sum(), logits, retain_graph=True)
+        assert (of_logits.data_ptr() == storage) == in_place
+        gradients.append(of_logits)
+        if in_place:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                found.surprisal.sum().backward()
+    assert torch.equal(*gradients)
+
+
+def test_whoever_else_kept_the_logits_is_told() -> None:
+    hidden = torch.randn(3, 8, device=DEVICE, requires_grad=True)
+    logits = (hidden * 2).tanh()  # its own gradient needs its result
+    surprisal, _ = leafkernels.surprisal_entropy(
+        logits, torch.zeros(3, dtype=torch.int64, device=DEVICE), inplace_backward=True
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        surprisal.sum().backward()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_autocast_and_no_grad(backend: str) -> None:
+    """The logits' dtype decides, inside of autocast as outside; without gradients nothing is kept for them."""
+    logits = torch.randn(4, 50, device=DEVICE).bfloat16()
+    ids = torch.randint(0, 50, (4,), device=DEVICE)
+    expected = leafkernels.surprisal_entropy(logits, ids, backend=backend)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        inside = leafkernels.surprisal_entropy(logits, ids, backend=backend)
+        leaf = logits.float().requires_grad_()
+        surprisal, entropy = leafkernels.surprisal_entropy(leaf, ids, backend=backend)
+        (surprisal.sum() + entropy.sum()).backward()
+    for found in (*inside, surprisal, entropy):
+        assert found.dtype == torch.float32
+    for found, want in zip((*inside, surprisal, entropy), (*expected, *expected), strict=True):
+        assert torch.equal(found.detach(), want)
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == torch.float32
+    with torch.no_grad():
+        surprisal, _ = leafkernels.surprisal_entropy(leaf, ids, backend=backend)
+    assert surprisal.grad_fn is None
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device with 14 GB")
+def test_more_logits_than_an_int32_counts() -> None:
+    num_rows, vocabulary = 14_200, 151_936
+    assert num_rows * vocabulary > 2**31
+    logits = torch.zeros(num_rows, vocabulary, dtype=torch.bfloat16, device=DEVICE)
+    logits[-1, -1] = 3.0
+    logits.requires_grad_()
+    ids = torch.full((num_rows,), vocabulary - 1, device=DEVICE)
+    surprisal, entropy = leafkernels.surprisal_entropy(logits, ids)
+    check_exact(logits.detach()[-1:], ids[-1:], "triton")
+    torch.testing.assert_close(surprisal[:-1], torch.full_like(surprisal[:-1], math.log(vocabulary)))
+    few = leafkernels.surprisal_entropy(logits.detach()[-1:], ids[-1:])
+    torch.testing.assert_close((surprisal[-1:], entropy[-1:]), tuple(few), rtol=1e-6, atol=0)
+    surprisal.sum().backward()
+    assert logits.grad is not None
+    assert float(logits.grad[-1, -1]) < -0.9
+
+
 @given(
     st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12),
     st.floats(-100, 100, width=32),
@@ -289,4 +456,10 @@ def test_errors() -> None:
         "logits must be float32, bfloat16 or float16 with backend='triton', got torch.float64",
         logits=logits.double(),
         backend="triton",
+    )
+    check_refuses(
+        ValueError,
+        "logits must be the result of a computation with inplace_backward=True, got a leaf",
+        logits=logits.clone().requires_grad_(),
+        inplace_backward=True,
     )

@@ -7,16 +7,23 @@ sizes back from the device; the Triton kernels never do.
 from leafkernels.eager.boundaries import select_boundaries
 from leafkernels.eager.prefix_lengths import common_prefix_lengths
 from leafkernels.eager.scatter import gather_spans, scatter_spans
-from leafkernels.eager.surprisal import surprisal_entropy, surprisal_entropy_backward
+from leafkernels.eager.surprisal import (
+    merge_surprisal_states,
+    surprisal_entropy,
+    surprisal_entropy_backward,
+    surprisal_states,
+)
 from leafkernels.eager.values import span_values, span_values_backward
 
 __all__ = [
     "common_prefix_lengths",
     "gather_spans",
+    "merge_surprisal_states",
     "scatter_spans",
     "select_boundaries",
     "span_values",
     "span_values_backward",
     "surprisal_entropy",
     "surprisal_entropy_backward",
+    "surprisal_states",
 ]

@@ -18,7 +18,7 @@ _CHUNK = 1 << 18
 _FLOOR = -1e4
 
 
-def _chunks(logits: Tensor, mask: Tensor | None) -> Iterator[slice | Tensor]:
+def chunks(logits: Tensor, mask: Tensor | None) -> Iterator[slice | Tensor]:
     """Rows that count, a chunk at a time; masked ones are not read."""
     num_rows, vocab_size = logits.shape
     step = max(1, _CHUNK // max(vocab_size, 1))
@@ -28,6 +28,47 @@ def _chunks(logits: Tensor, mask: Tensor | None) -> Iterator[slice | Tensor]:
         yield from (rows for rows in mask.nonzero().squeeze(1).split(step) if rows.numel())
 
 
+def surprisal_states(
+    logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """State (4, N, 1) m, n, r, t of each row, and the logit of its id, (N,); NaN where the id lies outside.
+
+    float32, or float64 for float64 logits; masked rows are not read and empty.
+    """
+    num_rows, vocab_size = logits.shape
+    dtype = compute_dtype(logits)
+    states = torch.zeros((4, num_rows, 1), dtype=dtype, device=logits.device)
+    states[0] = -torch.inf
+    picked = torch.full((num_rows,), torch.nan, dtype=dtype, device=logits.device)
+    scale = temperature.to(dtype).reciprocal()
+    for rows in chunks(logits, mask) if vocab_size else ():
+        x = logits[rows].to(dtype)
+        states[:, rows, 0] = fold(x, scale[rows])
+        picked[rows] = pick(x, token_ids[rows])
+    return states, picked
+
+
+def fold(x: Tensor, scale: Tensor) -> Tensor:
+    """State (4, n) of whole rows ``x`` (n, V)."""
+    top = x.amax(1, keepdim=True)
+    # Of banned ids only, nothing is known; -inf - -inf must not be asked for.
+    z = (x - top.clamp_min(torch.finfo(x.dtype).min)).mul_(scale[:, None]).clamp_min_(_FLOOR)
+    e = z.exp()
+    # 0 at the top and 1 below it: what is added there may be far below the rounding of 1.
+    is_rest = (z * -torch.finfo(x.dtype).max).clamp_max_(1.0)
+    ties = x.shape[1] - is_rest.sum(1)
+    rest = e.mul_(is_rest).sum(1)
+    return torch.stack((top.squeeze(1), ties, rest, z.mul_(e).sum(1)))
+
+
+def pick(x: Tensor, token_ids: Tensor) -> Tensor:
+    """The logits of the sampled ids, NaN for ids outside of the rows."""
+    tokens = token_ids.to(torch.int64)
+    in_row = (tokens >= 0) & (tokens < x.shape[1])
+    picked = x.gather(1, tokens.clamp(0, x.shape[1] - 1)[:, None]).squeeze(1)
+    return picked.masked_fill_(~in_row, torch.nan)
+
+
 def surprisal_entropy(
     logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,37 +76,38 @@ def surprisal_entropy(
 
     float32, or float64 for float64 logits; 0 in masked rows.
     """
-    num_rows, vocab_size = logits.shape
-    dtype = compute_dtype(logits)
-    results = tuple(torch.full((num_rows,), torch.nan, dtype=dtype, device=logits.device) for _ in range(4))
-    surprisal, entropy, tops, log_totals = results
-    scale = temperature.to(dtype).reciprocal()
-    for rows in _chunks(logits, mask) if vocab_size else ():
-        x = logits[rows].to(dtype)
-        top = x.amax(1, keepdim=True)
-        z = (x - top).mul_(scale[rows, None]).clamp_min_(_FLOOR)
-        e = z.exp()
-        # 0 at the top and 1 below it: what is added there may be far below the rounding of 1.
-        is_rest = (z * -torch.finfo(dtype).max).clamp_max_(1.0)
-        ties = vocab_size - is_rest.sum(1)
-        rest = e.mul_(is_rest).sum(1)
-        log_total = ties.log() + (rest / ties).log1p_()
-        is_bad = top.squeeze(1).isinf()
-        entropy[rows] = (log_total - z.mul_(e).sum(1) / (ties + rest)).masked_fill_(is_bad, torch.nan)
-        log_totals[rows] = log_total = log_total.masked_fill_(is_bad, torch.nan)
-        tops[rows] = top = top.squeeze(1)
+    states, picked = surprisal_states(logits, token_ids, temperature, mask)
+    return merge_surprisal_states(states, picked, temperature, mask)
 
-        tokens = token_ids[rows].to(torch.int64)
-        in_row = (tokens >= 0) & (tokens < vocab_size)
-        x_token = x.gather(1, tokens.clamp(0, vocab_size - 1)[:, None]).squeeze(1)
-        surprisal[rows] = (log_total - (x_token - top) * scale[rows]).masked_fill_(~in_row, torch.nan)
-    if mask is not None:
-        for result in results:
-            result.masked_fill_(~mask, 0.0)
-    return surprisal, entropy, tops, log_totals
+
+def merge_surprisal_states(
+    states: Tensor, picked: Tensor, temperature: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``surprisal_entropy`` gives, from any number of partial states of each row, (4, N, states)."""
+    scale = temperature.to(states.dtype).reciprocal()
+    top, ties, rest, moment = states.squeeze(2) if states.shape[2] == 1 else _merge(states, scale)
+    is_bad = top.isinf()
+    log_total = (ties.log() + (rest / ties).log1p_()).masked_fill_(is_bad, torch.nan)
+    entropy = log_total - moment / (ties + rest)
+    surprisal = log_total - (picked - top) * scale
+    results = surprisal, entropy, top, log_total
+    return results if mask is None else tuple(result.masked_fill(~mask, 0.0) for result in results)
+
+
+def _merge(states: Tensor, scale: Tensor) -> Tensor:
+    """(4, N): the state of the rows whose parts the states are."""
+    m, n, r, t = states
+    top = m.amax(1, keepdim=True)
+    drop = ((m - top) * scale[:, None]).nan_to_num(0.0, neginf=_FLOOR).clamp_min(_FLOOR)
+    fade = drop.exp()
+    # At the top nothing fades, and what was at the top of a lower part is among the rest now.
+    below = torch.where(m == top, 0.0, n)
+    parts = torch.stack((n - below, fade * (r + below), fade * (t + drop * (r + below))))
+    return torch.cat((top.T, parts.sum(2)))
 
 
 def surprisal_entropy_backward(
+    gradients: Tensor,
     surprisal_gradients: Tensor,
     entropy_gradients: Tensor | None,
     entropy: Tensor,
@@ -75,24 +117,49 @@ def surprisal_entropy_backward(
     token_ids: Tensor,
     temperature: Tensor,
     mask: Tensor | None,
-) -> Tensor:
-    """Gradient of the logits (N, V) in their dtype; 0 in masked rows."""
+    softcap: float | None,
+) -> None:
+    """Write the gradient of the logits, 0 in masked rows, into ``gradients`` (N, V), which may be ``logits``."""
     dtype = compute_dtype(logits)
-    make = torch.empty if mask is None else torch.zeros
-    gradients = make(logits.shape, dtype=logits.dtype, device=logits.device)
-    vocab_size = logits.shape[1]
     scale = temperature.to(dtype).reciprocal()
     of_surprisal = surprisal_gradients.to(dtype) * scale
     of_entropy = None if entropy_gradients is None else entropy_gradients.to(dtype) * scale
-    for rows in _chunks(logits, mask) if vocab_size else ():
+    for rows in chunks(logits, mask) if logits.shape[1] else ():
         x = logits[rows].to(dtype)
-        log_p = (x - tops[rows, None]).mul_(scale[rows, None]).sub_(log_totals[rows, None]).clamp_min_(_FLOOR)
-        p = log_p.exp()
-        gradient = p * of_surprisal[rows, None]
-        tokens = token_ids[rows].to(torch.int64)
-        in_row = (tokens >= 0) & (tokens < vocab_size)
-        gradient.scatter_add_(1, tokens.clamp(0, vocab_size - 1)[:, None], -(of_surprisal[rows] * in_row)[:, None])
-        if of_entropy is not None:
-            gradient.sub_(log_p.add_(entropy[rows, None]).mul_(p).mul_(of_entropy[rows, None]))
-        gradients[rows] = gradient.to(logits.dtype)
-    return gradients
+        gradient = logit_gradient(
+            x,
+            token_ids[rows],
+            tops[rows],
+            log_totals[rows],
+            entropy[rows],
+            of_surprisal[rows],
+            None if of_entropy is None else of_entropy[rows],
+            scale[rows],
+        )
+        if softcap is not None:
+            gradient.mul_(1.0 - (x / softcap).square_())
+        gradients[rows] = gradient.to(gradients.dtype)
+    if mask is not None:
+        gradients.masked_fill_(~mask[:, None], 0.0)
+
+
+def logit_gradient(
+    x: Tensor,
+    token_ids: Tensor,
+    tops: Tensor,
+    log_totals: Tensor,
+    entropy: Tensor,
+    of_surprisal: Tensor,
+    of_entropy: Tensor | None,
+    scale: Tensor,
+) -> Tensor:
+    """Gradient of whole rows from those of their surprisal and entropy, already over the temperature."""
+    log_p = (x - tops[:, None]).mul_(scale[:, None]).sub_(log_totals[:, None]).clamp_min_(_FLOOR)
+    p = log_p.exp()
+    gradient = p * of_surprisal[:, None]
+    tokens = token_ids.to(torch.int64)
+    in_row = (tokens >= 0) & (tokens < x.shape[1])
+    gradient.scatter_add_(1, tokens.clamp(0, x.shape[1] - 1)[:, None], -(of_surprisal * in_row)[:, None])
+    if of_entropy is not None:
+        gradient.sub_(log_p.add_(entropy[:, None]).mul_(p).mul_(of_entropy[:, None]))
+    return gradient

@@ -8,16 +8,20 @@ from leafkernels.kernels.boundaries import launch_select_boundaries as select_bo
 from leafkernels.kernels.prefix_lengths import launch_common_prefix_lengths as common_prefix_lengths
 from leafkernels.kernels.scatter import launch_gather_spans as gather_spans
 from leafkernels.kernels.scatter import launch_scatter_spans as scatter_spans
+from leafkernels.kernels.surprisal import launch_merge_surprisal_states as merge_surprisal_states
 from leafkernels.kernels.surprisal import launch_surprisal_entropy as surprisal_entropy
 from leafkernels.kernels.surprisal import launch_surprisal_entropy_backward as surprisal_entropy_backward
+from leafkernels.kernels.surprisal import launch_surprisal_states as surprisal_states
 from leafkernels.kernels.values import launch_span_values as span_values
 
 __all__ = [
     "common_prefix_lengths",
     "gather_spans",
+    "merge_surprisal_states",
     "scatter_spans",
     "select_boundaries",
     "span_values",
     "surprisal_entropy",
     "surprisal_entropy_backward",
+    "surprisal_states",
 ]
