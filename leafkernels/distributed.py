@@ -1,4 +1,8 @@
-"""Groups whose rows lie on several ranks: gather them, compute as one process would, take one's own rows back."""
+"""What takes several ranks: groups whose rows lie on all of them, and vocabularies that are split over them.
+
+``gather_groups`` is for data parallelism. The rest is what ``surprisal_entropy`` does with a ``vocab_group``: three
+collectives of a few numbers for each row in the forward pass, and none in the backward pass.
+"""
 
 from collections.abc import Hashable, Iterable
 from itertools import chain
@@ -9,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from leafkernels._backend import implementation
 from leafkernels._checks import (
     check_count,
     check_cu_seqlens,
@@ -19,7 +24,7 @@ from leafkernels._checks import (
     check_real,
     check_rewards,
 )
-from leafkernels._layout import as_rows, build_layout
+from leafkernels._layout import as_rows, build_layout, values_readable
 from leafkernels.groups import group_index
 
 
@@ -114,7 +119,7 @@ def gather_groups(
         RuntimeError: ``torch.distributed`` is not initialised, or another rank's arguments were refused: every rank
             raises, none waits.
     """
-    rank, world_size = _place(process_group)
+    rank, world_size = _place("process_group", process_group)
     failure: Exception | None = None
     try:
         local = _local_rows(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens)
@@ -144,7 +149,7 @@ def gather_groups(
     )
 
 
-def _place(process_group: "dist.ProcessGroup | None") -> tuple[int, int]:
+def _place(name: str, process_group: "dist.ProcessGroup | None") -> tuple[int, int]:
     """Rank in, and size of, the group."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
@@ -152,7 +157,7 @@ def _place(process_group: "dist.ProcessGroup | None") -> tuple[int, int]:
         )
     rank = dist.get_rank(process_group)
     if rank < 0:
-        raise ValueError(f"process_group must contain the calling rank, got one without rank {dist.get_rank()}")
+        raise ValueError(f"{name} must contain the calling rank, got one without rank {dist.get_rank()}")
     return rank, dist.get_world_size(process_group)
 
 
@@ -257,8 +262,56 @@ def _gather(section: Tensor, counts: list[int], process_group: "dist.ProcessGrou
     # Collectives take equal sizes, and not every dtype on every backend; bytes they all do.
     longest = max(counts)
     own = pad(section.contiguous().view(torch.uint8), (0, (longest - section.shape[0]) * section.element_size()))
-    gathered = own.new_empty(len(counts) * own.shape[0])
+    gathered = [torch.empty_like(own) for _ in counts]
     if longest:
-        dist.all_gather_into_tensor(gathered, own, group=process_group)
-    of_ranks = gathered.view(section.dtype).view(len(counts), longest)
-    return torch.cat([of_rank[:count] for of_rank, count in zip(of_ranks, counts, strict=True)])
+        dist.all_gather(gathered, own, group=process_group)
+    parts = (of_rank.view(section.dtype)[:count] for of_rank, count in zip(gathered, counts, strict=True))
+    return torch.cat(tuple(parts))
+
+
+def ids_in_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessGroup") -> Tensor:
+    """Ids (N,) counted from the first of this rank's slice of the vocabulary, so that all others lie outside of it.
+
+    Collective: the ranks tell each other the sizes of their slices, which stay on the device.
+    """
+    rank, world_size = _place("vocab_group", vocab_group)
+    # Filled in two steps: a tensor made from a list would be copied to the device, and waited for.
+    own = torch.full((2,), vocab_size, dtype=torch.int64, device=token_ids.device)
+    own[0] = token_ids.shape[0]
+    gathered = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(gathered, own, group=vocab_group)
+    num_rows, sizes = torch.stack(gathered).unbind(1)
+    if values_readable(num_rows) and bool((num_rows != num_rows[0]).any()):
+        raise ValueError(
+            f"token_ids must be the same on every rank of vocab_group, got {num_rows.tolist()} of them by rank"
+        )
+    return token_ids.to(torch.int64) - sizes[:rank].sum()
+
+
+def merge_slices(
+    states: Tensor,
+    picked: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    backend: str,
+    vocab_group: "dist.ProcessGroup",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``surprisal_entropy`` gives for whole rows, on every rank, from the states of this rank's slice.
+
+    Collective: the maximum of the tops, and then the sum of all that is counted from there; 24 bytes a row in float32.
+    """
+    # A slice that is not a number says so in its sums; a maximum might lose it, or be lost to it.
+    tops = states[0].masked_fill(states[0].isnan(), -torch.inf).amax(1)
+    dist.all_reduce(tops, dist.ReduceOp.MAX, group=vocab_group)
+    is_here = ~picked.isnan()
+    sums = torch.cat(
+        (
+            implementation("torch").surprisal_sums(states, tops, temperature),
+            torch.stack((picked.nan_to_num(0.0, torch.inf, -torch.inf), is_here.to(picked.dtype))),
+        )
+    )
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group=vocab_group)
+    n, r, t, picked, owners = sums
+    whole = torch.stack((tops, n, r, t)).unsqueeze(2)
+    # 0 / 0 where no rank has the id.
+    return implementation(backend).merge_surprisal_states(whole, picked / owners, temperature, mask)

@@ -60,8 +60,8 @@ class Ranks:
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             pipe.close()
-            process.join(20)
             process.kill()
+            process.join()
         self.folder.cleanup()
 
 
@@ -72,15 +72,11 @@ def _serve(rank: int, store: str, pipe: Connection) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLDS[-1], timeout=timedelta(seconds=60)
     )
-    _groups.update({WORLDS[0]: dist.new_group(list(PAIR)), WORLDS[-1]: None})
+    _groups.update({WORLDS[0]: dist.new_group(list(PAIR)), WORLDS[-1]: dist.group.WORLD})
     while True:
-        try:
-            function, arguments = pickle.loads(pipe.recv_bytes())
-        except EOFError:
-            break
+        function, arguments = pickle.loads(pipe.recv_bytes())
         try:
             answer = True, function(*arguments)
         except Exception:
             answer = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))
-    dist.destroy_process_group()

@@ -1,7 +1,10 @@
-"""Groups that straddle ranks, with 2 and 4 gloo processes: every rank gets its part of the single-process result."""
+"""Groups that straddle ranks, and vocabularies split over them, with 2 and 4 gloo processes against one process."""
 
+import contextlib
 import itertools
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -10,12 +13,14 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import PAIR, WORLDS, Ranks, process_group
-from rollouts import Rollouts, random_group, rollouts
+from rollouts import BACKENDS, Rollouts, random_group, rollouts
+from test_surprisal import tolerance
 
 import leafkernels
+import python_ref
 from leafkernels.distributed import gather_groups
 
-Split = list[tuple[Rollouts, str, int]]  # of each rank: rows, layout, and columns of padding more than they need
+Shares = list[tuple[Rollouts, str, int]]  # of each rank: rows, layout, and columns of padding more than they need
 
 
 def advantages_of_rank(inputs: dict[str, Any], options: dict[str, Any], world: int) -> torch.Tensor:
@@ -39,7 +44,7 @@ def with_groups(inputs: dict[str, Any], groups: str | int | None) -> dict[str, A
 
 
 @st.composite
-def splits(draw: st.DrawFn, world: int) -> tuple[Rollouts, Split, str | int | None]:
+def splits(draw: st.DrawFn, world: int) -> tuple[Rollouts, Shares, str | int | None]:
     """Rollouts, what of them lies on which rank (often nothing, or all), and how their groups are given."""
     case = draw(rollouts())
     num_rows = len(case.groups)
@@ -59,7 +64,7 @@ def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks
 
     @settings(max_examples=100)
     @given(splits(world))
-    def check(drawn: tuple[Rollouts, Split, str | int | None]) -> None:
+    def check(drawn: tuple[Rollouts, Shares, str | int | None]) -> None:
         case, split, groups = drawn
         whole = with_groups(inputs_of(case, "right", extra=1), "tensor" if groups == "names" else groups)
         # As integers: 0 and -0 are not the same bits.
@@ -97,16 +102,26 @@ def test_sends_every_dtype_as_it_comes(dtype: torch.dtype, ids: torch.dtype, ran
     assert not found.requires_grad
 
 
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[list[int]]:
+    """Bytes of each collective on tensors, as they are called."""
+    sent: list[int] = []
+
+    def counted(collective: Any, position: int) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            sent.append(args[position].numel() * args[position].element_size())
+            return collective(*args, **options)
+
+        return call
+
+    gather, reduce = counted(dist.all_gather, 1), counted(dist.all_reduce, 0)
+    with mock.patch.object(dist, "all_gather", gather), mock.patch.object(dist, "all_reduce", reduce):
+        yield sent
+
+
 def traffic_of_rank(inputs: dict[str, Any], world: int) -> tuple[dict[str, torch.Size], list[int]]:
     """Shapes of what was gathered, and the bytes of each collective that brought it."""
-    sent = []
-    gather = dist.all_gather_into_tensor
-
-    def counted(output: torch.Tensor, own: torch.Tensor, **options: Any) -> None:
-        sent.append(own.numel() * own.element_size())
-        gather(output, own, **options)
-
-    with mock.patch.object(dist, "all_gather_into_tensor", counted):
+    with counted_collectives() as sent:
         gathered = gather_groups(**inputs, process_group=process_group(world))
     return {k: v.shape for k, v in gathered.inputs.items() if isinstance(v, torch.Tensor)}, sent
 
@@ -237,3 +252,158 @@ def test_who_may_call(ranks: Ranks) -> None:
     message = "torch.distributed must be initialised: call torch.distributed.init_process_group on every rank first"
     with pytest.raises(RuntimeError, match=f"^{message}$"):
         gather_groups(**good_inputs())
+
+
+# Surprisal and entropy with the vocabulary split over the ranks.
+
+INF = math.inf
+# The least finite number is what masks write who do without -inf.
+LOGITS = (0.0, -0.0, 1.0, -1.5, 3.0, 10.0, -30.0, 60.0, -INF, torch.finfo(torch.float32).min)
+KINDS = {"any": LOGITS, "flat": (1.0,), "banned": (-INF,), "bad": (1.0, 60.0, -INF, INF, math.nan)}
+
+
+class Split(NamedTuple):
+    """Rows whose slices lie on the ranks, and everything else that a call takes."""
+
+    logits: torch.Tensor
+    sizes: list[int]
+    ids: torch.Tensor
+    temperature: float | torch.Tensor
+    mask: torch.Tensor | None
+    weights: list[torch.Tensor]  # gradients of the surprisal and of the entropy, which may not be asked for
+
+    def options(self, backend: str, **more: Any) -> dict[str, Any]:
+        return {"temperature": self.temperature, "response_mask": self.mask, "backend": backend, **more}
+
+    def calls(self, options: dict[str, Any]) -> list[tuple]:
+        slices = self.logits.split(self.sizes, dim=1)
+        return [(part, self.ids, self.weights, options, len(self.sizes)) for part in slices]
+
+
+@st.composite
+def vocabularies(draw: st.DrawFn, world: int, dtypes: tuple[torch.dtype, ...]) -> Split:
+    """Slices of any size, none too; of a row, some banned as a whole, or with an inf or a NaN."""
+    sizes = draw(st.lists(st.integers(0, 9), min_size=world, max_size=world))
+    num_rows, vocab_size = draw(st.integers(1, 4)), sum(sizes)
+    rows = [
+        [
+            draw(st.sampled_from(KINDS[kind]))
+            for size in sizes
+            for kind in [draw(st.sampled_from([*KINDS, "any"]))] * size
+        ]
+        for _ in range(num_rows)
+    ]
+
+    def of_rows(values: st.SearchStrategy) -> st.SearchStrategy:
+        return st.lists(values, min_size=num_rows, max_size=num_rows).map(torch.tensor)
+
+    return Split(
+        torch.tensor(rows).reshape(num_rows, vocab_size).to(draw(st.sampled_from(dtypes))),
+        sizes,
+        draw(of_rows(st.integers(-1, vocab_size))),
+        draw(st.sampled_from([1.0, 0.5]) | of_rows(st.sampled_from([1.0, 0.5, 3.0]))),
+        draw(st.none() | of_rows(st.booleans())),
+        [draw(of_rows(st.sampled_from([1.0, -0.5, 0.0]))) for _ in range(draw(st.integers(1, 2)))],
+    )
+
+
+def surprisal_of_rank(
+    logits: torch.Tensor, ids: torch.Tensor, weights: list[torch.Tensor], options: dict[str, Any], world: int
+) -> tuple[torch.Tensor, ...]:
+    """On each rank: surprisal, entropy and the gradient of its slice; in small blocks, so that a slice has several."""
+    leaf = logits.clone().requires_grad_()
+    with mock.patch("leafkernels.eager.surprisal._CHUNK", 8), mock.patch("leafkernels.kernels.surprisal.BLOCK", 4):
+        found = leafkernels.surprisal_entropy(leaf * 1.0, ids, vocab_group=process_group(world), **options)
+        (gradient,) = torch.autograd.grad(found[: len(weights)], leaf, [w.to(found.entropy.dtype) for w in weights])
+    with torch.no_grad():
+        again = leafkernels.surprisal_entropy(leaf * 1.0, ids, vocab_group=process_group(world), **options)
+    torch.testing.assert_close(again, tuple(f.detach() for f in found), rtol=1e-5, atol=1e-6, equal_nan=True)
+    return found.surprisal.detach(), found.entropy.detach(), gradient
+
+
+def check_split(case: Split, answers: list[tuple[torch.Tensor, ...]]) -> None:
+    """Against the reference on whole rows, in float64."""
+    for found, of_rank_0 in zip(zip(*answers, strict=True), answers[0], strict=True):
+        if of_rank_0.dim() == 1:
+            for of_rank in found:
+                torch.testing.assert_close(of_rank, of_rank_0, rtol=0, atol=0, equal_nan=True)
+    surprisal, entropy, _ = answers[0]
+    gradient = torch.cat([of_rank[2] for of_rank in answers], dim=1)
+    assert gradient.dtype == case.logits.dtype
+    weights = [w.tolist() for w in case.weights] + [[0.0] * len(case.ids)]
+    temperatures = torch.as_tensor(case.temperature).expand(len(case.ids)).tolist()
+    for i, (row, token, t) in enumerate(zip(case.logits.double(), case.ids.tolist(), temperatures, strict=True)):
+        if case.mask is not None and not case.mask[i]:
+            assert surprisal[i] == entropy[i] == 0
+            assert not gradient[i].any()
+            continue
+        (s,), (h,) = python_ref.surprisal_entropy([row.tolist()], [token], temperature=t)
+        counted = row[row.isfinite() & (row > torch.finfo(torch.float32).min)]
+        lead = float(counted.max() - counted.min()) / t if counted.numel() else 0.0
+        rtol = tolerance(case.logits.dtype, len(row), lead)
+        for actual, want in ((surprisal[i], s), (entropy[i], h)):
+            expected = torch.tensor(INF if want > torch.finfo(actual.dtype).max else want, dtype=torch.float64)
+            torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=1e-30, equal_nan=True)
+        if not len(row):
+            continue
+        a, b = (w[i] for w in weights[:2])
+        (want,) = python_ref.surprisal_entropy_backward([a], [b], [row.tolist()], [token], temperature=t)
+        expected = torch.tensor(want, dtype=torch.float64)
+        # Of each term its own error: that of p, and of p times log p + H, which may cancel; then one rounding.
+        log_p = (row / t).log_softmax(0)
+        p, is_token = log_p.exp(), torch.arange(len(row)) == token
+        spread = torch.where(p > 0, p * (1 - log_p + h), 0.0)
+        bound = 2 * rtol * (abs(a) * (p + is_token) + abs(b) * spread) / t
+        bound += torch.finfo(case.logits.dtype).eps * expected.abs() + 1e-30
+        error = (gradient[i].double() - expected).abs()
+        assert (error.isnan() == expected.isnan()).all()
+        assert (expected.isnan() | (error <= bound)).all(), (error, bound)
+
+
+EXAMPLES = {"torch": 100, "triton": 10, "reference": 40}
+PEAKED = torch.tensor([[61.0, 1.0, 1.0, 0.5, 1.0, -INF, -INF, 0.0], [0.0, 0.0, -INF, -INF, -INF, -INF, 61.0, 61.0]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_split_vocabulary_gives_what_the_whole_one_gives(world: int, backend: str, ranks: Ranks) -> None:
+    """Entropies of 1e-24, banned slices, rows that are no distribution, ids of any slice or none, masks."""
+    dtypes = (torch.float32, torch.bfloat16) if backend == "triton" else (torch.float32, torch.bfloat16, torch.float64)
+
+    @settings(max_examples=EXAMPLES[backend])
+    @given(vocabularies(world, dtypes), st.booleans())
+    def check(case: Split, in_place: bool) -> None:
+        options = case.options(backend, inplace_backward=in_place)
+        check_split(case, ranks.call(surprisal_of_rank, case.calls(options)))
+
+    check()
+    weights = [torch.ones(2), torch.full((2,), 1e20)]
+    case = Split(PEAKED, [8 // world] * world, torch.tensor([0, 7]), 1.0, None, weights)
+    check_split(case, ranks.call(surprisal_of_rank, case.calls(case.options(backend))))
+
+
+def collectives_of_rank(logits: torch.Tensor, ids: torch.Tensor, world: int) -> tuple[list[int], list[int]]:
+    """Bytes of the collectives of the forward pass, and of the backward pass."""
+    with counted_collectives() as forward:
+        found = leafkernels.surprisal_entropy(logits.requires_grad_(), ids, vocab_group=process_group(world))
+    with counted_collectives() as backward:
+        (found.surprisal.sum() + found.entropy.sum()).backward()
+    return forward, backward
+
+
+@pytest.mark.parametrize("vocab_size", [8, 8000])
+def test_what_is_sent_does_not_grow_with_the_vocabulary(vocab_size: int, ranks: Ranks) -> None:
+    """Two sizes, then one all-reduce for each reduction: the maximum, and five sums from there."""
+    ids = torch.zeros(10, dtype=torch.int64)
+    for sent in ranks.call(collectives_of_rank, [(torch.zeros(10, vocab_size), ids, 4)] * 4):
+        assert sent == ([16, 10 * 4, 10 * 5 * 4], [])
+
+
+def test_ranks_whose_rows_do_not_fit_together(ranks: Ranks) -> None:
+    """On a CPU, where reading the numbers costs nothing."""
+    calls = [(torch.zeros(num_rows, 4), torch.zeros(num_rows, dtype=torch.int64), 2) for num_rows in (3, 5)]
+    message = r"token_ids must be the same on every rank of vocab_group, got \[3, 5\] of them by rank"
+    with pytest.raises(RuntimeError, match=message):
+        ranks.call(collectives_of_rank, calls)
+    with pytest.raises(RuntimeError, match="torch.distributed must be initialised"):
+        leafkernels.surprisal_entropy(torch.zeros(3, 4), torch.zeros(3).long(), vocab_group=object())
