@@ -300,8 +300,8 @@ def merge_slices(
 
     Collective: the maximum of the tops, and then the sum of all that is counted from there; 24 bytes a row in float32.
     """
-    # A slice that is not a number says so in its sums; a maximum might lose it, or be lost to it.
-    tops = states[0].masked_fill(states[0].isnan(), -torch.inf).amax(1)
+    # Whether a maximum keeps a NaN depends on the backend; the sums do.
+    tops = states[0].amax(1)
     dist.all_reduce(tops, dist.ReduceOp.MAX, group=vocab_group)
     is_here = ~picked.isnan()
     sums = torch.cat(

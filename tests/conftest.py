@@ -3,13 +3,9 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
-
-if TYPE_CHECKING:
-    from ranks import Ranks
 
 # Before anything imports a kernel: Triton looks at it then.
 if not torch.cuda.is_available():
@@ -49,16 +45,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(values, "BLOCK", 2)
     monkeypatch.setattr(eager_prefix_lengths, "_FEW_TOKENS", 0)
     monkeypatch.setattr(eager_surprisal, "_CHUNK", 64)
-
-
-@pytest.fixture(scope="session")
-def ranks() -> Iterator["Ranks"]:
-    """Processes for tests of what is distributed; started once, where a test wants them."""
-    from ranks import Ranks
-
-    started = Ranks()
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="session")

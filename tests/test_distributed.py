@@ -3,7 +3,9 @@
 import contextlib
 import itertools
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -13,12 +15,20 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import PAIR, WORLDS, Ranks, process_group
-from rollouts import BACKENDS, Rollouts, random_group, rollouts
+from rollouts import BACKENDS, DEVICE, Rollouts, random_group, rollouts
 from test_surprisal import tolerance
 
 import leafkernels
 import python_ref
 from leafkernels.distributed import gather_groups
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    started = Ranks()
+    yield started
+    started.close()
+
 
 Shares = list[tuple[Rollouts, str, int]]  # of each rank: rows, layout, and columns of padding more than they need
 
@@ -368,6 +378,8 @@ PEAKED = torch.tensor([[61.0, 1.0, 1.0, 0.5, 1.0, -INF, -INF, 0.0], [0.0, 0.0, -
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_split_vocabulary_gives_what_the_whole_one_gives(world: int, backend: str, ranks: Ranks) -> None:
     """Entropies of 1e-24, banned slices, rows that are no distribution, ids of any slice or none, masks."""
+    if backend == "triton" and DEVICE == "cuda":
+        pytest.skip("the processes compute on the CPU, where the kernels need the interpreter")
     dtypes = (torch.float32, torch.bfloat16) if backend == "triton" else (torch.float32, torch.bfloat16, torch.float64)
 
     @settings(max_examples=EXAMPLES[backend])
@@ -407,3 +419,79 @@ def test_ranks_whose_rows_do_not_fit_together(ranks: Ranks) -> None:
         ranks.call(collectives_of_rank, calls)
     with pytest.raises(RuntimeError, match="torch.distributed must be initialised"):
         leafkernels.surprisal_entropy(torch.zeros(3, 4), torch.zeros(3).long(), vocab_group=object())
+
+
+def both_of_rank(backend: str, device: str, rows: dict[str, Any], logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """On each of a pair of ranks, joined by ``backend``: advantages, and surprisal, entropy and gradient."""
+    pair = dist.new_group(list(PAIR), backend=backend, use_local_synchronization=True)
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_rank(pair))
+    rows = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in rows.items()}
+    gathered = gather_groups(**rows, process_group=pair)
+    advantages = gathered.local(leafkernels.span_advantages(**gathered.inputs))
+    leaf = logits.to(device).requires_grad_()
+    ids = torch.arange(len(logits), device=device)
+    found = leafkernels.surprisal_entropy(leaf, ids, vocab_group=pair)
+    (found.surprisal + found.entropy).sum().backward()
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        leafkernels.surprisal_entropy(leaf, ids, vocab_group=pair)
+        torch.cuda.set_sync_debug_mode("default")
+    assert leaf.grad is not None
+    return tuple(t.detach().cpu() for t in (advantages, *found, leaf.grad))
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("gloo", "cpu"),
+        pytest.param(
+            "nccl",
+            "cuda",
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+        ),
+    ],
+)
+def test_both_with_either_kind_of_process_group(backend: str, device: str, ranks: Ranks) -> None:
+    """On GPUs also that a split vocabulary synchronises nothing."""
+    group = {name: tensor.cpu() for name, tensor in random_group(7, 50, seed=2, vocabulary=3).items()}
+    mask = torch.arange(50) < torch.tensor([50, 20, 31, 0, 50, 44, 7])[:, None]
+    whole = group | {"response_mask": mask, "groups": torch.tensor([0, 1, 0, 1, 1, 0, 0])}
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(7))
+    calls = []
+    for rows, part in ((slice(0, 2), logits[:, :30]), (slice(2, 7), logits[:, 30:])):
+        calls.append((backend, device, {name: tensor[rows] for name, tensor in whole.items()}, part))
+    answers = ranks.call(both_of_rank, calls)
+    advantages = torch.cat([of_rank[0] for of_rank in answers])
+    torch.testing.assert_close(advantages, leafkernels.span_advantages(**whole), rtol=2e-7, atol=1e-8)
+    leaf = logits.requires_grad_()
+    found = leafkernels.surprisal_entropy(leaf, torch.arange(6))
+    (found.surprisal + found.entropy).sum().backward()
+    for of_rank in answers:
+        torch.testing.assert_close(of_rank[1:3], tuple(f.detach() for f in found), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([of_rank[3] for of_rank in answers], 1), leaf.grad, rtol=1e-4, atol=1e-6)
+
+
+def snippet_of_rank(snippet: str, names: dict[str, Any], result: str) -> torch.Tensor:
+    names["tensor_parallel_group"] = process_group(4)
+    exec(snippet, names)
+    return names[result].detach()
+
+
+def test_the_snippets_of_the_documentation(ranks: Ranks) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    rows, vocabulary = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    group = {name: tensor.cpu() for name, tensor in random_group(8, 9, seed=3, vocabulary=2).items()}
+    group["response_mask"] = torch.ones(8, 9)
+    uids = list("aaabbbba")
+    parts = [slice(2 * rank, 2 * rank + 2) for rank in range(4)]
+    names = [{name: tensor[part] for name, tensor in group.items()} | {"uids": uids[part]} for part in parts]
+    advantages = torch.cat(ranks.call(snippet_of_rank, [(rows, of_rank, "advantages") for of_rank in names]))
+    assert torch.equal(advantages, leafkernels.span_advantages(**group, groups=leafkernels.group_index(uids)))
+
+    logits, ids = torch.randn(2, 9, 24), torch.randint(0, 24, (2, 9))
+    slices = [{"logits_slice": part.clone().requires_grad_(), "token_ids": ids} for part in logits.split(6, dim=2)]
+    losses = ranks.call(snippet_of_rank, [(vocabulary, of_rank, "loss") for of_rank in slices])
+    found = leafkernels.surprisal_entropy(logits, ids, temperature=0.9)
+    for loss in losses:
+        torch.testing.assert_close(loss, (found.surprisal + 0.01 * found.entropy).mean(), rtol=1e-5, atol=0)
