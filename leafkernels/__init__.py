@@ -3,7 +3,9 @@
 from leafkernels.advantages import SpanTree, span_advantages, span_tree
 from leafkernels.boundaries import select_boundaries
 from leafkernels.groups import group_index
+from leafkernels.linear_surprisal import linear_surprisal_entropy
 from leafkernels.loss import PolicyLoss, policy_loss
+from leafkernels.loss_from_logits import policy_loss_from_logits
 from leafkernels.prefix_lengths import common_prefix_lengths
 from leafkernels.scatter import scatter_spans
 from leafkernels.surprisal import SurprisalEntropy, surprisal_entropy
@@ -18,7 +20,9 @@ __all__ = [
     "SurprisalEntropy",
     "common_prefix_lengths",
     "group_index",
+    "linear_surprisal_entropy",
     "policy_loss",
+    "policy_loss_from_logits",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",

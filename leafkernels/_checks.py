@@ -63,6 +63,14 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a positive number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
 def check_mask(response_mask: Any, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
     """The mask as bool, or None; nonzero is True for integer and float masks."""
     if response_mask is None:

@@ -9,9 +9,9 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("leafkernels", "DEF")
 
 
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What numbers of the dtype of ``tensor`` are computed in: float64 for float64, float32 for all others."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of a dtype are computed in: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -179,7 +179,7 @@ def surprisal_entropy(
     surprisals, entropies = python_ref.surprisal_entropy(
         [rows[i] for i in live], [tokens[i] for i in live], temperature=[temperatures[i] for i in live]
     )
-    results = torch.zeros((4, logits.shape[0]), dtype=compute_dtype(logits))
+    results = torch.zeros((4, logits.shape[0]), dtype=compute_dtype(logits.dtype))
     for i, surprisal, entropy in zip(live, surprisals, entropies, strict=True):
         # The top and log sum e^(x - top), which the gradient starts from, are surprisals as well: of the id at the top.
         top = max(rows[i], default=math.nan)
@@ -194,7 +194,7 @@ def surprisal_states(
 ) -> tuple[Tensor, Tensor]:
     """See ``python_ref.surprisal_state``; arguments and results as the PyTorch implementation."""
     rows, tokens, temperatures = logits.tolist(), token_ids.tolist(), temperature.tolist()
-    states = torch.zeros((4, len(rows), 1), dtype=compute_dtype(logits))
+    states = torch.zeros((4, len(rows), 1), dtype=compute_dtype(logits.dtype))
     states[0] = -torch.inf
     picked = torch.full((len(rows),), torch.nan, dtype=states.dtype)
     for i in range(len(rows)) if mask is None else mask.nonzero().flatten().tolist():
@@ -250,3 +250,103 @@ def surprisal_entropy_backward(
         if softcap is not None:
             gradient = [g * (1 - (x / softcap) ** 2) for g, x in zip(gradient, rows[i], strict=True)]
         gradients[i] = torch.tensor(gradient, dtype=gradients.dtype)
+
+
+def linear_surprisal_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``python_ref.linear_surprisal_entropy``; the last two results, which its gradient does not need, are 0."""
+    live = torch.arange(hidden.shape[0]) if mask is None else mask.nonzero().squeeze(1).cpu()
+    results = torch.zeros((4, hidden.shape[0]), dtype=compute_dtype(hidden.dtype))
+    found = python_ref.linear_surprisal_entropy(
+        hidden[live].tolist(),
+        weight.tolist(),
+        token_ids[live].tolist(),
+        bias=None if bias is None else bias.tolist(),
+        temperature=temperature[live].tolist(),
+        logit_softcap=softcap,
+    )
+    results[:2, live] = torch.tensor(found, dtype=results.dtype)
+    return tuple(results.to(hidden.device).unbind())  # type: ignore[return-value]
+
+
+def linear_surprisal_entropy_backward(
+    surprisal_gradients: Tensor,
+    entropy_gradients: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``python_ref.linear_surprisal_entropy_backward``; gradients that are not needed are empty."""
+    live = torch.arange(hidden.shape[0]) if mask is None else mask.nonzero().squeeze(1).cpu()
+    of_live, of_weight, of_bias = python_ref.linear_surprisal_entropy_backward(
+        surprisal_gradients[live].tolist(),
+        [0.0] * len(live) if entropy_gradients is None else entropy_gradients[live].tolist(),
+        hidden[live].tolist(),
+        weight.tolist(),
+        token_ids[live].tolist(),
+        bias=None if bias is None else bias.tolist(),
+        temperature=temperature[live].tolist(),
+        logit_softcap=softcap,
+    )
+    of_hidden = torch.zeros_like(hidden)
+    of_hidden[live] = torch.tensor(of_live, dtype=hidden.dtype, device=hidden.device).reshape(len(live), -1)
+    return (
+        of_hidden if needs[0] else hidden.new_empty(0),
+        torch.tensor(of_weight).to(weight) if needs[1] else weight.new_empty(0),
+        torch.tensor(of_bias).to(weight if bias is None else bias) if needs[2] else weight.new_empty(0),
+    )
+
+
+def policy_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    entropy_coef: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """See ``python_ref.policy_loss_from_logits``; arguments and results as the PyTorch implementation."""
+    terms = torch.zeros((6, logits.shape[0]), dtype=compute_dtype(logits.dtype))
+    gradients = torch.zeros(logits.shape if with_gradient else (0,), dtype=logits.dtype)
+    for i in mask.nonzero().flatten().tolist():
+        found, gradient = python_ref.policy_loss_from_logits(
+            [[logits[i].tolist()]],
+            [[int(token_ids[i])]],
+            None if old_logprobs is None else [[float(old_logprobs[i])]],
+            [[float(advantages[i])]],
+            [[True]],
+            temperature=[[float(temperature[i])]],
+            clip=(clip_low, clip_high),
+            ref_logprobs=None if ref_logprobs is None else [[float(ref_logprobs[i])]],
+            kl_coef=kl_coef,
+            entropy_coef=entropy_coef,
+        )
+        weight = float(weights[i])
+        terms[:, i] = torch.tensor([weight * found["loss"], *list(found.values())[1:]], dtype=terms.dtype)
+        if with_gradient:
+            gradients[i] = torch.tensor(gradient[0][0], dtype=torch.float64).mul_(weight).to(logits.dtype)
+    return terms.to(logits.device), gradients.to(logits.device)
+
+
+def scale_gradient(gradients: Tensor, factor: Tensor) -> None:
+    """Multiply the gradients by one number, in place."""
+    gradients.mul_(float(factor))

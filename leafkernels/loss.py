@@ -85,19 +85,11 @@ def policy_loss(
         check_like(name, tensor, "logprobs", shape, device)
     mask = cast(Tensor, check_mask(check_tensor("response_mask", response_mask), "logprobs", shape, device))
     check_choice("importance", importance, IMPORTANCE)
-    check_choice("aggregate", aggregate, AGGREGATES)
-    low, high = _check_clip(clip)
-    if kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs must be given where kl_coef is not 0, got kl_coef={kl_coef}")
+    low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef)
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy must be given where entropy_coef is not 0, got entropy_coef={entropy_coef}")
-    if (aggregate == "constant") != (constant is not None):
-        raise ValueError(
-            f"constant must be given with aggregate='constant', and only then, got constant={constant} and "
-            f"aggregate={aggregate!r}"
-        )
 
-    dtype = compute_dtype(logprobs)
+    dtype = compute_dtype(logprobs.dtype)
 
     def live(tensor: Tensor) -> Tensor:
         # Filled before anything is computed from it: 0 * NaN would bring NaN back through the gradient.
@@ -118,20 +110,15 @@ def policy_loss(
     kl = bonus = None
     if ref_logprobs is not None:
         distance = live(ref_logprobs.detach()) - policy
-        kl = distance.exp() - distance - 1
+        kl = distance.expm1() - distance
         losses = losses + kl_coef * kl
     if entropy is not None:
         bonus = live(entropy)
         losses = losses - entropy_coef * bonus
     losses = losses.masked_fill(~mask, 0.0)
 
+    loss = (losses * token_weights(mask, aggregate, constant, dtype)).sum()
     number = counts.sum().clamp_min(1)
-    if aggregate == "token_mean":
-        loss = losses.sum() / number
-    elif aggregate == "sequence_mean":
-        loss = (losses.sum(1) / counts.squeeze(1).clamp_min(1)).sum() / (counts > 0).sum().clamp_min(1)
-    else:
-        loss = losses.sum() / (1.0 if constant is None else constant)
 
     def mean(values: Tensor) -> Tensor:
         return values.detach().masked_fill(~mask, 0.0).sum() / number
@@ -139,17 +126,39 @@ def policy_loss(
     return PolicyLoss(
         loss=loss,
         clip_fraction=mean((clipped * advantage < ratio * advantage).to(dtype)),
-        approx_kl=mean(token_log_ratio.exp() - 1 - token_log_ratio),
+        approx_kl=mean(token_log_ratio.expm1() - token_log_ratio),
         mean_ratio=mean(ratio),
         mean_kl=zero if kl is None else mean(kl),
         mean_entropy=zero if bonus is None else mean(bonus),
     )
 
 
-def _check_clip(clip: Any) -> tuple[float, float]:
+def token_weights(mask: Tensor, aggregate: str, constant: float | None, dtype: torch.dtype) -> Tensor:
+    """(N, T): the share that each token's loss has in the whole loss."""
+    weights = mask.to(dtype)
+    if aggregate == "token_mean":
+        return weights / mask.sum().clamp_min(1)
+    if aggregate == "sequence_mean":
+        counts = mask.sum(1, keepdim=True)
+        return weights / (counts.clamp_min(1) * (counts > 0).sum().clamp_min(1))
+    return weights if constant is None else weights / constant
+
+
+def check_loss_options(
+    clip: Any, aggregate: str, constant: float | None, ref_logprobs: Tensor | None, kl_coef: float
+) -> tuple[float, float]:
+    """The two sides of ``clip``; raises where the options of a loss are not what they must be."""
+    check_choice("aggregate", aggregate, AGGREGATES)
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip must be a pair (below, above), got {clip!r}")
     low, high = clip
     if not (0 <= low <= 1 and high >= 0):
         raise ValueError(f"clip must be (below, above) with 0 <= below <= 1 and above >= 0, got {clip!r}")
+    if kl_coef != 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs must be given where kl_coef is not 0, got kl_coef={kl_coef}")
+    if (aggregate == "constant") != (constant is not None):
+        raise ValueError(
+            f"constant must be given with aggregate='constant', and only then, got constant={constant} and "
+            f"aggregate={aggregate!r}"
+        )
     return float(low), float(high)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leafkernels._backend import implementation, resolve_backend
-from leafkernels._checks import check_device, check_integer, check_mask, check_real
+from leafkernels._checks import check_device, check_integer, check_mask, check_positive, check_real
 from leafkernels._ops import compute_dtype, register
 from leafkernels.distributed import ids_in_slice, merge_slices
 
@@ -34,7 +34,7 @@ def _impl(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits)) for _ in range(4))
+    return tuple(logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits.dtype)) for _ in range(4))
 
 
 _surprisal_entropy = register(f"surprisal_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _impl, _fake)
@@ -160,7 +160,7 @@ def surprisal_entropy(
         )
     check_device("token_ids", token_ids, "logits", logits.device)
     mask = check_mask(response_mask, "token_ids", token_ids.shape, logits.device)
-    temperatures = _check_temperature(temperature, token_ids)
+    temperatures = check_temperature(temperature, token_ids)
     backend = resolve_backend(backend, logits.device)
     if backend == "triton" and logits.dtype == torch.float64:
         raise TypeError("logits must be float32, bfloat16 or float16 with backend='triton', got torch.float64")
@@ -189,7 +189,7 @@ def surprisal_entropy(
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))
 
 
-def _check_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor:
+def check_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor:
     """One temperature for each row, on the device of the tokens."""
     if isinstance(temperature, Tensor):
         check_real("temperature", temperature)
@@ -200,8 +200,5 @@ def _check_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor
             )
         check_device("temperature", temperature, "token_ids", token_ids.device)
         return temperature.detach()
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number or a tensor, got {type(temperature).__name__}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    check_positive("temperature", temperature)
     return torch.full(token_ids.shape, float(temperature), dtype=torch.float64, device=token_ids.device)

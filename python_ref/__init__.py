@@ -6,7 +6,9 @@ prefixes and no shared tricks. Every module has the name of the operation in ``l
 
 from python_ref.advantages import SpanTree, span_advantages, span_tree
 from python_ref.boundaries import select_boundaries
+from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
 from python_ref.loss import policy_loss
+from python_ref.loss_from_logits import policy_loss_from_logits
 from python_ref.prefix_lengths import common_prefix_lengths
 from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import (
@@ -21,9 +23,12 @@ __all__ = [
     "SpanTree",
     "common_prefix_lengths",
     "gather_spans",
+    "linear_surprisal_entropy",
+    "linear_surprisal_entropy_backward",
     "merge_surprisal_states",
     "normalize_spans",
     "policy_loss",
+    "policy_loss_from_logits",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",

@@ -40,14 +40,14 @@ def policy_loss(
             loss = -min(gain, bounded_gain)
             if ref_logprobs is not None:
                 distance = ref_logprobs[i][t] - logprobs[i][t]
-                kls.append(math.exp(distance) - distance - 1)
+                kls.append(math.expm1(distance) - distance)
                 loss += kl_coef * kls[-1]
             if entropy is not None:
                 entropies.append(entropy[i][t])
                 loss -= entropy_coef * entropy[i][t]
             losses.append(loss)
             clipped.append(float(bounded_gain < gain))
-            moved.append(math.exp(log_ratios[t]) - 1 - log_ratios[t])
+            moved.append(math.expm1(log_ratios[t]) - log_ratios[t])
             ratios.append(ratio)
         rows.append(losses)
 

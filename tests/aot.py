@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from leafkernels.kernels import boundaries, prefix_lengths, scatter, surprisal, values
+from leafkernels.kernels import boundaries, loss_from_logits, prefix_lengths, scatter, surprisal, values
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -145,6 +145,30 @@ CASES = [
         )
         for logits in ("*fp32", "*bf16")
         for with_entropy in (True, False)
+    ),
+    *(
+        Case(
+            f"policy_loss {logits}",
+            loss_from_logits._policy_loss_kernel,
+            f"*fp32 {logits} {logits} *i64 *fp64 *i1 *fp32 *fp32 *fp32 *fp32 fp32 fp32 fp32 fp32 i32 i32 i32",
+            {
+                "HAS_OLD": True,
+                "HAS_REF": True,
+                "ENTROPY": True,
+                "GRADIENT": True,
+                "BLOCK": surprisal.BLOCK,
+                "num_warps": 8,
+            },
+            True,
+        )
+        for logits in ("*fp32", "*bf16")
+    ),
+    Case(
+        "scale_gradient",
+        loss_from_logits._scale_gradient_kernel,
+        "*bf16 *fp32 i32",
+        {"BLOCK": loss_from_logits.SCALE_BLOCK, "num_warps": 8},
+        True,
     ),
     Case(
         "gather_spans",

@@ -33,6 +33,10 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     temperature = torch.full((4,), 0.5, dtype=torch.float64, device=DEVICE)
     surprisal, *results = OPS.surprisal_entropy(logits, tokens, temperature, live, backend)
     results.insert(0, results[0])  # the entropy stands for its own gradient
+    hidden, weight, bias = torch.randn(4, 5, device=DEVICE), torch.randn(9, 5, device=DEVICE), logits[0]
+    head = hidden, weight, bias, tokens, temperature, live, 3.0, None, 2, torch.float32, backend
+    shares, old = torch.rand(2, 4, device=DEVICE)
+    loss = logits, tokens, temperature, live, shares, -old, old, None, 0.2, 0.3, 0.0, 0.1, True, backend
     return {
         "select_boundaries": (
             OPS.select_boundaries,
@@ -51,6 +55,13 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
             OPS.surprisal_entropy_backward_,
             (surprisal, *results, logits, tokens, temperature, live, 3.0, backend),
         ),
+        "linear_surprisal_entropy": (OPS.linear_surprisal_entropy, head),
+        "linear_surprisal_entropy_backward": (
+            OPS.linear_surprisal_entropy_backward,
+            (surprisal, *results, *head, [True, True, True]),
+        ),
+        "policy_loss": (OPS.policy_loss, loss),
+        "scale_gradient": (OPS.scale_gradient, (logits, old[0], backend)),
         "gather_spans": (OPS.gather_spans, (group["logprobs"], ends, mask, *slots, backend)),
     }
 
@@ -103,6 +114,34 @@ def test_torch_compile_with_gradients() -> None:
         assert rewards.grad.any()
         results.append((logprobs.grad, rewards.grad))
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("function", ["surprisal_entropy", "in place", "linear_surprisal_entropy", "policy_loss"])
+def test_vocabulary_functions_compile_with_gradients(function: str, backend: str) -> None:
+    ids, weight = torch.tensor([3, 0, 8, 2], device=DEVICE), torch.randn(9, 5, device=DEVICE)
+    mask = torch.tensor([1, 1, 0, 1], device=DEVICE)
+    options: dict[str, Any] = {"response_mask": mask, "backend": backend}
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        if function == "policy_loss":
+            logits, row = (hidden @ weight.T)[None], ids[None]
+            return leafkernels.policy_loss_from_logits(logits, row, None, row.float(), mask[None], backend=backend).loss
+        if function == "linear_surprisal_entropy":
+            found = leafkernels.linear_surprisal_entropy(hidden, weight, ids, **options)
+        else:
+            in_place = function == "in place"
+            found = leafkernels.surprisal_entropy(hidden @ weight.T, ids, inplace_backward=in_place, **options)
+        return (found.logprobs * found.entropy).sum()
+
+    torch._dynamo.reset()
+    start = torch.randn(4, 5, device=DEVICE)
+    gradients = []
+    for step in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        hidden = start.clone().requires_grad_()
+        step(hidden).backward()
+        gradients.append(hidden.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @on_gpu

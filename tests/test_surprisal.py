@@ -442,7 +442,7 @@ def test_errors() -> None:
     )
     check_refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=logits[:, 0])
     check_refuses(ValueError, "temperature must be positive, got 0.0", temperature=0.0)
-    check_refuses(TypeError, "temperature must be a number or a tensor, got str", temperature="1")
+    check_refuses(TypeError, "temperature must be a number, got str", temperature="1")
     check_refuses(
         ValueError,
         "temperature must be a number or have one entry for each row, shape (2,), got shape (5,)",

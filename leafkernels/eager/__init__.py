@@ -5,6 +5,7 @@ sizes back from the device; the Triton kernels never do.
 """
 
 from leafkernels.eager.boundaries import select_boundaries
+from leafkernels.eager.loss_from_logits import policy_loss, scale_gradient
 from leafkernels.eager.prefix_lengths import common_prefix_lengths
 from leafkernels.eager.scatter import gather_spans, scatter_spans
 from leafkernels.eager.surprisal import (
@@ -20,6 +21,8 @@ __all__ = [
     "common_prefix_lengths",
     "gather_spans",
     "merge_surprisal_states",
+    "policy_loss",
+    "scale_gradient",
     "scatter_spans",
     "select_boundaries",
     "span_values",

@@ -36,7 +36,7 @@ def surprisal_states(
     float32, or float64 for float64 logits; masked rows are not read and empty.
     """
     num_rows, vocab_size = logits.shape
-    dtype = compute_dtype(logits)
+    dtype = compute_dtype(logits.dtype)
     states = torch.zeros((4, num_rows, 1), dtype=dtype, device=logits.device)
     states[0] = -torch.inf
     picked = torch.full((num_rows,), torch.nan, dtype=dtype, device=logits.device)
@@ -123,7 +123,7 @@ def surprisal_entropy_backward(
     softcap: float | None,
 ) -> None:
     """Write the gradient of the logits, 0 in masked rows, into ``gradients`` (N, V), which may be ``logits``."""
-    dtype = compute_dtype(logits)
+    dtype = compute_dtype(logits.dtype)
     scale = temperature.to(dtype).reciprocal()
     of_surprisal = surprisal_gradients.to(dtype) * scale
     of_entropy = None if entropy_gradients is None else entropy_gradients.to(dtype) * scale

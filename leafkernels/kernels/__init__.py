@@ -5,6 +5,8 @@ number of rows or stride compiles nothing.
 """
 
 from leafkernels.kernels.boundaries import launch_select_boundaries as select_boundaries
+from leafkernels.kernels.loss_from_logits import launch_policy_loss as policy_loss
+from leafkernels.kernels.loss_from_logits import launch_scale_gradient as scale_gradient
 from leafkernels.kernels.prefix_lengths import launch_common_prefix_lengths as common_prefix_lengths
 from leafkernels.kernels.scatter import launch_gather_spans as gather_spans
 from leafkernels.kernels.scatter import launch_scatter_spans as scatter_spans
@@ -18,6 +20,8 @@ __all__ = [
     "common_prefix_lengths",
     "gather_spans",
     "merge_surprisal_states",
+    "policy_loss",
+    "scale_gradient",
     "scatter_spans",
     "select_boundaries",
     "span_values",

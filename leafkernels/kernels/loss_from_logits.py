@@ -1,0 +1,182 @@
+"""The clipped policy loss and its gradient, both in one launch over the logits.
+
+A program folds its row as ``surprisal_entropy`` does, and so knows the token's log-probability and entropy; from them
+follow the token's loss and what it loses with each. It then writes the row's gradient from a second look at the row,
+last block first: what was read last is the likeliest to be in a cache still. From memory the logits are read once.
+
+    ratio = e^(logprob - old)      loss = -min(ratio A, clamp(ratio) A) + kl_coef k3(ref - logprob) - entropy_coef H
+    d loss / d logprob = -ratio A [unless the clamp decides] - kl_coef (e^(ref - logprob) - 1)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leafkernels.kernels import surprisal
+from leafkernels.kernels._rows import load_block, store_block
+from leafkernels.kernels.surprisal import fold, log_total_entropy, logit_gradient, pick
+
+TERMS = 6  # weighted loss, clipped, e^x - 1 - x of the log-ratio, ratio, k3, entropy
+SCALE_BLOCK = 8192
+
+
+@triton.jit
+def _k3(x):
+    """e^x - 1 - x, by its series where the difference would cancel."""
+    series = 1.0 + x / 7 * (1.0 + x / 8 * (1.0 + x / 9 * (1.0 + x / 10)))
+    series = x * x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6 * series))))
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0 - x)
+
+
+@triton.jit(do_not_specialize=["stride_logits_row", "vocab_size", "num_rows"])
+def _policy_loss_kernel(
+    terms_ptr,
+    gradients_ptr,
+    logits_ptr,
+    token_ids_ptr,
+    temperature_ptr,
+    mask_ptr,
+    weights_ptr,
+    old_logprobs_ptr,
+    advantages_ptr,
+    ref_logprobs_ptr,
+    clip_low,
+    clip_high,
+    kl_coef,
+    entropy_coef,
+    stride_logits_row,
+    vocab_size,
+    num_rows,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    plane = num_rows.to(tl.int64)
+    out = row * vocab_size
+    num_blocks = tl.cdiv(vocab_size, BLOCK)
+    if tl.load(mask_ptr + row) != 0:
+        inv_temperature = 1.0 / tl.load(temperature_ptr + row).to(tl.float32)
+        base = row * stride_logits_row
+        m = tl.full([], float("-inf"), tl.float32)
+        n = tl.zeros([BLOCK], tl.float32)
+        r = tl.zeros([BLOCK], tl.float32)
+        t = tl.zeros([BLOCK], tl.float32)
+        for block in range(0, num_blocks):
+            x = load_block(logits_ptr, base, block * BLOCK, vocab_size, float("-inf"), BLOCK).to(tl.float32)
+            m, n, r, t = fold(m, n, r, t, x, inv_temperature)
+        log_total, entropy = log_total_entropy(m, tl.sum(n, axis=0), tl.sum(r, axis=0), tl.sum(t, axis=0))
+        token = tl.load(token_ids_ptr + row).to(tl.int64)
+        logprob = (pick(logits_ptr, base, token, vocab_size) - m) * inv_temperature - log_total
+
+        weight = tl.load(weights_ptr + row)
+        advantage = tl.load(advantages_ptr + row)
+        log_ratio = logprob * 0.0  # on policy: 0, and NaN where there is no distribution
+        if HAS_OLD:
+            log_ratio = logprob - tl.load(old_logprobs_ptr + row)
+        ratio = tl.exp(log_ratio)
+        gain = ratio * advantage
+        bounded = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * advantage
+        is_clipped = bounded < gain
+        loss = tl.where(is_clipped, -bounded, -gain)
+        of_logprob = tl.where(is_clipped, 0.0, -gain)
+        kl = 0.0
+        if HAS_REF:
+            distance = tl.load(ref_logprobs_ptr + row) - logprob
+            kl = _k3(distance)
+            loss += kl_coef * kl
+            of_logprob -= kl_coef * (kl + distance)
+        if ENTROPY:
+            loss -= entropy_coef * entropy
+        tl.store(terms_ptr + row, weight * loss)
+        tl.store(terms_ptr + plane + row, is_clipped.to(tl.float32))
+        tl.store(terms_ptr + 2 * plane + row, _k3(log_ratio))
+        tl.store(terms_ptr + 3 * plane + row, ratio)
+        tl.store(terms_ptr + 4 * plane + row, kl)
+        tl.store(terms_ptr + 5 * plane + row, entropy)
+        if GRADIENT:
+            of_surprisal = -of_logprob * weight * inv_temperature
+            of_entropy = -entropy_coef * weight * inv_temperature
+            for done in range(0, num_blocks):
+                start = (num_blocks - 1 - done) * BLOCK
+                is_token = start + tl.arange(0, BLOCK) == token
+                x = load_block(logits_ptr, base, start, vocab_size, float("-inf"), BLOCK).to(tl.float32)
+                gradient = logit_gradient(
+                    x, is_token, m, log_total, entropy, of_surprisal, of_entropy, inv_temperature, ENTROPY
+                )
+                store_block(gradients_ptr, out, start, vocab_size, gradient.to(gradients_ptr.dtype.element_ty), BLOCK)
+    else:
+        for k in range(0, 6):
+            tl.store(terms_ptr + k * plane + row, 0.0)
+        if GRADIENT:
+            for block in range(0, num_blocks):
+                zero = tl.zeros([BLOCK], gradients_ptr.dtype.element_ty)
+                store_block(gradients_ptr, out, block * BLOCK, vocab_size, zero, BLOCK)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _scale_gradient_kernel(gradients_ptr, factor_ptr, size, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    # ``loss.backward()`` passes 1: then nothing is to be done, and only the device knows.
+    if factor != 1.0:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        block = load_block(gradients_ptr, start * 0, start, size, 0.0, BLOCK)
+        store_block(gradients_ptr, start * 0, start, size, (block.to(tl.float32) * factor).to(block.dtype), BLOCK)
+
+
+def launch_policy_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor,
+    weights: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    entropy_coef: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Terms (6, N) float32 of each row's token, and the gradient (N, V) of the sum of the first; empty if unwanted."""
+    num_rows, vocab_size = logits.shape
+    terms = torch.empty((TERMS, num_rows), dtype=torch.float32, device=logits.device)
+    gradients = torch.empty(logits.shape if with_gradient else (0,), dtype=logits.dtype, device=logits.device)
+    if num_rows:
+        _policy_loss_kernel[(num_rows,)](
+            terms,
+            gradients,
+            logits,
+            token_ids,
+            temperature,
+            mask,
+            weights,
+            old_logprobs,
+            advantages,
+            ref_logprobs,
+            float(clip_low),
+            float(clip_high),
+            float(kl_coef),
+            float(entropy_coef),
+            logits.stride(0),
+            vocab_size,
+            num_rows,
+            HAS_OLD=old_logprobs is not None,
+            HAS_REF=ref_logprobs is not None,
+            ENTROPY=entropy_coef != 0,
+            GRADIENT=with_gradient,
+            BLOCK=surprisal.BLOCK,
+            num_warps=8,
+        )
+    return terms, gradients
+
+
+def launch_scale_gradient(gradients: Tensor, factor: Tensor) -> None:
+    """Multiply the gradients by one number, in place; where that is 1, they are neither read nor written."""
+    if gradients.numel():
+        programs = triton.cdiv(gradients.numel(), SCALE_BLOCK)
+        _scale_gradient_kernel[(programs,)](gradients, factor, gradients.numel(), BLOCK=SCALE_BLOCK, num_warps=8)

@@ -1,0 +1,61 @@
+"""Surprisal and entropy from hidden states: the logits as sums of products, then as from logits."""
+
+import math
+from collections.abc import Sequence
+
+from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
+
+Matrix = Sequence[Sequence[float]]
+
+
+def linear_surprisal_entropy(
+    hidden: Matrix,
+    lm_head_weight: Matrix,
+    token_ids: Sequence[int],
+    *,
+    bias: Sequence[float] | None = None,
+    temperature: float | Sequence[float] = 1.0,
+    logit_softcap: float | None = None,
+) -> tuple[list[float], list[float]]:
+    """Surprisal and entropy of each row's logits, hidden . weight of each id + bias, capped at c as c tanh(x / c)."""
+    logits = _logits(hidden, lm_head_weight, bias, logit_softcap)
+    return surprisal_entropy(logits, token_ids, temperature=temperature)
+
+
+def linear_surprisal_entropy_backward(
+    surprisal_gradients: Sequence[float],
+    entropy_gradients: Sequence[float],
+    hidden: Matrix,
+    lm_head_weight: Matrix,
+    token_ids: Sequence[int],
+    *,
+    bias: Sequence[float] | None = None,
+    temperature: float | Sequence[float] = 1.0,
+    logit_softcap: float | None = None,
+) -> tuple[list[list[float]], list[list[float]], list[float]]:
+    """Gradients of the hidden states, the weight and the bias, from that of the logits: d tanh = 1 - tanh^2."""
+    logits = _logits(hidden, lm_head_weight, bias, logit_softcap)
+    of_logits = surprisal_entropy_backward(
+        surprisal_gradients, entropy_gradients, logits, token_ids, temperature=temperature
+    )
+    if logit_softcap is not None:
+        of_logits = [
+            [g * (1 - (x / logit_softcap) ** 2) for g, x in zip(gradients, row, strict=True)]
+            for gradients, row in zip(of_logits, logits, strict=True)
+        ]
+    width = range(len(lm_head_weight[0]))
+    of_hidden = [
+        [math.fsum(g * w[d] for g, w in zip(row, lm_head_weight, strict=True)) for d in width] for row in of_logits
+    ]
+    ids = range(len(lm_head_weight))
+    of_weight = [[math.fsum(g[j] * h[d] for g, h in zip(of_logits, hidden, strict=True)) for d in width] for j in ids]
+    return of_hidden, of_weight, [math.fsum(g[j] for g in of_logits) for j in ids]
+
+
+def _logits(hidden: Matrix, weight: Matrix, bias: Sequence[float] | None, softcap: float | None) -> list[list[float]]:
+    biases = [0.0] * len(weight) if bias is None else bias
+    logits = [
+        [math.fsum([b, *(x * y for x, y in zip(h, w, strict=True))]) for w, b in zip(weight, biases, strict=True)]
+        for h in hidden
+    ]
+    return logits if softcap is None else [[softcap * math.tanh(x / softcap) for x in row] for row in logits]
