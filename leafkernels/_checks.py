@@ -98,7 +98,7 @@ def check_layout(
             )
         row_shape = tuple(tensor.shape[:-1])
     else:
-        row_shape = (_check_cu_seqlens(cu_seqlens, name, tensor),)
+        row_shape = (check_cu_seqlens(cu_seqlens, name, tensor),)
     num_rows = row_shape[0] if len(row_shape) == 1 else row_shape[0] * row_shape[1]
     if len(row_shape) == 2 and groups is not None:
         raise ValueError(
@@ -128,7 +128,7 @@ def _brief(groups: Any) -> str:
     return f"a tensor of shape {tuple(groups.shape)}" if isinstance(groups, Tensor) else repr(groups)
 
 
-def _check_cu_seqlens(cu_seqlens: Any, name: str, tensor: Tensor) -> int:
+def check_cu_seqlens(cu_seqlens: Any, name: str, tensor: Tensor) -> int:
     """Number of rows that ``cu_seqlens`` describes."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

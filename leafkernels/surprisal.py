@@ -3,11 +3,13 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from leafkernels._backend import implementation, resolve_backend
 from leafkernels._checks import check_device, check_integer, check_mask, check_positive, check_real
 from leafkernels._ops import compute_dtype, register
+from leafkernels.distributed import ids_in_slice, merge_slices
 
 _INPUTS = "Tensor logits, Tensor token_ids, Tensor temperature, Tensor? mask, str backend"
 
@@ -72,11 +74,27 @@ _surprisal_entropy_backward_ = register(
 )
 
 
+def _of_rows(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    backend: str,
+    vocab_group: "dist.ProcessGroup | None",
+) -> tuple[Tensor, ...]:
+    """Surprisal, entropy, top and log sum e^(x - top) of rows, of which the logits may be a slice."""
+    if vocab_group is None:
+        return _surprisal_entropy(logits, token_ids, temperature, mask, backend)
+    with torch.cuda.device_of(logits):
+        states, picked = implementation(backend).surprisal_states(logits, token_ids, temperature, mask)
+        return merge_slices(states, picked, temperature, mask, backend, vocab_group)
+
+
 class _SurprisalEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        *arguments, backend, ctx.in_place = args
-        surprisal, entropy, tops, log_totals = _surprisal_entropy(logits, *arguments, backend)
+        *arguments, backend, _, ctx.in_place = args
+        surprisal, entropy, tops, log_totals = _of_rows(logits, *args[:-1])
         ctx.save_for_backward(entropy, tops, log_totals, logits, *arguments)
         ctx.backend = backend
         # A gradient that nobody asks for stays None, and the backward pass then leaves its terms out.
@@ -90,11 +108,11 @@ class _SurprisalEntropy(torch.autograd.Function):
             of_surprisal = torch.zeros_like(entropy)
         everything = (of_surprisal, of_entropy, entropy, tops, log_totals, logits, *arguments, None, ctx.backend)
         if not ctx.in_place:
-            return _surprisal_entropy_backward(*everything), *[None] * 5
+            return _surprisal_entropy_backward(*everything), *[None] * 6
         _surprisal_entropy_backward_(*everything)
         # Whoever else kept the logits for a backward pass, this one a second time included, is told by autograd.
         torch.autograd.graph.increment_version(logits)
-        return logits, *[None] * 5
+        return logits, *[None] * 6
 
 
 def surprisal_entropy(
@@ -103,6 +121,7 @@ def surprisal_entropy(
     *,
     temperature: float | Tensor = 1.0,
     response_mask: Tensor | None = None,
+    vocab_group: "dist.ProcessGroup | None" = None,
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> SurprisalEntropy:
@@ -123,6 +142,10 @@ def surprisal_entropy(
         token_ids: (...) integers.
         temperature: positive; a float, or one for each row, shaped like ``token_ids``.
         response_mask: (...); rows where it is False are not read, give 0, and get zero gradient.
+        vocab_group: the tensor-parallel ranks, if each has a slice of the vocabulary: V is then the number of ids of
+            this rank's, the slices follow each other in the order of the ranks and may differ in size, and all else is
+            the same on every rank. So are the results, and each rank gets the gradient of its slice, for one loss that
+            every rank computes from them. No value is read back; not for ``torch.compile(fullgraph=True)``.
         inplace_backward: write the gradient over the logits, which saves their size in memory. They must be the result
             of a computation; whatever else in the graph kept them makes autograd raise, and so does a second backward
             pass.
@@ -146,19 +169,23 @@ def surprisal_entropy(
     rows = logits.reshape(num_rows, vocab_size)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
+    ids = token_ids.reshape(num_rows).contiguous()  # reshape leaves the strides of what is 1-D
+    if vocab_group is not None:
+        ids = ids_in_slice(ids, vocab_size, vocab_group)
     arguments = (
         rows,
-        token_ids.reshape(num_rows).contiguous(),  # reshape leaves the strides of what is 1-D
+        ids,
         temperatures.reshape(num_rows).contiguous(),
         None if mask is None else mask.reshape(num_rows).contiguous(),
         backend,
+        vocab_group,
     )
     if inplace_backward and logits.is_leaf and logits.requires_grad:
         raise ValueError("logits must be the result of a computation with inplace_backward=True, got a leaf")
     if logits.requires_grad:
         surprisal, entropy = _SurprisalEntropy.apply(*arguments, inplace_backward)
     else:
-        surprisal, entropy, _, _ = _surprisal_entropy(*arguments)
+        surprisal, entropy, _, _ = _of_rows(*arguments)
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))
 
 

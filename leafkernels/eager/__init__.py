@@ -13,6 +13,7 @@ from leafkernels.eager.surprisal import (
     surprisal_entropy,
     surprisal_entropy_backward,
     surprisal_states,
+    surprisal_sums,
 )
 from leafkernels.eager.values import span_values, span_values_backward
 
@@ -29,4 +30,5 @@ __all__ = [
     "surprisal_entropy",
     "surprisal_entropy_backward",
     "surprisal_states",
+    "surprisal_sums",
 ]

@@ -85,7 +85,11 @@ def merge_surprisal_states(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What ``surprisal_entropy`` gives, from any number of partial states of each row, (4, N, states)."""
     scale = temperature.to(states.dtype).reciprocal()
-    top, ties, rest, moment = states.squeeze(2) if states.shape[2] == 1 else _merge(states, scale)
+    if states.shape[2] == 1:
+        top, ties, rest, moment = states.squeeze(2)
+    else:
+        top = states[0].amax(1)
+        ties, rest, moment = surprisal_sums(states, top, temperature)
     is_bad = top.isinf()
     log_total = (ties.log() + (rest / ties).log1p_()).masked_fill_(is_bad, torch.nan)
     entropy = log_total - moment / (ties + rest)
@@ -94,16 +98,15 @@ def merge_surprisal_states(
     return results if mask is None else tuple(result.masked_fill(~mask, 0.0) for result in results)
 
 
-def _merge(states: Tensor, scale: Tensor) -> Tensor:
-    """(4, N): the state of the rows whose parts the states are."""
+def surprisal_sums(states: Tensor, tops: Tensor, temperature: Tensor) -> Tensor:
+    """n, r, t (3, N) of rows whose top logit is ``tops`` (N,), as far as partial states (4, N, states) of them go."""
     m, n, r, t = states
-    top = m.amax(1, keepdim=True)
-    drop = ((m - top) * scale[:, None]).nan_to_num(0.0, neginf=_FLOOR).clamp_min(_FLOOR)
+    scale = temperature.to(states.dtype).reciprocal()
+    drop = ((m - tops[:, None]) * scale[:, None]).nan_to_num(0.0, neginf=_FLOOR).clamp_min(_FLOOR)
     fade = drop.exp()
     # At the top nothing fades, and what was at the top of a lower part is among the rest now.
-    below = torch.where(m == top, 0.0, n)
-    parts = torch.stack((n - below, fade * (r + below), fade * (t + drop * (r + below))))
-    return torch.cat((top.T, parts.sum(2)))
+    below = torch.where(m == tops[:, None], 0.0, n)
+    return torch.stack((n - below, fade * (r + below), fade * (t + drop * (r + below)))).sum(2)
 
 
 def surprisal_entropy_backward(

@@ -1,0 +1,497 @@
+"""Groups that straddle ranks, and vocabularies split over them, with 2 and 4 gloo processes against one process."""
+
+import contextlib
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import PAIR, WORLDS, Ranks, process_group
+from rollouts import BACKENDS, DEVICE, Rollouts, random_group, rollouts
+from test_surprisal import tolerance
+
+import leafkernels
+import python_ref
+from leafkernels.distributed import gather_groups
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    started = Ranks()
+    yield started
+    started.close()
+
+
+Shares = list[tuple[Rollouts, str, int]]  # of each rank: rows, layout, and columns of padding more than they need
+
+
+def advantages_of_rank(inputs: dict[str, Any], options: dict[str, Any], world: int) -> torch.Tensor:
+    """What a trainer writes, on each rank."""
+    gathered = gather_groups(**inputs, process_group=process_group(world))
+    return gathered.local(leafkernels.span_advantages(**gathered.inputs, **options))
+
+
+def inputs_of(case: Rollouts, layout: str, extra: int = 0) -> dict[str, Any]:
+    inputs = case.packed() if layout == "packed" else case.padded(layout, extra)
+    return {name: tensor.cpu() for name, tensor in inputs.items()}
+
+
+def with_groups(inputs: dict[str, Any], groups: str | int | None) -> dict[str, Any]:
+    """The groups as they are, as names, or the given int or None."""
+    if groups == "tensor":
+        return inputs
+    if groups == "names":
+        return inputs | {"groups": [f"prompt {name}" for name in inputs["groups"].tolist()]}
+    return inputs | {"groups": groups}
+
+
+@st.composite
+def splits(draw: st.DrawFn, world: int) -> tuple[Rollouts, Shares, str | int | None]:
+    """Rollouts, what of them lies on which rank (often nothing, or all), and how their groups are given."""
+    case = draw(rollouts())
+    num_rows = len(case.groups)
+    cuts = sorted(draw(st.lists(st.integers(0, num_rows), min_size=world - 1, max_size=world - 1)))
+    split = []
+    for begin, end in itertools.pairwise([0, *cuts, num_rows]):
+        fields = (case.token_ids, case.logprobs, case.mask, case.rewards, case.groups)
+        rows = Rollouts(*(field[begin:end] for field in fields))
+        split.append((rows, draw(st.sampled_from(["right", "left", "packed"])), draw(st.integers(0, 2))))
+    divisors = [size for size in range(1, num_rows + 1) if num_rows % size == 0]
+    return case, split, draw(st.sampled_from(["tensor", "names", None, *divisors]))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks: Ranks) -> None:
+    """Bit for bit: uneven rows, none, other lengths and paddings on each rank, NaN rewards, any naming of groups."""
+
+    @settings(max_examples=100)
+    @given(splits(world))
+    def check(drawn: tuple[Rollouts, Shares, str | int | None]) -> None:
+        case, split, groups = drawn
+        whole = with_groups(inputs_of(case, "right", extra=1), "tensor" if groups == "names" else groups)
+        # As integers: 0 and -0 are not the same bits.
+        rows = iter(case.rows_of(leafkernels.span_advantages(**whole, **case.options).view(torch.int32)))
+
+        calls = [(with_groups(inputs_of(*of_rank), groups), case.options, world) for of_rank in split]
+        for (of_rank, layout, _), (inputs, *_), found in zip(
+            split, calls, ranks.call(advantages_of_rank, calls), strict=True
+        ):
+            assert found.dtype == torch.float32
+            assert found.shape == inputs["token_ids"].shape
+            assert not found[~inputs["response_mask"]].any()
+            for row in of_rank.rows_of(found.view(torch.int32), layout):
+                assert row == next(rows)
+
+    check()
+
+
+@pytest.mark.parametrize("ids", [torch.int64, torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_sends_every_dtype_as_it_comes(dtype: torch.dtype, ids: torch.dtype, ranks: Ranks) -> None:
+    """Without a mask, in strided views, with rewards that ask for a gradient."""
+    group = {name: tensor.cpu() for name, tensor in random_group(6, 40, seed=1, vocabulary=3).items()}
+    logprobs, token_ids = group["logprobs"].to(dtype), group["token_ids"].to(ids)
+    rewards = group["rewards"].requires_grad_()
+    expected = leafkernels.span_advantages(logprobs, token_ids, rewards, groups=3)
+    calls = []
+    for rows in (slice(0, 1), slice(1, 6)):
+        wide = torch.zeros(rows.stop - rows.start, 90, dtype=ids)
+        wide[:, 5:85:2] = token_ids[rows]
+        inputs = {"logprobs": logprobs[rows].T.contiguous().T, "token_ids": wide[:, 5:85:2], "groups": 3}
+        calls.append((inputs | {"rewards": rewards[rows].detach().requires_grad_()}, {}, 2))
+    found = torch.cat(ranks.call(advantages_of_rank, calls))
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[list[int]]:
+    """Bytes of each collective on tensors, as they are called."""
+    sent: list[int] = []
+
+    def counted(collective: Any, position: int) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            sent.append(args[position].numel() * args[position].element_size())
+            return collective(*args, **options)
+
+        return call
+
+    gather, reduce = counted(dist.all_gather, 1), counted(dist.all_reduce, 0)
+    with mock.patch.object(dist, "all_gather", gather), mock.patch.object(dist, "all_reduce", reduce):
+        yield sent
+
+
+def traffic_of_rank(inputs: dict[str, Any], world: int) -> tuple[dict[str, torch.Size], list[int]]:
+    """Shapes of what was gathered, and the bytes of each collective that brought it."""
+    with counted_collectives() as sent:
+        gathered = gather_groups(**inputs, process_group=process_group(world))
+    return {k: v.shape for k, v in gathered.inputs.items() if isinstance(v, torch.Tensor)}, sent
+
+
+def test_padding_is_not_sent(ranks: Ranks) -> None:
+    """A token costs its id, its log-probability and a byte; a row two numbers, and one more if a tensor names it."""
+    mask = torch.zeros(3, 1000, dtype=torch.bool)
+    mask[0, 5:15], mask[1, :20], mask[2, 990:] = True, True, True
+    mask[1, 4:9] = False  # a hole is part of its row
+    inputs = {"logprobs": torch.zeros(3, 1000), "token_ids": torch.zeros(3, 1000, dtype=torch.int64)}
+    inputs |= {"rewards": torch.zeros(3), "response_mask": mask, "groups": torch.zeros(3, dtype=torch.int32)}
+    for shapes, sent in ranks.call(traffic_of_rank, [(inputs, 2)] * 2):
+        of_rows = {"rewards": (6,), "groups": (6,), "cu_seqlens": (7,)}
+        assert shapes == of_rows | dict.fromkeys(("logprobs", "token_ids", "response_mask"), (80,))
+        assert sum(sent) == 40 * (8 + 4 + 1) + 3 * (8 + 8 + 8)
+        assert len(sent) == 6
+
+
+def wrong_tokens_of_rank() -> str:
+    with pytest.raises(ValueError) as refusal:
+        gather_groups(**good_inputs(), process_group=process_group(2)).local(torch.zeros(2, 3))
+    return str(refusal.value)
+
+
+def test_local_takes_what_was_gathered(ranks: Ranks) -> None:
+    message = "tokens must have the shape of the gathered token_ids, (12,), got shape (2, 3)"
+    assert ranks.call(wrong_tokens_of_rank, [()] * 2) == [message] * 2
+
+
+def test_no_rows_at_all(ranks: Ranks) -> None:
+    nothing = {"logprobs": torch.zeros(0, 7), "token_ids": torch.zeros(0, 7, dtype=torch.int64)}
+    nothing["rewards"] = torch.zeros(0)
+    assert [a.shape for a in ranks.call(advantages_of_rank, [(nothing, {}, 2)] * 2)] == [(0, 7)] * 2
+
+
+def refusal_of_rank(inputs: dict[str, Any], world: int) -> str:
+    try:
+        gather_groups(**inputs, process_group=process_group(world))
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def good_inputs(**changes: Any) -> dict[str, Any]:
+    inputs = {"logprobs": torch.zeros(2, 3), "token_ids": torch.zeros(2, 3, dtype=torch.int64)}
+    return inputs | {"rewards": torch.zeros(2)} | changes
+
+
+IDS = good_inputs()["token_ids"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_ids": IDS.float()}, "TypeError: token_ids must hold integers, got torch.float32"),
+        (
+            {"logprobs": IDS},
+            "TypeError: logprobs must be floating point (float32, bfloat16, float16 or float64), got torch.int64",
+        ),
+        (
+            {"logprobs": torch.zeros(2, 4)},
+            "ValueError: logprobs must have the shape of token_ids, (2, 3), got shape (2, 4)",
+        ),
+        (
+            {"logprobs": torch.zeros(1, 2, 3), "token_ids": IDS[None]},
+            "ValueError: token_ids must have shape (rows, tokens), or (total,) together with cu_seqlens, "
+            "got shape (1, 2, 3)",
+        ),
+        (
+            {"rewards": torch.zeros(3)},
+            "ValueError: rewards must have one entry for each row of token_ids, shape (2,), got shape (3,)",
+        ),
+        (
+            {"response_mask": IDS[0]},
+            "ValueError: response_mask must have the shape of token_ids, (2, 3), got shape (3,)",
+        ),
+        ({"groups": torch.zeros(2)}, "TypeError: groups must hold integers, got torch.float32"),
+        ({"groups": IDS[0]}, "ValueError: groups must name one prompt for each of 2 rows, got shape (3,)"),
+        ({"groups": ["a"]}, "ValueError: groups must name one prompt for each of 2 rows, got 1 names"),
+        (
+            {"groups": "ab"},
+            "TypeError: groups must be an int, an integer tensor or a list of names for the rows, got str",
+        ),
+        ({"groups": 0}, "ValueError: groups must be at least 1, got 0"),
+        ({"groups": True}, "TypeError: groups must be an int, got bool"),
+    ],
+)
+def test_a_rank_that_is_refused_tells_the_others(changes: dict[str, Any], message: str, ranks: Ranks) -> None:
+    """Nobody hangs, and everybody knows why."""
+    bad, good = ranks.call(refusal_of_rank, [(good_inputs(**changes), 2), (good_inputs(), 2)])
+    assert bad == message
+    assert good == f"RuntimeError: gather_groups was refused on rank 0 of the group: {message.split(': ', 1)[1]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "usual", "came"),
+    [
+        ("token_ids", IDS.int(), "torch.int64 on cpu", "torch.int32 on cpu"),
+        ("logprobs", IDS.half(), "torch.float32", "torch.float16"),
+        ("response_mask", IDS, "None", "a mask"),
+        ("groups", IDS[:, 0], "None", "a tensor"),
+        ("groups", ["a", "b"], "None", "names"),
+        ("groups", 4, "None", "4"),
+    ],
+)
+def test_ranks_that_do_not_fit_together(name: str, value: Any, usual: str, came: str, ranks: Ranks) -> None:
+    calls = [(good_inputs(), 4), (good_inputs(), 4), (good_inputs(), 4), (good_inputs(**{name: value}), 4)]
+    message = f"ValueError: {name} must be alike on every rank, got {usual} on rank 0 and {came} on rank 3"
+    assert ranks.call(refusal_of_rank, calls) == [message] * 4
+
+
+def test_runs_must_divide_the_rows_of_all_ranks(ranks: Ranks) -> None:
+    calls = [(good_inputs(groups=5), 2)] * 2
+    for message in ranks.call(refusal_of_rank, calls):
+        assert message == "ValueError: groups must be a divisor of the number of rows of all ranks, 4, got 5"
+
+
+def outsider_of_rank(size: int) -> str:
+    """Asks the group of that size, also on ranks that are not in it."""
+    return refusal_of_rank(good_inputs(), size)
+
+
+def test_who_may_call(ranks: Ranks) -> None:
+    answers = ranks.call(outsider_of_rank, [(2,)] * 4)
+    for rank, answer in enumerate(answers):
+        outside = f"ValueError: process_group must contain the calling rank, got one without rank {rank}"
+        assert answer == ("nothing was refused" if rank in PAIR else outside)
+    message = "torch.distributed must be initialised: call torch.distributed.init_process_group on every rank first"
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
+        gather_groups(**good_inputs())
+
+
+# Surprisal and entropy with the vocabulary split over the ranks.
+
+INF = math.inf
+# The least finite number is what masks write who do without -inf.
+LOGITS = (0.0, -0.0, 1.0, -1.5, 3.0, 10.0, -30.0, 60.0, -INF, torch.finfo(torch.float32).min)
+KINDS = {"any": LOGITS, "flat": (1.0,), "banned": (-INF,), "bad": (1.0, 60.0, -INF, INF, math.nan)}
+
+
+class Split(NamedTuple):
+    """Rows whose slices lie on the ranks, and everything else that a call takes."""
+
+    logits: torch.Tensor
+    sizes: list[int]
+    ids: torch.Tensor
+    temperature: float | torch.Tensor
+    mask: torch.Tensor | None
+    weights: list[torch.Tensor]  # gradients of the surprisal and of the entropy, which may not be asked for
+
+    def options(self, backend: str, **more: Any) -> dict[str, Any]:
+        return {"temperature": self.temperature, "response_mask": self.mask, "backend": backend, **more}
+
+    def calls(self, options: dict[str, Any]) -> list[tuple]:
+        slices = self.logits.split(self.sizes, dim=1)
+        return [(part, self.ids, self.weights, options, len(self.sizes)) for part in slices]
+
+
+@st.composite
+def vocabularies(draw: st.DrawFn, world: int, dtypes: tuple[torch.dtype, ...]) -> Split:
+    """Slices of any size, none too; of a row, some banned as a whole, or with an inf or a NaN."""
+    sizes = draw(st.lists(st.integers(0, 9), min_size=world, max_size=world))
+    num_rows, vocab_size = draw(st.integers(1, 4)), sum(sizes)
+    rows = [
+        [
+            draw(st.sampled_from(KINDS[kind]))
+            for size in sizes
+            for kind in [draw(st.sampled_from([*KINDS, "any"]))] * size
+        ]
+        for _ in range(num_rows)
+    ]
+
+    def of_rows(values: st.SearchStrategy) -> st.SearchStrategy:
+        return st.lists(values, min_size=num_rows, max_size=num_rows).map(torch.tensor)
+
+    return Split(
+        torch.tensor(rows).reshape(num_rows, vocab_size).to(draw(st.sampled_from(dtypes))),
+        sizes,
+        draw(of_rows(st.integers(-1, vocab_size))),
+        draw(st.sampled_from([1.0, 0.5]) | of_rows(st.sampled_from([1.0, 0.5, 3.0]))),
+        draw(st.none() | of_rows(st.booleans())),
+        [draw(of_rows(st.sampled_from([1.0, -0.5, 0.0]))) for _ in range(draw(st.integers(1, 2)))],
+    )
+
+
+def surprisal_of_rank(
+    logits: torch.Tensor, ids: torch.Tensor, weights: list[torch.Tensor], options: dict[str, Any], world: int
+) -> tuple[torch.Tensor, ...]:
+    """On each rank: surprisal, entropy and the gradient of its slice; in small blocks, so that a slice has several."""
+    leaf = logits.clone().requires_grad_()
+    with mock.patch("leafkernels.eager.surprisal._CHUNK", 8), mock.patch("leafkernels.kernels.surprisal.BLOCK", 4):
+        found = leafkernels.surprisal_entropy(leaf * 1.0, ids, vocab_group=process_group(world), **options)
+        (gradient,) = torch.autograd.grad(found[: len(weights)], leaf, [w.to(found.entropy.dtype) for w in weights])
+    with torch.no_grad():
+        again = leafkernels.surprisal_entropy(leaf * 1.0, ids, vocab_group=process_group(world), **options)
+    torch.testing.assert_close(again, tuple(f.detach() for f in found), rtol=1e-5, atol=1e-6, equal_nan=True)
+    return found.surprisal.detach(), found.entropy.detach(), gradient
+
+
+def check_split(case: Split, answers: list[tuple[torch.Tensor, ...]]) -> None:
+    """Against the reference on whole rows, in float64."""
+    for found, of_rank_0 in zip(zip(*answers, strict=True), answers[0], strict=True):
+        if of_rank_0.dim() == 1:
+            for of_rank in found:
+                torch.testing.assert_close(of_rank, of_rank_0, rtol=0, atol=0, equal_nan=True)
+    surprisal, entropy, _ = answers[0]
+    gradient = torch.cat([of_rank[2] for of_rank in answers], dim=1)
+    assert gradient.dtype == case.logits.dtype
+    weights = [w.tolist() for w in case.weights] + [[0.0] * len(case.ids)]
+    temperatures = torch.as_tensor(case.temperature).expand(len(case.ids)).tolist()
+    for i, (row, token, t) in enumerate(zip(case.logits.double(), case.ids.tolist(), temperatures, strict=True)):
+        if case.mask is not None and not case.mask[i]:
+            assert surprisal[i] == entropy[i] == 0
+            assert not gradient[i].any()
+            continue
+        (s,), (h,) = python_ref.surprisal_entropy([row.tolist()], [token], temperature=t)
+        counted = row[row.isfinite() & (row > torch.finfo(torch.float32).min)]
+        lead = float(counted.max() - counted.min()) / t if counted.numel() else 0.0
+        rtol = tolerance(case.logits.dtype, len(row), lead)
+        for actual, want in ((surprisal[i], s), (entropy[i], h)):
+            expected = torch.tensor(INF if want > torch.finfo(actual.dtype).max else want, dtype=torch.float64)
+            torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=1e-30, equal_nan=True)
+        if not len(row):
+            continue
+        a, b = (w[i] for w in weights[:2])
+        (want,) = python_ref.surprisal_entropy_backward([a], [b], [row.tolist()], [token], temperature=t)
+        expected = torch.tensor(want, dtype=torch.float64)
+        # Of each term its own error: that of p, and of p times log p + H, which may cancel; then one rounding.
+        log_p = (row / t).log_softmax(0)
+        p, is_token = log_p.exp(), torch.arange(len(row)) == token
+        spread = torch.where(p > 0, p * (1 - log_p + h), 0.0)
+        bound = 2 * rtol * (abs(a) * (p + is_token) + abs(b) * spread) / t
+        bound += torch.finfo(case.logits.dtype).eps * expected.abs() + 1e-30
+        error = (gradient[i].double() - expected).abs()
+        assert (error.isnan() == expected.isnan()).all()
+        assert (expected.isnan() | (error <= bound)).all(), (error, bound)
+
+
+EXAMPLES = {"torch": 100, "triton": 10, "reference": 40}
+PEAKED = torch.tensor([[61.0, 1.0, 1.0, 0.5, 1.0, -INF, -INF, 0.0], [0.0, 0.0, -INF, -INF, -INF, -INF, 61.0, 61.0]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_split_vocabulary_gives_what_the_whole_one_gives(world: int, backend: str, ranks: Ranks) -> None:
+    """Entropies of 1e-24, banned slices, rows that are no distribution, ids of any slice or none, masks."""
+    if backend == "triton" and DEVICE == "cuda":
+        pytest.skip("the processes compute on the CPU, where the kernels need the interpreter")
+    dtypes = (torch.float32, torch.bfloat16) if backend == "triton" else (torch.float32, torch.bfloat16, torch.float64)
+
+    @settings(max_examples=EXAMPLES[backend])
+    @given(vocabularies(world, dtypes), st.booleans())
+    def check(case: Split, in_place: bool) -> None:
+        options = case.options(backend, inplace_backward=in_place)
+        check_split(case, ranks.call(surprisal_of_rank, case.calls(options)))
+
+    check()
+    weights = [torch.ones(2), torch.full((2,), 1e20)]
+    case = Split(PEAKED, [8 // world] * world, torch.tensor([0, 7]), 1.0, None, weights)
+    check_split(case, ranks.call(surprisal_of_rank, case.calls(case.options(backend))))
+
+
+def collectives_of_rank(logits: torch.Tensor, ids: torch.Tensor, world: int) -> tuple[list[int], list[int]]:
+    """Bytes of the collectives of the forward pass, and of the backward pass."""
+    with counted_collectives() as forward:
+        found = leafkernels.surprisal_entropy(logits.requires_grad_(), ids, vocab_group=process_group(world))
+    with counted_collectives() as backward:
+        (found.surprisal.sum() + found.entropy.sum()).backward()
+    return forward, backward
+
+
+@pytest.mark.parametrize("vocab_size", [8, 8000])
+def test_what_is_sent_does_not_grow_with_the_vocabulary(vocab_size: int, ranks: Ranks) -> None:
+    """Two sizes, then one all-reduce for each reduction: the maximum, and five sums from there."""
+    ids = torch.zeros(10, dtype=torch.int64)
+    for sent in ranks.call(collectives_of_rank, [(torch.zeros(10, vocab_size), ids, 4)] * 4):
+        assert sent == ([16, 10 * 4, 10 * 5 * 4], [])
+
+
+def test_ranks_whose_rows_do_not_fit_together(ranks: Ranks) -> None:
+    """On a CPU, where reading the numbers costs nothing."""
+    calls = [(torch.zeros(num_rows, 4), torch.zeros(num_rows, dtype=torch.int64), 2) for num_rows in (3, 5)]
+    message = r"token_ids must be the same on every rank of vocab_group, got \[3, 5\] of them by rank"
+    with pytest.raises(RuntimeError, match=message):
+        ranks.call(collectives_of_rank, calls)
+    with pytest.raises(RuntimeError, match="torch.distributed must be initialised"):
+        leafkernels.surprisal_entropy(torch.zeros(3, 4), torch.zeros(3).long(), vocab_group=object())
+
+
+def both_of_rank(backend: str, device: str, rows: dict[str, Any], logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """On each of a pair of ranks, joined by ``backend``: advantages, and surprisal, entropy and gradient."""
+    pair = dist.new_group(list(PAIR), backend=backend, use_local_synchronization=True)
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_rank(pair))
+    rows = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in rows.items()}
+    gathered = gather_groups(**rows, process_group=pair)
+    advantages = gathered.local(leafkernels.span_advantages(**gathered.inputs))
+    leaf = logits.to(device).requires_grad_()
+    ids = torch.arange(len(logits), device=device)
+    found = leafkernels.surprisal_entropy(leaf, ids, vocab_group=pair)
+    (found.surprisal + found.entropy).sum().backward()
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+        leafkernels.surprisal_entropy(leaf, ids, vocab_group=pair)
+        torch.cuda.set_sync_debug_mode("default")
+    assert leaf.grad is not None
+    return tuple(t.detach().cpu() for t in (advantages, *found, leaf.grad))
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("gloo", "cpu"),
+        pytest.param(
+            "nccl",
+            "cuda",
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+        ),
+    ],
+)
+def test_both_with_either_kind_of_process_group(backend: str, device: str, ranks: Ranks) -> None:
+    """On GPUs also that a split vocabulary synchronises nothing."""
+    group = {name: tensor.cpu() for name, tensor in random_group(7, 50, seed=2, vocabulary=3).items()}
+    mask = torch.arange(50) < torch.tensor([50, 20, 31, 0, 50, 44, 7])[:, None]
+    whole = group | {"response_mask": mask, "groups": torch.tensor([0, 1, 0, 1, 1, 0, 0])}
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(7))
+    calls = []
+    for rows, part in ((slice(0, 2), logits[:, :30]), (slice(2, 7), logits[:, 30:])):
+        calls.append((backend, device, {name: tensor[rows] for name, tensor in whole.items()}, part))
+    answers = ranks.call(both_of_rank, calls)
+    advantages = torch.cat([of_rank[0] for of_rank in answers])
+    torch.testing.assert_close(advantages, leafkernels.span_advantages(**whole), rtol=2e-7, atol=1e-8)
+    leaf = logits.requires_grad_()
+    found = leafkernels.surprisal_entropy(leaf, torch.arange(6))
+    (found.surprisal + found.entropy).sum().backward()
+    for of_rank in answers:
+        torch.testing.assert_close(of_rank[1:3], tuple(f.detach() for f in found), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([of_rank[3] for of_rank in answers], 1), leaf.grad, rtol=1e-4, atol=1e-6)
+
+
+def snippet_of_rank(snippet: str, names: dict[str, Any], result: str) -> torch.Tensor:
+    names["tensor_parallel_group"] = process_group(4)
+    exec(snippet, names)
+    return names[result].detach()
+
+
+def test_the_snippets_of_the_documentation(ranks: Ranks) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    rows, vocabulary = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    group = {name: tensor.cpu() for name, tensor in random_group(8, 9, seed=3, vocabulary=2).items()}
+    group["response_mask"] = torch.ones(8, 9)
+    uids = list("aaabbbba")
+    parts = [slice(2 * rank, 2 * rank + 2) for rank in range(4)]
+    names = [{name: tensor[part] for name, tensor in group.items()} | {"uids": uids[part]} for part in parts]
+    advantages = torch.cat(ranks.call(snippet_of_rank, [(rows, of_rank, "advantages") for of_rank in names]))
+    assert torch.equal(advantages, leafkernels.span_advantages(**group, groups=leafkernels.group_index(uids)))
+
+    logits, ids = torch.randn(2, 9, 24), torch.randint(0, 24, (2, 9))
+    slices = [{"logits_slice": part.clone().requires_grad_(), "token_ids": ids} for part in logits.split(6, dim=2)]
+    losses = ranks.call(snippet_of_rank, [(vocabulary, of_rank, "loss") for of_rank in slices])
+    found = leafkernels.surprisal_entropy(logits, ids, temperature=0.9)
+    for loss in losses:
+        torch.testing.assert_close(loss, (found.surprisal + 0.01 * found.entropy).mean(), rtol=1e-5, atol=0)
