@@ -102,7 +102,7 @@ def surprisal_sums(states: Tensor, tops: Tensor, temperature: Tensor) -> Tensor:
     """n, r, t (3, N) of rows whose top logit is ``tops`` (N,), as far as partial states (4, N, states) of them go."""
     m, n, r, t = states
     scale = temperature.to(states.dtype).reciprocal()
-    drop = ((m - tops[:, None]) * scale[:, None]).nan_to_num(0.0, neginf=_FLOOR).clamp_min(_FLOOR)
+    drop = ((m - tops[:, None]) * scale[:, None]).clamp_min(_FLOOR)
     fade = drop.exp()
     # At the top nothing fades, and what was at the top of a lower part is among the rest now.
     below = torch.where(m == tops[:, None], 0.0, n)
