@@ -239,7 +239,7 @@ def test_the_logits_of_all_tokens_never_exist() -> None:
             torch.float32,
             "torch",
         )
-    assert seen.elements <= 3000  # the weight's own size; all logits would be 40,000
+    assert seen.elements <= 8000  # the room of the PyTorch backend for 2 rows; all logits would be 40,000
     for itemsize in (2, 4):
         chunk = linear_surprisal._CHUNK_BYTES // (151_936 * itemsize)
         assert chunk * 151_936 * itemsize + chunk * 4096 * itemsize <= 2**30

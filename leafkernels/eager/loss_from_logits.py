@@ -33,9 +33,8 @@ def policy_loss(
     terms = torch.zeros((6, logits.shape[0]), dtype=dtype, device=logits.device)
     gradients = torch.zeros(logits.shape if with_gradient else (0,), dtype=logits.dtype, device=logits.device)
     scale = temperature.to(dtype).reciprocal()
-    for rows in chunks(logits, mask):
-        x = logits[rows].to(dtype)
-        states = fold(x, scale[rows])[..., None]
+    for rows, x, room in chunks(logits, mask):
+        states = fold(x, scale[rows], room)[..., None]
         surprisal, entropy, tops, log_totals = merge_surprisal_states(
             states, pick(x, token_ids[rows]), temperature[rows], None
         )
@@ -58,7 +57,7 @@ def policy_loss(
             factor = weights[rows] * scale[rows]
             of_entropy = -entropy_coef * factor if entropy_coef else None
             gradients[rows] = logit_gradient(
-                x, token_ids[rows], tops, log_totals, entropy, -of_logprob * factor, of_entropy, scale[rows]
+                x, token_ids[rows], tops, log_totals, entropy, -of_logprob * factor, of_entropy, scale[rows], room
             ).to(logits.dtype)
     return terms, gradients
 

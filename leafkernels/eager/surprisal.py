@@ -4,7 +4,7 @@ See ``leafkernels.kernels.surprisal`` for the mathematics. Memory beside the res
 or take booleans cost as much as an exponential here, so there are none over the vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,14 +18,25 @@ _CHUNK = 1 << 18
 _FLOOR = -1e4
 
 
-def chunks(logits: Tensor, mask: Tensor | None) -> Iterator[slice | Tensor]:
-    """Rows that count, a chunk at a time; masked ones are not read."""
+def chunks(logits: Tensor, mask: Tensor | None) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
+    """Rows that count, a chunk at a time; their logits, as computed with; and room for three more such tensors.
+
+    Masked rows are not read. The room is the same for all chunks: memory that is given back after each comes from the
+    system again, page by page, which takes as long as the exponentials.
+    """
     num_rows, vocab_size = logits.shape
-    step = max(1, _CHUNK // max(vocab_size, 1))
+    dtype = compute_dtype(logits.dtype)
+    step = max(1, min(_CHUNK // max(vocab_size, 1), num_rows))
+    room = torch.empty((4, step, vocab_size), dtype=dtype, device=logits.device)
+    live: Iterable[slice | Tensor]
     if mask is None:
-        yield from (slice(start, start + step) for start in range(0, num_rows, step))
+        live = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
     else:
-        yield from (rows for rows in mask.nonzero().squeeze(1).split(step) if rows.numel())
+        live = (rows for rows in mask.nonzero().squeeze(1).split(step) if rows.numel())
+    for rows in live if vocab_size else ():
+        x = logits[rows]
+        of_chunk = room[:, : x.shape[0]]
+        yield rows, x if x.dtype == dtype else of_chunk[3].copy_(x), of_chunk[:3]
 
 
 def surprisal_states(
@@ -35,27 +46,27 @@ def surprisal_states(
 
     float32, or float64 for float64 logits; masked rows are not read and empty.
     """
-    num_rows, vocab_size = logits.shape
+    num_rows = logits.shape[0]
     dtype = compute_dtype(logits.dtype)
     states = torch.zeros((4, num_rows, 1), dtype=dtype, device=logits.device)
     states[0] = -torch.inf
     picked = torch.full((num_rows,), torch.nan, dtype=dtype, device=logits.device)
     scale = temperature.to(dtype).reciprocal()
-    for rows in chunks(logits, mask) if vocab_size else ():
-        x = logits[rows].to(dtype)
-        states[:, rows, 0] = fold(x, scale[rows])
+    for rows, x, room in chunks(logits, mask):
+        states[:, rows, 0] = fold(x, scale[rows], room)
         picked[rows] = pick(x, token_ids[rows])
     return states, picked
 
 
-def fold(x: Tensor, scale: Tensor) -> Tensor:
-    """State (4, n) of whole rows ``x`` (n, V)."""
+def fold(x: Tensor, scale: Tensor, room: Tensor) -> Tensor:
+    """State (4, n) of whole rows ``x`` (n, V); ``room`` (3, n, V) is written over."""
     top = x.amax(1, keepdim=True)
     # Of banned ids only, nothing is known; -inf - -inf must not be asked for.
-    z = (x - top.clamp_min(torch.finfo(x.dtype).min)).mul_(scale[:, None]).clamp_min_(_FLOOR)
-    e = z.exp()
+    z = torch.sub(x, top.clamp_min(torch.finfo(x.dtype).min), out=room[0])
+    z.mul_(scale[:, None]).clamp_min_(_FLOOR)
+    e = torch.exp(z, out=room[1])
     # 0 at the top and 1 below it: what is added there may be far below the rounding of 1.
-    is_rest = (z * -torch.finfo(x.dtype).max).clamp_max_(1.0)
+    is_rest = torch.mul(z, -torch.finfo(x.dtype).max, out=room[2]).clamp_max_(1.0)
     ties = x.shape[1] - is_rest.sum(1)
     rest = e.mul_(is_rest).sum(1)
     return torch.stack((top.squeeze(1), ties, rest, z.mul_(e).sum(1)))
@@ -127,8 +138,7 @@ def surprisal_entropy_backward(
     scale = temperature.to(dtype).reciprocal()
     of_surprisal = surprisal_gradients.to(dtype) * scale
     of_entropy = None if entropy_gradients is None else entropy_gradients.to(dtype) * scale
-    for rows in chunks(logits, mask) if logits.shape[1] else ():
-        x = logits[rows].to(dtype)
+    for rows, x, room in chunks(logits, mask):
         gradient = logit_gradient(
             x,
             token_ids[rows],
@@ -138,9 +148,10 @@ def surprisal_entropy_backward(
             of_surprisal[rows],
             None if of_entropy is None else of_entropy[rows],
             scale[rows],
+            room,
         )
         if softcap is not None:
-            gradient.mul_(1.0 - (x / softcap).square_())
+            gradient.mul_(torch.div(x, softcap, out=room[1]).square_().neg_().add_(1.0))
         gradients[rows] = gradient.to(gradients.dtype)
     if mask is not None:
         gradients.masked_fill_(~mask[:, None], 0.0)
@@ -155,11 +166,16 @@ def logit_gradient(
     of_surprisal: Tensor,
     of_entropy: Tensor | None,
     scale: Tensor,
+    room: Tensor,
 ) -> Tensor:
-    """Gradient of whole rows from those of their surprisal and entropy, already over the temperature."""
-    log_p = (x - tops[:, None]).mul_(scale[:, None]).sub_(log_totals[:, None]).clamp_min_(_FLOOR)
-    p = log_p.exp()
-    gradient = p * of_surprisal[:, None]
+    """Gradient of whole rows from those of their surprisal and entropy, already over the temperature.
+
+    It lies in ``room[0]``; all of ``room`` (3, n, V) is written over.
+    """
+    log_p = torch.sub(x, tops[:, None], out=room[1])
+    log_p.mul_(scale[:, None]).sub_(log_totals[:, None]).clamp_min_(_FLOOR)
+    p = torch.exp(log_p, out=room[2])
+    gradient = torch.mul(p, of_surprisal[:, None], out=room[0])
     tokens = token_ids.to(torch.int64)
     in_row = (tokens >= 0) & (tokens < x.shape[1])
     gradient.scatter_add_(1, tokens.clamp(0, x.shape[1] - 1)[:, None], -(of_surprisal * in_row)[:, None])
