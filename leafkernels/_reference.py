@@ -56,16 +56,20 @@ def common_prefix_lengths(
     group_starts: Tensor,
     group_of_row: Tensor,
     limit: Tensor | None,
+    start: Tensor | None,
     max_group: int,
 ) -> Tensor:
     """See ``python_ref.common_prefix_lengths``; arguments and result as the PyTorch implementation."""
     starts, lengths = row_starts.tolist(), row_lengths.tolist()
     result = torch.zeros((len(starts), max_group), dtype=torch.int32)
     for g, rows in enumerate(_rows_of_groups(rows_by_group, group_starts)):
-        shared = python_ref.common_prefix_lengths([_row(token_ids, i, starts[i], starts[i] + lengths[i]) for i in rows])
-        most = max(int(limit[g]), 0) if limit is not None else max(lengths, default=0)
+        shared = python_ref.common_prefix_lengths(
+            [_row(token_ids, i, starts[i], starts[i] + lengths[i]) for i in rows],
+            limit=None if limit is None else max(int(limit[g]), 0),
+            start=0 if start is None else max(int(start[g]), 0),
+        )
         for i, row in zip(rows, shared, strict=True):
-            result[i, : len(rows)] = torch.tensor([min(length, most) for length in row], dtype=torch.int32)
+            result[i, : len(rows)] = torch.tensor(row, dtype=torch.int32)
     return result.to(token_ids.device)
 
 

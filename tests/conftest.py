@@ -39,7 +39,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from leafkernels.kernels import boundaries, prefix_lengths, scatter, surprisal, values
 
     monkeypatch.setattr(boundaries, "BLOCK", 4)
-    monkeypatch.setattr(prefix_lengths, "BLOCK", 2)
+    monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)
+    for name, size in {"BLOCK": 4, "BLOCK_TOKENS": 2, "BLOCK_ROWS": 2, "BLOCK_TIES": 2, "BLOCK_RANKS": 2}.items():
+        monkeypatch.setattr(prefix_lengths, name, size)
     monkeypatch.setattr(scatter, "BLOCK", 4)
     monkeypatch.setattr(surprisal, "BLOCK", 8)
     monkeypatch.setattr(values, "BLOCK", 2)

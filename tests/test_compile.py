@@ -25,7 +25,8 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     slots = layout.slot_starts, layout.slot_ends, layout.row_starts
     boundaries = OPS.select_boundaries(group["logprobs"], mask, *rows, layout.max_length, 2, None, True, backend)
     limit = boundaries.amax(1)
-    shared = OPS.common_prefix_lengths(ids, *rows, limit, layout.max_group, backend)
+    start = torch.tensor([0, 1], device=DEVICE)
+    shared = OPS.common_prefix_lengths(ids, *rows, limit, None, layout.max_group, backend)
     credit = group["rewards"], shared, boundaries, layout.row_lengths, *groups, "both", 0.5, True, "span"
     values, raw, ends, *_ = OPS.span_values(*credit, backend)
     logits = torch.randn(4, 9, device=DEVICE)
@@ -38,7 +39,7 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
             OPS.select_boundaries,
             (group["logprobs"], mask, *rows, layout.max_length, 2, None, True, backend),
         ),
-        "common_prefix_lengths": (OPS.common_prefix_lengths, (ids, *rows, limit, layout.max_group, backend)),
+        "common_prefix_lengths": (OPS.common_prefix_lengths, (ids, *rows, limit, start, layout.max_group, backend)),
         "span_values": (OPS.span_values, (*credit, backend)),
         "span_values_backward": (OPS.span_values_backward, (values, raw, raw, *credit)),
         "scatter_spans": (OPS.scatter_spans, (values, ends, mask, *slots, [4, 10], torch.float32, backend)),
@@ -108,7 +109,7 @@ def test_a_new_length_compiles_nothing() -> None:
     kernels = [
         boundaries._column_maxima_kernel,
         boundaries._select_boundaries_kernel,
-        prefix_lengths._common_prefix_lengths_kernel,
+        prefix_lengths._compare_pairs_kernel,
         values._span_values_kernel,
         values._normalize_spans_kernel,
         scatter._scatter_spans_kernel,
