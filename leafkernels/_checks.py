@@ -75,9 +75,11 @@ def check_mask(response_mask: Any, name: str, shape: torch.Size, device: torch.d
 
 
 def check_layout(
-    name: str, tensor: Tensor, response_mask: Any, groups: Any, cu_seqlens: Any
+    name: str, tensor: Tensor, response_mask: Any, groups: Any, cu_seqlens: Any, backend: str
 ) -> tuple[Layout, Tensor | None, tuple[int, ...]]:
     """Layout, mask as rows, and the shape of "one entry for each row" for the argument ``name``, the per-token tensor.
+
+    ``backend`` is a resolved one: "triton", "torch" or "reference".
 
     See ``span_advantages`` for the layouts.
     """
@@ -113,7 +115,7 @@ def check_layout(
             raise ValueError(f"groups must be a positive divisor of the number of rows, {num_rows}, got {groups}")
     rows = as_rows(tensor)
     mask_rows = None if mask is None else as_rows(mask)
-    return build_layout(rows, mask_rows, groups, cu_seqlens), mask_rows, row_shape
+    return build_layout(rows, mask_rows, groups, cu_seqlens, backend), mask_rows, row_shape
 
 
 def _brief(groups: Any) -> str:

@@ -63,9 +63,9 @@ def _credit(
         check_like("boundary_scores", boundary_scores, "token_ids", token_ids.shape, token_ids.device)
     check_boundary_options(num_boundaries, min_separation)
     check_value_options(terms, multiplicity_power, leave_one_out, normalize)
-    layout, mask, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens)
-    rewards = check_rewards(rewards, "token_ids", row_shape, token_ids.device)
     backend = resolve_backend(backend, token_ids.device)
+    layout, mask, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens, backend)
+    rewards = check_rewards(rewards, "token_ids", row_shape, token_ids.device)
 
     # A row that cannot be scored takes no part in anything, as if it had no token and no reward.
     layout = layout.without(rewards.isnan())

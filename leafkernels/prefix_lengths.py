@@ -98,8 +98,8 @@ def common_prefix_lengths(
         RuntimeError: the backend asked for cannot run here.
     """
     check_integer("token_ids", token_ids)
-    layout, _, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens)
     backend = resolve_backend(backend, token_ids.device)
+    layout, _, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens, backend)
     lengths = prefix_lengths_of_groups(
         as_rows(token_ids),
         layout,

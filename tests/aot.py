@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from leafkernels.kernels import boundaries, prefix_lengths, scatter, surprisal, values
+from leafkernels.kernels import boundaries, prefix_lengths, scatter, stretches, surprisal, values
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -41,6 +41,7 @@ _COLUMNS = "*i64 *i64 {scores} {mask} *i64 *i64 *i64 *i64 i32 i32"
 _SCATTER = "*fp32 *fp64 *i32 {mask} *i64 *i64 *i64 i32 i32 i32"
 
 CASES = [
+    Case("mask_stretches", stretches._mask_stretches_kernel, "*i64 *i64 *i1 *i64 *i64 i32", {"BLOCK": 2048}, True),
     *(
         Case(
             f"column_maxima {scores} {'mask' if mask == '*i1' else 'no mask'}",

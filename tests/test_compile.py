@@ -35,6 +35,7 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     surprisal, *results = OPS.surprisal_entropy(logits, tokens, temperature, live, backend)
     results.insert(0, results[0])  # the entropy stands for its own gradient
     return {
+        "mask_stretches": (OPS.mask_stretches, (mask, layout.slot_starts, layout.slot_ends, backend)),
         "select_boundaries": (
             OPS.select_boundaries,
             (group["logprobs"], mask, *rows, layout.max_length, 2, None, True, backend),
@@ -104,11 +105,12 @@ def test_torch_compile_with_gradients() -> None:
 
 @on_gpu
 def test_a_new_length_compiles_nothing() -> None:
-    from leafkernels.kernels import boundaries, prefix_lengths, scatter, values
+    from leafkernels.kernels import boundaries, prefix_lengths, scatter, stretches, values
 
     kernels = [
         boundaries._column_maxima_kernel,
         boundaries._select_boundaries_kernel,
+        stretches._mask_stretches_kernel,
         prefix_lengths._compare_pairs_kernel,
         values._span_values_kernel,
         values._normalize_spans_kernel,

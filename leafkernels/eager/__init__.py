@@ -7,12 +7,14 @@ sizes back from the device; the Triton kernels never do.
 from leafkernels.eager.boundaries import select_boundaries
 from leafkernels.eager.prefix_lengths import common_prefix_lengths
 from leafkernels.eager.scatter import gather_spans, scatter_spans
+from leafkernels.eager.stretches import mask_stretches
 from leafkernels.eager.surprisal import surprisal_entropy, surprisal_entropy_backward
 from leafkernels.eager.values import span_values, span_values_backward
 
 __all__ = [
     "common_prefix_lengths",
     "gather_spans",
+    "mask_stretches",
     "scatter_spans",
     "select_boundaries",
     "span_values",
