@@ -104,7 +104,8 @@ def test_torch_compile_with_gradients() -> None:
 
 
 @on_gpu
-def test_a_new_length_compiles_nothing() -> None:
+@pytest.mark.parametrize("refines", [False, True])
+def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from leafkernels.kernels import boundaries, prefix_lengths, scatter, stretches, values
 
     kernels = [
@@ -112,6 +113,10 @@ def test_a_new_length_compiles_nothing() -> None:
         boundaries._select_boundaries_kernel,
         stretches._mask_stretches_kernel,
         prefix_lengths._compare_pairs_kernel,
+        prefix_lengths._represent_kernel,
+        prefix_lengths._first_mismatch_kernel,
+        prefix_lengths._refine_ties_kernel,
+        prefix_lengths._prefix_table_kernel,
         values._span_values_kernel,
         values._normalize_spans_kernel,
         scatter._scatter_spans_kernel,
@@ -120,6 +125,8 @@ def test_a_new_length_compiles_nothing() -> None:
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
+    if refines:
+        monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)
     leafkernels.span_advantages(**random_group(8, 100, seed=1))
     before = compiled()
     for rows, tokens in [(8, 101), (8, 112), (1, 7), (16, 1), (3, 1025), (32, 64)]:
@@ -129,7 +136,12 @@ def test_a_new_length_compiles_nothing() -> None:
 
 @on_gpu
 @pytest.mark.parametrize("layout", ["padded", "groups", "packed"])
-def test_nothing_synchronises_and_a_graph_captures_it(layout: str) -> None:
+@pytest.mark.parametrize("refines", [False, True])
+def test_nothing_synchronises_and_a_graph_captures_it(
+    layout: str, refines: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if refines:
+        monkeypatch.setattr("leafkernels.kernels.prefix_lengths.FEW_TOKENS", 0)
     group = random_group(16, 300, seed=5)
     mask = torch.ones(16, 300, dtype=torch.bool, device=DEVICE)
     mask[3, 200:] = False
@@ -179,7 +191,7 @@ def test_broken_cu_seqlens_stay_inside_the_tensors() -> None:
 
 @on_gpu
 def test_triton_and_torch_agree_on_a_gpu_at_size() -> None:
-    group = random_group(64, 4096, seed=7)
+    group = random_group(64, 8192, seed=7)
     for options in ({}, {"num_boundaries": 6}, {"groups": 16, "normalize": "batch"}):
         triton, torch_ = (leafkernels.span_advantages(**group, **options, backend=b) for b in ("triton", "torch"))
         torch.testing.assert_close(triton, torch_, rtol=2e-7, atol=1e-8)
