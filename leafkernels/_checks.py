@@ -75,11 +75,11 @@ def check_mask(response_mask: Any, name: str, shape: torch.Size, device: torch.d
 
 
 def check_layout(
-    name: str, tensor: Tensor, response_mask: Any, groups: Any, cu_seqlens: Any, backend: str
+    name: str, tensor: Tensor, response_mask: Any, groups: Any, cu_seqlens: Any, backend: str = "torch"
 ) -> tuple[Layout, Tensor | None, tuple[int, ...]]:
     """Layout, mask as rows, and the shape of "one entry for each row" for the argument ``name``, the per-token tensor.
 
-    ``backend`` is a resolved one: "triton", "torch" or "reference".
+    ``backend``, a resolved one, looks for the rows in the mask.
 
     See ``span_advantages`` for the layouts.
     """

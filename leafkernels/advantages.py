@@ -74,7 +74,7 @@ def _credit(
         as_rows(scores), mask, layout, num_boundaries, min_separation, boundary_scores is None, backend
     )
     last = boundaries.amax(1) if num_boundaries else boundaries.new_zeros(boundaries.shape[0])
-    prefix_lengths = prefix_lengths_of_groups(as_rows(token_ids), layout, last, None, backend)
+    prefix_lengths = prefix_lengths_of_groups(as_rows(token_ids), layout, last, backend)
     spans = values_of_groups(
         rewards,
         prefix_lengths,

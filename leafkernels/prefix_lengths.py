@@ -38,7 +38,7 @@ _common_prefix_lengths = register(
 
 
 def prefix_lengths_of_groups(
-    token_ids: Tensor, layout: Layout, limit: Tensor | None, start: Tensor | None, backend: str
+    token_ids: Tensor, layout: Layout, limit: Tensor | None, backend: str, start: Tensor | None = None
 ) -> Tensor:
     """(N, max_group) int32: row i against the j-th row of its group, 0 behind the last.
 
@@ -104,8 +104,8 @@ def common_prefix_lengths(
         as_rows(token_ids),
         layout,
         _of_groups("limit", limit, layout, row_shape, groups),
-        _of_groups("start", start, layout, row_shape, groups),
         backend,
+        _of_groups("start", start, layout, row_shape, groups),
     )
     if isinstance(groups, Tensor):
         return _between_all_rows(lengths, layout)

@@ -120,6 +120,8 @@ def call(rows, tokens):
         options["response_mask"][::2, :5] = 0
     if layout == "groups":
         options["groups"] = torch.arange(rows) % 3
+    if layout == "pairs":
+        options["groups"] = 2
     if layout == "packed":
         ids, logprobs = ids.flatten(), logprobs.flatten()
         options["cu_seqlens"] = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
@@ -143,9 +145,11 @@ print(call(128, 8192))
         ("torch", "identical", "mask"),
         ("torch", "comb", "packed"),
         ("torch", "comb", "groups"),
+        ("torch", "random", "pairs"),
         ("triton", "comb", "mask"),
         ("triton", "comb", "packed"),
         ("triton", "comb", "groups"),
+        ("triton", "random", "pairs"),
     ],
 )
 def test_memory_for_each_token(backend: str, kind: str, layout: str) -> None:
@@ -157,7 +161,31 @@ def test_memory_for_each_token(backend: str, kind: str, layout: str) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr
-    assert 4 <= float(run.stdout) < 16 + 4, f"{run.stdout.strip()} bytes a token"
+    assert 3 < float(run.stdout) < 16 + 4, f"{run.stdout.strip()} bytes a token"
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1024, 200), (3, 131_072)])
+def test_large_groups_and_long_rows(rows: int, tokens: int) -> None:
+    """Halves of a group share all but their last token, which makes the mean of a half what a span earns."""
+    ids = torch.arange(tokens, device=DEVICE).repeat(rows, 1)
+    half = torch.arange(rows, device=DEVICE) % 2
+    ids[:, 0] = half
+    ids[:, -1] = torch.arange(rows, device=DEVICE) + tokens
+    logprobs = torch.zeros(rows, tokens, device=DEVICE)
+    logprobs[:, tokens // 2] = -1.0
+    rewards = torch.arange(float(rows), device=DEVICE)
+    found = leafkernels.span_advantages(
+        logprobs, ids, rewards, num_boundaries=1, normalize="none", multiplicity_power=0.0
+    )
+    means = torch.stack([rewards[half == name].double().mean() for name in (0, 1)])
+    is_alone = torch.bincount(half, minlength=2)[half] < 2
+    of_half = means[half]
+    # Global and local term are the same for the first span; the tail's are against the group and against the half.
+    head = torch.where(is_alone, 2 * (rewards - rewards.double().mean()), 2 * (of_half - rewards.double().mean()))
+    tail = torch.where(is_alone, head, 2 * rewards - rewards.double().mean() - of_half)
+    place = torch.arange(tokens, device=DEVICE)
+    expected = torch.where(place < tokens // 2, head[:, None], tail[:, None])
+    torch.testing.assert_close(found, expected.float(), rtol=2e-7, atol=1e-8)
 
 
 def _peak(call: Callable[[], torch.Tensor]) -> float:

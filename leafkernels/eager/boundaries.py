@@ -71,9 +71,11 @@ def _column_maxima(
     """(P, width) int64: the best score of each column, and of equal scores the smallest row, in one sortable number."""
     num_rows, num_groups = row_starts.shape[0], group_starts.shape[0] - 1
     rank = torch.arange(0xFFFFFFFF, 0xFFFFFFFF - num_rows, -1, device=scores.device)[:, None]
-    runs = torch.arange(num_rows, device=scores.device) // max(num_rows // num_groups, 1)
-    in_runs = torch.equal(group_of_row, runs)
-    columns = rank.new_empty((num_groups, width))
+    in_runs = num_groups == 1
+    if not in_runs:
+        runs = torch.arange(num_rows, device=scores.device) // max(num_rows // num_groups, 1)
+        in_runs = torch.equal(group_of_row, runs)
+    columns = []
     step = max(_CHUNK // num_rows, _COLUMNS)
     for start in range(0, width, step):
         end = min(start + step, width)
@@ -92,8 +94,8 @@ def _column_maxima(
         keys.masked_fill_(excluded, _NEVER)
         if in_runs:
             # A maximum over a dimension takes a tenth of the time of a scattered one.
-            columns[:, start:end] = keys.view(num_groups, -1, end - start).amax(1)
+            columns.append(keys.view(num_groups, -1, end - start).amax(1))
         else:
-            of_groups = columns[:, start:end].fill_(_NEVER)
-            of_groups.scatter_reduce_(0, group_of_row[:, None].expand_as(keys), keys, "amax")
-    return columns
+            of_groups = keys.new_full((num_groups, end - start), _NEVER)
+            columns.append(of_groups.scatter_reduce_(0, group_of_row[:, None].expand_as(keys), keys, "amax"))
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
