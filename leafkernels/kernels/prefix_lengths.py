@@ -25,12 +25,12 @@ from leafkernels.kernels._rows import load_block, num_splits, row_stride
 # Pairs are compared one by one where that reads at most so many ids: one launch takes less time than six.
 FEW_TOKENS = 1 << 24
 ROUNDS = 2  # comparisons by the whole GPU, before every group goes on by itself
-BLOCK = 1024  # tokens compared at a time by first_mismatch
-BLOCK_PAIRS = 512  # and by pairs, most of which part early
-BLOCK_TOKENS = 128  # and by refine_ties, for each of
-BLOCK_ROWS = 16  # rows at a time
+BLOCK_PAIRS = 512  # tokens of a pair at a time: most pairs part early
+BLOCK = 1024  # tokens that first_mismatch compares at a time
+BLOCK_ROWS = 16  # rows that refine_ties compares at a time, and
+BLOCK_TOKENS = 128  # how many tokens of each
 BLOCK_TIES = 64  # rows among which it looks for ties at a time
-BLOCK_RANKS = 128  # rows of a group to whose entries of the table a program goes at a time
+BLOCK_RANKS = 128  # entries of a line of the table at a time
 
 # What a test counts with, int64 (2,): ids read, and how often a row was compared with a representative.
 counts: Tensor | None = None
