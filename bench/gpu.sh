@@ -20,9 +20,12 @@ PYTHON
 status=0
 echo "== tests"
 # Without the tests of the command, the examples and README, which do nothing on a GPU.
-timeout --kill-after=5 240 python3 -m pytest tests -q --maxfail=20 --ignore=tests/test_bench.py \
+timeout --kill-after=5 200 python3 -m pytest tests -q --maxfail=20 --ignore=tests/test_bench.py \
     --ignore=tests/test_command.py --ignore=tests/test_examples.py --ignore=tests/test_readme.py || status=$?
 echo "== tests ended with $status after $((SECONDS - start)) s"
+echo "== growth and goals of common_prefix_lengths"
+timeout --kill-after=5 100 python3 -m bench.bench_growth || status=$?
+echo "== growth ended with $status after $((SECONDS - start)) s"
 echo "== benches"
 left=$((limit - (SECONDS - start)))
 # Cases that no longer fit are skipped, so that those before them are written down.

@@ -240,7 +240,7 @@ def _replay(calls: Sequence[Call]) -> tuple[Call, int]:
     return graph.replay, len(many)
 
 
-def _device_seconds(calls: Sequence[Call], backend: str, session: Session) -> tuple[float, str]:
+def device_seconds(calls: Sequence[Call], backend: str, session: Session) -> tuple[float, str]:
     """Device seconds of one call, and how they were taken."""
     if backend == "triton":  # the others read sizes back from the device, which no graph can hold
         try:
@@ -266,7 +266,7 @@ def _on_device(calls: Sequence[Call], backend: str, num_bytes: int, session: Ses
     calls[0]()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    seconds, timing = _device_seconds(calls, backend, session)
+    seconds, timing = device_seconds(calls, backend, session)
     rate = num_bytes / seconds
     return {
         "device_seconds": seconds,

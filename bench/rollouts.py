@@ -138,6 +138,8 @@ def _batch(shape: Shape, inputs: str, device: str, seed: int) -> Batch:
     ragged     the same, cut to lengths between half and all of the tokens, padded and masked.
     identical  one row, repeated: nothing ends a comparison early.
     comb       row i leaves row 0 at i/group of the way: every row parts from the others at a place of its own.
+    last       one row, repeated but for its last token: nothing ends a comparison before it.
+    families   two rows, repeated in turns.
     """
     size = (shape.prompts, shape.group, shape.tokens)
     generator = torch.Generator(device).manual_seed(seed)
@@ -151,6 +153,11 @@ def _batch(shape: Shape, inputs: str, device: str, seed: int) -> Batch:
         leaves_at = torch.full_like(prompt, shape.tokens)
         if inputs == "comb":
             leaves_at = leaves_at * i // shape.group
+        elif inputs == "last":
+            leaves_at -= 1
+        elif inputs == "families":
+            parent += i % 2
+            leaves_at = leaves_at * (i > 1)
         elif inputs != "identical":
             parent = torch.randint(i, (shape.prompts,), generator=generator, device=device)
             uniform = torch.rand(shape.prompts, generator=generator, device=device)

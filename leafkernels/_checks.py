@@ -83,9 +83,11 @@ def check_mask(response_mask: Any, name: str, shape: torch.Size, device: torch.d
 
 
 def check_layout(
-    name: str, tensor: Tensor, response_mask: Any, groups: Any, cu_seqlens: Any
+    name: str, tensor: Tensor, response_mask: Any, groups: Any, cu_seqlens: Any, backend: str = "torch"
 ) -> tuple[Layout, Tensor | None, tuple[int, ...]]:
     """Layout, mask as rows, and the shape of "one entry for each row" for the argument ``name``, the per-token tensor.
+
+    ``backend``, a resolved one, looks for the rows in the mask.
 
     See ``span_advantages`` for the layouts.
     """
@@ -121,7 +123,7 @@ def check_layout(
             raise ValueError(f"groups must be a positive divisor of the number of rows, {num_rows}, got {groups}")
     rows = as_rows(tensor)
     mask_rows = None if mask is None else as_rows(mask)
-    return build_layout(rows, mask_rows, groups, cu_seqlens), mask_rows, row_shape
+    return build_layout(rows, mask_rows, groups, cu_seqlens, backend), mask_rows, row_shape
 
 
 def _brief(groups: Any) -> str:

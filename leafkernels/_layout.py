@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leafkernels.stretches import mask_stretches
+
 
 class Layout(NamedTuple):
     """Rows and groups of a call. All tensors are int64 and on the device of the tokens.
@@ -57,10 +59,17 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
-def build_layout(rows: Tensor, mask: Tensor | None, groups: Tensor | int, cu_seqlens: Tensor | None) -> Layout:
+def build_layout(
+    rows: Tensor,
+    mask: Tensor | None,
+    groups: Tensor | int,
+    cu_seqlens: Tensor | None,
+    backend: str = "torch",
+) -> Layout:
     """Layout of ``rows`` (N, T), or (total,) with ``cu_seqlens``; arguments have been checked.
 
-    ``mask`` is a bool tensor shaped like ``rows``; ``groups`` an int (consecutive runs) or a tensor (N,).
+    ``mask`` is a bool tensor shaped like ``rows``, which ``backend`` looks for the rows in; ``groups`` an int
+    (consecutive runs) or a tensor (N,).
     """
     device = rows.device
     if cu_seqlens is None:
@@ -79,10 +88,12 @@ def build_layout(rows: Tensor, mask: Tensor | None, groups: Tensor | int, cu_seq
         if num_rows and values_readable(slot_starts):
             max_length = int((slot_ends - slot_starts).max())
 
-    # A view, because torch.compile refuses an autograd function that is given one tensor twice.
-    row_starts, row_lengths = slot_starts.view(-1), slot_ends - slot_starts
     if mask is not None and mask.numel():
-        row_starts, row_lengths = _stretches(mask, slot_starts, slot_ends)
+        row_starts, row_lengths = mask_stretches(mask, slot_starts, slot_ends, backend)
+    else:
+        # Views, because torch.compile refuses an autograd function that is given one tensor twice.
+        row_starts = slot_starts.view(-1)
+        row_lengths = slot_ends.view(-1) if cu_seqlens is None else slot_ends - slot_starts
 
     if isinstance(groups, int):
         rows_by_group = torch.arange(num_rows, device=device)
@@ -102,19 +113,6 @@ def build_layout(rows: Tensor, mask: Tensor | None, groups: Tensor | int, cu_seq
         max_length,
         max_group,
     )
-
-
-def _stretches(mask: Tensor, slot_starts: Tensor, slot_ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and length of each row's stretch, from one running count of the unmasked tokens of all rows."""
-    base = 0 if mask.dim() == 1 else torch.arange(mask.shape[0], device=mask.device) * mask.shape[1]
-    counts = mask.reshape(-1).cumsum(0)
-    padded = torch.nn.functional.pad(counts, (1, 0))
-    before = padded[slot_starts + base]
-    after = padded[slot_ends + base]
-    first = torch.searchsorted(counts, before + 1) - base
-    last = torch.searchsorted(counts, after) - base
-    is_empty = after == before
-    return torch.where(is_empty, slot_starts, first), (last + 1 - first).masked_fill(is_empty, 0)
 
 
 def _scattered_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

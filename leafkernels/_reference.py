@@ -7,6 +7,7 @@ from torch import Tensor
 
 import python_ref
 from leafkernels._ops import compute_dtype
+from python_ref.rows import stretch
 from python_ref.values import nodes_from_prefix_lengths
 
 
@@ -18,6 +19,15 @@ def _row(tensor: Tensor, row: int, start: int, end: int) -> list:
 def _rows_of_groups(rows_by_group: Tensor, group_starts: Tensor) -> list[list[int]]:
     rows, starts = rows_by_group.tolist(), group_starts.tolist()
     return [rows[starts[g] : starts[g + 1]] for g in range(len(starts) - 1)]
+
+
+def mask_stretches(mask: Tensor, slot_starts: Tensor, slot_ends: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``python_ref.rows.stretch``; arguments and results as the PyTorch implementation."""
+    slots, masks = _masks(mask, slot_starts, slot_ends)
+    stretches = [stretch(of_row) for of_row in masks]
+    starts = [slot[0] + of_row[0] for slot, of_row in zip(slots, stretches, strict=True)]
+    lengths = [end - start for start, end in stretches]
+    return slot_starts.new_tensor(starts), slot_starts.new_tensor(lengths)
 
 
 def select_boundaries(
@@ -56,16 +66,20 @@ def common_prefix_lengths(
     group_starts: Tensor,
     group_of_row: Tensor,
     limit: Tensor | None,
+    start: Tensor | None,
     max_group: int,
 ) -> Tensor:
     """See ``python_ref.common_prefix_lengths``; arguments and result as the PyTorch implementation."""
     starts, lengths = row_starts.tolist(), row_lengths.tolist()
     result = torch.zeros((len(starts), max_group), dtype=torch.int32)
     for g, rows in enumerate(_rows_of_groups(rows_by_group, group_starts)):
-        shared = python_ref.common_prefix_lengths([_row(token_ids, i, starts[i], starts[i] + lengths[i]) for i in rows])
-        most = max(int(limit[g]), 0) if limit is not None else max(lengths, default=0)
+        shared = python_ref.common_prefix_lengths(
+            [_row(token_ids, i, starts[i], starts[i] + lengths[i]) for i in rows],
+            limit=None if limit is None else max(int(limit[g]), 0),
+            start=0 if start is None else max(int(start[g]), 0),
+        )
         for i, row in zip(rows, shared, strict=True):
-            result[i, : len(rows)] = torch.tensor([min(length, most) for length in row], dtype=torch.int32)
+            result[i, : len(rows)] = torch.tensor(row, dtype=torch.int32)
     return result.to(token_ids.device)
 
 

@@ -35,9 +35,9 @@ def read_rollouts(
     check_integer("token_ids", token_ids)
     check_real("logprobs", logprobs)
     check_like("logprobs", logprobs, "token_ids", token_ids.shape, token_ids.device)
-    layout, mask, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens)
-    rewards = check_rewards(rewards, "token_ids", row_shape, token_ids.device)
     backend = resolve_backend(backend, token_ids.device)
+    layout, mask, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens, backend)
+    rewards = check_rewards(rewards, "token_ids", row_shape, token_ids.device)
     return Rollouts(token_ids, rewards, mask, layout.without(rewards.isnan()), row_shape, backend)
 
 

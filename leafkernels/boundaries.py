@@ -116,7 +116,7 @@ def select_boundaries(
     """
     check_real("scores", scores)
     check_boundary_options(num_boundaries, min_separation)
-    layout, mask, row_shape = check_layout("scores", scores, response_mask, groups, cu_seqlens)
     backend = resolve_backend(backend, scores.device)
+    layout, mask, row_shape = check_layout("scores", scores, response_mask, groups, cu_seqlens, backend)
     found = boundaries_of_groups(as_rows(scores), mask, layout, num_boundaries, min_separation, False, backend)
     return per_prompt(found, layout, row_shape, groups)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from leafkernels._backend import implementation, resolve_backend
-from leafkernels._checks import check_integer, check_layout
-from leafkernels._layout import Layout, as_rows
+from leafkernels._checks import check_count, check_device, check_integer, check_layout
+from leafkernels._layout import Layout, as_rows, values_readable
 from leafkernels._ops import register
 
 
@@ -22,6 +22,7 @@ def _fake(
     group_starts: Tensor,
     group_of_row: Tensor,
     limit: Tensor | None,
+    start: Tensor | None,
     max_group: int,
     backend: str,
 ) -> Tensor:
@@ -30,16 +31,19 @@ def _fake(
 
 _common_prefix_lengths = register(
     "common_prefix_lengths(Tensor token_ids, Tensor row_starts, Tensor row_lengths, Tensor rows_by_group, "
-    "Tensor group_starts, Tensor group_of_row, Tensor? limit, SymInt max_group, str backend) -> Tensor",
+    "Tensor group_starts, Tensor group_of_row, Tensor? limit, Tensor? start, SymInt max_group, str backend) -> Tensor",
     _impl,
     _fake,
 )
 
 
-def prefix_lengths_of_groups(token_ids: Tensor, layout: Layout, limit: Tensor | None, backend: str) -> Tensor:
+def prefix_lengths_of_groups(
+    token_ids: Tensor, layout: Layout, limit: Tensor | None, backend: str, start: Tensor | None = None
+) -> Tensor:
     """(N, max_group) int32: row i against the j-th row of its group, 0 behind the last.
 
-    ``limit`` (P,) int32 stops the comparison: longer prefixes count as that long. The arguments have been checked.
+    ``limit`` (P,) stops the comparison: longer prefixes count as that long. Tokens before ``start`` (P,) count
+    as equal. Both are integers. The arguments have been checked.
     """
     return _common_prefix_lengths(
         token_ids,
@@ -49,6 +53,7 @@ def prefix_lengths_of_groups(token_ids: Tensor, layout: Layout, limit: Tensor | 
         layout.group_starts,
         layout.group_of_row,
         limit,
+        start,
         layout.max_group,
         backend,
     )
@@ -60,9 +65,14 @@ def common_prefix_lengths(
     response_mask: Tensor | None = None,
     groups: Tensor | int | None = None,
     cu_seqlens: Tensor | None = None,
+    limit: Tensor | int | None = None,
+    start: Tensor | int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Length of the longest common prefix of every two rows of a prompt, exact; the diagonal holds the row lengths.
+
+    On a GPU and for large problems on a CPU every id is read about twice, however much the rows share: once for its
+    own row, once as what others are compared with (docs/prefix_lengths.md).
 
     Args:
         token_ids: (G, T), (B, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; any integer dtype, read
@@ -70,21 +80,79 @@ def common_prefix_lengths(
         response_mask: shaped like ``token_ids``; the row is the stretch from its first to its last nonzero entry.
         groups: rows of each prompt; see ``span_advantages``.
         cu_seqlens: (N + 1,) int32, the offsets of packed rows.
+        limit: tokens of a row that count at most, at least 0: the result is that of rows cut there, and no token
+            behind is compared. An int for all prompts, or integers: () for one prompt, (B,) for a batch or an int
+            ``groups``, (N,), the same for all rows of a prompt, where ``groups`` is a tensor. None: all tokens.
+        start: tokens at the front of every row that are known to be equal to the other rows' of its prompt, at least
+            0: they are not compared. Rows that are shorter share all they have, and what is in fact different there
+            counts as equal. In the same forms as ``limit``; None: 0.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         int32: (G, G) for one prompt; (B, G, G) for a batch or an int ``groups``; (N, N), -1 between rows of different
         prompts, where ``groups`` is a tensor.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the message names it and what came. The values of a
+            CUDA tensor are not looked at: a negative one counts as 0.
+        RuntimeError: the backend asked for cannot run here.
     """
     check_integer("token_ids", token_ids)
-    layout, _, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens)
     backend = resolve_backend(backend, token_ids.device)
-    lengths = prefix_lengths_of_groups(as_rows(token_ids), layout, None, backend)
+    layout, _, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens, backend)
+    lengths = prefix_lengths_of_groups(
+        as_rows(token_ids),
+        layout,
+        _of_groups("limit", limit, layout, row_shape, groups),
+        backend,
+        _of_groups("start", start, layout, row_shape, groups),
+    )
     if isinstance(groups, Tensor):
         return _between_all_rows(lengths, layout)
     if groups is None:
         return lengths.reshape(*row_shape, row_shape[-1])
     return lengths.reshape(lengths.shape[0] // groups, groups, groups)
+
+
+def _of_groups(
+    name: str, value: Tensor | int | None, layout: Layout, row_shape: tuple[int, ...], groups: Tensor | int | None
+) -> Tensor | None:
+    """``limit`` or ``start`` as one integer for each group of the layout."""
+    num_groups = layout.group_starts.shape[0] - 1
+    device = layout.group_starts.device
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        check_count(name, value, 0)
+        return torch.full((num_groups,), min(value, layout.max_length), dtype=torch.int64, device=device)
+    check_integer(name, value)
+    if isinstance(groups, Tensor):
+        shape, of = row_shape, "row"
+    else:
+        shape, of = (() if groups is None and len(row_shape) == 1 else (num_groups,)), "prompt"
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} must be an int or hold one integer for each {of}, shape {shape}, got shape {tuple(value.shape)}"
+        )
+    check_device(name, value, "token_ids", device)
+    if values_readable(value) and value.numel() and int(value.min()) < 0:
+        raise ValueError(f"{name} must be at least 0, got {int(value.min())}")
+    value = value.to(torch.int64)
+    if not isinstance(groups, Tensor):
+        return value.reshape(num_groups)
+    if not value.shape[0]:
+        return value
+    # Groups behind the last real one are empty, and what they are given does not matter.
+    of_groups = value[layout.rows_by_group[layout.group_starts[:-1].clamp_max(value.shape[0] - 1)]]
+    if values_readable(value):
+        differs = (value != of_groups[layout.group_of_row]).nonzero()
+        if differs.shape[0]:
+            row = int(differs[0])
+            raise ValueError(
+                f"{name} must be the same for all rows of a prompt, got {int(value[row])} for row {row} and "
+                f"{int(of_groups[layout.group_of_row[row]])} for the first row of its prompt"
+            )
+    return of_groups
 
 
 def _between_all_rows(lengths: Tensor, layout: Layout) -> Tensor:

@@ -117,13 +117,13 @@ def scatter_spans(
     size = (num_tokens,) if cu_seqlens is not None else (*values.shape[:-1], num_tokens)
     # Only the shape and the device of the tokens matter to the layout; an expanded scalar has both and no memory.
     tokens = values.new_empty(()).expand(size)
-    layout, mask, _ = check_layout("tokens", tokens, response_mask, None, cu_seqlens)
+    backend = resolve_backend(backend, values.device)
+    layout, mask, _ = check_layout("tokens", tokens, response_mask, None, cu_seqlens, backend)
     num_rows = layout.row_starts.shape[0]
     if cu_seqlens is not None and values.shape[0] != num_rows:
         raise ValueError(
             f"values must have one row for each of the {num_rows} rows of cu_seqlens, got shape {tuple(values.shape)}"
         )
-    backend = resolve_backend(backend, values.device)
     tokens_out = scatter_to_tokens(
         values.reshape(num_rows, values.shape[-1]),
         span_ends.reshape(num_rows, values.shape[-1]).to(torch.int32),

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from leafkernels.kernels import boundaries, loss_from_logits, prefix_lengths, scatter, surprisal, values
+from leafkernels.kernels import boundaries, loss_from_logits, prefix_lengths, scatter, stretches, surprisal, values
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -41,6 +41,7 @@ _COLUMNS = "*i64 *i64 {scores} {mask} *i64 *i64 *i64 *i64 i32 i32"
 _SCATTER = "*fp32 *fp64 *i32 {mask} *i64 *i64 *i64 i32 i32 i32"
 
 CASES = [
+    Case("mask_stretches", stretches._mask_stretches_kernel, "*i64 *i64 *i1 *i64 *i64 i32", {"BLOCK": 2048}, True),
     *(
         Case(
             f"column_maxima {scores} {'mask' if mask == '*i1' else 'no mask'}",
@@ -61,13 +62,57 @@ CASES = [
     ),
     *(
         Case(
-            f"common_prefix_lengths {ids}",
-            prefix_lengths._common_prefix_lengths_kernel,
-            f"*i32 {ids} *i64 *i64 *i64 *i64 *i64 *i32 i32 i32",
-            {"HAS_LIMIT": True, "BLOCK": 512},
+            f"compare_pairs {ids}",
+            prefix_lengths._compare_pairs_kernel,
+            f"*i32 None {ids} *i64 *i64 *i64 *i64 *i64 *i64 *i64 i32 i32",
+            {"HAS_LIMIT": True, "HAS_START": True, "COUNT": False, "BLOCK": 512},
             True,
         )
         for ids in ("*i64", "*i32")
+    ),
+    Case(
+        "represent",
+        prefix_lengths._represent_kernel,
+        "*i32 *i32 *i32 *i64 *i64 *i64 *i64 i32",
+        {"HAS_START": True, "BLOCK": 128},
+        False,
+    ),
+    *(
+        Case(
+            f"first_mismatch {ids}",
+            prefix_lengths._first_mismatch_kernel,
+            f"*i32 None *i32 *i32 {ids} *i64 *i64 *i64 *i64 i32",
+            {"HAS_LIMIT": True, "COUNT": False, "BLOCK": 1024},
+            True,
+        )
+        for ids in ("*i64", "*i32")
+    ),
+    *(
+        Case(
+            f"refine_ties {ids}{'' if to_the_end else ' once'}",
+            prefix_lengths._refine_ties_kernel,
+            f"*i32 *i32 *i32 *i64 None {ids} *i64 *i64 *i64 *i64 *i64 *i64 i32",
+            {
+                "COMPARE_FIRST": False,
+                "TO_THE_END": to_the_end,
+                "HAS_LIMIT": True,
+                "HAS_START": True,
+                "COUNT": False,
+                "BLOCK_TOKENS": 128,
+                "BLOCK_ROWS": 16,
+                "BLOCK_TIES": 64,
+                "num_warps": 8,
+            },
+            False,
+        )
+        for ids, to_the_end in (("*i64", True), ("*i32", True), ("*i64", False))
+    ),
+    Case(
+        "prefix_table",
+        prefix_lengths._prefix_table_kernel,
+        "*i32 *i32 *i32 *i64 *i64 *i64 *i64 *i64 i32",
+        {"HAS_LIMIT": True, "BLOCK": 128},
+        False,
     ),
     Case(
         "span_values",

@@ -1,10 +1,6 @@
 """The whole function: against the reference on generated rollouts, in every layout, and the laws without an oracle."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -143,36 +139,6 @@ def test_repeats_bit_for_bit(backend: str) -> None:
     first = leafkernels.span_advantages(**group, backend=backend)
     for _ in range(3):
         assert torch.equal(first, leafkernels.span_advantages(**group, backend=backend))
-
-
-def test_memory_grows_with_tokens_not_with_pairs() -> None:
-    """128 rows of 8,192 tokens: a table over pairs and tokens would take 128 bytes a token at the least."""
-    code = """
-import resource, sys, torch, leafkernels
-torch.set_num_threads(1)
-rows, tokens = 128, 8192
-ids = torch.randint(0, 50_000, (rows, tokens))
-if sys.argv[1] != "random":
-    ids = ids[:1].repeat(rows, 1)
-if sys.argv[1] == "comb":
-    for i in range(rows):
-        ids[i, i * tokens // rows :] = i
-logprobs, rewards = -torch.rand(rows, tokens), torch.rand(rows)
-leafkernels.span_advantages(logprobs[:4, :64], ids[:4, :64], rewards[:4], backend="torch")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-leafkernels.span_advantages(logprobs, ids, rewards, num_boundaries=4, backend="torch")
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / ids.numel())
-"""
-    root = str(Path(__file__).resolve().parents[1])
-    for kind in ("random", "identical", "comb"):
-        run = subprocess.run(
-            [sys.executable, "-c", code, kind],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "PYTHONPATH": root},
-        )
-        assert float(run.stdout) < 64, f"{kind}: {run.stdout.strip()} bytes a token"
 
 
 # The laws of the estimator. They hold for any backend; the fast one can afford many cases.

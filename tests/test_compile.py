@@ -26,7 +26,8 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     slots = layout.slot_starts, layout.slot_ends, layout.row_starts
     boundaries = OPS.select_boundaries(group["logprobs"], mask, *rows, layout.max_length, 2, None, True, backend)
     limit = boundaries.amax(1)
-    shared = OPS.common_prefix_lengths(ids, *rows, limit, layout.max_group, backend)
+    start = torch.tensor([0, 1], device=DEVICE)
+    shared = OPS.common_prefix_lengths(ids, *rows, limit, None, layout.max_group, backend)
     credit = group["rewards"], shared, boundaries, layout.row_lengths, *groups, "both", 0.5, True, "span"
     values, raw, ends, *_ = OPS.span_values(*credit, backend)
     logits = torch.randn(4, 9, device=DEVICE)
@@ -39,11 +40,12 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     shares, old = torch.rand(2, 4, device=DEVICE)
     loss = logits, tokens, temperature, live, shares, -old, old, None, 0.2, 0.3, 0.0, 0.1, True, backend
     return {
+        "mask_stretches": (OPS.mask_stretches, (mask, layout.slot_starts, layout.slot_ends, backend)),
         "select_boundaries": (
             OPS.select_boundaries,
             (group["logprobs"], mask, *rows, layout.max_length, 2, None, True, backend),
         ),
-        "common_prefix_lengths": (OPS.common_prefix_lengths, (ids, *rows, limit, layout.max_group, backend)),
+        "common_prefix_lengths": (OPS.common_prefix_lengths, (ids, *rows, limit, start, layout.max_group, backend)),
         "span_values": (OPS.span_values, (*credit, backend)),
         "span_values_backward": (OPS.span_values_backward, (values, raw, raw, *credit)),
         "scatter_spans": (OPS.scatter_spans, (values, ends, mask, *slots, [4, 10], torch.float32, backend)),
@@ -168,15 +170,21 @@ def test_torch_compile_of_other_estimators(backend: str, name: str) -> None:
 
 
 @on_gpu
-def test_a_new_length_compiles_nothing() -> None:
-    from leafkernels.kernels import boundaries, prefix_lengths, scatter, surprisal, values
+@pytest.mark.parametrize("refines", [False, True])
+def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leafkernels.kernels import boundaries, prefix_lengths, scatter, stretches, surprisal, values
 
     kernels = [
         surprisal._surprisal_states_kernel,
         surprisal._merge_surprisal_states_kernel,
         boundaries._column_maxima_kernel,
         boundaries._select_boundaries_kernel,
-        prefix_lengths._common_prefix_lengths_kernel,
+        stretches._mask_stretches_kernel,
+        prefix_lengths._compare_pairs_kernel,
+        prefix_lengths._represent_kernel,
+        prefix_lengths._first_mismatch_kernel,
+        prefix_lengths._refine_ties_kernel,
+        prefix_lengths._prefix_table_kernel,
         values._span_values_kernel,
         values._normalize_spans_kernel,
         scatter._scatter_spans_kernel,
@@ -190,6 +198,8 @@ def test_a_new_length_compiles_nothing() -> None:
         leafkernels.span_advantages(**group)
         leafkernels.surprisal_entropy(group["logprobs"], group["token_ids"][:, 0])  # any floats are logits
 
+    if refines:
+        monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)
     run(8, 100)
     before = compiled()
     for rows, tokens in [(8, 101), (8, 112), (1, 7), (16, 1), (3, 1025), (32, 64), (3, 9000)]:
@@ -200,7 +210,12 @@ def test_a_new_length_compiles_nothing() -> None:
 @on_gpu
 @pytest.mark.parametrize("name", ["span_advantages", *ESTIMATORS])
 @pytest.mark.parametrize("layout", ["padded", "groups", "packed"])
-def test_nothing_synchronises_and_a_graph_captures_it(layout: str, name: str) -> None:
+@pytest.mark.parametrize("refines", [False, True])
+def test_nothing_synchronises_and_a_graph_captures_it(
+    layout: str, name: str, refines: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if refines:
+        monkeypatch.setattr("leafkernels.kernels.prefix_lengths.FEW_TOKENS", 0)
     group = random_group(16, 300, seed=5)
     mask = torch.ones(16, 300, dtype=torch.bool, device=DEVICE)
     mask[3, 200:] = False
@@ -290,7 +305,7 @@ def test_broken_cu_seqlens_stay_inside_the_tensors() -> None:
 
 @on_gpu
 def test_triton_and_torch_agree_on_a_gpu_at_size() -> None:
-    group = random_group(64, 4096, seed=7)
+    group = random_group(64, 8192, seed=7)
     for options in ({}, {"num_boundaries": 6}, {"groups": 16, "normalize": "batch"}):
         triton, torch_ = (leafkernels.span_advantages(**group, **options, backend=b) for b in ("triton", "torch"))
         torch.testing.assert_close(triton, torch_, rtol=2e-7, atol=1e-8)

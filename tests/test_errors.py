@@ -235,6 +235,37 @@ def test_steps() -> None:
     )
 
 
+def test_limit_and_start() -> None:
+    def refuses(error: type[Exception], message: str, **changes: Any) -> None:
+        check_refuses(error, message, leafkernels.common_prefix_lengths, **{"token_ids": IDS, **changes})
+
+    names = bounds(0, 1, 0, 1)
+    for name in ("limit", "start"):
+        refuses(TypeError, f"{name} must be an int, got float", **{name: 2.0})
+        refuses(TypeError, f"{name} must be an int, got bool", **{name: True})
+        refuses(TypeError, f"{name} must hold integers, got torch.float32", **{name: REWARDS})
+        refuses(ValueError, f"{name} must be at least 0, got -1", **{name: -1})
+        must = f"{name} must be an int or hold one integer for each"
+        refuses(ValueError, f"{must} prompt, shape (), got shape (1,)", **{name: bounds(1)})
+        refuses(ValueError, f"{must} prompt, shape (2,), got shape (4,)", **{name: names}, groups=2)
+        refuses(ValueError, f"{must} row, shape (4,), got shape (2,)", **{name: bounds(1, 2)}, groups=names)
+        elsewhere = torch.zeros((), dtype=torch.int64, device="meta")
+        refuses(
+            ValueError,
+            f"{name} must be on the device of token_ids, {IDS.device}, got meta",
+            **{name: elsewhere},
+        )
+        if DEVICE == "cpu":  # on a GPU nobody looks at the values
+            refuses(ValueError, f"{name} must be at least 0, got -3", **{name: bounds(2, -3)}, groups=2)
+            refuses(
+                ValueError,
+                f"{name} must be the same for all rows of a prompt, got 7 for row 3 and 5 for the first row of its "
+                "prompt",
+                **{name: bounds(4, 5, 4, 7)},
+                groups=names,
+            )
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="with a GPU the kernels run on its tensors")
 def test_a_forced_backend_that_cannot_run_says_why() -> None:
     """In a process of its own: this one has the interpreter on."""

@@ -124,6 +124,14 @@ def test_prefix_lengths_equal_commonprefix(rows: list[list[int]]) -> None:
     assert python_ref.common_prefix_lengths(rows) == expected
 
 
+def test_prefix_lengths_between_start_and_limit() -> None:
+    """Rows cut to four tokens; the first two count as equal, though they are not, and the third as it is."""
+    rows = [[1, 2, 3, 4, 5], [9, 9, 3, 4, 5], [1, 2, 0, 4], [7]]
+    expected = [[4, 4, 2, 1], [4, 4, 2, 1], [2, 2, 4, 1], [1, 1, 1, 1]]
+    assert python_ref.common_prefix_lengths(rows, limit=4, start=2) == expected
+    assert python_ref.common_prefix_lengths(rows, limit=0, start=2) == [[0] * 4] * 4
+
+
 @given(rollouts())
 @settings(max_examples=100)
 def test_prefix_lengths_and_keys_find_the_same_spans(case: Rollouts) -> None:

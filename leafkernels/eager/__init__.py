@@ -8,6 +8,7 @@ from leafkernels.eager.boundaries import select_boundaries
 from leafkernels.eager.loss_from_logits import policy_loss, scale_gradient
 from leafkernels.eager.prefix_lengths import common_prefix_lengths
 from leafkernels.eager.scatter import gather_spans, scatter_spans
+from leafkernels.eager.stretches import mask_stretches
 from leafkernels.eager.surprisal import (
     merge_surprisal_states,
     surprisal_entropy,
@@ -20,6 +21,7 @@ from leafkernels.eager.values import span_values, span_values_backward
 __all__ = [
     "common_prefix_lengths",
     "gather_spans",
+    "mask_stretches",
     "merge_surprisal_states",
     "policy_loss",
     "scale_gradient",

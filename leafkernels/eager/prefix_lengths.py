@@ -1,11 +1,13 @@
 """Longest common prefixes: small problems compare all pairs at once, all others refine.
 
-Refinement reads every row about once, however many rows share its prefix.
+Refinement (docs/prefix_lengths.md) compares all rows of a group with one representative. Rows that left it at
+different places i, j share exactly min(i, j) tokens, and rows that left it at the same place with different tokens
+share exactly that many. Only rows that left it at the same place with the same token go on, with a representative of
+their own and from that place on: every row is read about once, however many rows share its prefix. Exact; nothing is
+hashed.
 
-All rows of a group are compared with one representative. Prefix lengths are an ultrametric: rows that left the
-representative at different places i, j share exactly min(i, j) tokens, and rows that left it at the same place with
-different tokens share exactly that many. Only rows that left it at the same place with the same token go on, with a
-representative of their own and from that place. Exact; nothing is hashed.
+The rows are sorted as they part: behind a representative come those that left it last. Then one number between
+neighbours says all, and two rows share the least number that stands between them.
 """
 
 import torch
@@ -21,6 +23,14 @@ _FEW_TOKENS = 1 << 20
 _HARDLY_ANY_TOKENS = 1 << 15
 _HEAD = 32
 
+# Ids that one step of the refinement reads at most for a row, half of them the row's own and half its representative's,
+# and about how many for all rows: enough to hide the cost of a step, few enough to stay in a cache.
+_BLOCK = 8192
+_STEP = 1 << 18
+
+# What a test counts with, int64 (2,): ids read, and how often a row was compared with a representative.
+counts: Tensor | None = None
+
 
 def common_prefix_lengths(
     token_ids: Tensor,
@@ -30,22 +40,28 @@ def common_prefix_lengths(
     group_starts: Tensor,
     group_of_row: Tensor,
     limit: Tensor | None,
+    start: Tensor | None,
     max_group: int,
 ) -> Tensor:
-    """(N, max_group) int32: row i against the j-th row of its group, counting at most ``limit[group]`` tokens."""
+    """(N, max_group) int32: row i against the j-th row of its group.
+
+    At most ``limit[group]`` tokens count, and the first ``start[group]`` are taken to be equal.
+    """
     num_rows = row_starts.shape[0]
-    device = token_ids.device
-    lengths = torch.zeros((num_rows, max_group), dtype=torch.int32, device=device)
-    if lengths.numel() == 0:
-        return lengths
-    caps = (
-        row_lengths if limit is None else torch.minimum(row_lengths, limit.to(torch.int64)[group_of_row].clamp_min(0))
-    )
+    if num_rows * max_group == 0:
+        return torch.zeros((num_rows, max_group), dtype=torch.int32, device=token_ids.device)
+    caps = row_lengths
+    if limit is not None:
+        caps = torch.minimum(row_lengths, limit.to(torch.int64)[group_of_row].clamp_min(0))
     members, is_member = group_members(rows_by_group, group_starts, group_of_row, max_group)
     width = int(caps.max())
-    if num_rows * max_group * width <= _FEW_TOKENS:
+    if start is None and num_rows * max_group * width <= _FEW_TOKENS:
         return _all_pairs(aligned_rows(token_ids, row_starts, width), caps, members, is_member)
-    return _refine(*_flat(token_ids, row_starts), caps, members, is_member)
+    starts = torch.zeros_like(caps) if start is None else start.to(torch.int64)[group_of_row]
+    places, order, left_at = _refine(
+        *_flat(token_ids, row_starts), caps, starts, rows_by_group, group_starts[group_of_row]
+    )
+    return _least_between(places, order, left_at, caps, members, is_member, group_starts[group_of_row])
 
 
 def _all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:
@@ -64,43 +80,85 @@ def _all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor)
     return torch.minimum(shared, ends).to(torch.int32)
 
 
-def _refine(tokens: Tensor, offsets: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:
-    """Compare the rows that begin at ``offsets`` with one representative after another."""
-    every_row = torch.arange(caps.shape[0], device=tokens.device)
-    lengths = torch.zeros(members.shape, dtype=torch.int32, device=tokens.device)
-    representative = members[:, 0]
-    rows = ((representative != every_row) & (caps > 0)).nonzero().squeeze(1)
-    representative = representative[rows]
-    shared = torch.zeros_like(rows)
-    while rows.numel():
-        ends = torch.minimum(caps[rows], caps[representative])
-        shared = _first_mismatch(tokens, offsets[rows], offsets[representative], shared, ends)
+def _refine(
+    tokens: Tensor, offsets: Tensor, caps: Tensor, starts: Tensor, rows_by_group: Tensor, first_of_row: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The place of every row in the sorted order, the row at every place, and what it shares with the one before.
 
-        # Within a class the smaller of two lengths is the pair's; ties are raised by the rounds that follow.
-        of_class = torch.full_like(every_row, -1)
-        left_at = caps.clone()
-        of_class[rows] = representative
-        of_class[representative] = representative
-        left_at[rows] = shared
-        same = (of_class[members] == of_class[:, None]) & is_member & (of_class >= 0)[:, None]
-        pair = torch.minimum(left_at[members], left_at[:, None]).to(torch.int32)
-        lengths = torch.where(same, pair, lengths)
+    The rows begin at ``offsets`` in ``tokens``; groups keep their places, from ``first_of_row`` on.
+    """
+    order = rows_by_group.clone()
+    left_at = torch.zeros_like(order)
+    every_place = torch.arange(order.shape[0], device=order.device)
+    head = first_of_row[rows_by_group]  # where the representative stands: at the head of its class
+    at = (head != every_place).nonzero().squeeze(1)
+    head = head[at]
+    shared = starts[order[at]]
+    most = caps.max() + 1
+    while at.numel() and tokens.numel():
+        rows, representatives = order[at], order[head]
+        ends = torch.minimum(caps[rows], caps[representatives])
+        shared = _first_mismatch(tokens, offsets[rows], offsets[representatives], shared, ends)
+        is_done = shared == caps[rows]
+        token = tokens[(offsets[rows] + shared).clamp_max_(tokens.shape[0] - 1)]
+        # A representative may end before the start, where all tokens count as equal.
+        token.masked_fill_(shared < starts[rows], 0)
 
-        rows, representative, shared = _split(rows, representative, shared, caps, tokens, offsets)
-    diagonal = (members == every_row[:, None]) & is_member
-    return torch.where(diagonal, caps[:, None].to(torch.int32), lengths)
+        # Within its class first who left last; then, of those that can still tie, equal tokens side by side.
+        key = (head * most + (most - 1 - shared)) * 2 + is_done
+        by_token = token.argsort(stable=True)
+        sort = by_token[key[by_token].argsort(stable=True)]
+        key, token, shared, is_done = key[sort], token[sort], shared[sort], is_done[sort]
+        order[at] = rows[sort]
+        left_at[at] = shared
+        ties = torch.zeros_like(is_done)
+        ties[1:] = (key[1:] == key[:-1]) & (token[1:] == token[:-1]) & ~is_done[1:]
+        head = at.masked_fill(ties, 0).cummax(0).values[ties]
+        at, shared = at[ties], shared[ties] + 1
+        shared = torch.maximum(shared, starts[order[at]])
+    places = torch.empty_like(order)
+    places[order] = every_place
+    return places, order, left_at
+
+
+def _least_between(
+    places: Tensor,
+    order: Tensor,
+    left_at: Tensor,
+    caps: Tensor,
+    members: Tensor,
+    is_member: Tensor,
+    first_of_row: Tensor,
+) -> Tensor:
+    """(N, max_group) int32 by rank: the least of ``left_at`` behind the earlier row and up to the later one."""
+    num_rows, max_group = members.shape
+    every_rank = torch.arange(max_group, device=members.device)
+    own = places - first_of_row
+    between = left_at.to(torch.int32)[(first_of_row[:, None] + every_rank).clamp_max_(num_rows - 1)]
+    between.masked_fill_(every_rank <= own[:, None], torch.iinfo(torch.int32).max)
+    least = between.cummin(1).values
+    theirs = own[members]
+    is_later = theirs > own[:, None]
+    every_row = torch.arange(num_rows, device=members.device)[:, None]
+    earlier = torch.where(is_later, every_row, members)
+    later = torch.where(is_later, theirs, own[:, None])
+    lengths = least.view(-1)[earlier * max_group + later]
+    lengths = torch.where(members == every_row, caps.to(torch.int32)[:, None], lengths)
+    return lengths.masked_fill_(~is_member, 0)
 
 
 def _first_true(table: Tensor) -> Tensor:
-    """Column of the first True of each row of a bool table; its width or more where there is none.
+    """Column of the first True of each row of a bool table; its width where there is none.
 
-    Eight columns at a time, as one integer, and then among those eight: argmax is slow on bytes.
+    Eight columns at a time, as one integer, and then among those eight: a search among bytes is slow.
     """
-    table = pad(table, (0, 8 - table.shape[1] % 8), value=True)
-    word = (table.view(torch.int64) != 0).view(torch.uint8).argmax(1)  # of equal maxima the first
+    width = table.shape[1]
+    if width % 8 or not width:
+        table = pad(table, (0, 8 - width % 8))
+    is_there, word = (table.view(torch.int64) != 0).max(1)  # of equal maxima the first
     every_row = torch.arange(table.shape[0], device=table.device)
     byte = table.view(torch.uint8).view(*word.shape, table.shape[1] // 8, 8)[every_row, word].argmax(1)
-    return word * 8 + byte
+    return (word * 8 + byte).masked_fill_(~is_there, width)
 
 
 def _flat(token_ids: Tensor, row_starts: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,44 +173,36 @@ def _flat(token_ids: Tensor, row_starts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_mismatch(tokens: Tensor, a: Tensor, b: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """Per pair of rows the first t in [start, end) with tokens[a + t] != tokens[b + t], or end.
+    """Per pair of rows the first t in [start, end) with tokens[a + t] != tokens[b + t]; end, or start if that is more.
 
     Blocks grow as rows go on agreeing, so that rows which part early cost a few tokens and long ones few steps.
     """
-    shared = start.clone()
-    going = (start < end).nonzero().squeeze(1)
-    block = 64
-    last = tokens.shape[0] - 1
+    shared = torch.minimum(start, end)
+    going = (shared < end).nonzero().squeeze(1)
+    block = 16
+    if counts is not None:
+        counts[1] += start.shape[0]
+        counts[0] += start.shape[0]  # the token behind, which the caller reads
     while going.numel():
-        t = shared[going, None] + torch.arange(block, device=tokens.device)
-        left = tokens[(a[going, None] + t).clamp_max_(last)]
-        right = tokens[(b[going, None] + t).clamp_max_(last)]
-        first = _first_true((left != right).logical_or_(t >= end[going, None])).clamp_max_(block)
-        shared[going] += first
-        going = going[(first == block) & (shared[going] < end[going])]
-        if going.numel():
-            block = min(block * 8, 16384, int((end - shared)[going].max()))
+        begin, left = shared[going], end[going]
+        block = min(block * 4, _BLOCK // 2, max(_STEP // (2 * going.shape[0]), 64))
+        block = min(block, int((left - begin).max()), tokens.shape[0])
+        if counts is not None:
+            counts[0] += 2 * block * going.shape[0]
+        first = _first_true(_block(tokens, a[going] + begin, block) != _block(tokens, b[going] + begin, block))
+        # What lies behind the end may differ or not.
+        reached = torch.minimum(begin + first, left)
+        shared[going] = reached
+        going = going[(first == block) & (reached < left)]
     return shared
 
 
-def _split(
-    rows: Tensor, representative: Tensor, shared: Tensor, caps: Tensor, tokens: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows that still tie with others: same representative left at the same place with the same token.
-
-    The smallest row of each such class becomes its representative and drops out; the others go on behind that token.
-    """
-    unfinished = shared < caps[rows]
-    rows, representative, shared = rows[unfinished], representative[unfinished], shared[unfinished]
-    if rows.numel() < 2:
-        return rows[:0], representative[:0], shared[:0]
-    token = tokens[offsets[rows] + shared]
-    place = representative * (caps.max() + 1) + shared
-    by_token = token.argsort(stable=True)
-    order = by_token[place[by_token].argsort(stable=True)]
-    rows, shared, token, place = rows[order], shared[order], token[order], place[order]
-    is_first = torch.ones_like(rows, dtype=torch.bool)
-    is_first[1:] = (token[1:] != token[:-1]) | (place[1:] != place[:-1])
-    representative = rows[is_first][is_first.cumsum(0) - 1]
-    ties = ~is_first
-    return rows[ties], representative[ties], shared[ties] + 1
+def _block(tokens: Tensor, begin: Tensor, size: int) -> Tensor:
+    """(n, size) tokens from ``begin`` on; whole slices of a view of overlapping windows, not element by element."""
+    last = tokens.shape[0] - size
+    block = tokens.unfold(0, size, 1).index_select(0, begin.clamp_max(last))
+    over = (begin > last).nonzero().squeeze(1)
+    if over.numel():
+        index = begin[over, None] + torch.arange(size, device=tokens.device)
+        block[over] = tokens[index.clamp_max_(tokens.shape[0] - 1)]
+    return block

@@ -1,7 +1,7 @@
 """Every operation as Triton kernels: what runs on CUDA tensors. Imports torch and triton only.
 
-No launcher reads anything back to the host, no kernel uses an atomic, and no size is specialised on: a new length,
-number of rows or stride compiles nothing.
+No launcher reads anything back to the host, no atomic is used but for minima, which do not depend on their order, and
+no size is specialised on: a new length, number of rows or stride compiles nothing.
 """
 
 from leafkernels.kernels.boundaries import launch_select_boundaries as select_boundaries
@@ -10,6 +10,7 @@ from leafkernels.kernels.loss_from_logits import launch_scale_gradient as scale_
 from leafkernels.kernels.prefix_lengths import launch_common_prefix_lengths as common_prefix_lengths
 from leafkernels.kernels.scatter import launch_gather_spans as gather_spans
 from leafkernels.kernels.scatter import launch_scatter_spans as scatter_spans
+from leafkernels.kernels.stretches import launch_mask_stretches as mask_stretches
 from leafkernels.kernels.surprisal import launch_merge_surprisal_states as merge_surprisal_states
 from leafkernels.kernels.surprisal import launch_surprisal_entropy as surprisal_entropy
 from leafkernels.kernels.surprisal import launch_surprisal_entropy_backward as surprisal_entropy_backward
@@ -19,6 +20,7 @@ from leafkernels.kernels.values import launch_span_values as span_values
 __all__ = [
     "common_prefix_lengths",
     "gather_spans",
+    "mask_stretches",
     "merge_surprisal_states",
     "policy_loss",
     "scale_gradient",

@@ -140,9 +140,9 @@ def launch_select_boundaries(
     boundaries = torch.empty((num_groups, num_boundaries), dtype=torch.int32, device=scores.device)
     if boundaries.numel() == 0:
         return boundaries
-    if num_groups * max_length <= scores.numel():
+    if 0 < num_groups * max_length <= scores.numel():
         num_columns = num_groups * max_length
-        column_starts = torch.arange(num_groups, device=scores.device) * max_length
+        column_starts = torch.arange(0, num_columns, max_length, device=scores.device)
     else:
         # Packed rows, or groups of unknown size: a group has no more columns than tokens.
         num_columns = scores.numel()

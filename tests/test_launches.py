@@ -1,0 +1,236 @@
+"""What the whole pipeline takes beside its result: launches, and memory for each token."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rollouts import DEVICE, random_group
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import leafkernels
+from leafkernels.kernels import prefix_lengths
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALL = ["compare_pairs"]
+LARGE = ["represent", *["first_mismatch", "refine_ties"] * 2, "prefix_table"]
+
+# Operations of PyTorch that launch nothing.
+_FREE = ("empty", "view", "slice", "select", "expand", "unsqueeze", "reshape", "as_strided", "detach", "alias")
+
+
+class _Launches(TorchDispatchMode):
+    """PyTorch's operations outside of ours, those that only allocate or view left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = str(func.overloadpacket).removeprefix("aten.")
+        if not name.startswith("leafkernels.") and not any(free in name for free in _FREE):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def kernels_launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that Triton's interpreter appends the name of every kernel to."""
+    from triton.runtime.interpreter import GridExecutor
+
+    names: list[str] = []
+    launch = GridExecutor.__call__
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(self.fn.__name__.removeprefix("_").removesuffix("_kernel"))
+        with torch.utils._python_dispatch._disable_current_modes():
+            return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", noted)
+    return names
+
+
+# In each layout the launches of PyTorch, which lay out rows and groups; a kernel for every box of the picture follows.
+LAYOUTS = {"padded": 8, "mask": 8, "groups": 15, "packed": 10, "packed mask": 9}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what Triton's interpreter launches")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("is_large", [False, True])
+def test_number_of_launches(is_large: bool, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    group: dict[str, Any] = random_group(8, 40, seed=1, vocabulary=2)
+    options: dict[str, Any] = {"groups": torch.arange(8) % 3 if layout == "groups" else 4}
+    if layout.startswith("packed"):
+        group = {name: tensor.flatten() for name, tensor in group.items()}
+        options["cu_seqlens"] = torch.arange(0, 321, 40, dtype=torch.int32)
+    if "mask" in layout:
+        options["response_mask"] = torch.ones_like(group["token_ids"], dtype=torch.bool)
+    if is_large:
+        monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)
+    for module in ("leafkernels._layout", "leafkernels._checks"):  # as for CUDA tensors
+        monkeypatch.setattr(f"{module}.values_readable", lambda _: False)
+    kernels = kernels_launched(monkeypatch)
+    with _Launches() as launches:
+        leafkernels.span_advantages(**group, **options, backend="triton")
+    assert kernels == [
+        *(["mask_stretches"] if "mask" in layout else []),
+        *["column_maxima", "select_boundaries"],
+        *(LARGE if is_large else SMALL),
+        *["span_values", "normalize_spans", "scatter_spans"],
+    ]
+    assert len(launches.names) == LAYOUTS[layout], launches.names
+
+
+# Of a process of its own: its peak before and after. Memory that is only asked for counts, because it is filled.
+# What the kernels compute does not matter here, and under the interpreter would take minutes.
+MEMORY = """
+import os, re, sys
+import torch
+backend, kind, layout = sys.argv[1:]
+if backend == "triton":
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime.interpreter import GridExecutor
+    GridExecutor.__call__ = lambda *args, **kwargs: None
+    torch.use_deterministic_algorithms(True, warn_only=True)
+import leafkernels
+from leafkernels.eager import prefix_lengths
+torch.set_num_threads(1)
+
+def peak():
+    # Not getrusage: what that says begins with the peak of the process that started this one.
+    with open("/proc/self/status") as status:
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1])
+
+def call(rows, tokens):
+    # In place, so that no peak of the inputs hides that of the call.
+    ids = torch.empty((rows, tokens), dtype=torch.int64).random_(50_000)
+    if kind != "random":
+        ids[1:] = ids[0]
+    if kind == "comb":
+        for i in range(rows):
+            ids[i, i * tokens // rows :] = i
+    logprobs, rewards = torch.rand(rows, tokens).neg_(), torch.rand(rows)
+    options = {}
+    if layout == "mask":
+        options["response_mask"] = torch.ones(rows, tokens, dtype=torch.uint8)
+        options["response_mask"][::2, :5] = 0
+    if layout == "groups":
+        options["groups"] = torch.arange(rows) % 3
+    if layout == "pairs":
+        options["groups"] = 2
+    if layout == "packed":
+        ids, logprobs = ids.flatten(), logprobs.flatten()
+        options["cu_seqlens"] = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
+    before = peak()
+    leafkernels.span_advantages(logprobs, ids, rewards, num_boundaries=4, **options, backend=backend)
+    return (peak() - before) * 1024 / ids.numel()
+
+few, prefix_lengths._FEW_TOKENS = prefix_lengths._FEW_TOKENS, 0
+call(4, 64)
+prefix_lengths._FEW_TOKENS = few
+print(call(128, 8192))
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="measures the memory of a CPU")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of a process's peak memory")
+@pytest.mark.parametrize(
+    ("backend", "kind", "layout"),
+    [
+        ("torch", "random", "padded"),
+        ("torch", "identical", "mask"),
+        ("torch", "comb", "packed"),
+        ("torch", "comb", "groups"),
+        ("torch", "random", "pairs"),
+        ("triton", "comb", "mask"),
+        ("triton", "comb", "packed"),
+        ("triton", "comb", "groups"),
+        ("triton", "random", "pairs"),
+    ],
+)
+def test_memory_for_each_token(backend: str, kind: str, layout: str) -> None:
+    """128 rows of 8,192 tokens: at most 16 bytes for each, beside the result's 4."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, backend, kind, layout],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert 3 < float(run.stdout) < 16 + 4, f"{run.stdout.strip()} bytes a token"
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1024, 200), (3, 131_072)])
+def test_large_groups_and_long_rows(rows: int, tokens: int) -> None:
+    """Halves of a group share all but their last token, which makes the mean of a half what a span earns."""
+    ids = torch.arange(tokens, device=DEVICE).repeat(rows, 1)
+    half = torch.arange(rows, device=DEVICE) % 2
+    ids[:, 0] = half
+    ids[:, -1] = torch.arange(rows, device=DEVICE) + tokens
+    logprobs = torch.zeros(rows, tokens, device=DEVICE)
+    logprobs[:, tokens // 2] = -1.0
+    rewards = torch.arange(float(rows), device=DEVICE)
+    found = leafkernels.span_advantages(
+        logprobs, ids, rewards, num_boundaries=1, normalize="none", multiplicity_power=0.0
+    )
+    means = torch.stack([rewards[half == name].double().mean() for name in (0, 1)])
+    is_alone = torch.bincount(half, minlength=2)[half] < 2
+    of_half = means[half]
+    # Global and local term are the same for the first span; the tail's are against the group and against the half.
+    head = torch.where(is_alone, 2 * (rewards - rewards.double().mean()), 2 * (of_half - rewards.double().mean()))
+    tail = torch.where(is_alone, head, 2 * rewards - rewards.double().mean() - of_half)
+    place = torch.arange(tokens, device=DEVICE)
+    expected = torch.where(place < tokens // 2, head[:, None], tail[:, None])
+    torch.testing.assert_close(found, expected.float(), rtol=2e-7, atol=1e-8)
+
+
+def _peak(call: Callable[[], torch.Tensor]) -> float:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    return (torch.cuda.max_memory_allocated() - before) / result.numel()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+@pytest.mark.parametrize("layout", ["padded", "mask", "packed"])
+def test_memory_for_each_token_on_a_gpu(layout: str) -> None:
+    group: dict[str, Any] = random_group(128, 8192, seed=1)
+    options: dict[str, Any] = {}
+    if layout == "mask":
+        options["response_mask"] = torch.ones_like(group["token_ids"])
+    if layout == "packed":
+        group = {name: tensor.flatten() for name, tensor in group.items()}
+        options["cu_seqlens"] = torch.arange(0, (1 << 20) + 1, 8192, dtype=torch.int32, device=DEVICE)
+    leafkernels.span_advantages(**group, **options)
+    assert _peak(lambda: leafkernels.span_advantages(**group, **options)) <= 16 + 4
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_more_tokens_than_int32_counts_on_a_gpu() -> None:
+    """Every kernel behind the 2**31st element of a packed batch gives what it gives to those rows alone."""
+    rows, tokens = 66, 1 << 25
+    total = rows * tokens
+    needed = total * (1 + 4 + 8 + 4) + (4 << 30)
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of free device memory")
+    group = random_group(2, 3000, seed=3)
+    ids = torch.zeros(total, dtype=torch.uint8, device=DEVICE)
+    logprobs = torch.zeros(total, device=DEVICE)
+    bounds = torch.arange(rows + 1, device=DEVICE) * tokens
+    for i, row in enumerate((rows - 2, rows - 1)):
+        at = row * tokens
+        ids[at : at + 3000] = (group["token_ids"][i] % 251).to(torch.uint8)
+        logprobs[at : at + 3000] = group["logprobs"][i]
+    rewards = torch.arange(float(rows), device=DEVICE) % 7
+    options: dict[str, Any] = {"num_boundaries": 2, "min_separation": 100}
+    found = leafkernels.span_advantages(logprobs, ids, rewards, cu_seqlens=bounds, groups=2, **options)
+    last = slice((rows - 2) * tokens, None)
+    alone = leafkernels.span_advantages(
+        logprobs[last].view(2, -1), ids[last].view(2, -1), rewards[-2:], **options, backend="triton"
+    )
+    torch.testing.assert_close(found[last].view(2, -1), alone, rtol=0, atol=0)
