@@ -71,13 +71,13 @@ def test_all_ways_of_the_pytorch_backend(few: int, hardly_any: int, monkeypatch:
 def hard_inputs(rows: int, tokens: int) -> dict[str, list[list[int]]]:
     """Inputs that punish comparing all pairs, or one block at a time."""
     line = [random.Random(0).randrange(3) for _ in range(tokens)]
-    comb = [line[: i * tokens // rows] + [9 + i] * (tokens - i * tokens // rows) for i in range(rows)]
+    comb = [line] + [line[: i * tokens // rows] + [9 + i] * (tokens - i * tokens // rows) for i in range(1, rows)]
     other = [t + 1 for t in line]
     return {
         "identical": [line] * rows,
         "identical but the last": [line[:-1] + [10 + i] for i in range(rows)],
         "comb": comb,
-        "chain": comb[::-1],
+        "chain": comb[1:] + comb[:1],  # each representative is the first to leave all others
         "two families": [line if i % 2 else other for i in range(rows)],
         "two families of many lengths": [(line if i % 2 else other)[: tokens - i] for i in range(rows)],
         "nothing shared": [[i] * tokens for i in range(rows)],
