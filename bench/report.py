@@ -50,6 +50,7 @@ def summary(results: dict[str, Any], exit_status: int) -> dict[str, Any]:
         "all_passed": exit_status == 0,
         "copy_bytes_per_second": results["copy_bytes_per_second"],
         "promises": results["promises"],
+        "skipped": results["skipped"],
         "cases": cases,
     }
 
@@ -88,7 +89,31 @@ DEVICE_COLUMNS: dict[str, Callable[[Case], str]] = {
 }
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _both(promise: dict[str, Any]) -> tuple[float, float]:
+    return promise["theirs"], promise["ours"]
+
+
+def _error(case: Case, name: str) -> str:
+    """Largest relative error, and the absolute one, of a result against float64."""
+    error = case.get("errors", {}).get(name)
+    if error is None:
+        return ""
+    relative, absolute = ("NaN" if error[kind] is None else f"{error[kind]:.1e}" for kind in ("relative", "absolute"))
+    return f"{relative} ({absolute})"
+
+
+def _of_table(cases: Sequence[Case], columns: dict[str, Callable[[Case], str]]) -> dict[str, Callable[[Case], str]]:
+    """The columns that say something about these cases: those that every table has, and ratios and errors they have."""
+    columns = dict(columns)
+    for baseline in ("usual", "products", "composed", "trl"):
+        if any(f"ratio_{baseline}" in case for case in cases):
+            columns[f"x {baseline}"] = lambda case, key=f"ratio_{baseline}": _number(case.get(key))
+    for name in dict.fromkeys(name for case in cases for name in case.get("errors", {})):
+        columns[f"error of {name}"] = lambda case, name=name: _error(case, name)
+    return columns
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
@@ -111,6 +136,14 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["**Tiny shapes, one round: these numbers say only that the benches run.**", ""]
     if not report["all_passed"]:
         lines += ["**A bench failed or a promise was broken; what failed its correctness gate has no number.**", ""]
+    if any("errors" in case for case in report["cases"]):
+        lines += [
+            "Errors: the largest relative one against float64 on the inputs as rounded, and in brackets the largest "
+            "absolute one; of a gradient relative to its largest entry. Peers: "
+            + ", ".join(f"{name} {number or 'not installed'}" for name, number in machine["peers"].items())
+            + ". usual: eager PyTorch, log_softmax, gather, entropy; compile: the same, compiled.",
+            "",
+        ]
     columns = dict(COLUMNS)
     lines += [
         "Median and min are wall time per call, results ready. x: how many times as fast, by median. MB: what any "
@@ -126,24 +159,40 @@ def markdown(report: dict[str, Any]) -> str:
             "",
         ]
     for op in dict.fromkeys(case["op"] for case in report["cases"]):
-        rows = [[cell(case) for cell in columns.values()] for case in report["cases"] if case["op"] == op]
-        lines += [f"## {op}", "", *_table(list(columns), rows), ""]
+        cases = [case for case in report["cases"] if case["op"] == op]
+        of_table = _of_table(cases, columns)
+        rows = [[cell(case) for cell in of_table.values()] for case in cases]
+        lines += [f"## {op}", "", *table(list(of_table), rows), ""]
     if report["promises"]:
         rows = [
             [
+                promise["op"],
                 promise["shape"],
-                str(promise["num_boundaries"]),
-                _time(promise["python_ref_seconds"]),
-                _time(promise["torch_seconds"]),
+                promise["of"],
+                *(_time(x) if promise["unit"] == "s" else _number(x, 1e6, " MB") for x in _both(promise)),
                 f"{promise['ratio']:.2f}",
                 f"{promise['least']:g}",
                 promise["verdict"],
             ]
             for promise in report["promises"]
         ]
-        header = ["shape", "boundaries", "python_ref, min", "torch, min", "ratio", "promised", "verdict"]
-        lines += ["## Promises: span_advantages on the CPU", "", *_table(header, rows), ""]
+        header = ["operation", "shape", "of", "theirs, least", "ours, least", "ratio", "promised", "verdict"]
+        lines += ["## Promises on the CPU", "", *table(header, rows), ""]
+    if report["skipped"]:
+        lines += ["## Not timed", "", *(f"- {case}: {why}" for case, why in report["skipped"].items()), ""]
     return "\n".join(lines)
+
+
+def write(report: dict[str, Any], text: str, folder: Path, kind: str = "") -> None:
+    """Print the tables; write them and the JSON as ``<device>-<date>[-kind][-tiny]``."""
+    machine = report["machine"]
+    slug = re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
+    name = "-".join([slug, machine["date"], *filter(None, [kind, "tiny" if machine["tiny"] else ""])])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)
+    print(f"wrote {folder / name}.json and .md")
 
 
 def main() -> int:
@@ -160,13 +209,7 @@ def main() -> int:
             print(f"the benches left no results (pytest ended with {status})", file=sys.stderr)
             return status or 1
         report = summary(json.loads(target.read_text(encoding="utf-8")), status)
-    slug = re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
-    name = f"{slug}-{report['machine']['date']}{'-tiny' if arguments.tiny else ''}"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (arguments.out / f"{name}.md").write_text(markdown(report), encoding="utf-8")
-    print(markdown(report))
-    print(f"wrote {arguments.out / name}.json and .md")
+    write(report, markdown(report), arguments.out)
     return status
 
 
