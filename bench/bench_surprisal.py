@@ -253,7 +253,9 @@ def test_promise(op: str, of: str, session: Session) -> None:
     if of == "peak memory":
         if not memory.MEASURABLE:
             pytest.skip("reads the peak of a process from Linux's /proc")
-        theirs, ours = (memory.peak_bytes(op, backend, shape) for backend in ("usual", "torch"))
+        theirs, ours = (
+            memory.peak_bytes(op, backend, shape.num_rows, shape.vocab_size) for backend in ("usual", "torch")
+        )
     else:
         batch = shape.batches("normal", "cpu", 1)[0]
         usual, torch_backend = (prepares[backend](batch) for backend in ("usual", "torch"))

@@ -179,6 +179,9 @@ def _cell(error: dict[str, float | None] | None) -> str:
 
 def markdown(found: dict[str, Any]) -> str:
     machine = found["machine"]
+    rounding = ""
+    if machine["device_type"] == "cpu":
+        rounding = " Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds: bfloat16 gradients show it."
     where = "the GPU" if machine["device_type"] == "cuda" else "a CPU, Triton kernels under Triton's interpreter"
     lines = [
         f"# Errors on {machine['device']}, {machine['date']}",
@@ -189,7 +192,8 @@ def markdown(found: dict[str, Any]) -> str:
         "Largest relative error against float64 on the inputs as rounded to the dtype, and in brackets the largest "
         "absolute error (nats). Of the gradient of a weighted sum of both: relative to its largest entry. NaN: NaN or "
         "infinity where the answer is finite; inf: a number where it is 0. Empty: has no such result, or cannot be "
-        "given such rows (-inf does not come out of a product of finite numbers).",
+        "given such rows (-inf does not come out of a product of finite numbers). Those that take hidden states get "
+        "exactly these logits too." + rounding,
         "",
     ]
     if machine["tiny"]:

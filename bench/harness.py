@@ -255,7 +255,7 @@ def _num_sets(shape: Shape) -> int:
     return max(1, min(16, math.ceil(2 * _l2_bytes() / shape.bytes_of_batch)))
 
 
-def _median_of_events(call: Call, rounds: int) -> float:
+def median_of_events(call: Call, rounds: int) -> float:
     times = []
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -270,10 +270,10 @@ def _median_of_events(call: Call, rounds: int) -> float:
 def _rounds(call: Call, session: Session) -> int:
     if session.tiny:
         return 1
-    return max(3, min(100, int(session.seconds / max(_median_of_events(call, 2), 1e-6))))
+    return max(3, min(100, int(session.seconds / max(median_of_events(call, 2), 1e-6))))
 
 
-def _replay(calls: Sequence[Call]) -> tuple[Call, int]:
+def graph_of(calls: Sequence[Call]) -> tuple[Call, int]:
     """A CUDA graph of the calls in turn, and how many it holds: several, so that its launch does not count."""
     many = list(calls) * math.ceil(8 / len(calls))
     side = torch.cuda.Stream()
@@ -293,21 +293,21 @@ def _replay(calls: Sequence[Call]) -> tuple[Call, int]:
 
 def _device_seconds(calls: Sequence[Call], backend: str, session: Session) -> tuple[float, str]:
     """Device seconds of one call, and how they were taken."""
-    is_short = backend in GRAPHED and _median_of_events(calls[0], 3) < GRAPHED_SECONDS
+    is_short = backend in GRAPHED and median_of_events(calls[0], 3) < GRAPHED_SECONDS
     if backend == "triton" or is_short:  # the others read sizes back from the device, which no graph can hold
         try:
-            replay, count = _replay(calls)
+            replay, count = graph_of(calls)
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph holds this call: {error}", stacklevel=2)
         else:
-            return _median_of_events(replay, _rounds(replay, session)) / count, "graph"
+            return median_of_events(replay, _rounds(replay, session)) / count, "graph"
 
     def all_calls() -> None:
         for call in calls:
             call()
 
     all_calls()
-    return _median_of_events(all_calls, _rounds(all_calls, session)) / len(calls), "events"
+    return median_of_events(all_calls, _rounds(all_calls, session)) / len(calls), "events"
 
 
 def _on_device(calls: Sequence[Call], backend: str, num_bytes: int, session: Session) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     for _ in range(3):
         target.copy_(source)
-    return 2 * source.numel() / _median_of_events(lambda: target.copy_(source), 20)
+    return 2 * source.numel() / median_of_events(lambda: target.copy_(source), 20)
 
 
 def describe_machine(tiny: bool) -> dict[str, Any]:

@@ -9,15 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURABLE = Path("/proc/self/clear_refs").exists()
 
 
-def peak_bytes(op: str, backend: str, shape: Any) -> int:
-    """Of one call of ``backend`` on float32 logits of a shape, the inputs left out."""
-    arguments = [op, backend, str(shape.num_rows), str(shape.vocab_size)]
+def peak_bytes(op: str, backend: str, num_rows: int, vocab_size: int) -> int:
+    """Of one call of ``backend`` on float32 logits of this size, the inputs left out."""
+    arguments = [op, backend, str(num_rows), str(vocab_size)]
     done = subprocess.run(
         [sys.executable, "-m", "bench.memory", *arguments],
         cwd=ROOT,

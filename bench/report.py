@@ -55,7 +55,7 @@ def summary(results: dict[str, Any], exit_status: int) -> dict[str, Any]:
     }
 
 
-def _time(seconds: float | None) -> str:
+def as_time(seconds: float | None) -> str:
     if seconds is None:
         return ""
     scale, unit = (1e6, "us") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1.0, "s")
@@ -73,15 +73,15 @@ COLUMNS: dict[str, Callable[[Case], str]] = {
     "shape": lambda case: case["shape"],
     "inputs": lambda case: case["inputs"],
     "backend": lambda case: case["backend"],
-    "median": lambda case: _time(case["median_seconds"]),
-    "min": lambda case: _time(case["min_seconds"]),
+    "median": lambda case: as_time(case["median_seconds"]),
+    "min": lambda case: as_time(case["min_seconds"]),
     "x python_ref": lambda case: _number(case.get("ratio_python_ref")),
     "x torch": lambda case: _number(case.get("ratio_torch")),
     "MB": lambda case: _number(case["bytes"], 1e6),
 }
 
 DEVICE_COLUMNS: dict[str, Callable[[Case], str]] = {
-    "device time": lambda case: _time(case.get("device_seconds")),
+    "device time": lambda case: as_time(case.get("device_seconds")),
     "taken by": lambda case: case.get("timing", ""),
     "GB/s": lambda case: _number(case.get("bytes_per_second"), 1e9),
     "of a copy": lambda case: "" if "copy_share" not in case else f"{case['copy_share']:.1%}",
@@ -169,7 +169,7 @@ def markdown(report: dict[str, Any]) -> str:
                 promise["op"],
                 promise["shape"],
                 promise["of"],
-                *(_time(x) if promise["unit"] == "s" else _number(x, 1e6, " MB") for x in _both(promise)),
+                *(as_time(x) if promise["unit"] == "s" else _number(x, 1e6, " MB") for x in _both(promise)),
                 f"{promise['ratio']:.2f}",
                 f"{promise['least']:g}",
                 promise["verdict"],
