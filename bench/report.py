@@ -198,6 +198,7 @@ def write(report: dict[str, Any], text: str, folder: Path, kind: str = "") -> No
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the benches; write the results as JSON and as Markdown tables.")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the two files")
+    parser.add_argument("--kind", default="", help="added to the names of the files: for a run of some benches only")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, one round: proves that the benches run")
     arguments, options = parser.parse_known_args()  # the rest goes to pytest: -k, --threads, --seconds
     if arguments.tiny:
@@ -209,7 +210,7 @@ def main() -> int:
             print(f"the benches left no results (pytest ended with {status})", file=sys.stderr)
             return status or 1
         report = summary(json.loads(target.read_text(encoding="utf-8")), status)
-    write(report, markdown(report), arguments.out)
+    write(report, markdown(report), arguments.out, arguments.kind)
     return status
 
 
