@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # All GPU tests, the table of errors, and all benches, within ten minutes, on a machine with nothing but this repository,
 # torch, triton, pytest, hypothesis, pytest-benchmark and rich. Results go to $OUT (default bench/results).
-# `bench/gpu.sh tune` instead tries settings of the vocabulary kernels, for about three minutes; `bench/gpu.sh errors
-# benches` leaves the tests out. Peers are timed where they are installed, or unpacked into build/peers: see bench/peers.py.
+# Parts by name: `bench/gpu.sh tests errors`, then `bench/gpu.sh benches` with ten minutes to itself; `bench/gpu.sh tune`
+# tries settings of the vocabulary kernels, for about three minutes. Peers are timed where they are installed, or lie in
+# build/peers: see bench/peers.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
