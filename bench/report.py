@@ -136,6 +136,12 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["**Tiny shapes, one round: these numbers say only that the benches run.**", ""]
     if not report["all_passed"]:
         lines += ["**A bench failed or a promise was broken; what failed its correctness gate has no number.**", ""]
+    if machine["load_average"] and machine["load_average"][0] > machine["cpu_cores"]:
+        lines += [
+            "**The machine was busy, its load above its cores: times on the CPU in different rows do not compare. The "
+            "promises do, whose two sides are timed in turns.**",
+            "",
+        ]
     if any("errors" in case for case in report["cases"]):
         lines += [
             "Errors: the largest relative one against float64 on the inputs as rounded, and in brackets the largest "

@@ -11,6 +11,7 @@ import torch
 
 from bench import memory, peers
 from bench.harness import Session
+from bench.report import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 # The literal gradient of the entropy takes V passes over V logits, and is not timed; nor is what needs it.
@@ -69,7 +70,9 @@ def test_json_holds_every_operation_on_every_backend(results: Path) -> None:
         if case["op"] in usual and case["backend"] != "products":
             assert case["errors"]
             for name, error in case["errors"].items():
-                assert error["relative"] < 1e-5, (case["op"], case["backend"], name)
+                # float32, on rows that nothing is wrong with; a peer may take products in TF32.
+                rtol = 1e-5 if case["backend"] in ("torch", "triton", "usual", "composed") else 2e-2
+                assert error["relative"] < rtol, (case["op"], case["backend"], name)
         assert case["min_seconds"] > 0 and case["bytes"] > 0
         literal_or_peer = case["backend"] not in ("torch", "triton")
         assert literal_or_peer or case["op"] in NOT_LITERAL or case["ratio_python_ref"] > 0
@@ -88,6 +91,17 @@ def test_markdown_has_a_table_of_every_operation(results: Path) -> None:
     headings = {line[3:] for line in text.splitlines() if line.startswith("## ")}
     assert headings - {"Not timed"} == OPERATIONS | {"Promises on the CPU"}
     assert "Tiny shapes" in text
+
+
+def test_markdown_says_what_spoils_its_numbers(results: Path) -> None:
+    (path,) = results.glob("*.json")
+    found = json.loads(path.read_text())
+    busy, failed = "**The machine was busy", "**A bench failed or a promise was broken"
+    found["machine"] |= {"cpu_cores": 2, "load_average": [1.9, 9.0, 9.0]}
+    assert busy not in markdown(found) and failed not in markdown(found)
+    found["machine"]["load_average"][0] = 2.1
+    found["all_passed"] = False
+    assert busy in markdown(found) and failed in markdown(found)
 
 
 def test_the_interpreter_is_refused() -> None:
