@@ -42,6 +42,7 @@ setup(
             "trl>=1.16; platform_system == 'Linux' and python_version >= '3.11'",
             "liger-kernel>=0.8.5; platform_system == 'Linux'",
             "cut-cross-entropy>=25.1.1; platform_system == 'Linux'",
+            "matplotlib>=3.8",
         ],
     },
     zip_safe=False,
