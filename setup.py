@@ -34,7 +34,16 @@ setup(
     extras_require={
         "train": train,
         "test": test,
-        "bench": ["pytest>=8", "pytest-benchmark>=5", "numpy>=1.26"],
+        "bench": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "numpy>=1.26",
+            # what the vocabulary functions are compared with; verl only where it is there already
+            "trl>=1.16; platform_system == 'Linux' and python_version >= '3.11'",
+            "liger-kernel>=0.8.5; platform_system == 'Linux'",
+            "cut-cross-entropy>=25.1.1; platform_system == 'Linux'",
+            "matplotlib>=3.8",
+        ],
     },
     zip_safe=False,
 )

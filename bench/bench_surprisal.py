@@ -10,7 +10,9 @@ from torch import Tensor
 
 import leafkernels
 import python_ref
-from bench.harness import Bench, Call, Prepare, compiled
+from bench import memory, peers
+from bench.harness import BACKENDS as OURS
+from bench.harness import DEVICE, Bench, Call, Prepare, Session, compiled, interleaved
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def _batches(shape: Vocabulary, device: str, count: int) -> tuple[Logits, ...]:
 
 
 INPUTS = ("normal",)
+BACKENDS = ("python_ref", "torch", "usual", "compile", *peers.LOGITS, "triton")
 SHAPES = (
     Vocabulary("4x151936", 4, 151_936, torch.float32, "a few rows, small enough for literal Python and a compiled CPU"),
     Vocabulary(
@@ -74,13 +77,6 @@ SHAPES = (
     Vocabulary("32768x128256", 32768, 128_256, torch.bfloat16, "more than 2^31 logits"),
 )
 TINY = (Vocabulary("tiny-3x65", 3, 65, torch.float32, "for a run that only proves it runs"),)
-
-
-def usual(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What trainers write, and torch.compile is given to fuse."""
-    logprobs = logits.float().log_softmax(-1)
-    surprisal = -logprobs.gather(1, token_ids[:, None]).squeeze(1)
-    return surprisal, -(logprobs.exp() * logprobs).sum(-1)
 
 
 def literal(batch: Logits) -> Call:
@@ -95,25 +91,61 @@ def backend_of_package(backend: str) -> Prepare:
     return prepare
 
 
-def usual_compiled(batch: Logits) -> Call:
-    function = compiled(usual)
-    return lambda: function(batch.logits, batch.token_ids)
+def of_function(load: Any) -> Prepare:
+    """Of what ``load`` returns: a function of logits and ids."""
+
+    def prepare(batch: Any) -> Call:
+        function = load()
+        return lambda: function(batch.logits, batch.token_ids)
+
+    return prepare
 
 
 PREPARES = {
     "python_ref": literal,
     "torch": backend_of_package("torch"),
-    "compile": usual_compiled,
+    "usual": of_function(lambda: peers.usual),
+    "compile": of_function(lambda: compiled(peers.usual)),
+    **{name: of_function(lambda peer=peer: peers.loaded(peer)) for name, peer in peers.LOGITS.items()},
     "triton": backend_of_package("triton"),
 }
 
+# What another's result may be off and still be the same thing; how far it is off stands beside its time.
+PEERS_RTOL = 2e-2
 
-def gate(batch: Logits, result: Any) -> None:
+
+def skip_absent(backend: str, of: dict[str, peers.Peer], op: str, session: Session, *, gradient: bool = False) -> None:
+    """Skip, with the reason, a peer that does not run here."""
+    peer = of.get(backend)
+    if peer is None:
+        return
+    reason = peer.why_not(DEVICE)
+    if reason is None and gradient and not peer.has_gradient:
+        reason = f"{peer.package} {peer.version} has no gradient here"
+    if reason:
+        session.skipped[f"{op}, {backend}"] = reason
+        pytest.skip(reason)
+
+
+def gate(batch: Logits, result: Any) -> dict[str, Any]:
     """1e-4 is what is asked of peaked rows; these are not peaked."""
-    few = batch.few
-    for found, expected in zip(result, literal(few)(), strict=True):
-        found = torch.as_tensor(found)[: len(expected)].cpu().double()
-        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)
+    return _gate(batch, result, 1e-4)
+
+
+def gate_of_peers(batch: Logits, result: Any) -> dict[str, Any]:
+    return _gate(batch, result, PEERS_RTOL)
+
+
+def _gate(batch: Logits, result: Any, rtol: float) -> dict[str, Any]:
+    expected = {
+        name: torch.tensor(values, dtype=torch.float64)
+        for name, values in zip(("surprisal", "entropy"), literal(batch.few)(), strict=True)
+    }
+    result = [None if found is None else torch.as_tensor(found, dtype=torch.float64) for found in result]
+    errors = peers.worst(result, expected)
+    for name, error in errors.items():
+        assert error["relative"] is not None and error["relative"] <= rtol, (name, error)
+    return errors
 
 
 def bytes_read(batch: Logits) -> int:
@@ -122,7 +154,9 @@ def bytes_read(batch: Logits) -> int:
 
 
 def test_surprisal_entropy(shape: Any, inputs: str, backend: str, bench: Bench) -> None:
-    bench("surprisal_entropy", shape, inputs, backend, PREPARES, gate, bytes_read, tolerance=1e-4)
+    skip_absent(backend, peers.LOGITS, "surprisal_entropy", bench.session)
+    check = gate if backend in OURS else gate_of_peers
+    bench("surprisal_entropy", shape, inputs, backend, PREPARES, check, bytes_read, tolerance=1e-4)
 
 
 def gradient_of(function: Any) -> Prepare:
@@ -132,9 +166,7 @@ def gradient_of(function: Any) -> Prepare:
         logits = batch.logits.detach().requires_grad_()
 
         def call() -> Tensor:
-            surprisal, entropy = function(logits, batch.token_ids)
-            loss = (batch.weights[0] * surprisal).sum() + (batch.weights[1] * entropy).sum()
-            return torch.autograd.grad(loss, logits)[0]
+            return torch.autograd.grad(peers.weighted(function, batch.weights, logits, batch.token_ids), logits)[0]
 
         return call
 
@@ -160,16 +192,30 @@ def of_package(backend: str) -> Any:
 
 GRADIENTS = {
     "torch": gradient_of(of_package("torch")),
-    "compile": lambda batch: gradient_of(compiled(usual))(batch),
+    "usual": gradient_of(peers.usual),
+    "compile": lambda batch: gradient_of(compiled(peers.usual))(batch),
+    **{
+        name: lambda batch, peer=peer: gradient_of(peers.loaded(peer))(batch)
+        for name, peer in peers.LOGITS.items()
+        if peer.has_gradient
+    },
     "triton": gradient_of(of_package("triton")),
 }
 
 
-def gate_gradient(batch: Logits, result: Tensor) -> None:
+def gate_gradient(batch: Logits, result: Tensor) -> dict[str, Any]:
     """One rounding to the dtype of the logits, and float32 noise on sums of terms of order 1."""
     expected = literal_gradient(batch.few)()
     unit = torch.finfo(batch.logits.dtype).eps
     torch.testing.assert_close(result[: len(expected)].double(), expected, rtol=unit, atol=1e-5)
+    return peers.worst([result], {"gradient": expected})
+
+
+def gate_gradient_of_peers(batch: Logits, result: Tensor) -> dict[str, Any]:
+    errors = peers.worst([result], {"gradient": literal_gradient(batch.few)()})
+    relative = errors["gradient"]["relative"]
+    assert relative is not None and relative <= PEERS_RTOL, errors
+    return errors
 
 
 def bytes_forward_and_backward(batch: Logits) -> int:
@@ -180,13 +226,39 @@ def bytes_forward_and_backward(batch: Logits) -> int:
 def test_surprisal_entropy_with_gradient(shape: Any, inputs: str, backend: str, bench: Bench) -> None:
     if backend == "python_ref":
         pytest.skip("the definition takes V passes over V logits")
+    skip_absent(backend, peers.LOGITS, "surprisal_entropy with gradient", bench.session, gradient=True)
     bench(
         "surprisal_entropy with gradient",
         shape,
         inputs,
         backend,
         GRADIENTS,
-        gate_gradient,
+        gate_gradient if backend in OURS else gate_gradient_of_peers,
         bytes_forward_and_backward,
         tolerance=2e-2 if shape.dtype == torch.bfloat16 else 1e-4,
     )
+
+
+# What the PyTorch backend reaches on any CPU, at least, against the usual way: times the speed, times less memory.
+PROMISES = {"speed": 1.0, "peak memory": 3.0}
+PROMISED = Vocabulary("2x512x151936", 1024, 151_936, torch.float32, "622 MB of logits: long responses, a small batch")
+
+
+@pytest.mark.promise
+@pytest.mark.parametrize("of", PROMISES)
+@pytest.mark.parametrize("op", ["surprisal_entropy", "surprisal_entropy with gradient"])
+def test_promise(op: str, of: str, session: Session) -> None:
+    shape = TINY[0] if session.tiny else PROMISED
+    prepares, check = (GRADIENTS, gate_gradient) if "gradient" in op else (PREPARES, gate)
+    if of == "peak memory":
+        if not memory.MEASURABLE:
+            pytest.skip("reads the peak of a process from Linux's /proc")
+        theirs, ours = (
+            memory.peak_bytes(op, backend, shape.num_rows, shape.vocab_size) for backend in ("usual", "torch")
+        )
+    else:
+        batch = shape.batches("normal", "cpu", 1)[0]
+        usual, torch_backend = (prepares[backend](batch) for backend in ("usual", "torch"))
+        check(batch, torch_backend())
+        theirs, ours = interleaved(usual, torch_backend, 0.0 if session.tiny else 10.0)
+    session.promise(op, shape.name, f"{of}, usual way / ours", PROMISES[of], theirs, ours, "B" if "mem" in of else "s")

@@ -1,18 +1,14 @@
 """Options, the cases of each bench, and what the report reads beside the times."""
 
-import datetime
 import math
 import os
-import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.harness import BACKENDS, DEVICE, Bench, Session, copy_bandwidth
+from bench.harness import BACKENDS, DEVICE, Bench, Session, copy_bandwidth, describe_machine
 from bench.rollouts import SHAPES, TINY
 
 _SESSION = pytest.StashKey[Session]()
@@ -49,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         shapes = getattr(metafunc.module, "TINY" if is_tiny else "SHAPES", TINY if is_tiny else SHAPES)
         cases = [(shape, inputs) for shape in shapes for inputs in metafunc.module.INPUTS if inputs in shape.inputs]
         metafunc.parametrize("shape, inputs", cases, ids=[f"{shape.name}-{inputs}" for shape, inputs in cases])
-        metafunc.parametrize("backend", BACKENDS)
+        metafunc.parametrize("backend", getattr(metafunc.module, "BACKENDS", BACKENDS))
 
 
 @pytest.fixture
@@ -62,50 +58,22 @@ def bench(benchmark: Any, session: Session) -> Bench:
     return Bench(benchmark, session)
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What a number means nothing without."""
-    machine_info["leafkernels"] = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _cpu(),
-        "device_type": DEVICE,
-        "cpu": _cpu(),
-        "cpu_cores": os.cpu_count(),
-        "cpu_threads": torch.get_num_threads(),
-        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda,
-        "date": datetime.date.today().isoformat(),
-        "tiny": config.getoption("--tiny"),
-    }
+    machine_info["leafkernels"] = describe_machine(config.getoption("--tiny"))
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict[str, Any]) -> None:
     output_json["promises"] = config.stash[_SESSION].promises
+    output_json["skipped"] = config.stash[_SESSION].skipped
     output_json["copy_bytes_per_second"] = copy_bandwidth() if DEVICE == "cuda" else None
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     promises = config.stash[_SESSION].promises
     if promises:
-        terminalreporter.section("promises on the CPU, against literal Python")
+        terminalreporter.section("promises on the CPU")
     for promise in promises:
         terminalreporter.line(
-            f"{promise['shape']}, {promise['num_boundaries']} boundaries: {promise['ratio']:.2f}x "
-            f"({promise['python_ref_seconds'] * 1e3:.3f} ms against {promise['torch_seconds'] * 1e3:.3f} ms), "
-            f"promised {promise['least']:g}x: {promise['verdict']}"
+            f"{promise['op']} on {promise['shape']}, {promise['of']}: {promise['ratio']:.3g}, promised "
+            f"{promise['least']:g}: {promise['verdict']}"
         )

@@ -6,7 +6,10 @@ on a GPU   the same wall time with a synchronisation behind each call, and the d
            replays of a CUDA graph, or around calls where the code reads results back and no graph can hold it
 """
 
+import datetime
 import math
+import os
+import platform
 import shutil
 import statistics
 import time
@@ -14,17 +17,28 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench import peers
 from bench.rollouts import CPU_TOKENS, LITERAL_TOKENS, Batch, Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # In this order, so that what a ratio is against has been timed before.
 BACKENDS = ("python_ref", "torch", "compile", "triton")
+
+# What a table gives ratios to, where the case has been timed before the others.
+BASELINES = ("python_ref", "torch", "usual", "products", "composed", "trl")
+
+# Whose calls a CUDA graph can hold: the others read sizes back from the device. Worth it for short calls only, where
+# the gaps between kernels count; eight long ones would take seconds a round.
+GRAPHED = ("usual", "composed", "trl", "triton")
+GRAPHED_SECONDS = 0.01
 
 Call = Callable[[], Any]
 Prepare = Callable[[Batch], Call]
@@ -41,6 +55,31 @@ class Session:
     deadline: float
     medians: dict[tuple[str, str, str, str], float] = field(default_factory=dict)
     promises: list[dict[str, Any]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Why a peer has no numbers, by operation and name."""
+
+    def promise(self, op: str, shape: str, of: str, least: float, theirs: float, ours: float, unit: str) -> None:
+        """Write down, and outside of --tiny demand, that ``theirs`` is at least ``least`` times ``ours``."""
+        ratio = theirs / ours
+        verdict = "not judged on tiny shapes" if self.tiny else "kept" if ratio >= least else "broken"
+        self.promises.append(
+            {
+                "op": op,
+                "shape": shape,
+                "of": of,
+                "theirs": theirs,
+                "ours": ours,
+                "unit": unit,
+                "ratio": ratio,
+                "least": least,
+                "verdict": verdict,
+            }
+        )
+        if verdict == "broken":
+            pytest.fail(
+                f"{op} on {shape}, {of}: {ours:.4g} {unit} against {theirs:.4g} {unit} is {ratio:.2f}x, promised "
+                f"{least:g}x ({torch.get_num_threads()} threads)"
+            )
 
     def why_not(self, backend: str, shape: Shape) -> str | None:
         """The reason to skip a case, or None."""
@@ -78,15 +117,16 @@ class Bench:
         inputs: str,
         backend: str,
         prepares: dict[str, Prepare],
-        gate: Callable[[Batch, Any], None],
+        gate: Callable[[Batch, Any], Any],
         bytes_moved: Callable[[Batch], int],
-        tolerance: float,
+        tolerance: float | None,
     ) -> None:
         """Check and time ``prepares[backend]`` on rollouts of a shape.
 
         ``gate(batch, result)`` compares a result with literal Python, on a sample of the prompts where the shape is
         large; what is neither literal nor the PyTorch backend is also compared with the latter, in full, to a relative
-        and absolute ``tolerance``.
+        and absolute ``tolerance``, unless that is None.
+        What ``gate`` returns, if anything, are the errors to be written beside the times.
         ``bytes_moved`` counts what any implementation has to read and write, each byte once.
         """
         reason = self.session.why_not(backend, shape)
@@ -96,9 +136,9 @@ class Bench:
             torch._dynamo.reset()  # nothing, sizes seen before least of all, is to depend on the cases before
         sets = shape.batches(inputs, DEVICE, _num_sets(shape))
         calls = [prepares[backend](batch) for batch in sets]
-        result = self._first_call(backend, calls[0])
-        gate(sets[0], result)
-        if backend in ("compile", "triton"):
+        result = self._first_call(op, backend, calls[0])
+        errors = gate(sets[0], result)
+        if backend in ("compile", "triton") and tolerance is not None:
             expected = prepares["torch"](sets[0])()
             torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
             del expected
@@ -114,6 +154,8 @@ class Bench:
             "tokens": shape.num_tokens,
             "bytes": bytes_moved(sets[0]),
         }
+        if errors is not None:
+            info["errors"] = errors
         if on_device:
             info.update(_on_device(calls, backend, info["bytes"], self.session))
         self.benchmark.group = f"{op} {shape.name} {inputs}"
@@ -121,14 +163,25 @@ class Bench:
         self._wall_time(calls[0], backend, on_device)
         self._ratios(op, shape.name, inputs, backend)
 
-    def _first_call(self, backend: str, call: Call) -> Any:
+    def _skip(self, op: str, backend: str, reason: str) -> None:
+        if backend not in BACKENDS:
+            self.session.skipped[f"{op}, {backend}"] = reason
+        pytest.skip(reason)
+
+    def _first_call(self, op: str, backend: str, call: Call) -> Any:
         """The result to check; also the warm-up, which for torch.compile is most of the work."""
-        if backend != "compile":
+        if backend in BACKENDS and backend != "compile":
             return call()
+        if backend != "compile":
+            try:
+                return call()
+            except Exception as error:  # what a peer cannot do here, for want of memory too
+                reason = f"it fails: {peers.first_line(error)}"
+            self._skip(op, backend, reason)
         start = time.perf_counter()
         try:
             return call()
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch.OutOfMemoryError) as error:
             pytest.skip(f"torch.compile fails: {type(error).__name__}: {str(error).splitlines()[0]}")
         finally:
             self.session.compile_seconds -= time.perf_counter() - start
@@ -152,7 +205,7 @@ class Bench:
             return
         medians = self.session.medians
         median = medians[op, shape, inputs, backend] = self.benchmark.stats.stats.median
-        for other in ("python_ref", "torch"):
+        for other in BASELINES:
             if (op, shape, inputs, other) in medians:
                 self.benchmark.extra_info[f"ratio_{other}"] = medians[op, shape, inputs, other] / median
 
@@ -204,7 +257,7 @@ def _num_sets(shape: Shape) -> int:
     return max(1, min(16, math.ceil(2 * _l2_bytes() / shape.bytes_of_batch)))
 
 
-def _median_of_events(call: Call, rounds: int) -> float:
+def median_of_events(call: Call, rounds: int) -> float:
     times = []
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -219,10 +272,10 @@ def _median_of_events(call: Call, rounds: int) -> float:
 def _rounds(call: Call, session: Session) -> int:
     if session.tiny:
         return 1
-    return max(3, min(100, int(session.seconds / max(_median_of_events(call, 2), 1e-6))))
+    return max(3, min(100, int(session.seconds / max(median_of_events(call, 2), 1e-6))))
 
 
-def _replay(calls: Sequence[Call]) -> tuple[Call, int]:
+def graph_of(calls: Sequence[Call]) -> tuple[Call, int]:
     """A CUDA graph of the calls in turn, and how many it holds: several, so that its launch does not count."""
     many = list(calls) * math.ceil(8 / len(calls))
     side = torch.cuda.Stream()
@@ -242,20 +295,20 @@ def _replay(calls: Sequence[Call]) -> tuple[Call, int]:
 
 def device_seconds(calls: Sequence[Call], backend: str, session: Session) -> tuple[float, str]:
     """Device seconds of one call, and how they were taken."""
-    if backend == "triton":  # the others read sizes back from the device, which no graph can hold
+    if backend in GRAPHED and median_of_events(calls[0], 3) < GRAPHED_SECONDS:
         try:
-            replay, count = _replay(calls)
+            replay, count = graph_of(calls)
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph holds this call: {error}", stacklevel=2)
         else:
-            return _median_of_events(replay, _rounds(replay, session)) / count, "graph"
+            return median_of_events(replay, _rounds(replay, session)) / count, "graph"
 
     def all_calls() -> None:
         for call in calls:
             call()
 
     all_calls()
-    return _median_of_events(all_calls, _rounds(all_calls, session)) / len(calls), "events"
+    return median_of_events(all_calls, _rounds(all_calls, session)) / len(calls), "events"
 
 
 def _on_device(calls: Sequence[Call], backend: str, num_bytes: int, session: Session) -> dict[str, Any]:
@@ -284,4 +337,37 @@ def copy_bandwidth() -> float:
     target = torch.empty_like(source)
     for _ in range(3):
         target.copy_(source)
-    return 2 * source.numel() / _median_of_events(lambda: target.copy_(source), 20)
+    return 2 * source.numel() / median_of_events(lambda: target.copy_(source), 20)
+
+
+def describe_machine(tiny: bool) -> dict[str, Any]:
+    """What a number means nothing without."""
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _cpu(),
+        "device_type": DEVICE,
+        "cpu": _cpu(),
+        "cpu_cores": os.cpu_count(),
+        "cpu_threads": torch.get_num_threads(),
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "peers": peers.versions(),
+        "date": datetime.date.today().isoformat(),
+        "tiny": tiny,
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -162,7 +162,7 @@ CASES = [
             f"surprisal_states {logits}",
             surprisal._surprisal_states_kernel,
             f"*fp32 *fp32 {logits} *i64 *fp64 *i1 i32 i32 i32 i32 i32",
-            {"HAS_MASK": True, "BLOCK": surprisal.BLOCK, "num_warps": 8},
+            {"HAS_MASK": True, "BLOCK": surprisal.BLOCK, "num_warps": surprisal.NUM_WARPS},
             True,
         )
         for logits in ("*fp32", "*bf16", "*fp16")
@@ -184,7 +184,7 @@ CASES = [
                 "HAS_MASK": True,
                 "HAS_SOFTCAP": False,
                 "BLOCK": surprisal.BLOCK,
-                "num_warps": 8,
+                "num_warps": surprisal.NUM_WARPS,
             },
             True,
         )
@@ -202,7 +202,7 @@ CASES = [
                 "ENTROPY": True,
                 "GRADIENT": True,
                 "BLOCK": surprisal.BLOCK,
-                "num_warps": 8,
+                "num_warps": surprisal.NUM_WARPS,
             },
             True,
         )

@@ -32,11 +32,17 @@ def chunks(logits: Tensor, mask: Tensor | None) -> Iterator[tuple[slice | Tensor
     if mask is None:
         live = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
     else:
-        live = (rows for rows in mask.nonzero().squeeze(1).split(step) if rows.numel())
+        live = (_run(rows) for rows in mask.nonzero().squeeze(1).split(step) if rows.numel())
     for rows in live if vocab_size else ():
         x = logits[rows]
         of_chunk = room[:, : x.shape[0]]
         yield rows, x if x.dtype == dtype else of_chunk[3].copy_(x), of_chunk[:3]
+
+
+def _run(rows: Tensor) -> slice | Tensor:
+    """Ascending rows as a slice, which copies nothing, where they follow each other."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == rows.shape[0] else rows
 
 
 def surprisal_states(

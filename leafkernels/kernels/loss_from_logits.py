@@ -170,7 +170,7 @@ def launch_policy_loss(
             ENTROPY=entropy_coef != 0,
             GRADIENT=with_gradient,
             BLOCK=surprisal.BLOCK,
-            num_warps=8,
+            num_warps=surprisal.NUM_WARPS,
         )
     return terms, gradients
 

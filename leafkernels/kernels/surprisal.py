@@ -20,6 +20,7 @@ from torch import Tensor
 from leafkernels.kernels._rows import load_block, num_splits, store_block
 
 BLOCK = 4096  # ids at a time; tests shrink it to cross blocks with small vocabularies
+NUM_WARPS = 8  # of a program with such a block; bench/tune.py tries others
 MAX_SPLITS = 64  # programs that share a row at most; as many states are merged at once
 ROWS = 4  # rows whose states one program merges
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -276,7 +277,7 @@ def launch_surprisal_states(
             split_blocks,
             HAS_MASK=mask is not None,
             BLOCK=BLOCK,
-            num_warps=8,
+            num_warps=NUM_WARPS,
         )
     return states, picked
 
@@ -350,5 +351,5 @@ def launch_surprisal_entropy_backward(
         HAS_MASK=mask is not None,
         HAS_SOFTCAP=softcap is not None,
         BLOCK=BLOCK,
-        num_warps=8,
+        num_warps=NUM_WARPS,
     )
