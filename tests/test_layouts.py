@@ -1,6 +1,7 @@
 """Every layout of a loop gives the advantages of the padded call, bit for bit."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,3 +132,149 @@ def test_refusals() -> None:
         pack([])
     with refuses("response_lengths must lie between 0 and the length of the row, got 3 for row 0 of 2"):
         response_tokens(rows, [3, 1])
+
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
+
+
+def of_page(title: str) -> dict[str, Any]:
+    """What the sections of the page up to this one define, but for those of other packages."""
+    sections = re.split(r"^## ", PAGE, flags=re.M)[1:]
+    names = [section.split("\n", 1)[0] for section in sections]
+    scope: dict[str, Any] = {"torch": torch}
+    for name, section in zip(names, sections, strict=True):
+        for block in re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S):
+            if name == title or name not in ("TRL", "verl"):
+                exec(block, scope)
+        if name == title:
+            return scope
+    raise AssertionError(f"no section {title} among {names}")
+
+
+PROMPTS = [2, 3, 1, 2, 2, 1]
+
+
+def example() -> Rollouts:
+    """Two prompts of three rollouts, in runs; masks with a hole, and distinct rewards."""
+    rows = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6], [7, 8, 9], [7, 8, 1, 1], [7, 2]]
+    logprobs = [[-0.1, -0.2, -3.0 - i, -0.5 - i][: len(row)] for i, row in enumerate(rows)]
+    mask = [[t != 1 or i != 2 for t in range(len(row))] for i, row in enumerate(rows)]
+    return Rollouts(rows, logprobs, mask, [1.0, 0.0, 0.5, 0.0, 2.0, 1.0], [0, 0, 0, 1, 1, 1])
+
+
+def test_page_openrlhf() -> None:
+    case = example()
+    held = sequences(case, PROMPTS)
+
+    class Experience:
+        def __init__(self, rows: slice) -> None:
+            width = [None, -1][rows.start > 0]  # micro-batches differ in width
+            self.sequences = held["token_ids"][rows, :width]
+            self.action_log_probs = held["logprobs"][rows, 1:width]
+            self.action_mask = held["response_mask"][rows, 1:width]
+            self.rewards = torch.tensor(case.rewards, device=DEVICE)[rows]
+            self.index = list(range(6))[rows]
+
+    experiences = [Experience(slice(0, 2)), Experience(slice(2, 6))]
+    of_page("OpenRLHF")["openrlhf"](experiences, 3)
+    rows = [row for e in experiences for row in e.advantages]
+    assert [e.advantages.shape for e in experiences] == [e.action_log_probs.shape for e in experiences]
+    for row, prompt, ids, of_padded in zip(rows, PROMPTS, case.token_ids, expected(case), strict=True):
+        assert torch.equal(row[prompt - 1 : prompt - 1 + len(ids)], of_padded)
+
+
+def test_page_nemo_rl() -> None:
+    case = example()
+    held = sequences(case, PROMPTS)
+    logs = [
+        [{"token_ids": torch.tensor([FILL] * p, device=DEVICE)}, {"token_ids": torch.tensor(ids, device=DEVICE)}]
+        for p, ids in zip(PROMPTS, case.token_ids, strict=True)
+    ]
+    advantages = of_page("NeMo-RL")["LeafEstimator"]().compute_advantage(
+        prompt_ids=torch.tensor([[group, 0] for group in case.groups]),
+        rewards=torch.tensor(case.rewards, device=DEVICE),
+        mask=held["response_mask"].float(),
+        repeated_batch={"message_log": logs},
+        logprobs_policy=held["logprobs"],
+        logprobs_reference=None,
+    )
+    assert_same(case, PROMPTS, advantages, 0)
+
+
+def test_page_slime() -> None:
+    case = example()
+    data = {
+        "log_probs": [torch.tensor(row, device=DEVICE) for row in case.logprobs],
+        "tokens": [
+            torch.tensor([FILL] * p + row, device=DEVICE) for p, row in zip(PROMPTS, case.token_ids, strict=True)
+        ],
+        "response_lengths": [len(row) for row in case.token_ids],
+        "loss_masks": [torch.tensor(row, device=DEVICE).int() for row in case.mask],
+        "rewards": case.rewards,
+        "sample_indices": [6, 7, 8, 3, 4, 5],
+    }
+    of_page("slime")["slime"](type("Args", (), {"n_samples_per_prompt": 3}), data)
+    for row, of_padded in zip(data["advantages"], expected(case), strict=True):
+        assert torch.equal(row, of_padded)
+
+
+def test_page_areal() -> None:
+    case = example()
+    held = sequences(case, PROMPTS)
+    data = {
+        "input_ids": held["token_ids"],
+        "logprobs": held["logprobs"].roll(-1, 1),
+        "loss_mask": held["response_mask"].roll(-1, 1),
+        "rewards": torch.tensor(case.rewards, device=DEVICE),
+    }
+    of_page("AReaL")["areal"](data, 3)
+    assert_same(case, PROMPTS, data["advantages"], 1)
+
+
+def test_page_ms_swift() -> None:
+    case = example()
+    padded = case.padded()
+    rows = (padded["logprobs"], padded["token_ids"], padded["response_mask"], padded["rewards"])
+    advantages = of_page("ms-swift")["ms_swift"](*rows, ["b", "b", "b", "a", "a", "a"])
+    for row, ids, of_padded in zip(advantages, case.token_ids, expected(case), strict=True):
+        assert torch.equal(row[: len(ids)], of_padded)
+
+
+def test_page_tinker() -> None:
+    case = example()
+    shifted = [([FILL] * p + row)[1:] for p, row in zip(PROMPTS, case.token_ids, strict=True)]
+    datums = [
+        {"target_tokens": ids, "logprobs": [0.0] * (len(ids) - len(row)) + row}
+        for ids, row in zip(shifted, case.logprobs, strict=True)
+    ]
+    masks = [
+        torch.tensor([0] * (len(ids) - len(row)) + row, dtype=torch.int32)
+        for ids, row in zip(shifted, case.mask, strict=True)
+    ]
+    of_page("Tinker")["tinker"](datums, masks, torch.tensor(case.rewards), ["x"] * 3 + ["y"] * 3)
+    for datum, ids, of_padded in zip(datums, case.token_ids, expected(case), strict=True):
+        assert datum["advantages"][len(datum["advantages"]) - len(ids) :] == of_padded.tolist()
+        assert len(datum["advantages"]) == len(datum["target_tokens"])
+        assert not any(datum["advantages"][: -len(ids)])
+
+
+def test_page_verl() -> None:
+    pytest.importorskip("verl.trainer.ppo.v1", reason="needs verl: pip install -e '.[verl]'")
+    assert of_page("verl")["LeafTrainer"].__mro__[1].__name__ == "LeafAdvantage"
+
+
+def test_page_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
+    import tiny_trl
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
+    prompts = Dataset.from_dict({"prompt": ["ab", "cd", "e", "f"]})
+    trainer = of_page("TRL")["train"](tiny_trl.model(), tiny_trl.count_a, prompts, tiny_trl.tokenizer())
+    assert trainer.state.global_step == 1
+    assert len(trainer._metrics["train"]["leaf/span_credit_share"]) == 1
+
+
+def test_every_section_of_the_page_is_run() -> None:
+    titles = {title.lower().replace("-", "_") for title in re.findall(r"^## (.+)$", PAGE, re.M)}
+    assert {f"test_page_{title}" for title in titles} <= set(globals())

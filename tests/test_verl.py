@@ -164,3 +164,62 @@ def test_without_uids(plug: types.ModuleType) -> None:
     one = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="^index must hold the uid of each row's prompt for the estimator 'leaf', got"):
         plug.compute_leaf_advantage(one, one)
+
+
+def test_the_mixin_over_the_trainer_of_verl(plug: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's own ``_compute_advantage``, over a transfer queue that is a dict of nested tensors."""
+    if sys.modules["verl"].__dict__.get("DataProto") is None:
+        pytest.skip("the contract has no trainer")
+    base = pytest.importorskip("verl.trainer.ppo.v1.trainer_base", reason="needs verl with its TransferQueue")
+    from omegaconf import OmegaConf
+    from tensordict import TensorDict
+
+    rows = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6], [7, 8], [7, 9, 1]]
+    logprobs = [[-0.1, -0.2, -3.0 - i, -0.5 - i][: len(row)] for i, row in enumerate(rows)]
+    mask = [[t != 1 or i != 2 for t in range(len(row))] for i, row in enumerate(rows)]
+    case = Rollouts(rows, logprobs, mask, [1.0, 0.0, 0.5, 0.0, 2.0], [0, 0, 0, 1, 1])
+
+    def nested(values: list[list], dtype: torch.dtype) -> torch.Tensor:
+        return torch.nested.as_nested_tensor([torch.tensor(row, dtype=dtype) for row in values], layout=torch.jagged)
+
+    scores = [[0.0] * (len(row) - 1) + [reward] for row, reward in zip(rows, case.rewards, strict=True)]
+    store = {
+        "responses": nested(rows, torch.int64),
+        "old_log_probs": nested(logprobs, torch.float32),
+        "response_mask": nested(mask, torch.int64),
+        "rm_scores": nested(scores, torch.float32),
+        "uid": np.array([f"prompt {group}" for group in case.groups], dtype=object),
+    }
+
+    def get(keys: list[str], partition_id: str, select_fields: list[str]) -> TensorDict:
+        from verl.utils import tensordict_utils
+
+        fields = {name: store[name] for name in select_fields if name in store}
+        return tensordict_utils.get_tensordict(
+            {name: list(field) if name == "uid" else field for name, field in fields.items()}
+        )
+
+    def put(keys: list[str], partition_id: str, fields: TensorDict) -> str:
+        store.update(fields.items())
+        return "written"
+
+    import transfer_queue
+
+    monkeypatch.setattr(transfer_queue, "kv_batch_get", get)
+    monkeypatch.setattr(transfer_queue, "kv_batch_put", put)
+
+    mine = type("Mine", (plug.LeafAdvantage, base.PPOTrainer), {})
+    mine.__abstractmethods__ = frozenset()
+    trainer = object.__new__(mine)
+    algorithm = {"use_kl_in_reward": False, "adv_estimator": "leaf", "gamma": 1.0, "lam": 1.0}
+    trainer.config = OmegaConf.create({"algorithm": algorithm, "actor_rollout_ref": {"rollout": {"n": 3}}})
+
+    class Meta:
+        keys, partition_id = [f"key {i}" for i in range(5)], "train"
+
+        def __len__(self) -> int:
+            return 5
+
+    assert trainer._compute_advantage(Meta(), {}) == "written"
+    for row, of_reference in zip(store["advantages"].unbind(), case.expected(), strict=True):
+        assert_rows_close([row.tolist()], [of_reference])
