@@ -35,7 +35,7 @@ setup(
     extras_require={
         "train": train,
         "test": test,
-        "trl": ["trl>=0.26,<2", "transformers>=4.56", "datasets>=4"],
+        "trl": ["trl>=0.26,<2"],
         "verl": ["verl>=0.9,<1"],
         "bench": ["pytest>=8", "pytest-benchmark>=5", "numpy>=1.26"],
     },
