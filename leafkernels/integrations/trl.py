@@ -142,7 +142,9 @@ class LeafGRPOTrainer(GRPOTrainer):
             "terms": args.terms,
             "multiplicity_power": args.multiplicity_power,
             "leave_one_out": args.leave_one_out,
-            "normalize": _NORMALIZE_OF_SCALE[args.scale_rewards] if args.normalize is None else args.normalize,
+            "normalize": _NORMALIZE_OF_SCALE.get(args.scale_rewards, "span")
+            if args.normalize is None
+            else args.normalize,
         }
 
     def _log(self, name: str, value: float) -> None:
