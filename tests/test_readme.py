@@ -46,7 +46,7 @@ def test_python_snippets() -> None:
     assert advantages.shape == names["token_ids"].shape  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("snippet", filter(of_trl, blocks("python")))
+@pytest.mark.parametrize("snippet", [snippet for snippet in blocks("python") if of_trl(snippet)])
 def test_trl_snippet(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
     monkeypatch.chdir(tmp_path)

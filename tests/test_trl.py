@@ -154,6 +154,15 @@ def check_batch(batch: dict[str, Any], groups: int, **options: Any) -> None:
     assert batch["advantages"].shape == batch["completion_ids"].shape
     assert batch["advantages"].is_contiguous()
     assert_rows_close(batch["advantages"].tolist(), expected)
+    whole = leafkernels.span_advantages(
+        batch["logprobs"],
+        batch["completion_ids"],
+        torch.tensor(summed),
+        response_mask=mask,
+        groups=groups,
+        **options,
+    )
+    assert torch.equal(batch["advantages"], whole)
     tokens = mask.sum(1).clamp(min=1)
     rows = batch["table"][-len(summed) :]
     torch.testing.assert_close(torch.tensor(rows), batch["advantages"].sum(1) / tokens, rtol=1e-6, atol=1e-6)

@@ -88,8 +88,8 @@ class LeafGRPOTrainer(GRPOTrainer):
       number of nodes of a prompt. In the table of completions, "advantage" is the mean over the completion's tokens.
 
     Raises:
-        RuntimeError: TRL is older than 0.26, which misreads advantages per token, or ``use_liger_kernel`` is set in a
-            version whose Liger loss does.
+        RuntimeError: TRL is older than 0.26, which misreads advantages per token, or the Liger loss (up to 1.13) or
+            the SAPO loss (up to 0.27) is asked for, which do so too.
         TypeError: ``args`` lacks the options, or the trainer's loss takes one advantage a row only.
         ValueError: an option is not what it must be; the message names it.
     """
@@ -120,9 +120,9 @@ class LeafGRPOTrainer(GRPOTrainer):
         def spread(values: Tensor) -> Tensor:
             return scatter_spans(values, ends, token_ids.shape[1], response_mask=response_mask)
 
-        # Column 0 of the members is the group; column k + 1 is the node whose span is span k.
+        # The span before boundary k belongs to the row's node there; the tail belongs to none.
         is_shared = tree.nodes >= 0
-        credited = spread(torch.nn.functional.pad(is_shared.float(), (0, 1)))
+        credited = spread(torch.nn.functional.pad(is_shared.double(), (0, 1)))
         scored_tokens = response_mask & ~rewards.isnan()[:, None]
         boundaries = (tree.boundaries >= 0).repeat_interleave(groups, 0) & (tree.lengths > 0)[:, None]
         # A node is counted at the row it is named after.
@@ -142,9 +142,7 @@ class LeafGRPOTrainer(GRPOTrainer):
             "terms": args.terms,
             "multiplicity_power": args.multiplicity_power,
             "leave_one_out": args.leave_one_out,
-            "normalize": _NORMALIZE_OF_SCALE.get(args.scale_rewards, "span")
-            if args.normalize is None
-            else args.normalize,
+            "normalize": args.normalize or _NORMALIZE_OF_SCALE.get(args.scale_rewards, "span"),
         }
 
     def _log(self, name: str, value: float) -> None:
