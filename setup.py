@@ -27,6 +27,7 @@ setup(
         "leafkernels.eager",
         "leafkernels.command",
         "leafkernels.data",
+        "leafkernels.integrations",
         "python_ref",
     ],
     package_data={"leafkernels": ["py.typed"], "leafkernels.data": ["*.jsonl.gz"], "python_ref": ["py.typed"]},
@@ -34,6 +35,8 @@ setup(
     extras_require={
         "train": train,
         "test": test,
+        "trl": ["trl>=0.26,<2"],
+        "verl": ["verl>=0.9,<1"],
         "bench": [
             "pytest>=8",
             "pytest-benchmark>=5",

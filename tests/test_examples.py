@@ -37,6 +37,15 @@ def test_grpo_lora_learns(advantages: str) -> None:
     assert last > first + 0.05, output
 
 
+@pytest.mark.parametrize("advantages", ["leaf", "grpo"])
+def test_trl_leaf_runs(advantages: str) -> None:
+    """The whole way, in few steps; tests/test_trl.py sees the trainer learn."""
+    pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
+    output = run_example("trl_leaf.py", "--advantages", advantages, "--steps", "2", "--warmup-steps", "5")
+    assert f"{advantages} advantages, mean reward, first 0." in output
+    assert ("share of tokens with span credit" in output) == (advantages == "leaf")
+
+
 def test_sample_rollouts_writes_what_the_command_reads(tmp_path: Path) -> None:
     out = tmp_path / "sample.jsonl.gz"
     run_example("sample_rollouts.py", "--out", str(out), "--prompts", "2", "--rollouts", "3", "--max-steps", "5")

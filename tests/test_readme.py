@@ -33,13 +33,27 @@ def commands() -> list[str]:
     return [line for block in blocks("sh") for line in block.splitlines() if line]
 
 
+def of_trl(snippet: str) -> bool:
+    return "integrations.trl" in snippet
+
+
 def test_python_snippets() -> None:
-    snippets = blocks("python")
+    snippets = [snippet for snippet in blocks("python") if not of_trl(snippet)]
     assert len(snippets) >= 3
     names: dict[str, object] = {}
     exec("\n".join(snippets), names)
     advantages = names["advantages"]
     assert advantages.shape == names["token_ids"].shape  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("snippet", [snippet for snippet in blocks("python") if of_trl(snippet)])
+def test_trl_snippet(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(snippet, names)
+    trainer = names["trainer"]
+    assert "leaf/span_credit_share" in trainer.state.log_history[-2]  # type: ignore[attr-defined]
 
 
 def test_the_first_snippet_has_six_lines() -> None:

@@ -1,0 +1,250 @@
+"""Span advantages in TRL's ``GRPOTrainer``: ``LeafGRPOTrainer`` and ``LeafGRPOConfig``.
+
+TRL takes advantages of shape (rows, tokens) in its loss since 0.26.0. The plug runs after TRL has sampled and scored a
+batch: it gathers the rows of all ranks, because a group may straddle them, credits the spans, and puts this rank's
+part in place of TRL's advantages. Sampling, rewards, loss and everything else stay TRL's.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from leafkernels import scatter_spans, span_tree
+
+try:
+    import trl
+    from trl import GRPOConfig, GRPOTrainer
+except ImportError as error:
+    raise ImportError(
+        f"leafkernels.integrations.trl needs TRL, which cannot be imported here ({error}); "
+        "pip install 'leafkernels[trl]'"
+    ) from error
+
+# What images and the like go by in TRL's batch, and in the function that computes log-probabilities from it.
+_MODEL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+_NORMALIZE_OF_SCALE = {"group": "span", "batch": "batch", "none": "none"}
+
+
+@dataclass
+class LeafGRPOConfig(GRPOConfig):
+    """``GRPOConfig`` with the options of ``leafkernels.span_advantages``, under the same names.
+
+    For a config of your own: ``@dataclass class MyConfig(LeafGRPOConfig, TheConfigOfMyTrainer)``.
+    """
+
+    num_boundaries: int = field(
+        default=2, metadata={"help": "Positions of a prompt where the tree of its completions may fork, at most."}
+    )
+    min_separation: int | None = field(
+        default=None,
+        metadata={"help": "Least distance of two boundaries. None: max(2, shortest completion // (boundaries + 1))."},
+    )
+    terms: str = field(
+        default="both",
+        metadata={"help": "'both', 'global' (against the group) or 'local' (against the parent node)."},
+    )
+    multiplicity_power: float = field(
+        default=0.5, metadata={"help": "Spans shared by n completions are scaled by n ** -multiplicity_power."}
+    )
+    leave_one_out: bool = field(default=False, metadata={"help": "The unbiased variant."})
+    normalize: str | None = field(
+        default=None,
+        metadata={
+            "help": "'span', 'batch', 'reward_std' or 'none'. None follows scale_rewards: 'span' for 'group', 'batch' "
+            "for 'batch', 'none' for 'none'."
+        },
+    )
+
+
+class LeafGRPOTrainer(GRPOTrainer):
+    """``GRPOTrainer`` whose advantages are LEAF span advantages, one for each token; same arguments.
+
+    Also a mixin for trainers derived from ``GRPOTrainer``, where it comes first:
+    ``class Mine(LeafGRPOTrainer, TheirTrainer)``. Override ``token_advantages`` to plug another estimator in.
+
+    - Boundaries are ranked by ``old_per_token_logps`` where TRL has computed them, else by the log-probabilities that
+      vLLM sampled with, else (the default on-policy path) by those of one forward pass more, in eval mode, so that
+      dropout neither adds noise nor draws random numbers.
+    - Rewards are weighted and summed as TRL does. A row that no reward function scored is left out of every mean and
+      gets 0. Tool tokens and truncated completions (``mask_truncated_completions``) get 0; a truncated completion's
+      reward counts in the group's mean, as in TRL.
+    - Beside TRL's metrics it logs ``leaf/span_credit_share``, the share of the scored rows' tokens that lie in a span
+      which two or more rows share; ``leaf/fork_fire_rate``, the share of (row, boundary) pairs at which the row still
+      shares its prefix with another row, so that the boundary is a fork for it; and ``leaf/nodes_per_group``, the mean
+      number of nodes of a prompt. In the table of completions, "advantage" is the mean over the completion's tokens.
+
+    Raises:
+        RuntimeError: TRL is older than 0.26, which misreads advantages per token, or the Liger loss (up to 1.13) or
+            the SAPO loss (up to 0.27) is asked for, which do so too.
+        TypeError: ``args`` lacks the options, or the trainer's loss takes one advantage a row only.
+        ValueError: an option is not what it must be; the message names it.
+    """
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
+        args = LeafGRPOConfig() if args is None else args
+        _check_trainer(type(self), args)
+        super().__init__(model, reward_funcs, args, *more, **kwargs)
+        # Wrong options are told now, not after the first batch has been sampled.
+        one = torch.zeros(1, 1)
+        span_tree(one, one.long(), one[0], **self._options())
+
+    def token_advantages(
+        self, logprobs: Tensor, token_ids: Tensor, rewards: Tensor, response_mask: Tensor, groups: int
+    ) -> Tensor:
+        """One advantage for every token of the rows of all ranks, (N, T), 0 where the mask is False.
+
+        Args:
+            logprobs: (N, T) of the sampled tokens; NaN where vLLM gave none.
+            token_ids: (N, T).
+            rewards: (N,), NaN for rows that no function scored.
+            response_mask: (N, T) bool; False on padding, tool tokens and truncated completions.
+            groups: rows of a prompt; they follow each other.
+        """
+        tree = span_tree(logprobs, token_ids, rewards, response_mask=response_mask, groups=groups, **self._options())
+        ends = tree.spans.span_ends
+
+        def spread(values: Tensor) -> Tensor:
+            return scatter_spans(values, ends, token_ids.shape[1], response_mask=response_mask)
+
+        # The span before boundary k belongs to the row's node there; the tail belongs to none.
+        is_shared = tree.nodes >= 0
+        credited = spread(torch.nn.functional.pad(is_shared.double(), (0, 1)))
+        scored_tokens = response_mask & ~rewards.isnan()[:, None]
+        boundaries = (tree.boundaries >= 0).repeat_interleave(groups, 0) & (tree.lengths > 0)[:, None]
+        # A node is counted at the row it is named after.
+        rank = torch.arange(len(rewards), device=rewards.device) % groups
+        counts = (credited, scored_tokens, is_shared, boundaries, tree.nodes == rank[:, None])
+        shared, tokens, fired, pairs, nodes = torch.stack([count.sum() for count in counts]).tolist()
+        self._log("span_credit_share", shared / max(tokens, 1))
+        self._log("fork_fire_rate", fired / max(pairs, 1))
+        self._log("nodes_per_group", nodes * groups / len(rewards))
+        return spread(tree.spans.values).float()
+
+    def _options(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "num_boundaries": args.num_boundaries,
+            "min_separation": args.min_separation,
+            "terms": args.terms,
+            "multiplicity_power": args.multiplicity_power,
+            "leave_one_out": args.leave_one_out,
+            "normalize": args.normalize or _NORMALIZE_OF_SCALE.get(args.scale_rewards, "span"),
+        }
+
+    def _log(self, name: str, value: float) -> None:
+        self._metrics[self._mode][f"leaf/{name}"].append(value)
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        # The one place where rewards are seen; the batch that TRL returns has none.
+        self._rewards_per_function = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_function
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        # Before TRL generates, which in some versions leaves the model in training mode.
+        self._mode = "train" if self.model.training else "eval"
+        groups = self.num_generations if self.model.training else self.num_generations_eval
+        batch = super()._generate_and_score_completions(inputs)
+        mask = batch["completion_mask"]
+        if "tool_mask" in batch:
+            mask = mask * batch["tool_mask"]
+        logprobs, token_ids, mask = (
+            self._gather_rows(rows) for rows in (self._ranking_logprobs(batch), batch["completion_ids"], mask)
+        )
+        advantages = self.token_advantages(logprobs, token_ids, self._row_rewards(groups), mask.bool(), groups)
+        self._replace_logged(advantages.sum(1) / mask.sum(1).clamp(min=1))
+        rows, tokens = batch["completion_ids"].shape
+        first = self.accelerator.process_index * rows
+        batch["advantages"] = advantages[first : first + rows, :tokens].contiguous()
+        return batch
+
+    def _ranking_logprobs(self, batch: dict[str, Any]) -> Tensor:
+        """(rows, tokens) log-probabilities of the sampled tokens."""
+        for name in ("old_per_token_logps", "sampling_per_token_logps"):
+            if batch.get(name) is not None:
+                return batch[name]
+        is_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                return self._get_per_token_logps_and_entropies(
+                    self.model,
+                    torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+                    torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+                    batch["completion_ids"].shape[1],
+                    batch_size=getattr(self.args, f"per_device_{self._mode}_batch_size"),
+                    **{name: batch[name] for name in _MODEL_INPUTS if name in batch},
+                )[0]
+        finally:
+            self.model.train(is_training)
+
+    def _gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks in their order, padded to the longest with 0."""
+        accelerator = self.accelerator
+        return accelerator.gather(accelerator.pad_across_processes(rows.contiguous(), dim=1))
+
+    def _row_rewards(self, groups: int) -> Tensor:
+        """(N,) one reward for every row of all ranks, NaN where no function gave one."""
+        rewards = self._rewards_per_function
+        if getattr(self, "multi_objective_aggregation", "sum_then_normalize") == "normalize_then_sum":
+            rewards = _normalize_functions(rewards.view(-1, groups, rewards.shape[1])).view_as(rewards)
+        unscored = rewards.isnan().all(1)
+        return (rewards * self.reward_weights.to(rewards.device)).nansum(1).masked_fill(unscored, torch.nan)
+
+    def _replace_logged(self, advantages: Tensor) -> None:
+        """Put ours in place of the advantages that TRL has just noted for its table of completions."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+
+
+def _normalize_functions(rewards: Tensor) -> Tensor:
+    """(prompts, rows, functions): each function's rewards z-scored over a prompt, with TRL's 1e-4."""
+    # From the least reward up, so that equal rewards give exactly 0.
+    rewards = rewards - rewards.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
+    centred = rewards - rewards.nanmean(1, keepdim=True)
+    count = (~rewards.isnan()).sum(1, keepdim=True)
+    deviation = (centred.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return centred / (deviation + 1e-4)
+
+
+def _check_trainer(trainer: type, args: Any) -> None:
+    """Refuse what would train on something else than the advantages, in silence."""
+    if Version(trl.__version__).release < (0, 26):
+        raise RuntimeError(
+            f"LeafGRPOTrainer needs TRL 0.26 or newer, got {trl.__version__}, whose loss broadcasts advantages per "
+            "token to (rows, rows, tokens); pip install 'trl>=0.26'"
+        )
+    if not isinstance(args, LeafGRPOConfig):
+        raise TypeError(
+            f"args must be a LeafGRPOConfig, or a dataclass derived from it and your own config, "
+            f"got {type(args).__name__}"
+        )
+    if args.loss_type == "sapo" and Version(trl.__version__).release < (0, 28):
+        raise RuntimeError(
+            f"loss_type must not be 'sapo' with LeafGRPOTrainer in TRL {trl.__version__}, whose SAPO loss takes one "
+            "advantage a row; choose another, or pip install 'trl>=0.28'"
+        )
+    if getattr(args, "use_liger_kernel", False) and hasattr(GRPOTrainer, "compute_liger_loss"):
+        raise RuntimeError(
+            f"use_liger_kernel must be False with LeafGRPOTrainer in TRL {trl.__version__}, whose Liger loss takes one "
+            "advantage a row; set it to False, or pip install 'trl>=1.14'"
+        )
+    if any(base.__name__ in ("RLOOTrainer", "GMPOTrainer") for base in trainer.__mro__):
+        raise TypeError(
+            f"{trainer.__name__} must not derive from RLOOTrainer or GMPOTrainer: their losses take one advantage a row"
+        )

@@ -1,0 +1,488 @@
+"""LeafGRPOTrainer in TRL itself, on a tiny model."""
+
+import dataclasses
+import inspect
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
+
+import tiny_trl
+from packaging.version import Version
+from rollouts import assert_rows_close
+from tiny_trl import Recorded, config, count_a, picky, script, trainer
+from trl import GRPOConfig, GRPOTrainer
+
+import leafkernels
+import python_ref
+from leafkernels.integrations import trl as plug
+from leafkernels.integrations.trl import LeafGRPOConfig, LeafGRPOTrainer
+
+LOSS = inspect.getsource(GRPOTrainer._compute_loss)
+# Every loss type that this version compares with, so that none is forgotten.
+LOSS_TYPES = sorted(
+    set(re.findall(r'"(\w+)"', " ".join(re.findall(r'self\.loss_type (?:==|in) (\[[^\]]*\]|"\w+")', LOSS))))
+    - ({"sapo"} if Version(trl.__version__) < Version("0.28") else set())  # refused
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Flat(LeafGRPOTrainer):
+    """GRPO's own advantages through the whole of the plug: gathered, per token, sliced."""
+
+    def token_advantages(
+        self, logprobs: torch.Tensor, token_ids: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, groups: int
+    ) -> torch.Tensor:
+        of_trl = torch.tensor(list(self._logs["advantages"])[-len(rewards) :])
+        return of_trl[:, None].expand_as(logprobs)
+
+
+def curve(kind: type, args: Any, **more: Any) -> list[dict[str, float]]:
+    """What TRL logs at each step, without times and what GRPO does not know."""
+    run = trainer(kind, args, **more)
+    run.train()
+    own = re.compile("time|runtime|per_second|leaf/")
+    history = [{name: x for name, x in line.items() if not own.search(name)} for line in run.state.log_history[:-1]]
+    assert len(history) == args.max_steps
+    assert len({line["grad_norm"] for line in history}) > 1
+    assert any(line.get("reward_std", 0) > 0 for line in history)
+    return history
+
+
+def test_the_loss_types_are_found() -> None:
+    assert {"grpo", "bnpo", "dr_grpo", "dapo", "cispo"} <= set(LOSS_TYPES)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"loss_type": name} for name in LOSS_TYPES),
+        {"num_iterations": 2},
+        {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"top_entropy_quantile": 0.5, "mask_truncated_completions": True},
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
+def test_flat_advantages_reproduce_the_curve_of_trl(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Digit for digit, dropout included: the plug draws no random number and changes no batch."""
+    curves = [
+        curve(kind, config(tmp_path, options, **changes), policy=tiny_trl.model(attention_dropout=0.2))
+        for kind, options in ((GRPOTrainer, GRPOConfig), (Flat, LeafGRPOConfig))
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_flat_advantages_with_an_adapter(tmp_path: Path) -> None:
+    """LoRA with dropout, whose frozen base is the reference of the KL term."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=2, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
+    curves = [
+        curve(kind, config(tmp_path, options, beta=0.1), peft_config=adapter)
+        for kind, options in ((GRPOTrainer, GRPOConfig), (Flat, LeafGRPOConfig))
+    ]
+    assert curves[0] == curves[1]
+    assert curves[0][-1]["kl"] > 0
+
+
+def test_flat_advantages_with_sequence_ratios(tmp_path: Path) -> None:
+    """One ratio a row, whose gradient is now a sum over tokens: the same up to the rounding of sums of few numbers."""
+    settings = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+    expected = curve(GRPOTrainer, config(tmp_path, GRPOConfig, **settings))
+    actual = curve(Flat, config(tmp_path, **settings))
+    for ours, theirs in zip(actual, expected, strict=True):
+        # Numbers of the size of 1, of float32 sums of a hundred terms; the first step hands on its error to the next.
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+def test_without_boundaries_it_is_trl(tmp_path: Path) -> None:
+    """One term, no scale: reward minus mean. Counts of a over four rows are exact in float32, in any order."""
+    settings = {"scale_rewards": "none", "num_generations": 4}
+    expected = curve(GRPOTrainer, config(tmp_path, GRPOConfig, **settings))
+    assert curve(LeafGRPOTrainer, config(tmp_path, num_boundaries=0, terms="global", **settings)) == expected
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_type_trains(loss_type: str, tmp_path: Path) -> None:
+    """The reward of a task that anyone can learn rises, and so do the odds of its token."""
+    run = trainer(LeafGRPOTrainer, config(tmp_path, loss_type=loss_type, max_steps=12))
+    run.train()
+    history = run.state.log_history[:-1]
+    assert all(math.isfinite(line["loss"]) and 0 < line["grad_norm"] < math.inf for line in history[:3])
+    first, last = (sum(line["reward"] for line in part) / 4 for part in (history[:4], history[-4:]))
+    assert last > first + 1
+
+
+def check_batches(batches: list[dict[str, Any]], groups: int, **options: Any) -> None:
+    """Advantages of one process are those of the reference, computed from the model's own logits."""
+    for batch in batches:
+        check_batch(batch, groups, **options)
+    rows = [set(row) for batch in batches for row in batch["advantages"].tolist()]
+    assert any(len(values - {0.0}) > 1 for values in rows), "the case has no span credit to get wrong"
+
+
+def check_batch(batch: dict[str, Any], groups: int, **options: Any) -> None:
+    mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+    rewards = batch["rewards"]
+    summed = [sum(r for r in row if not math.isnan(r)) for row in rewards.tolist()]
+    summed = [math.nan if all(map(math.isnan, row)) else s for row, s in zip(rewards.tolist(), summed, strict=True)]
+    expected = python_ref.span_advantages(
+        batch["logprobs"].tolist(),
+        batch["completion_ids"].tolist(),
+        summed,
+        response_mask=mask.bool().tolist(),
+        groups=[row // groups for row in range(len(summed))],
+        **options,
+    )
+    assert batch["advantages"].dtype == torch.float32
+    assert batch["advantages"].shape == batch["completion_ids"].shape
+    assert batch["advantages"].is_contiguous()
+    assert_rows_close(batch["advantages"].tolist(), expected)
+    whole = leafkernels.span_advantages(
+        batch["logprobs"],
+        batch["completion_ids"],
+        torch.tensor(summed),
+        response_mask=mask,
+        groups=groups,
+        **options,
+    )
+    assert torch.equal(batch["advantages"], whole)
+    tokens = mask.sum(1).clamp(min=1)
+    rows = batch["table"][-len(summed) :]
+    torch.testing.assert_close(torch.tensor(rows), batch["advantages"].sum(1) / tokens, rtol=1e-6, atol=1e-6)
+
+
+OPTIONS = [
+    {},
+    {"num_boundaries": 4, "min_separation": 1, "terms": "local", "multiplicity_power": 1.0, "leave_one_out": True},
+    {"normalize": "reward_std"},
+    {"normalize": "none", "num_boundaries": 3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "truncated rows masked"])
+def test_advantages_are_those_of_the_reference(options: dict[str, Any], masked: bool, tmp_path: Path) -> None:
+    """Truncated rows, rows without a reward, groups that share; the options of the config arrive."""
+    args = config(tmp_path, per_device_train_batch_size=16, mask_truncated_completions=masked, **options)
+    run = trainer(Recorded, args, picky, script(tiny_trl.model(), 4))
+    run.train()
+    assert len(run.batches) == args.max_steps
+    rewards = torch.cat([batch["rewards"] for batch in run.batches])
+    assert rewards.isnan().any() and not rewards.isnan().all()
+    lengths = torch.cat([batch["completion_mask"].sum(1) for batch in run.batches])
+    assert (lengths == 0).any() == masked
+    check_batches(run.batches, 4, **{"normalize": "span", **options})
+    for batch in run.batches:
+        unscored = batch["rewards"].isnan().all(1)
+        assert batch["advantages"][unscored].eq(0).all()
+
+
+@pytest.mark.parametrize(("scale", "normalize"), [("group", "span"), ("batch", "batch"), ("none", "none")])
+def test_normalize_follows_scale_rewards(scale: str, normalize: str, tmp_path: Path) -> None:
+    run = trainer(Recorded, config(tmp_path, scale_rewards=scale, max_steps=1), picky, script(tiny_trl.model(), 4))
+    run.train()
+    check_batches(run.batches, 4, normalize=normalize)
+
+
+def test_several_reward_functions(tmp_path: Path) -> None:
+    """Weighted and summed; what one function could not score, the other does."""
+    args = config(tmp_path, reward_weights=[1.0, 0.5], max_steps=1)
+    run = trainer(Recorded, args, [picky, count_a], script(tiny_trl.model(), 4))
+    run.train()
+    (batch,) = run.batches
+    assert batch["rewards"][:, 0].isnan().any() and not batch["rewards"][:, 1].isnan().any()
+    batch["rewards"] = batch["rewards"] * torch.tensor([1.0, 0.5])
+    check_batches([batch], 4)
+
+
+@pytest.mark.skipif("normalize_then_sum" not in LOSS + inspect.getsource(GRPOTrainer), reason="not in this TRL")
+def test_rewards_normalized_before_the_sum(tmp_path: Path) -> None:
+    """Without boundaries: TRL's own, but for the 1e-4 beside its second deviation."""
+    settings = {"multi_objective_aggregation": "normalize_then_sum", "max_steps": 1}
+    leaf = {"num_boundaries": 0, "terms": "global", "normalize": "batch"}
+
+    class Both(Recorded):
+        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            rewards = super()._calculate_rewards(*args, **kwargs)
+            rewards[:4, 0] = 0.3  # all equal: this function says nothing here
+            return rewards
+
+        def _replace_logged(self, advantages: torch.Tensor) -> None:
+            self.of_trl = torch.tensor(list(self._logs["advantages"])[-len(advantages) :])
+
+    run = trainer(Both, config(tmp_path, **settings, **leaf), [picky, count_a], script(tiny_trl.model(), 4))
+    run.train()
+    ours = run.batches[0]["advantages"][:, 0]
+    assert run.of_trl.abs().max() > 0.5
+    # TRL divides by deviation + 1e-4, and the deviation is above 0.5; float32 sums add a few roundings of 1e-7.
+    torch.testing.assert_close(ours, run.of_trl, rtol=2e-4 + 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_batches_are_split_with_their_advantages(iterations: int, tmp_path: Path) -> None:
+    """One generation, shuffled, in four parts, once or twice: every row keeps its own advantages."""
+    args = config(
+        tmp_path, per_device_train_batch_size=4, steps_per_generation=4, num_iterations=iterations, max_steps=8
+    )
+    run = trainer(Recorded, args, picky, script(tiny_trl.model(), 4))
+    run.train()
+    assert (len(run.batches), len(run.splits)) == (8 // (4 * iterations), 8)
+    check_batches(run.batches, 4)
+    for number, split in enumerate(run.splits):
+        batch = run.batches[number // (4 * iterations)]
+        generated = zip(batch["completion_ids"].tolist(), batch["advantages"].tolist(), strict=True)
+        known = [(ids, advantages) for ids, advantages in generated]
+        assert split["advantages"].shape == split["completion_ids"].shape == (4, batch["completion_ids"].shape[1])
+        for pair in zip(split["completion_ids"].tolist(), split["advantages"].tolist(), strict=True):
+            assert pair in known
+
+
+def test_evaluation_has_its_own_number_of_generations(tmp_path: Path) -> None:
+    args = config(tmp_path, num_generations=2, num_generations_eval=4, per_device_eval_batch_size=8, max_steps=1)
+    run = trainer(Recorded, args, picky, script(tiny_trl.model(attention_dropout=0.2), 4))
+    run.evaluate(run.train_dataset.select(range(4)))
+    assert len(run.batches) == 2
+    check_batches(run.batches, 4)
+    assert not run.model.training
+    assert 0 < run.state.log_history[-1]["eval_leaf/span_credit_share"] < 1
+    run.train()
+    assert "leaf/span_credit_share" in run.state.log_history[-2]
+
+
+def test_log_probabilities_come_from_the_model_in_eval_mode(tmp_path: Path) -> None:
+    """Dropout would move boundaries from run to run, and the model comes back as it was."""
+    dropped = tiny_trl.model(attention_dropout=0.9)
+    dropped.eval()
+    run = trainer(Recorded, config(tmp_path, max_steps=1), picky, script(dropped, 4))
+    modes = []
+    compute = run._get_per_token_logps_and_entropies
+
+    def watched(model: Any, *args: Any, **kwargs: Any) -> Any:
+        modes.append((model.training, torch.is_grad_enabled()))
+        return compute(model, *args, **kwargs)
+
+    run._get_per_token_logps_and_entropies = watched
+    run.train()
+    assert modes == [(False, False), (True, True)]
+
+
+def test_log_probabilities_of_trl_are_used_where_it_has_them(tmp_path: Path) -> None:
+    """No second forward when the batch is used twice."""
+    run = trainer(Recorded, config(tmp_path, num_iterations=2, max_steps=2), picky, script(tiny_trl.model(), 4))
+    calls = []
+    compute = run._get_per_token_logps_and_entropies
+    run._get_per_token_logps_and_entropies = lambda *a, **k: (calls.append(1), compute(*a, **k))[1]
+    run.train()
+    assert len(calls) == 1 + 2
+    assert "old_per_token_logps" in run.batches[0]
+    check_batches(run.batches, 4)
+
+
+@pytest.mark.skipif("env_mask" not in inspect.getsource(GRPOTrainer), reason="this TRL takes no mask from rollout_func")
+def test_tool_tokens_and_missing_log_probabilities(tmp_path: Path) -> None:
+    """Rollouts with tool tokens in the middle, and a NaN where the sampler gave no log-probability."""
+
+    def rollout(prompts: list[str], run: Any) -> dict[str, Any]:
+        rows = tiny_trl.scripted_rows(0, 0, 4) + tiny_trl.scripted_rows(0, 1, 4)
+        logprobs = [[-((7 * t + 3 * token) % 11) / 2 for t, token in enumerate(row)] for row in rows]
+        logprobs[0][2] = math.nan
+        return {
+            "prompt_ids": [[3, 4]] * len(prompts),
+            "completion_ids": rows,
+            "logprobs": logprobs,
+            "env_mask": [[int(t not in (2, 3)) for t in range(len(row))] for row in rows],
+        }
+
+    run = trainer(Recorded, config(tmp_path, max_steps=1, num_boundaries=3), picky, rollout_func=rollout)
+    run.train()
+    (batch,) = run.batches
+    assert batch["tool_mask"].eq(0).any()
+    assert batch["sampling_per_token_logps"].isnan().any()
+    batch["logprobs"] = batch["sampling_per_token_logps"]
+    check_batches([batch], 4, num_boundaries=3)
+    assert batch["advantages"][batch["tool_mask"] == 0].eq(0).all()
+
+
+def test_the_logs_count_what_they_say(tmp_path: Path) -> None:
+    """Counted again from the tree that the public function shows, row by row."""
+    run = trainer(Recorded, config(tmp_path, per_device_train_batch_size=16), picky, script(tiny_trl.model(), 4))
+    run.train()
+    for batch in run.batches:
+        mask = batch["completion_mask"].bool()
+        rewards = batch["rewards"][:, 0]
+        shared = tokens = fired = pairs = nodes = 0
+        for group in range(4):
+            rows = slice(4 * group, 4 * group + 4)
+            tree = leafkernels.span_tree(
+                batch["logprobs"][rows], batch["completion_ids"][rows], rewards[rows], response_mask=mask[rows]
+            )
+            boundaries = [p for p in tree.boundaries.tolist() if p >= 0]
+            for names, length, ends in zip(
+                tree.nodes.tolist(), tree.lengths.tolist(), tree.spans.span_ends.tolist(), strict=True
+            ):
+                kept = [name for name in names if name >= 0]
+                shared += min(ends[len(kept) - 1], length) if kept else 0
+                tokens += length
+                fired += len(kept)
+                pairs += len(boundaries) if length else 0
+            nodes += sum(
+                len({name for name in column if name >= 0}) for column in zip(*tree.nodes.tolist(), strict=True)
+            )
+        assert batch["metrics"]["leaf/span_credit_share"] == shared / tokens
+        assert batch["metrics"]["leaf/fork_fire_rate"] == fired / pairs
+        assert batch["metrics"]["leaf/nodes_per_group"] == nodes / 4
+        assert 0 < shared < tokens and 0 < fired < pairs
+
+
+def test_nothing_to_share(tmp_path: Path) -> None:
+    """No boundary, no row with a reward: rates of nothing are 0, and the step does nothing."""
+    run = trainer(Recorded, config(tmp_path, num_boundaries=0, max_steps=1), lambda completions, **_: [None] * 8)
+    run.train()
+    (batch,) = run.batches
+    assert batch["advantages"].eq(0).all()
+    own = {name: value for name, value in batch["metrics"].items() if name.startswith("leaf/")}
+    assert own == {"leaf/span_credit_share": 0, "leaf/fork_fire_rate": 0, "leaf/nodes_per_group": 0}
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Twelve rows in groups of four, on one rank and on two, the middle group on both; rows of unequal width."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    root = Path(__file__).resolve().parents[1]
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(root),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(root / "tests" / "tiny_trl.py"), str(rank), str(tmp_path / f"{rank}.pt")]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
+    (whole,) = tiny_trl.one_step(str(tmp_path / "run"), 12).batches
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=False)[0] for rank in range(2)]
+    assert len({half["completion_ids"].shape[1] for half in halves}) == 2, "the case wants unequal widths"
+
+    def rows(batch: dict[str, Any], name: str) -> list[list[float]]:
+        lengths = batch["completion_mask"].sum(1).tolist()
+        return [row[:length] for row, length in zip(batch[name].tolist(), lengths, strict=True)]
+
+    for name in ("completion_ids", "advantages"):
+        assert rows(halves[0], name) + rows(halves[1], name) == rows(whole, name)
+    check_batches([whole], 4)
+    own = [name for name in whole["metrics"] if name.startswith("leaf/")]
+    assert len(own) == 3
+    for half in halves:
+        assert [half["metrics"][name] for name in own] == [whole["metrics"][name] for name in own]
+
+
+def test_it_is_a_mixin(tmp_path: Path) -> None:
+    """First in line before a trainer that changes the batch itself."""
+
+    class Theirs(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            batch = super()._generate_and_score_completions(inputs)
+            batch["tool_mask"] = torch.ones_like(batch["completion_mask"])
+            batch["tool_mask"][:, 0] = 0
+            return batch
+
+    class Mine(Recorded, Theirs):
+        pass
+
+    run = trainer(Mine, config(tmp_path, max_steps=1, num_boundaries=4), picky, script(tiny_trl.model(), 4))
+    run.train()
+    assert run.batches[0]["advantages"][:, 0].eq(0).all()
+    check_batches(run.batches, 4, num_boundaries=4)
+
+
+def test_without_args_it_takes_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass
+    class OnCPU(LeafGRPOConfig):  # TRL's own defaults want a GPU
+        use_cpu: bool = True
+        bf16: bool = False
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plug, "LeafGRPOConfig", OnCPU)
+    run = trainer(LeafGRPOTrainer, None)
+    assert type(run.args) is OnCPU
+    assert run.args.num_boundaries == 2
+
+
+def refused(error: type[Exception], message: str, kind: type, args: Any) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        trainer(kind, args)
+
+
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = config(tmp_path)
+    refused(
+        TypeError,
+        "args must be a LeafGRPOConfig, or a dataclass derived from it and your own config, got GRPOConfig",
+        LeafGRPOTrainer,
+        config(tmp_path, GRPOConfig),
+    )
+    refused(
+        ValueError,
+        "terms must be one of 'both', 'global', 'local', got 'all'",
+        LeafGRPOTrainer,
+        config(tmp_path, terms="all"),
+    )
+    gmpo = type("GMPOTrainer", (GRPOTrainer,), {})
+    refused(
+        TypeError,
+        "Mine must not derive from RLOOTrainer or GMPOTrainer: their losses take one advantage a row",
+        type("Mine", (LeafGRPOTrainer, gmpo), {}),
+        args,
+    )
+    sapo = config(tmp_path, loss_type="sapo")
+    monkeypatch.setattr(plug.trl, "__version__", "0.27.2")
+    refused(
+        RuntimeError,
+        "loss_type must not be 'sapo' with LeafGRPOTrainer in TRL 0.27.2, whose SAPO loss takes one advantage a row; "
+        "choose another, or pip install 'trl>=0.28'",
+        LeafGRPOTrainer,
+        sapo,
+    )
+    monkeypatch.setattr(plug.trl, "__version__", "0.25.1")
+    refused(
+        RuntimeError,
+        "LeafGRPOTrainer needs TRL 0.26 or newer, got 0.25.1, whose loss broadcasts advantages per token to "
+        "(rows, rows, tokens); pip install 'trl>=0.26'",
+        LeafGRPOTrainer,
+        args,
+    )
+    monkeypatch.setattr(plug.trl, "__version__", "1.13.0")
+    monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", None, raising=False)
+    args.use_liger_kernel = True
+    refused(
+        RuntimeError,
+        "use_liger_kernel must be False with LeafGRPOTrainer in TRL 1.13.0, whose Liger loss takes one advantage a "
+        "row; set it to False, or pip install 'trl>=1.14'",
+        LeafGRPOTrainer,
+        args,
+    )

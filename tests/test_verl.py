@@ -1,0 +1,225 @@
+"""The estimator "leaf": in verl itself where it is installed, and by the contract of its registry everywhere."""
+
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from rollouts import Rollouts, assert_rows_close, rollouts
+
+MODULE = "leafkernels.integrations.verl"
+
+
+class Batch:
+    """As much of a DataProto, and of a batch of the transfer queue, as estimators and trainers touch."""
+
+    def __init__(self, batch: dict[str, Any], non_tensor_batch: dict[str, Any]) -> None:
+        self.batch, self.non_tensor_batch = batch, non_tensor_batch
+        self.keys, self.partition_id = [f"key {i}" for i in range(len(batch["responses"]))], "train"
+
+
+def contract(passes_batch: bool) -> types.ModuleType:
+    """The registry, and the call of an estimator: of 0.9, or of one that passes the batch to those that take it."""
+    registry: dict[str, Callable] = {}
+
+    def register_adv_est(name: str) -> Callable:
+        return lambda function: registry.setdefault(name, function)
+
+    def compute_advantage(data: Any, adv_estimator: str, config: Any = None) -> Any:
+        more = {"batch": data.batch, "non_tensor_batch": data.non_tensor_batch} if passes_batch else {}
+        data.batch["advantages"], data.batch["returns"] = registry[adv_estimator](
+            token_level_rewards=data.batch["token_level_rewards"],
+            response_mask=data.batch["response_mask"],
+            config=config,
+            index=data.non_tensor_batch["uid"],
+            **more,
+        )
+        return data
+
+    module = types.ModuleType("verl.trainer.ppo.core_algos")
+    module.register_adv_est = register_adv_est
+    module.compute_advantage = compute_advantage
+    return module
+
+
+@pytest.fixture(scope="module", params=["verl", "contract of 0.9", "contract with batch"])
+def plug(request: pytest.FixtureRequest) -> Iterator[types.ModuleType]:
+    """The module under test over verl itself or over its contract."""
+    kept = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "verl" or name == MODULE}
+    for name in kept:
+        del sys.modules[name]
+    if request.param == "verl":
+        pytest.importorskip("verl.trainer.ppo.ray_trainer", reason="needs verl: pip install -e '.[verl]'")
+    else:
+        core = contract(request.param == "contract with batch")
+        fakes = {name: types.ModuleType(name) for name in ("verl", "verl.trainer", "verl.trainer.ppo")}
+        fakes["verl.trainer.ppo"].ray_trainer = core
+        sys.modules.update({**fakes, "verl.trainer.ppo.core_algos": core, "verl.trainer.ppo.ray_trainer": core})
+    yield importlib.import_module(MODULE)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "verl" or name == MODULE]:
+        del sys.modules[name]
+    sys.modules.update(kept)
+
+
+def as_verl(case: Rollouts) -> Batch:
+    """Rewards on the last token of the response, uids as strings, and the mask in verl's integers."""
+    tensors = {name: tensor.cpu() for name, tensor in case.padded(extra=1).items()}
+    rewards = torch.zeros_like(tensors["logprobs"])
+    rewards[:, -1] = tensors["rewards"]
+    batch = {
+        "responses": tensors["token_ids"],
+        "old_log_probs": tensors["logprobs"],
+        "response_mask": tensors["response_mask"].long(),
+        "token_level_rewards": rewards,
+    }
+    return Batch(batch, {"uid": np.array([f"prompt {group}" for group in case.groups], dtype=object)})
+
+
+def expected(case: Rollouts) -> list[list[float]]:
+    """The reference, with rows that begin in the first column."""
+    mask = [[any(row), *row[1:]] if row else [] for row in case.mask]
+    begun = Rollouts(case.token_ids, case.logprobs, mask, case.rewards, case.groups, case.options)
+    values = begun.expected()
+    return [[v * m for v, m in zip(*pair, strict=True)] for pair in zip(values, case.mask, strict=True)]
+
+
+def data_of(plug: types.ModuleType, data: Batch) -> Any:
+    """A real DataProto where verl is real."""
+    protocol = sys.modules["verl"].__dict__.get("DataProto")
+    return data if protocol is None else protocol.from_dict(tensors=data.batch, non_tensors=data.non_tensor_batch)
+
+
+@given(case=rollouts())
+@settings(max_examples=40)
+def test_compute_advantage(plug: types.ModuleType, case: Rollouts) -> None:
+    """Through verl's own dispatch by name: the reference's advantages, and returns."""
+    data = plug.compute_advantage(data_of(plug, as_verl(case)), adv_estimator="leaf", config={"leaf": case.options})
+    assert_rows_close(case.rows_of(data.batch["advantages"]), expected(case))
+    assert torch.equal(data.batch["returns"], data.batch["advantages"])
+
+
+def test_options(plug: types.ModuleType) -> None:
+    case = Rollouts([[1, 2, 3], [1, 2, 4]], [[-1.0, -5.0, -2.0]] * 2, [[True] * 3] * 2, [1.0, 0.0], [0, 0])
+    for config, options in [
+        (None, {}),
+        ({"norm_adv_by_std_in_grpo": False}, {"normalize": "none"}),
+        ({"norm_adv_by_std_in_grpo": False, "leaf": {"normalize": "batch"}}, {"normalize": "batch"}),
+        ({"leaf": {"num_boundaries": 0}}, {"num_boundaries": 0}),
+    ]:
+        data = plug.compute_advantage(data_of(plug, as_verl(case)), adv_estimator="leaf", config=config)
+        assert_rows_close(case.rows_of(data.batch["advantages"]), case.expected(**options))
+
+
+def test_the_sampler_s_log_probabilities_serve_too(plug: types.ModuleType) -> None:
+    case = Rollouts([[1, 2, 3], [1, 2, 4]], [[-1.0, -5.0, -2.0]] * 2, [[True] * 3] * 2, [1.0, 0.0], [0, 0])
+    data = as_verl(case)
+    data.batch["rollout_log_probs"] = data.batch.pop("old_log_probs")
+    data = plug.compute_advantage(data_of(plug, data), adv_estimator="leaf")
+    assert_rows_close(case.rows_of(data.batch["advantages"]), case.expected())
+
+
+def test_the_mixin_brings_what_the_trainer_left_out(plug: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that reads all but the responses from the queue, as that of 0.9 does."""
+    case = Rollouts([[1, 2, 3], [1, 2, 4], [1]], [[-1.0, -5.0, -2.0]] * 2 + [[-1.0]], [[True] * 3] * 2 + [[True]],
+                    [1.0, 0.0, 0.5], [0, 0, 0])  # fmt: skip
+    whole = as_verl(case)
+
+    class Fields(dict):
+        def to_padded_tensor(self) -> dict[str, torch.Tensor]:
+            return dict(self)
+
+    def kv_batch_get(keys: list[str], partition_id: str, select_fields: list[str]) -> Fields:
+        assert (keys, partition_id) == (whole.keys, "train")
+        return Fields({name: whole.batch[name] for name in select_fields if name in whole.batch})
+
+    queue = types.ModuleType("transfer_queue")
+    queue.kv_batch_get = kv_batch_get
+    monkeypatch.setitem(sys.modules, "transfer_queue", queue)
+
+    class Theirs:
+        def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+            tensors = {name: value for name, value in whole.batch.items() if name != "responses"}
+            data = data_of(plug, Batch({**tensors, "responses": torch.zeros(3, 4)}, whole.non_tensor_batch))
+            del data.batch["responses"]
+            metrics["seen"] = True
+            return sys.modules["verl.trainer.ppo.ray_trainer"].compute_advantage(data, "leaf")
+
+    class Mine(plug.LeafAdvantage, Theirs):
+        pass
+
+    metrics: dict[str, Any] = {}
+    data = Mine()._compute_advantage(whole, metrics)
+    assert metrics == {"seen": True}
+    assert_rows_close(case.rows_of(data.batch["advantages"]), case.expected())
+    with pytest.raises(RuntimeError, match="^the estimator 'leaf' needs 'responses' and 'old_log_probs'"):
+        Theirs()._compute_advantage(whole, metrics)
+
+
+def test_without_uids(plug: types.ModuleType) -> None:
+    one = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match="^index must hold the uid of each row's prompt for the estimator 'leaf', got"):
+        plug.compute_leaf_advantage(one, one)
+
+
+def test_the_mixin_over_the_trainer_of_verl(plug: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's own ``_compute_advantage``, over a transfer queue that is a dict of nested tensors."""
+    if sys.modules["verl"].__dict__.get("DataProto") is None:
+        pytest.skip("the contract has no trainer")
+    base = pytest.importorskip("verl.trainer.ppo.v1.trainer_base", reason="needs verl with its TransferQueue")
+    from omegaconf import OmegaConf
+    from tensordict import TensorDict
+
+    rows = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6], [7, 8], [7, 9, 1]]
+    logprobs = [[-0.1, -0.2, -3.0 - i, -0.5 - i][: len(row)] for i, row in enumerate(rows)]
+    mask = [[t != 1 or i != 2 for t in range(len(row))] for i, row in enumerate(rows)]
+    case = Rollouts(rows, logprobs, mask, [1.0, 0.0, 0.5, 0.0, 2.0], [0, 0, 0, 1, 1])
+
+    def nested(values: list[list], dtype: torch.dtype) -> torch.Tensor:
+        return torch.nested.as_nested_tensor([torch.tensor(row, dtype=dtype) for row in values], layout=torch.jagged)
+
+    scores = [[0.0] * (len(row) - 1) + [reward] for row, reward in zip(rows, case.rewards, strict=True)]
+    store = {
+        "responses": nested(rows, torch.int64),
+        "old_log_probs": nested(logprobs, torch.float32),
+        "response_mask": nested(mask, torch.int64),
+        "rm_scores": nested(scores, torch.float32),
+        "uid": np.array([f"prompt {group}" for group in case.groups], dtype=object),
+    }
+
+    def get(keys: list[str], partition_id: str, select_fields: list[str]) -> TensorDict:
+        from verl.utils import tensordict_utils
+
+        fields = {name: store[name] for name in select_fields if name in store}
+        return tensordict_utils.get_tensordict(
+            {name: list(field) if name == "uid" else field for name, field in fields.items()}
+        )
+
+    def put(keys: list[str], partition_id: str, fields: TensorDict) -> str:
+        store.update(fields.items())
+        return "written"
+
+    import transfer_queue
+
+    monkeypatch.setattr(transfer_queue, "kv_batch_get", get)
+    monkeypatch.setattr(transfer_queue, "kv_batch_put", put)
+
+    mine = type("Mine", (plug.LeafAdvantage, base.PPOTrainer), {})
+    mine.__abstractmethods__ = frozenset()
+    trainer = object.__new__(mine)
+    algorithm = {"use_kl_in_reward": False, "adv_estimator": "leaf", "gamma": 1.0, "lam": 1.0}
+    trainer.config = OmegaConf.create({"algorithm": algorithm, "actor_rollout_ref": {"rollout": {"n": 3}}})
+
+    class Meta:
+        keys, partition_id = [f"key {i}" for i in range(5)], "train"
+
+        def __len__(self) -> int:
+            return 5
+
+    assert trainer._compute_advantage(Meta(), {}) == "written"
+    for row, of_reference in zip(store["advantages"].unbind(), case.expected(), strict=True):
+        assert_rows_close([row.tolist()], [of_reference])
