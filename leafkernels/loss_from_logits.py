@@ -120,20 +120,16 @@ def policy_loss_from_logits(
         raise TypeError("logits must be float32, bfloat16 or float16 with backend='triton', got torch.float64")
 
     dtype = compute_dtype(logits.dtype)
-
-    def flat(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(dtype).flatten().contiguous()
-
     rows = logits.flatten(0, 1)
     loss, terms = _PolicyLoss.apply(
         rows if rows.stride(-1) == 1 else rows.contiguous(),
         token_ids.flatten().contiguous(),
         temperatures.flatten().contiguous(),
         mask.flatten().contiguous(),
-        flat(token_weights(mask, aggregate, constant, dtype)),
-        flat(old_logprobs),
-        flat(advantages),
-        flat(ref_logprobs),
+        token_weights(mask, aggregate, constant, dtype).flatten(),
+        None if old_logprobs is None else _flat_constant(old_logprobs, dtype),
+        _flat_constant(advantages, dtype),
+        None if ref_logprobs is None else _flat_constant(ref_logprobs, dtype),
         low,
         high,
         float(kl_coef),
@@ -143,3 +139,7 @@ def policy_loss_from_logits(
     )
     means = terms.sum(1) / mask.sum().clamp_min(1)
     return PolicyLoss(loss, *means[1:].unbind())
+
+
+def _flat_constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).flatten().contiguous()

@@ -135,7 +135,7 @@ def test_vocabulary_functions_compile_with_gradients(function: str, backend: str
         else:
             in_place = function == "in place"
             found = leafkernels.surprisal_entropy(hidden @ weight.T, ids, inplace_backward=in_place, **options)
-        return (found.logprobs * found.entropy).sum()
+        return (found.surprisal * found.entropy).sum()
 
     torch._dynamo.reset()
     start = torch.randn(4, 5, device=DEVICE)
