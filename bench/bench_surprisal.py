@@ -244,6 +244,12 @@ PROMISES = {"speed": 1.0, "peak memory": 3.0}
 PROMISED = Vocabulary("2x512x151936", 1024, 151_936, torch.float32, "622 MB of logits: long responses, a small batch")
 
 
+def ready(op: str, backend: str, num_rows: int, vocab_size: int) -> Call:
+    """A call on float32 logits of this size, for a process that measures its memory."""
+    prepare = (GRADIENTS if "gradient" in op else PREPARES)[backend]
+    return prepare(Vocabulary("", num_rows, vocab_size, torch.float32, "").batches("", "cpu", 1)[0])
+
+
 @pytest.mark.promise
 @pytest.mark.parametrize("of", PROMISES)
 @pytest.mark.parametrize("op", ["surprisal_entropy", "surprisal_entropy with gradient"])
@@ -254,7 +260,7 @@ def test_promise(op: str, of: str, session: Session) -> None:
         if not memory.MEASURABLE:
             pytest.skip("reads the peak of a process from Linux's /proc")
         theirs, ours = (
-            memory.peak_bytes(op, backend, shape.num_rows, shape.vocab_size) for backend in ("usual", "torch")
+            memory.peak_bytes(ready, op, backend, shape.num_rows, shape.vocab_size) for backend in ("usual", "torch")
         )
     else:
         batch = shape.batches("normal", "cpu", 1)[0]

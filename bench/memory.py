@@ -1,31 +1,41 @@
-"""The memory that a call on the CPU takes beyond its inputs: ``python -m bench.memory OPERATION BACKEND ROWS VOCAB``.
+"""The memory that a call on the CPU takes beyond its inputs: ``python -m bench.memory MODULE FUNCTION ARGUMENT...``.
+
+The function makes the call ready, for a small size first, so that what every call loads is there.
 
 In a process of its own, since a process does not give back all that it once had. What is read is what the process had
 resident at its highest after the peak was reset, less what it had before the call: PyTorch's own counts know nothing of
 the CPU. Linux only.
 """
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+Call = Callable[[], Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURABLE = Path("/proc/self/clear_refs").exists()
 
 
-def peak_bytes(op: str, backend: str, num_rows: int, vocab_size: int) -> int:
-    """Of one call of ``backend`` on float32 logits of this size, the inputs left out."""
-    arguments = [op, backend, str(num_rows), str(vocab_size)]
+def peak_bytes(prepare: Callable[..., Call], *arguments: str | int) -> int:
+    """Of one call that ``prepare(*arguments)``, a function of a module, makes ready; its inputs are left out.
+
+    Numbers at the end of the arguments are a size; the same call on a size of 2 each comes first.
+    """
+    command = [prepare.__module__, prepare.__name__, *map(str, arguments)]
     done = subprocess.run(
-        [sys.executable, "-m", "bench.memory", *arguments],
+        [sys.executable, "-m", "bench.memory", *command],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {backend} failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"measuring the memory of {' '.join(command)} failed: {done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
 
 
@@ -38,15 +48,14 @@ def _status(field: str) -> int:
 def main() -> None:
     import torch
 
-    from bench.bench_surprisal import GRADIENTS, PREPARES, Vocabulary
-
-    op, backend, num_rows, vocab_size = sys.argv[1:]
+    module, function, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    prepare = (GRADIENTS if "gradient" in op else PREPARES)[backend]
+    prepare = getattr(importlib.import_module(module), function)
+    size = [int(argument) for argument in arguments if argument.isdigit()]
+    names = arguments[: len(arguments) - len(size)]
     # The first call loads what every call needs.
-    first, shape = (Vocabulary("", *size, torch.float32, "") for size in ((2, 50), (int(num_rows), int(vocab_size))))
-    prepare(first.batches("", "cpu", 1)[0])()
-    call = prepare(shape.batches("", "cpu", 1)[0])
+    prepare(*names, *[2] * len(size))()
+    call = prepare(*names, *size)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     result = call()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import memory, peers
+from bench import bench_surprisal, memory, peers
 from bench.harness import Session
 from bench.plot import draw, panels
 from bench.report import markdown
@@ -181,9 +181,9 @@ def test_peers_say_why_they_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError("No module named 'ray'")
 
     installed = peers.Peer("torch", broken)
-    assert installed.why_not("cpu") == f"torch {torch.__version__} does not import: ImportError: No module named 'ray'"
+    assert installed.why_not("cpu") == f"torch {installed.version} does not import: ImportError: No module named 'ray'"
     for_gpu = peers.Peer("torch", broken, "cuda")
-    assert for_gpu.why_not("cpu") == f"torch {torch.__version__} needs a CUDA device here"
+    assert for_gpu.why_not("cpu") == f"torch {for_gpu.version} needs a CUDA device here"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert peers.Peer("torch", broken, "triton").why_not("cpu") == for_gpu.why_not("cpu")
 
@@ -205,7 +205,7 @@ def test_worst_errors() -> None:
 def test_peak_memory_sees_what_a_call_takes() -> None:
     """The usual way holds log-probabilities, probabilities and their product at once: three times the logits."""
     num_rows, vocab_size = 64, 100_000
-    peak = memory.peak_bytes("surprisal_entropy", "usual", num_rows, vocab_size)
+    peak = memory.peak_bytes(bench_surprisal.ready, "surprisal_entropy", "usual", num_rows, vocab_size)
     assert 2.5 <= peak / (num_rows * vocab_size * 4) <= 4.5
 
 

@@ -1,5 +1,6 @@
 """Registered operations, torch.compile, no recompilation, no synchronisation, CUDA graphs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -207,6 +208,25 @@ def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.Monkey
     assert compiled() == before
 
 
+def captured_in_graph(step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.CUDAGraph]:
+    """What a step gives, what it gives in a graph once that is replayed, and the graph; it must not synchronise."""
+    expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return expected, captured, graph
+
+
 @on_gpu
 @pytest.mark.parametrize("name", ["span_advantages", *ESTIMATORS])
 @pytest.mark.parametrize("layout", ["padded", "groups", "packed"])
@@ -229,20 +249,7 @@ def test_nothing_synchronises_and_a_graph_captures_it(
     def step() -> torch.Tensor:
         return getattr(leafkernels, name)(**group, **options)
 
-    expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    expected, captured, graph = captured_in_graph(step)
     group["rewards"].copy_(group["rewards"].flip(0))
     graph.replay()
     torch.testing.assert_close(captured, step(), rtol=0, atol=0)
@@ -273,20 +280,7 @@ def test_vocabulary_functions_synchronise_nothing_and_a_graph_captures_them(func
             return torch.autograd.grad(loss, weight)[0]
         return torch.autograd.grad((found.surprisal + found.entropy).sum(), weight)[0]
 
-    expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    expected, captured, graph = captured_in_graph(step)
     graph.replay()
     torch.testing.assert_close(captured, expected, rtol=0, atol=0)
 
