@@ -260,7 +260,8 @@ def test_promise(op: str, of: str, session: Session) -> None:
         if not memory.MEASURABLE:
             pytest.skip("reads the peak of a process from Linux's /proc")
         theirs, ours = (
-            memory.peak_bytes(ready, op, backend, shape.num_rows, shape.vocab_size) for backend in ("usual", "torch")
+            memory.peak_bytes(__name__, ready.__name__, op, backend, shape.num_rows, shape.vocab_size)
+            for backend in ("usual", "torch")
         )
     else:
         batch = shape.batches("normal", "cpu", 1)[0]

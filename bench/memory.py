@@ -11,22 +11,18 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-Call = Callable[[], Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURABLE = Path("/proc/self/clear_refs").exists()
 
 
-def peak_bytes(prepare: Callable[..., Call], *arguments: str | int) -> int:
-    """Of one call that ``prepare(*arguments)``, a function of a module, makes ready; its inputs are left out.
+def peak_bytes(module: str, function: str, *arguments: str | int) -> int:
+    """Of one call that the function of a module makes ready from the arguments; its inputs are left out.
 
     Numbers at the end of the arguments are a size; the same call on a size of 2 each comes first.
     """
-    command = [prepare.__module__, prepare.__name__, *map(str, arguments)]
+    command = [module, function, *map(str, arguments)]
     done = subprocess.run(
         [sys.executable, "-m", "bench.memory", *command],
         cwd=ROOT,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import bench_surprisal, memory, peers
+from bench import memory, peers
 from bench.harness import Session
 from bench.plot import draw, panels
 from bench.report import markdown
@@ -205,7 +205,7 @@ def test_worst_errors() -> None:
 def test_peak_memory_sees_what_a_call_takes() -> None:
     """The usual way holds log-probabilities, probabilities and their product at once: three times the logits."""
     num_rows, vocab_size = 64, 100_000
-    peak = memory.peak_bytes(bench_surprisal.ready, "surprisal_entropy", "usual", num_rows, vocab_size)
+    peak = memory.peak_bytes("bench.bench_surprisal", "ready", "surprisal_entropy", "usual", num_rows, vocab_size)
     assert 2.5 <= peak / (num_rows * vocab_size * 4) <= 4.5
 
 
