@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leafkernels._backend import implementation
+from leafkernels._ops import register
 from leafkernels.stretches import mask_stretches
 
 
@@ -71,20 +73,18 @@ def build_layout(
     ``mask`` is a bool tensor shaped like ``rows``, which ``backend`` looks for the rows in; ``groups`` an int
     (consecutive runs) or a tensor (N,).
     """
-    device = rows.device
-    if cu_seqlens is None:
-        num_rows, width = rows.shape
-        slot_starts = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        slot_ends = torch.full_like(slot_starts, width)
-        max_length = width
-    else:
-        total = rows.shape[0]
+    num_rows = rows.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    width = rows.shape[-1]
+    group = max(groups, 1) if isinstance(groups, int) else 1
+    # What does not hold for packed rows, or groups that are named, is replaced below.
+    regular = _regular_layout if backend == "triton" else _regular_layout_in_steps
+    slot_starts, slot_ends, rows_by_group, group_starts, group_of_row = regular(rows, num_rows, width, group)
+    max_length, max_group = width, groups if isinstance(groups, int) else num_rows
+    if cu_seqlens is not None:
         # A cu_seqlens that breaks its rules on a GPU, where nobody looks at it, must still stay inside the tensors, and
         # its rows must not overlap: what is allotted by the sum of their lengths holds no more than all tokens.
-        bounds = cu_seqlens.to(torch.int64).clamp(0, total).cummax(0).values
+        bounds = cu_seqlens.to(torch.int64).clamp(0, width).cummax(0).values
         slot_starts, slot_ends = bounds[:-1], bounds[1:]
-        num_rows = slot_starts.shape[0]
-        max_length = total
         if num_rows and values_readable(slot_starts):
             max_length = int((slot_ends - slot_starts).max())
 
@@ -95,12 +95,7 @@ def build_layout(
         row_starts = slot_starts.view(-1)
         row_lengths = slot_ends.view(-1) if cu_seqlens is None else slot_ends - slot_starts
 
-    if isinstance(groups, int):
-        rows_by_group = torch.arange(num_rows, device=device)
-        group_starts = torch.arange(0, num_rows + 1, max(groups, 1), device=device)
-        group_of_row = rows_by_group // max(groups, 1)
-        max_group = groups
-    else:
+    if isinstance(groups, Tensor):
         rows_by_group, group_starts, group_of_row, max_group = _scattered_groups(groups)
     return Layout(
         slot_starts,
@@ -113,6 +108,27 @@ def build_layout(
         max_length,
         max_group,
     )
+
+
+def _regular_layout_in_steps(like: Tensor, num_rows: int, width: int, group: int) -> tuple[Tensor, ...]:
+    """What the kernel of this name gives in one launch."""
+    slot_starts = torch.zeros(num_rows, dtype=torch.int64, device=like.device)
+    rows_by_group = torch.arange(num_rows, device=like.device)
+    group_starts = torch.arange(0, num_rows + 1, group, device=like.device)
+    return slot_starts, torch.full_like(slot_starts, width), rows_by_group, group_starts, rows_by_group // group
+
+
+def _regular_layout_fake(like: Tensor, num_rows: int, width: int, group: int) -> tuple[Tensor, ...]:
+    sizes = num_rows, num_rows, num_rows, num_rows // group + 1, num_rows
+    return tuple(like.new_empty((size,), dtype=torch.int64) for size in sizes)
+
+
+_regular_layout = register(
+    "regular_layout(Tensor like, SymInt num_rows, SymInt width, SymInt group) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: implementation("triton").regular_layout(*args),
+    _regular_layout_fake,
+)
 
 
 def _scattered_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -21,7 +21,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from leafkernels.kernels import boundaries, loss_from_logits, prefix_lengths, scatter, stretches, surprisal, values
+from leafkernels.kernels import (
+    boundaries,
+    layout,
+    loss_from_logits,
+    prefix_lengths,
+    scatter,
+    stretches,
+    surprisal,
+    values,
+)
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -41,6 +50,9 @@ _COLUMNS = "*i64 *i64 {scores} {mask} *i64 *i64 *i64 *i64 i32 i32"
 _SCATTER = "*fp32 *fp64 *i32 {mask} *i64 *i64 *i64 i32 i32 i32"
 
 CASES = [
+    Case(
+        "regular_layout", layout._regular_layout_kernel, "*i64 *i64 *i64 *i64 *i64 i32 i32 i32", {"BLOCK": 256}, False
+    ),
     Case("mask_stretches", stretches._mask_stretches_kernel, "*i64 *i64 *i1 *i64 *i64 i32", {"BLOCK": 2048}, True),
     *(
         Case(

@@ -41,6 +41,7 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     shares, old = torch.rand(2, 4, device=DEVICE)
     loss = logits, tokens, temperature, live, shares, -old, old, None, 0.2, 0.3, 0.0, 0.1, True, backend
     return {
+        "regular_layout": (OPS.regular_layout, (ids, 4, 10, 2)),
         "mask_stretches": (OPS.mask_stretches, (mask, layout.slot_starts, layout.slot_ends, backend)),
         "select_boundaries": (
             OPS.select_boundaries,
@@ -173,9 +174,10 @@ def test_torch_compile_of_other_estimators(backend: str, name: str) -> None:
 @on_gpu
 @pytest.mark.parametrize("refines", [False, True])
 def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leafkernels.kernels import boundaries, prefix_lengths, scatter, stretches, surprisal, values
+    from leafkernels.kernels import boundaries, layout, prefix_lengths, scatter, stretches, surprisal, values
 
     kernels = [
+        layout._regular_layout_kernel,
         surprisal._surprisal_states_kernel,
         surprisal._merge_surprisal_states_kernel,
         boundaries._column_maxima_kernel,

@@ -1,5 +1,6 @@
 """The layout that carries every batch into the kernels."""
 
+import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -31,3 +32,18 @@ def test_no_token_is_copied() -> None:
     batch = torch.zeros(2, 3, 20, dtype=torch.int64, device=DEVICE)
     for tensor in (batch, batch[..., 4:17], batch[0], batch.flatten()):
         assert as_rows(tensor).untyped_storage().data_ptr() == batch.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 6, 300])
+@pytest.mark.parametrize("group", [0, 1, 3, 6])
+def test_one_launch_lays_out_what_steps_do(num_rows: int, group: int) -> None:
+    if group and num_rows % group:
+        pytest.skip("no runs of that many rows")
+    rows = torch.zeros(num_rows, 7, device=DEVICE)
+    kernel, steps = (build_layout(rows, None, group, None, backend) for backend in ("triton", "torch"))
+    for name, left, right in zip(kernel._fields, kernel, steps, strict=True):
+        if isinstance(left, torch.Tensor):
+            assert torch.equal(left, right), name
+            assert left.dtype == torch.int64
+        else:
+            assert left == right, name

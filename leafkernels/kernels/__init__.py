@@ -5,6 +5,7 @@ no size is specialised on: a new length, number of rows or stride compiles nothi
 """
 
 from leafkernels.kernels.boundaries import launch_select_boundaries as select_boundaries
+from leafkernels.kernels.layout import launch_regular_layout as regular_layout
 from leafkernels.kernels.loss_from_logits import launch_policy_loss as policy_loss
 from leafkernels.kernels.loss_from_logits import launch_scale_gradient as scale_gradient
 from leafkernels.kernels.prefix_lengths import launch_common_prefix_lengths as common_prefix_lengths
@@ -23,6 +24,7 @@ __all__ = [
     "mask_stretches",
     "merge_surprisal_states",
     "policy_loss",
+    "regular_layout",
     "scale_gradient",
     "scatter_spans",
     "select_boundaries",
