@@ -114,7 +114,9 @@ def main() -> None:
 
     evaluated = [line["held_out"] for line in run.history if "held_out" in line]
     for name in evaluated[0]:
-        console.print(f"unheard voices, greedy, {name}: before {evaluated[0][name]:.3f}, after {evaluated[-1][name]:.3f}")
+        console.print(
+            f"unheard voices, greedy, {name}: before {evaluated[0][name]:.3f}, after {evaluated[-1][name]:.3f}"
+        )
     draw_curves(run.history, f"{settings.method}, seed {settings.seed}", args.out / "curves.png")
 
 

@@ -124,11 +124,8 @@ class Speaker:
         """The model itself, whose layers hold the adapter where there is one."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def features(self, utterances: Sequence[Utterance]) -> list[dict[str, Tensor]]:
-        """Turn utterances into what the model reads, each by itself: to be made once and kept."""
-        return [self._features(utterance) for utterance in utterances]
-
-    def _features(self, utterance: Utterance) -> dict[str, Tensor]:
+    def features(self, utterance: Utterance) -> dict[str, Tensor]:
+        """Turn an utterance into what the model reads: to be made once and kept."""
         if self.small:
             text = AUDIO_BEGIN + AUDIO + AUDIO_END + utterance.prompt
         else:
@@ -219,7 +216,5 @@ class Speaker:
         # Sampling never takes the audio token; without this its probability would be missing from all others.
         ban = torch.zeros(logits.shape[-1], device=logits.device)
         ban[self.audio_id] = float("-inf")
-        found = surprisal_entropy(
-            logits + ban, answers.token_ids, temperature=temperature, response_mask=answers.mask
-        )
+        found = surprisal_entropy(logits + ban, answers.token_ids, temperature=temperature, response_mask=answers.mask)
         return found.logprobs, found.entropy

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 ALPHABET = "0123456789+= "
 REWARDS = ("final", "prefix", "fraction")
 
 
-def worked_answer(digits: Sequence[int]) -> str:
-    """Write the sums one after the other; a single digit is answered by itself."""
+def worked_answer(digits: Sequence[int], rng: random.Random | None = None, slip_rate: float = 0.0) -> str:
+    """Write the sums one after the other; a single digit is answered by itself.
+
+    With ``slip_rate``, a sum comes out one too large that often, and the next goes on from there.
+    """
     if len(digits) == 1:
         return str(digits[0])
     steps, total = [], digits[0]
     for digit in digits[1:]:
-        steps.append(f"{total}+{digit}={total + digit}")
-        total += digit
+        result = total + digit + (rng is not None and rng.random() < slip_rate)
+        steps.append(f"{total}+{digit}={result}")
+        total = result
     return " ".join(steps)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,13 @@ class Settings:
 class Pool:
     """Utterances and what the model reads of them, made once."""
 
-    def __init__(self, utterances: Sequence[Utterance], speaker: Speaker) -> None:
-        self.utterances = list(utterances)
-        self.features = speaker.features(self.utterances)
+    def __init__(self, utterances: Iterable[Utterance], speaker: Speaker) -> None:
+        self.utterances: list[Utterance] = []
+        self.features: list[dict[str, torch.Tensor]] = []
+        for utterance in utterances:
+            self.features.append(speaker.features(utterance))
+            # The features hold all that is needed of the audio, in a tenth of the memory.
+            self.utterances.append(replace(utterance, audio=utterance.audio[:0]))
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -71,7 +75,7 @@ def draw_pool(
     source: Source, speaker: Speaker, name: str, size: int, *, held_out: bool = False, level: float = 1.0
 ) -> Pool:
     rng = random.Random(name)
-    return Pool([source.draw(rng, held_out=held_out, level=level) for _ in range(size)], speaker)
+    return Pool((source.draw(rng, held_out=held_out, level=level) for _ in range(size)), speaker)
 
 
 def save(content: dict[str, Any], path: Path) -> None:
@@ -85,17 +89,18 @@ def warm_start(source: Source, speaker: Speaker, settings: Settings, progress: C
     """Train all weights on right answers; first on single digits, where the source knows easier utterances."""
     name = f"{settings.seed} warm"
     easy = draw_pool(source, speaker, name + " easy", settings.warm_pool // 2, level=0.0)
-    full = draw_pool(source, speaker, name + " full", settings.warm_pool)
+    # Answers of all lengths: attending to the first digits is learnt on the short ones.
+    mixed = draw_pool(source, speaker, name + " mixed", settings.warm_pool, level=0.99)
     rng = random.Random(name)
     optimizer = torch.optim.AdamW(speaker.model.parameters(), lr=settings.warm_learning_rate, weight_decay=0.01)
     speaker.model.train()
     for step in range(settings.warm_steps):
         done = step / settings.warm_steps
-        pool = easy if done < 0.25 or (done < 0.5 and step % 4 == 0) else full
+        pool = easy if done < 0.2 else mixed
         utterances, features = pool.pick(rng, settings.warm_batch)
         for group in optimizer.param_groups:
             group["lr"] = settings.warm_learning_rate * min(1.0, (step + 1) / 50, 2 * (1 - done))
-        answers = speaker.answer_ids([utterance.reference for utterance in utterances])
+        answers = speaker.answer_ids([utterance.taught for utterance in utterances])
         logprobs, _ = speaker.score(speaker.embed(features), answers)
         loss = -logprobs.sum() / answers.mask.sum()
         optimizer.zero_grad()
