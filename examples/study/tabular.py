@@ -1,0 +1,157 @@
+"""When does credit by spans help? A policy that is a table, so that a run of 128 seeds takes about a second.
+
+    python examples/study/tabular.py            # all settings, into results/tabular.json; finished ones are kept
+
+An answer is a row of decisions, each drawn from its own softmax over a few options; one option of each is right. All
+seeds of a setting are trained at once, each as a prompt of its own in one call of the estimator. What is measured is
+the policy's exact expected reward, averaged over the training steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+import leafkernels
+
+METHODS = ("grpo", "dr_grpo", "tempo", "leaf")
+RESULTS = Path(__file__).parent / "results" / "tabular.json"
+
+
+@dataclass(frozen=True)
+class Setting:
+    reward: str = "prefix"  # prefix, fraction, all, or first_M: whether the first M are right
+    decisions: int = 8
+    options: int = 4
+    rollouts: int = 8
+    boundaries: int = 2
+    warm: float = 0.0  # what is added to the first logit of each right option: how often the first table is right
+    sharpness: float = 1.0  # standard deviation of the first logits: the sharper, the longer are shared prefixes
+    temperature: float = 1.0  # of sampling and of the loss; the reward is that at temperature 1
+    rescale: bool = True  # advantages of each seed and step to a root mean square of 1
+    steps: int = 200
+    learning_rate: float = 0.1
+    seeds: int = 128
+
+
+def settings() -> list[Setting]:
+    """Vary one factor at a time, for three rewards, and how many of the first decisions the reward hangs on."""
+    found: dict[Setting, None] = {}
+    for reward in ("prefix", "fraction", "all"):
+        # From an even table, eight right decisions at once are never seen.
+        base = Setting(reward=reward, warm=2.0 if reward == "all" else 0.0)
+        # What an earlier try reported: eight decisions of four options, K = 8, B = 2, Adam; the rest was not told.
+        for sharpness in (0.0, 1.0):
+            for learning_rate in (0.03, 0.1):
+                first = replace(Setting(reward=reward), sharpness=sharpness, learning_rate=learning_rate)
+                found[replace(first, rescale=False)] = found[first] = None
+        factors: dict[str, tuple[float, ...]] = {
+            "warm": (0.0, 1.0, 2.0, 3.0),
+            "decisions": (4, 8, 16, 32),
+            "options": (2, 4, 8),
+            "rollouts": (4, 8, 16, 32, 64),
+            "boundaries": (1, 2, 4, 7),
+            "sharpness": (0.0, 1.0, 2.0, 3.0),
+            "temperature": (0.5, 1.0, 1.5, 2.0),
+        }
+        for name, values in factors.items():
+            for value in values:
+                found[replace(base, **{name: value})] = None
+    for first in (1, 2, 4, 6, 8):
+        found[Setting(reward=f"first_{first}", warm=1.0)] = None
+    return list(found)
+
+
+def rewards_of(right: Tensor, reward: str) -> Tensor:
+    """Reward answers, (..., decisions) bool to (...); probabilities of being right give the expected reward."""
+    right = right.double()
+    if reward == "prefix":
+        return right.cumprod(-1).mean(-1)
+    if reward == "fraction":
+        return right.mean(-1)
+    if reward == "all":
+        return right.prod(-1)
+    return right[..., : int(reward.removeprefix("first_"))].prod(-1)
+
+
+def advantages(method: str, logprobs: Tensor, token_ids: Tensor, rewards: Tensor, setting: Setting) -> Tensor:
+    options = {"num_boundaries": setting.boundaries} if method == "leaf" else {}
+    estimator = leafkernels.span_advantages if method == "leaf" else getattr(leafkernels, method)
+    credit = estimator(logprobs, token_ids, rewards, **options)
+    if setting.rescale:
+        size = credit.square().mean((1, 2), keepdim=True).sqrt()
+        credit = credit / size.masked_fill(size == 0, 1.0)
+    return credit
+
+
+def train(setting: Setting, method: str, first_seed: int = 0) -> Tensor:
+    """Return the exact expected reward of each seed before each step and after the last, (seeds, steps + 1).
+
+    Methods see the same first tables, the same right options and the same noise.
+    """
+    shape = (setting.seeds, setting.decisions, setting.options)
+    generator = torch.Generator().manual_seed(first_seed)
+    logits = setting.sharpness * torch.randn(shape, generator=generator)
+    target = torch.randint(setting.options, shape[:2], generator=generator)
+    logits = logits.scatter_add(-1, target[..., None], torch.full(shape, setting.warm)).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=setting.learning_rate)
+    curve = []
+
+    def expected() -> Tensor:
+        with torch.no_grad():
+            chance = logits.softmax(-1).gather(-1, target[..., None])[..., 0]
+            # Decisions are drawn independently, so every reward here takes its mean through products and sums.
+            return rewards_of(chance, setting.reward)
+
+    for _ in range(setting.steps):
+        curve.append(expected())
+        logprobs_all = (logits / setting.temperature).log_softmax(-1)
+        noise = torch.rand((setting.seeds, setting.rollouts, *shape[1:]), generator=generator)
+        with torch.no_grad():
+            token_ids = (logprobs_all[:, None] - (-noise.log()).log()).argmax(-1)
+        logprobs = logprobs_all[:, None].expand_as(noise).gather(-1, token_ids[..., None])[..., 0]
+        rewards = rewards_of(token_ids == target[:, None], setting.reward)
+        credit = advantages(method, logprobs.detach(), token_ids, rewards, setting)
+        loss = -(credit * logprobs).mean((1, 2)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return torch.stack([*curve, expected()], 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    torch.set_num_threads(1)
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    done = {(json.dumps(row["setting"], sort_keys=True), row["method"]) for row in rows}
+    for setting in track(settings(), description="tabular"):
+        for method in METHODS:
+            if (json.dumps(asdict(setting), sort_keys=True), method) in done:
+                continue
+            if method != "leaf" and setting.boundaries != Setting.boundaries:
+                continue
+            curve = train(setting, method)
+            rows.append(
+                {
+                    "setting": asdict(setting),
+                    "method": method,
+                    "mean": [round(float(x), 5) for x in curve[:, :-1].mean(1)],
+                    "final": [round(float(x), 5) for x in curve[:, -1]],
+                }
+            )
+        RESULTS.parent.mkdir(exist_ok=True)
+        partial = RESULTS.with_name(RESULTS.name + ".partial")
+        partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        os.replace(partial, RESULTS)
+
+
+if __name__ == "__main__":
+    main()
