@@ -77,11 +77,12 @@ class SpokenSums:
     alphabet = sums.ALPHABET
     CLIP_SECONDS = 0.6
     PAUSE_SECONDS = 0.08
-    # The teacher of the supervised part slips in every other sum: the model then hears well, but has the right sums still
-    # to learn, and only the reward can teach them. What it mishears, an adapter of the language model could not repair.
+    # The teacher of the supervised part slips in every other sum: the model then hears well, but has the right sums
+    # still to learn, and only the reward can teach them. What the frozen encoder mishears, an adapter of the language
+    # model could not repair.
     SLIP_RATE = 0.5
-    # Clips of training voices are played up to a third faster or a quarter slower, which also shifts their pitch: the few voices
-    # of the data would otherwise be learnt by heart, and a new one not understood.
+    # Clips of training voices are played up to a third faster or a quarter slower, which also shifts their pitch: the
+    # few voices of the data would otherwise be learnt by heart, and a new one not understood.
     SPEED = 0.3
 
     def __init__(

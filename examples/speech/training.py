@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -61,7 +62,7 @@ class Pool:
         for utterance in utterances:
             self.features.append(speaker.features(utterance))
             # The features hold all that is needed of the audio, in a tenth of the memory.
-            self.utterances.append(replace(utterance, audio=utterance.audio[:0]))
+            self.utterances.append(replace(utterance, audio=np.zeros(0, np.float32)))
 
     def __len__(self) -> int:
         return len(self.utterances)

@@ -29,8 +29,9 @@ from speech.data import SpokenSums, read_fsdd  # noqa: E402
 from speech.model import Speaker, build_small  # noqa: E402
 from speech.training import PolicyRun, Settings, save, warm_start  # noqa: E402
 
-VOICES = ("george", "jackson", "nicolas", "theo", "yweweler")
-SEEDS = range(10)
+# Of the five, those that take turns in being unheard; the fifth is always trained on.
+VOICES = ("george", "jackson", "nicolas", "theo")
+SEEDS = range(8)
 LENGTHS = (2, 4)
 LONGEST = max(LENGTHS)
 ARMS = {
