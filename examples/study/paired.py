@@ -30,3 +30,13 @@ def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     # The small allowance keeps flips that only rounding sets apart from the observed sum on its side.
     reached = np.abs(flips @ difference) >= np.abs(difference.sum()) - 1e-12
     return {"difference": float(mean), "half": float(half), "p": float(reached.mean()), "seeds": count}
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Correct p values for their number (Holm 1979)."""
+    order = np.argsort(p_values)
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = least
+    return corrected
