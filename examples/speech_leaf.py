@@ -54,15 +54,27 @@ def parse_args() -> argparse.Namespace:
         "temperature": "of sampling",
         "rank": "of the adapter",
         "pool": "training utterances",
+        "evaluated": "utterances of the evaluation",
         "eval_every": "policy steps from one evaluation and checkpoint to the next",
         "warm_steps": "supervised steps before, for the small model",
+        "warm_pool": "utterances of the supervised steps",
     }
     for name, meaning in numbers.items():
         value = getattr(defaults, name)
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=type(value), default=value, help=f"{meaning} (default: {value})")
     args = parser.parse_args()
-    for name in ("prompts", "updates", "rank", "pool", "eval_every", "learning_rate", "temperature"):
+    for name in (
+        "prompts",
+        "updates",
+        "rank",
+        "pool",
+        "evaluated",
+        "eval_every",
+        "warm_pool",
+        "learning_rate",
+        "temperature",
+    ):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
     if args.rollouts < 2:
@@ -80,7 +92,6 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None
     chosen = {name: getattr(args, name) for name in vars(args) if name in Settings.__dataclass_fields__}
-    chosen["held_out"] = Settings.held_out
     limit = args.max_tokens or source.answer_length + 2
     settings = Settings(**{**chosen, "limit": limit, "rescale": not args.no_rescale})
 

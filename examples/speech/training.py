@@ -35,8 +35,8 @@ class Settings:
     method: str = "leaf"
     num_boundaries: int = 2
     seed: int = 0
-    steps: int = 150
-    prompts: int = 8
+    steps: int = 100
+    prompts: int = 16
     rollouts: int = 8
     updates: int = 1
     learning_rate: float = 1e-3
@@ -45,9 +45,9 @@ class Settings:
     rank: int = 8
     limit: int = 32  # tokens of an answer
     pool: int = 1000  # training utterances
-    held_out: int = 200  # utterances of evaluation
-    eval_every: int = 25
-    warm_steps: int = 600
+    evaluated: int = 200  # utterances of evaluation
+    eval_every: int = 20
+    warm_steps: int = 1200
     warm_batch: int = 32
     warm_learning_rate: float = 1.5e-3
     warm_pool: int = 4000
@@ -134,7 +134,7 @@ class PolicyRun:
         self.weights = [weight for weight in speaker.model.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=settings.learning_rate, weight_decay=0.0)
         self.training = draw_pool(source, speaker, f"{settings.seed} training", settings.pool)
-        self.held_out = draw_pool(source, speaker, f"{settings.seed} held out", settings.held_out, held_out=True)
+        self.held_out = draw_pool(source, speaker, f"{settings.seed} held out", settings.evaluated, held_out=True)
         self.history: list[dict[str, Any]] = []
         self.step = 0
         if self.checkpoint.exists():
