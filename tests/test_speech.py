@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 import leafkernels
 
 np = pytest.importorskip("numpy")
-for package in ("transformers", "peft", "soundfile", "matplotlib", "sacrebleu"):
+for package in ("transformers", "peft", "soundfile", "matplotlib", "sacrebleu", "scipy"):
     pytest.importorskip(package)
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "study")]
 try:
+    import analyse
     import paired
     import soundfile
     import speech_leaf
@@ -372,7 +374,6 @@ def test_small_model_learns_real_digits(shared: Path) -> None:
 
 
 def test_comparison_of_pairs_worked_by_hand() -> None:
-    pytest.importorskip("scipy")
     found = paired.compare(np.array([1.0, 2.0, 3.0]), np.array([0.0, 0.0, 0.0]))
     # Of the eight ways to set signs, all plus and all minus reach the sum of 6; t(2) = 4.3027, s = 1.
     assert (
@@ -402,3 +403,14 @@ def test_tabular_policies_learn_and_start_alike() -> None:
         assert curve[:, -1].mean() > 2 * curve[:, 0].mean()
     assert not torch.equal(curves["leaf"], curves["grpo"])
     torch.testing.assert_close(tabular.train(setting, "leaf"), curves["leaf"], rtol=0, atol=0)
+
+
+def test_committed_tables_are_those_of_the_committed_results() -> None:
+    """Every number of results/tables.md follows from the runs beside it, to the last digit printed."""
+    printed = (EXAMPLES / "study" / "results" / "tables.md").read_text()
+    made = f"# Speech\n\n{analyse.Speech().tables()[0]}\n# Table\n\n{analyse.Tabular().tables()}"
+    number = re.compile(r"[-+]?\d+(?:\.\d+)?")
+    assert number.sub("", printed) == number.sub("", made)
+    # One digit in the last place: another platform may round the other way.
+    expected, found = ([float(x) for x in number.findall(text)] for text in (printed, made))
+    assert found == pytest.approx(expected, abs=0.0011)

@@ -134,7 +134,8 @@ class Speaker:
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
         inputs = self.processor(text=text, audio=[utterance.audio], sampling_rate=SAMPLING_RATE, return_tensors="pt")
-        return {name: tensor[0] for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
+        # Cloned: the mask of the frames is a view of one of all samples, eight times as large as the features.
+        return {name: tensor[0].clone() for name, tensor in inputs.items() if isinstance(tensor, Tensor)}
 
     def embed(self, features: Sequence[dict[str, Tensor]]) -> Prompts:
         """Encode the audio and put it in the places of the audio tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from paired import compare, holm, interval
+from tabular import BASES, VARIANTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ARMS = {
@@ -192,11 +194,7 @@ class Tabular:
         }
 
     def base(self, reward: str) -> dict[str, Any]:
-        from dataclasses import asdict
-
-        from tabular import Setting
-
-        return asdict(Setting(reward=reward, warm=2.0 if reward == "all" else 0.0))
+        return next(asdict(base) for base in BASES if base.reward == reward)
 
     def get(self, setting: dict[str, Any], method: str) -> np.ndarray | None:
         found = self.values.get((json.dumps(setting, sort_keys=True), method))
@@ -253,7 +251,14 @@ class Tabular:
                     row.append(p_value(found["p"]))
                 rows.append(row)
         head = ["reward", "setting", "GRPO", "LEAF - GRPO", "p", "TEMPO - GRPO", "p", "Dr. GRPO - GRPO", "p"]
-        return text + "One factor at a time\n\n" + table(head, rows)
+        text += "One factor at a time\n\n" + table(head, rows) + "\n"
+        rows = []
+        for reward, label in REWARDS.items():
+            for sharpness in self.values_of(reward, "sharpness"):
+                setting = {**self.base(reward), "sharpness": sharpness}
+                found = [self.compare(setting, method) for method in VARIANTS]
+                rows.append([label, f"{sharpness:g}", *(SIGNED.format(**one) for one in found)])
+        return text + "Parts of LEAF, less GRPO\n\n" + table(["reward", "sharpness", *VARIANTS], rows)
 
     def draw(self, path: Path) -> None:
         figure, axes = plt.subplots(

@@ -14,6 +14,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -22,6 +23,15 @@ from torch import Tensor
 import leafkernels
 
 METHODS = ("grpo", "dr_grpo", "tempo", "leaf")
+# What of LEAF does it? Added after the first sweep was seen, and run for the sharpness of the first table alone.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "leaf": {},
+    "leaf, no z-score": {"normalize": "reward_std"},
+    "leaf, global term": {"terms": "global"},
+    "leaf, local term": {"terms": "local"},
+    "leaf, multiplicity power 0": {"multiplicity_power": 0.0},
+    "leaf, local term, power 0, no z-score": {"terms": "local", "multiplicity_power": 0.0, "normalize": "reward_std"},
+}
 RESULTS = Path(__file__).parent / "results" / "tabular.json"
 
 
@@ -41,16 +51,18 @@ class Setting:
     seeds: int = 128
 
 
+# From an even table, eight right decisions at once are never seen.
+BASES = [Setting(reward="prefix"), Setting(reward="fraction"), Setting(reward="all", warm=2.0)]
+
+
 def settings() -> list[Setting]:
     """Vary one factor at a time, for three rewards, and how many of the first decisions the reward hangs on."""
     found: dict[Setting, None] = {}
-    for reward in ("prefix", "fraction", "all"):
-        # From an even table, eight right decisions at once are never seen.
-        base = Setting(reward=reward, warm=2.0 if reward == "all" else 0.0)
+    for base in BASES:
         # What an earlier try reported: eight decisions of four options, K = 8, B = 2, Adam; the rest was not told.
         for sharpness in (0.0, 1.0):
             for learning_rate in (0.03, 0.1):
-                first = replace(Setting(reward=reward), sharpness=sharpness, learning_rate=learning_rate)
+                first = replace(base, warm=0.0, sharpness=sharpness, learning_rate=learning_rate)
                 found[replace(first, rescale=False)] = found[first] = None
         factors: dict[str, tuple[float, ...]] = {
             "warm": (0.0, 1.0, 2.0, 3.0),
@@ -69,6 +81,14 @@ def settings() -> list[Setting]:
     return list(found)
 
 
+def methods(setting: Setting) -> list[str]:
+    """Return the methods to try: those without boundaries once, and the variants for the sharpness."""
+    if setting.boundaries != Setting.boundaries:
+        return ["leaf"]
+    varied = replace(setting, sharpness=Setting.sharpness) in BASES
+    return [*METHODS, *(name for name in VARIANTS if varied and name != "leaf")]
+
+
 def rewards_of(right: Tensor, reward: str) -> Tensor:
     """Reward answers, (..., decisions) bool to (...); probabilities of being right give the expected reward."""
     right = right.double()
@@ -82,9 +102,12 @@ def rewards_of(right: Tensor, reward: str) -> Tensor:
 
 
 def advantages(method: str, logprobs: Tensor, token_ids: Tensor, rewards: Tensor, setting: Setting) -> Tensor:
-    options = {"num_boundaries": setting.boundaries} if method == "leaf" else {}
-    estimator = leafkernels.span_advantages if method == "leaf" else getattr(leafkernels, method)
-    credit = estimator(logprobs, token_ids, rewards, **options)
+    if method in VARIANTS:
+        credit = leafkernels.span_advantages(
+            logprobs, token_ids, rewards, num_boundaries=setting.boundaries, **VARIANTS[method]
+        )
+    else:
+        credit = getattr(leafkernels, method)(logprobs, token_ids, rewards)
     if setting.rescale:
         size = credit.square().mean((1, 2), keepdim=True).sqrt()
         credit = credit / size.masked_fill(size == 0, 1.0)
@@ -133,10 +156,8 @@ def main() -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     done = {(json.dumps(row["setting"], sort_keys=True), row["method"]) for row in rows}
     for setting in track(settings(), description="tabular"):
-        for method in METHODS:
+        for method in methods(setting):
             if (json.dumps(asdict(setting), sort_keys=True), method) in done:
-                continue
-            if method != "leaf" and setting.boundaries != Setting.boundaries:
                 continue
             curve = train(setting, method)
             rows.append(
