@@ -24,6 +24,11 @@ ARMS = {
     "leaf_b2": ("LEAF, B = 2", "C0"),
     "leaf_b4": ("LEAF, B = 4", "C1"),
 }
+TASKS = {
+    "2 final": "2 digits, right last number",
+    "4 final": "4 digits, right last number",
+    "4 prefix": "4 digits, right prefix",
+}
 OUTCOMES = {
     "during": "greedy, mean of steps 10 to 80",
     "end": "greedy, after step 80",
@@ -44,90 +49,92 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 class Speech:
-    """The runs of a length and arm, ordered by seed."""
+    """The runs of a task and arm, ordered by seed."""
 
     def __init__(self) -> None:
         runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "speech").glob("*.json"))]
-        by_seed: dict[tuple[int, int], dict[str, Any]] = defaultdict(dict)
+        by_seed: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
         for run in runs:
-            by_seed[run["run"]["digits"], run["run"]["seed"]][run["run"]["arm"]] = run
+            what = run["run"]
+            by_seed[f"{what['digits']} {what['reward']}", what["seed"]][what["arm"]] = run
         # A seed counts where all arms of it have run, so that every comparison is paired.
         whole = {key: arms for key, arms in by_seed.items() if len(arms) == len(ARMS)}
-        self.lengths = sorted({digits for digits, _ in whole})
+        self.tasks = [task for task in TASKS if any(task == found for found, _ in whole)]
         self.runs = {
-            (digits, arm): [whole[key][arm] for key in sorted(whole) if key[0] == digits]
-            for digits in self.lengths
+            (task, arm): [whole[key][arm] for key in sorted(whole) if key[0] == task]
+            for task in self.tasks
             for arm in ARMS
         }
 
-    def curve(self, digits: int, arm: str, name: str = "final") -> np.ndarray:
-        return np.array([run["evaluated"][name] for run in self.runs[digits, arm]])
+    def curve(self, task: str, arm: str) -> np.ndarray:
+        """Greedy answers, (seeds, evaluations), measured by what is rewarded."""
+        return np.array([run["evaluated"][task.split()[1]] for run in self.runs[task, arm]])
 
-    def steps(self, digits: int, arm: str, name: str) -> np.ndarray:
-        return np.array([run["steps"][name] for run in self.runs[digits, arm]])
+    def steps(self, task: str, arm: str, name: str) -> np.ndarray:
+        return np.array([run["steps"][name] for run in self.runs[task, arm]])
 
-    def outcome(self, digits: int, arm: str, name: str) -> np.ndarray:
+    def outcome(self, task: str, arm: str, name: str) -> np.ndarray:
         if name == "during":
-            return self.curve(digits, arm)[:, 1:].mean(1)
-        return self.curve(digits, arm)[:, -1] if name == "end" else self.steps(digits, arm, "reward").mean(1)
+            return self.curve(task, arm)[:, 1:].mean(1)
+        return self.curve(task, arm)[:, -1] if name == "end" else self.steps(task, arm, "reward").mean(1)
 
     def tables(self) -> tuple[str, dict[str, Any]]:
-        keys = [(digits, arm) for digits in self.lengths for arm in ARMS if arm != "grpo"]
+        keys = [(task, arm) for task in self.tasks for arm in ARMS if arm != "grpo"]
         found = {
-            (digits, arm, name): compare(self.outcome(digits, arm, name), self.outcome(digits, "grpo", name))
-            for digits, arm in keys
+            (task, arm, name): compare(self.outcome(task, arm, name), self.outcome(task, "grpo", name))
+            for task, arm in keys
             for name in OUTCOMES
         }
         corrected = dict(zip(keys, holm([found[(*key, "during")]["p"] for key in keys]), strict=True))
         text = ""
-        for digits in self.lengths:
+        for task in self.tasks:
             rows = []
             for arm, (label, _) in ARMS.items():
                 row = [label]
                 for name in OUTCOMES:
-                    mean, half = interval(self.outcome(digits, arm, name))
+                    mean, half = interval(self.outcome(task, arm, name))
                     row.append(f"{mean:.3f} ± {half:.3f}")
-                    row.append("" if arm == "grpo" else SIGNED.format(**found[digits, arm, name]))
-                    row.append("" if arm == "grpo" else p_value(found[digits, arm, name]["p"]))
-                row.append("" if arm == "grpo" else p_value(corrected[digits, arm]))
+                    row.append("" if arm == "grpo" else SIGNED.format(**found[task, arm, name]))
+                    row.append("" if arm == "grpo" else p_value(found[task, arm, name]["p"]))
+                row.append("" if arm == "grpo" else p_value(corrected[task, arm]))
                 rows.append(row)
             head = ["arm"]
             for label in OUTCOMES.values():
                 head += [label, "to GRPO", "p"]
-            start = self.curve(digits, "grpo")[:, 0]
-            text += f"**{digits} digits**, {len(start)} seeds; before the first step {start.mean():.3f}\n\n"
+            start = self.curve(task, "grpo")[:, 0]
+            text += f"**{TASKS[task]}**, {len(start)} seeds; before the first step {start.mean():.3f}\n\n"
             text += table([*head, "p, first column, Holm"], rows) + "\n"
         rows = []
-        for digits in self.lengths:
+        for task in self.tasks:
             for arm, (label, _) in ARMS.items():
                 shares = [
-                    f"{interval(self.steps(digits, arm, name).mean(1))[0]:.3f}"
+                    f"{interval(self.steps(task, arm, name).mean(1))[0]:.3f}"
                     for name in ("span_share", "nodes", "fire_rate", "part_rate", "mixed_groups", "length")
                 ]
-                rows.append([str(digits), label, *shares])
-        head = ["digits", "arm", "tokens in shared spans", "nodes a group", "boundaries with a node"]
+                rows.append([TASKS[task], label, *shares])
+        head = ["task", "arm", "tokens in shared spans", "nodes a group", "boundaries with a node"]
         head += ["boundaries where rollouts part", "groups of mixed reward", "tokens"]
-        summary = {f"{digits} {arm} {name}": value for (digits, arm, name), value in found.items()}
+        summary = {f"{task} {arm} {name}": value for (task, arm, name), value in found.items()}
         return text + table(head, rows), summary
 
     def draw_curves(self, path: Path) -> None:
         figure, axes = plt.subplots(
-            2, len(self.lengths), figsize=(6 * len(self.lengths), 8), layout="constrained", squeeze=False
+            2, len(self.tasks), figsize=(6 * len(self.tasks), 8), layout="constrained", squeeze=False
         )
-        for (above, below), digits in zip(axes.T, self.lengths, strict=True):
+        for (above, below), task in zip(axes.T, self.tasks, strict=True):
             for arm, (label, color) in ARMS.items():
-                mean, half = interval(self.curve(digits, arm))
-                steps = self.runs[digits, arm][0]["evaluated"]["step"]
+                mean, half = interval(self.curve(task, arm))
+                steps = self.runs[task, arm][0]["evaluated"]["step"]
                 above.plot(steps, mean, color=color, label=label)
                 above.fill_between(steps, mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
-                blocks = self.steps(digits, arm, "reward")
+                blocks = self.steps(task, arm, "reward")
                 blocks = blocks.reshape(len(blocks), -1, 5).mean(2)
                 mean, half = interval(blocks)
                 steps = 5 * np.arange(len(mean)) + 3
                 below.plot(steps, mean, color=color, label=label)
                 below.fill_between(steps, mean - half, mean + half, color=color, alpha=0.12, linewidth=0)
-            above.set(title=f"{digits} digits: right sums, greedy, unheard voices", xlabel="policy step")
-            below.set(title=f"{digits} digits: reward of sampled answers, voices of training", xlabel="policy step")
+            above.set(title=f"{TASKS[task]}: greedy answers, unheard voices", xlabel="policy step")
+            below.set(title=f"{TASKS[task]}: reward of sampled answers, voices of training", xlabel="policy step")
             above.legend()
         figure.suptitle("Mean over seeds; bands: 95% t intervals, which hold the spread between voices too")
         figure.savefig(path, dpi=100)
@@ -135,18 +142,18 @@ class Speech:
 
     def draw_differences(self, path: Path) -> None:
         figure, axes = plt.subplots(
-            1, len(self.lengths), figsize=(6 * len(self.lengths), 4), layout="constrained", squeeze=False
+            1, len(self.tasks), figsize=(6 * len(self.tasks), 4), layout="constrained", squeeze=False
         )
-        for axis, digits in zip(axes[0], self.lengths, strict=True):
+        for axis, task in zip(axes[0], self.tasks, strict=True):
             for arm, (label, color) in ARMS.items():
                 if arm == "grpo":
                     continue
-                mean, half = interval(self.curve(digits, arm) - self.curve(digits, "grpo"))
-                steps = self.runs[digits, arm][0]["evaluated"]["step"]
+                mean, half = interval(self.curve(task, arm) - self.curve(task, "grpo"))
+                steps = self.runs[task, arm][0]["evaluated"]["step"]
                 axis.plot(steps, mean, color=color, label=label)
                 axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
             axis.axhline(0, color="black", linewidth=0.6)
-            axis.set(title=f"{digits} digits: right sums, greedy, less those of GRPO", xlabel="policy step")
+            axis.set(title=f"{TASKS[task]}: greedy answers, less those of GRPO", xlabel="policy step")
             axis.legend()
         figure.suptitle("Mean of the differences seed by seed; bands: 95% t intervals")
         figure.savefig(path, dpi=100)
@@ -154,21 +161,21 @@ class Speech:
 
     def draw_tree(self, path: Path) -> None:
         figure, axes = plt.subplots(
-            2, len(self.lengths), figsize=(6 * len(self.lengths), 7.5), layout="constrained", squeeze=False
+            2, len(self.tasks), figsize=(6 * len(self.tasks), 7.5), layout="constrained", squeeze=False
         )
-        for (above, below), digits in zip(axes.T, self.lengths, strict=True):
+        for (above, below), task in zip(axes.T, self.tasks, strict=True):
             for arm, (label, color) in ARMS.items():
-                mean, half = interval(self.steps(digits, arm, "span_share"))
+                mean, half = interval(self.steps(task, arm, "span_share"))
                 above.plot(np.arange(1, len(mean) + 1), mean, color=color, label=label)
-            above.set(title=f"{digits} digits: share of tokens in shared spans", xlabel="policy step", ylim=(0, 1))
+            above.set(title=f"{TASKS[task]}: share of tokens in shared spans", xlabel="policy step", ylim=(0, 1))
             above.legend()
             for arm in ("leaf_b2", "leaf_b4"):
                 label, color = ARMS[arm]
-                length = max(len(run["boundaries"]["chosen"]) for run in self.runs[digits, arm])
+                length = max(len(run["boundaries"]["chosen"]) for run in self.runs[task, arm])
                 total = {
                     name: sum(
                         np.pad(run["boundaries"][name], (0, length - len(run["boundaries"][name])))
-                        for run in self.runs[digits, arm]
+                        for run in self.runs[task, arm]
                     )
                     for name in ("chosen", "fired", "parted")
                 }
@@ -179,7 +186,7 @@ class Speech:
                 below.plot(at, (total["fired"] / total["chosen"].clip(1))[often], color=color, label=f"{label}: fires")
                 rate = (total["parted"] / total["chosen"].clip(1))[often]
                 below.plot(at, rate, color=color, linestyle=":", label=f"{label}: rollouts part there")
-            below.set(title=f"{digits} digits: boundaries (bars: their share)", xlabel="token", ylim=(0, 1.05))
+            below.set(title=f"{TASKS[task]}: boundaries (bars: their share)", xlabel="token", ylim=(0, 1.05))
             below.legend(fontsize=8)
         figure.savefig(path, dpi=100)
         plt.close(figure)

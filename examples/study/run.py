@@ -32,8 +32,9 @@ from speech.training import PolicyRun, Settings, save, warm_start  # noqa: E402
 # Of the five, those that take turns in being unheard; the fifth is always trained on.
 VOICES = ("george", "jackson", "nicolas", "theo")
 SEEDS = range(8)
-LENGTHS = (2, 4)
-LONGEST = max(LENGTHS)
+# Spoken digits, and what is rewarded.
+TASKS = ((2, "final"), (4, "final"), (4, "prefix"))
+LONGEST = max(digits for digits, _ in TASKS)
 ARMS = {
     "grpo": ("grpo", 2),
     "dr_grpo": ("dr_grpo", 2),
@@ -50,6 +51,7 @@ RESULTS = HERE / "results"
 class Run:
     seed: int
     digits: int
+    reward: str
     arm: str
 
     @property
@@ -59,11 +61,15 @@ class Run:
 
     @property
     def path(self) -> Path:
-        return RESULTS / "speech" / f"{self.digits}-{self.arm}-{self.seed}.json"
+        return RESULTS / "speech" / f"{self.name}.json"
+
+    @property
+    def name(self) -> str:
+        return f"{self.digits}-{self.reward}-{self.arm}-{self.seed}"
 
 
 def all_runs() -> list[Run]:
-    return [Run(seed, digits, arm) for seed in SEEDS for digits in LENGTHS for arm in ARMS]
+    return [Run(seed, *task, arm) for task in TASKS for seed in SEEDS for arm in ARMS]
 
 
 def write(content: Any, path: Path) -> None:
@@ -115,12 +121,12 @@ def run_one(run: Run, clips: Any, work: Path, bar: Progress) -> None:
     # The model is built for the longest utterances, so that one supervised start serves all lengths.
     speaker = fresh_speaker(SpokenSums(clips, [run.voice], LONGEST, "final", ""))
     speaker.model.load_state_dict(weights)
-    source = SpokenSums(clips, [run.voice], run.digits, "final", "")
+    source = SpokenSums(clips, [run.voice], run.digits, run.reward, "")
     method, boundaries = ARMS[run.arm]
     settings = Settings(
         method=method, num_boundaries=boundaries, seed=run.seed, limit=source.answer_length + 2, **COMMON
     )
-    out = work / f"{run.digits}-{run.arm}-{run.seed}"
+    out = work / run.name
     out.mkdir(parents=True, exist_ok=True)
     policy = PolicyRun(source, speaker, settings, out)
     policy.run(lambda step, note: None)
