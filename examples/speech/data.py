@@ -72,15 +72,16 @@ def read_audio(file: Path | io.BytesIO) -> np.ndarray:
 
 
 class SpokenSums:
-    """Recorded digits, strung together with short pauses; all digits of an utterance are of one voice."""
+    """Recorded digits, strung together with short pauses; all digits of an utterance are of one voice.
+
+    The teacher of the supervised part makes a sum one too large at ``slip_rate``: the model then hears well, but has the
+    right sums still to learn, and only the reward can teach them. What the frozen encoder mishears, an adapter of the
+    language model could not repair.
+    """
 
     alphabet = sums.ALPHABET
     CLIP_SECONDS = 0.6
     PAUSE_SECONDS = 0.08
-    # The teacher of the supervised part slips in every other sum: the model then hears well, but has the right sums
-    # still to learn, and only the reward can teach them. What the frozen encoder mishears, an adapter of the language
-    # model could not repair.
-    SLIP_RATE = 0.5
     # Clips of training voices are played up to a third faster or a quarter slower, which also shifts their pitch: the
     # few voices of the data would otherwise be learnt by heart, and a new one not understood.
     SPEED = 0.3
@@ -92,6 +93,7 @@ class SpokenSums:
         digits: int,
         reward: str,
         instruction: str,
+        slip_rate: float = 0.5,
     ) -> None:
         if reward not in sums.REWARDS:
             raise ValueError(f"reward must be one of {', '.join(sums.REWARDS)}, got {reward!r}")
@@ -109,7 +111,7 @@ class SpokenSums:
         self.clips = clips
         self.held_out = sorted(set(held_out))
         self.trained = sorted(set(clips) - set(held_out))
-        self.digits, self.reward, self.instruction = digits, reward, instruction
+        self.digits, self.reward, self.instruction, self.slip_rate = digits, reward, instruction, slip_rate
         self.seconds = -(-round(100 * digits * (self.CLIP_SECONDS + self.PAUSE_SECONDS)) // 100)
         self.answer_length = len(sums.worked_answer([9] * digits))
 
@@ -129,7 +131,7 @@ class SpokenSums:
             prompt=self.instruction,
             reference=sums.worked_answer(digits),
             voice=voice,
-            taught=sums.worked_answer(digits, rng, self.SLIP_RATE),
+            taught=sums.worked_answer(digits, rng, self.slip_rate),
         )
 
     def scores(self, utterance: Utterance, text: str) -> dict[str, float]:

@@ -32,9 +32,9 @@ from speech.training import PolicyRun, Settings, save, warm_start  # noqa: E402
 # Of the five, those that take turns in being unheard; the fifth is always trained on.
 VOICES = ("george", "jackson", "nicolas", "theo")
 SEEDS = range(8)
-# Spoken digits, and what is rewarded.
-TASKS = ((2, "final"), (4, "final"), (4, "prefix"))
-LONGEST = max(digits for digits, _ in TASKS)
+# Spoken digits, what is rewarded, and how often the teacher of the supervised start slips.
+TASKS = ((2, "final", 0.5), (4, "final", 0.5), (4, "prefix", 0.5), (4, "prefix", 0.9))
+LONGEST = max(digits for digits, _, _ in TASKS)
 ARMS = {
     "grpo": ("grpo", 2),
     "dr_grpo": ("dr_grpo", 2),
@@ -52,6 +52,7 @@ class Run:
     seed: int
     digits: int
     reward: str
+    slip: float
     arm: str
 
     @property
@@ -65,7 +66,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.digits}-{self.reward}-{self.arm}-{self.seed}"
+        return f"{self.digits}-{self.reward}-{self.slip}-{self.arm}-{self.seed}"
 
 
 def all_runs() -> list[Run]:
@@ -79,27 +80,28 @@ def write(content: Any, path: Path) -> None:
     os.replace(partial, path)
 
 
-def fresh_speaker(source: SpokenSums) -> Speaker:
+def warm_speaker(run: Run, clips: Any, work: Path, bar: Progress) -> Speaker:
+    """Make the supervised start that knows all voices but one, or read it.
+
+    The model is built for the longest utterances, so that one start serves all lengths.
+    """
+    source = SpokenSums(clips, [run.voice], LONGEST, run.reward, "", run.slip)
     torch.manual_seed(0)
-    return Speaker(*build_small(source.alphabet, source.seconds), small=True)
-
-
-def warm_weights(clips: Any, voice: str, work: Path, bar: Progress) -> dict[str, torch.Tensor]:
-    """Train, or read, the supervised start that knows all voices but one."""
-    path = work / f"warm-{voice}.pt"
-    if not path.exists():
-        source = SpokenSums(clips, [voice], LONGEST, "final", "")
-        speaker = fresh_speaker(source)
-        task = bar.add_task(f"supervised, without {voice}", total=WARM.warm_steps, note="")
+    speaker = Speaker(*build_small(source.alphabet, source.seconds), small=True)
+    path = work / f"warm-{run.voice}-{run.slip}.pt"
+    if path.exists():
+        speaker.model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        task = bar.add_task(f"supervised, without {run.voice}", total=WARM.warm_steps, note="")
         warm_start(source, speaker, WARM, lambda step, note: bar.update(task, completed=step, note=note))
         save(speaker.model.state_dict(), path)
-    return torch.load(path, weights_only=True)
+    return speaker
 
 
 def summary(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Keep the curves, and where boundaries lay, summed over the steps."""
     steps = [line for line in history if "reward" in line]
-    names = ("reward", "mixed_groups", "length", "entropy", "span_share", "nodes", "fire_rate", "part_rate")
+    means = ("mixed_groups", "length", "entropy", "nodes", "fire_rate", "part_rate")
     length = max(len(line["chosen"]) for line in steps)
     counts = {
         name: [sum(line[name][p] for line in steps if p < len(line[name])) for p in range(length)]
@@ -107,7 +109,8 @@ def summary(history: list[dict[str, Any]]) -> dict[str, Any]:
     }
     evaluated = [line for line in history if "held_out" in line]
     return {
-        "steps": {name: [round(line[name], 4) for line in steps] for name in names},
+        "steps": {name: [round(line[name], 4) for line in steps] for name in ("reward", "span_share")},
+        "means": {name: round(sum(line[name] for line in steps) / len(steps), 5) for name in means},
         "evaluated": {
             "step": [line["step"] for line in evaluated],
             **{name: [line["held_out"][name] for line in evaluated] for name in evaluated[0]["held_out"]},
@@ -117,10 +120,7 @@ def summary(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_one(run: Run, clips: Any, work: Path, bar: Progress) -> None:
-    weights = warm_weights(clips, run.voice, work, bar)
-    # The model is built for the longest utterances, so that one supervised start serves all lengths.
-    speaker = fresh_speaker(SpokenSums(clips, [run.voice], LONGEST, "final", ""))
-    speaker.model.load_state_dict(weights)
+    speaker = warm_speaker(run, clips, work, bar)
     source = SpokenSums(clips, [run.voice], run.digits, run.reward, "")
     method, boundaries = ARMS[run.arm]
     settings = Settings(

@@ -27,10 +27,21 @@ METHODS = ("grpo", "dr_grpo", "tempo", "leaf")
 VARIANTS: dict[str, dict[str, Any]] = {
     "leaf": {},
     "leaf, no z-score": {"normalize": "reward_std"},
+    "leaf, power 0": {"multiplicity_power": 0.0},
     "leaf, global term": {"terms": "global"},
     "leaf, local term": {"terms": "local"},
-    "leaf, multiplicity power 0": {"multiplicity_power": 0.0},
+    "leaf, power 0, no z-score": {"multiplicity_power": 0.0, "normalize": "reward_std"},
+    "leaf, global term, no z-score": {"terms": "global", "normalize": "reward_std"},
+    "leaf, global term, power 0": {"terms": "global", "multiplicity_power": 0.0},
+    # By a law of the estimator this is Dr. GRPO, up to the common scale: a test of all that is around it.
+    "leaf, global term, power 0, no z-score": {
+        "terms": "global",
+        "multiplicity_power": 0.0,
+        "normalize": "reward_std",
+    },
     "leaf, local term, power 0, no z-score": {"terms": "local", "multiplicity_power": 0.0, "normalize": "reward_std"},
+    "leaf, leave one out": {"leave_one_out": True},
+    "leaf, leave one out, no z-score": {"leave_one_out": True, "normalize": "reward_std"},
 }
 RESULTS = Path(__file__).parent / "results" / "tabular.json"
 
@@ -165,7 +176,6 @@ def main() -> None:
                     "setting": asdict(setting),
                     "method": method,
                     "mean": [round(float(x), 5) for x in curve[:, :-1].mean(1)],
-                    "final": [round(float(x), 5) for x in curve[:, -1]],
                 }
             )
         RESULTS.parent.mkdir(exist_ok=True)
