@@ -7,9 +7,11 @@
 
 The model hears a few digits and writes them down with their running sums, ``3+5=8 8+9=17`` for 3 5 9; by default it is
 rewarded if the last number is right. Without ``--model`` it is a Qwen2-Audio of random weights and 0.2 M parameters,
-which first learns from right answers until it is right now and then. Voices of the evaluation are heard in neither
-part. A run that was stopped goes on when it is started again with the same ``--out``, which holds metrics.jsonl,
-curves.png, warm.pt and checkpoint.pt at the end. The Free Spoken Digit Dataset is at
+which first learns from a teacher that hears well and gets every other sum wrong. Voices of the evaluation are heard in
+neither part. That takes about two minutes on one core.
+
+A run that was stopped goes on when it is started again with the same ``--out``, which holds metrics.jsonl, curves.png,
+warm.pt and checkpoint.pt at the end. The Free Spoken Digit Dataset is at
 github.com/Jakobovski/free-spoken-digit-dataset; ``tar czf fsdd.tar.gz -C recordings .`` makes the archive.
 """
 
@@ -93,7 +95,8 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     chosen = {name: getattr(args, name) for name in vars(args) if name in Settings.__dataclass_fields__}
     limit = args.max_tokens or source.answer_length + 2
-    settings = Settings(**{**chosen, "limit": limit, "rescale": not args.no_rescale})
+    task = f"{args.data} without {args.held_out!r}, {args.digits} digits, {args.reward}, {args.model}"
+    settings = Settings(task=task, limit=limit, rescale=not args.no_rescale, **chosen)
 
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)

@@ -287,6 +287,8 @@ def test_stopped_run_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path: Path, 
     assert whole[1]["reward"] != whole[2]["reward"]
     with pytest.raises(SystemExit, match="a run with the same settings.*differs in method, seed"):
         run_example(monkeypatch, tmp_path / "parts", *arguments, "--method", "grpo", "--seed", "1")
+    with pytest.raises(SystemExit, match="differs in task"):
+        run_example(monkeypatch, tmp_path / "parts", *arguments, "--reward", "prefix")
 
 
 def write_manifest(folder: Path, with_voices: bool) -> Path:

@@ -74,9 +74,9 @@ def read_audio(file: Path | io.BytesIO) -> np.ndarray:
 class SpokenSums:
     """Recorded digits, strung together with short pauses; all digits of an utterance are of one voice.
 
-    The teacher of the supervised part makes a sum one too large at ``slip_rate``: the model then hears well, but has the
-    right sums still to learn, and only the reward can teach them. What the frozen encoder mishears, an adapter of the
-    language model could not repair.
+    The teacher of the supervised part makes a sum one too large at ``slip_rate``: the model then hears well, but has
+    the right sums still to learn, and only the reward can teach them. What the frozen encoder mishears, an adapter of
+    the language model could not repair.
     """
 
     alphabet = sums.ALPHABET

@@ -32,6 +32,7 @@ EVALUATED_AT_ONCE = 64
 class Settings:
     """All that a run's numbers depend on, beside the data and the model."""
 
+    task: str = ""  # data, reward and model in words: a run goes on with the same ones only
     method: str = "leaf"
     num_boundaries: int = 2
     seed: int = 0

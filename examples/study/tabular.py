@@ -175,7 +175,7 @@ def main() -> None:
                 {
                     "setting": asdict(setting),
                     "method": method,
-                    "mean": [round(float(x), 5) for x in curve[:, :-1].mean(1)],
+                    "mean": [round(float(x), 4) for x in curve[:, :-1].mean(1)],
                 }
             )
         RESULTS.parent.mkdir(exist_ok=True)
