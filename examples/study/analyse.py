@@ -141,7 +141,7 @@ class Speech:
             below.set(ylabel="sampled answers, voices of training", xlabel="policy step")
             above.legend()
         figure.suptitle("Mean over seeds; bands: 95% t intervals, which hold the spread between voices too")
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=72)
         plt.close(figure)
 
     def draw_differences(self, path: Path) -> None:
@@ -160,7 +160,7 @@ class Speech:
             axis.set(title=TASKS[task], ylabel="greedy answers, less those of GRPO", xlabel="policy step")
             axis.legend()
         figure.suptitle("Mean of the differences seed by seed; bands: 95% t intervals")
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=72)
         plt.close(figure)
 
     def draw_tree(self, path: Path) -> None:
@@ -191,8 +191,8 @@ class Speech:
                 rate = (total["parted"] / total["chosen"].clip(1))[often]
                 below.plot(at, rate, color=color, linestyle=":", label=f"{label}: rollouts part there")
             below.set(ylabel="of the boundaries there (bars: their share)", xlabel="token", ylim=(0, 1.05))
-            below.legend(fontsize=8)
-        figure.savefig(path, dpi=100)
+            below.legend(fontsize=7)
+        figure.savefig(path, dpi=72)
         plt.close(figure)
 
 
@@ -289,9 +289,9 @@ class Tabular:
                 axis.set_xticks(range(len(values)), [f"{value:g}" for value in values])
                 axis.set_title(factor, fontsize=9)
             row[0].set_ylabel(f"{label}\nmean reward less GRPO's", fontsize=9)
-        axes[0, 0].legend(fontsize=8)
+        axes[0, 0].legend(fontsize=7)
         figure.suptitle("Tabular policy: expected reward, averaged over training, less that of GRPO; 95% t intervals")
-        figure.savefig(path, dpi=90)
+        figure.savefig(path, dpi=80)
         plt.close(figure)
 
 

@@ -9,7 +9,6 @@ the policy's exact expected reward, averaged over the training steps.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from dataclasses import asdict, dataclass, replace
@@ -161,8 +160,6 @@ def train(setting: Setting, method: str, first_seed: int = 0) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     done = {(json.dumps(row["setting"], sort_keys=True), row["method"]) for row in rows}
