@@ -37,6 +37,15 @@ setup(
         "test": test,
         "trl": ["trl>=0.26,<2"],
         "verl": ["verl>=0.9,<1"],
+        "speech": [
+            "transformers>=5.23",
+            "peft>=0.14",
+            "numpy>=1.26",
+            "soundfile>=0.12",
+            "matplotlib>=3.8",
+            "sacrebleu>=2.4",
+            "scipy>=1.11",
+        ],
         "bench": [
             "pytest>=8",
             "pytest-benchmark>=5",
