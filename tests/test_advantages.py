@@ -322,6 +322,19 @@ def test_law_8_sharing_a_token_is_not_sharing_its_span() -> None:
     assert advantages[0, 0] > advantages[2, 0]
 
 
+def test_law_9_z_scores_are_over_spans_not_tokens() -> None:
+    """All rows share the first span, whose raw credit is 0; the z-scored one is not, and tokens do not sum to 0."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6], [1, 2, 7, 7]], device=DEVICE)
+    logprobs = torch.tensor([-0.1, -0.1, -5.0, -3.0], device=DEVICE).repeat(4, 1)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0], device=DEVICE)
+    tree = leafkernels.span_tree(logprobs, ids, rewards, min_separation=1)
+    assert tree.boundaries.tolist() == [2, 3]
+    assert (tree.spans.raw[:, 0] == 0).all()
+    assert (tree.spans.values[:, 0].abs() > 1e-3).all()
+    advantages = leafkernels.span_advantages(logprobs, ids, rewards, min_separation=1)
+    assert abs(float(advantages.sum())) > 0.1
+
+
 @pytest.mark.parametrize("normalize", ["span", "batch", "reward_std", "none"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_rewards_give_exactly_zero(backend: str, normalize: str) -> None:
