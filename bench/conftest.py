@@ -1,7 +1,6 @@
 """Options, the cases of each bench, and what the report reads beside the times."""
 
 import math
-import os
 import time
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from bench.harness import BACKENDS, DEVICE, Bench, Session, copy_bandwidth, describe_machine
 from bench.rollouts import SHAPES, TINY
+from leafkernels._backend import INTERPRETING
 
 _SESSION = pytest.StashKey[Session]()
 
@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"):
+    if INTERPRETING:
         raise pytest.UsageError("unset TRITON_INTERPRET: timing Triton's interpreter means nothing")
     torch.set_num_threads(config.getoption("--threads"))
     config.stash[_SESSION] = Session(

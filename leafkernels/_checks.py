@@ -71,6 +71,20 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
+def check_kernel_dtype(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Raise TypeError where the vocabulary kernels have no precision for a dtype; ``backend`` is a resolved one."""
+    if backend == "triton" and dtype == torch.float64:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16 with backend='triton', got {dtype}")
+
+
+def check_named_groups(groups: Tensor, num_rows: int, name: str, device: torch.device) -> None:
+    """Raise unless ``groups`` holds an integer for each row of the argument ``name``, on its device."""
+    check_integer("groups", groups)
+    if groups.shape != (num_rows,):
+        raise ValueError(f"groups must name one prompt for each of {num_rows} rows, got shape {tuple(groups.shape)}")
+    check_device("groups", groups, name, device)
+
+
 def check_mask(response_mask: Any, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
     """The mask as bool, or None; nonzero is True for integer and float masks."""
     if response_mask is None:
@@ -110,12 +124,7 @@ def check_layout(
     if groups is None:
         groups = row_shape[-1]
     elif isinstance(groups, Tensor):
-        check_integer("groups", groups)
-        if groups.shape != (num_rows,):
-            raise ValueError(
-                f"groups must name one prompt for each of {num_rows} rows, got shape {tuple(groups.shape)}"
-            )
-        check_device("groups", groups, name, tensor.device)
+        check_named_groups(groups, num_rows, name, tensor.device)
     else:
         if isinstance(groups, bool) or not isinstance(groups, int):
             raise TypeError(f"groups must be an int or an integer tensor, got {type(groups).__name__}")

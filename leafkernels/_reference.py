@@ -30,6 +30,10 @@ def mask_stretches(mask: Tensor, slot_starts: Tensor, slot_ends: Tensor) -> tupl
     return slot_starts.new_tensor(starts), slot_starts.new_tensor(lengths)
 
 
+def _live_rows(mask: Tensor | None, num_rows: int) -> list[int]:
+    return list(range(num_rows)) if mask is None else mask.nonzero().flatten().tolist()
+
+
 def select_boundaries(
     scores: Tensor,
     mask: Tensor | None,
@@ -188,7 +192,7 @@ def surprisal_entropy(
     logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``python_ref.surprisal_entropy``; arguments and results as the PyTorch implementation."""
-    live = range(logits.shape[0]) if mask is None else mask.nonzero().flatten().tolist()
+    live = _live_rows(mask, logits.shape[0])
     rows, tokens, temperatures = logits.tolist(), token_ids.tolist(), temperature.tolist()
     surprisals, entropies = python_ref.surprisal_entropy(
         [rows[i] for i in live], [tokens[i] for i in live], temperature=[temperatures[i] for i in live]
@@ -211,7 +215,7 @@ def surprisal_states(
     states = torch.zeros((4, len(rows), 1), dtype=compute_dtype(logits.dtype))
     states[0] = -torch.inf
     picked = torch.full((len(rows),), torch.nan, dtype=states.dtype)
-    for i in range(len(rows)) if mask is None else mask.nonzero().flatten().tolist():
+    for i in _live_rows(mask, len(rows)):
         states[:, i, 0] = torch.tensor(python_ref.surprisal_state(rows[i], temperatures[i]), dtype=states.dtype)
         if 0 <= tokens[i] < len(rows[i]):
             picked[i] = rows[i][tokens[i]]
@@ -224,7 +228,7 @@ def merge_surprisal_states(
     """See ``python_ref.merge_surprisal_states``; arguments and results as the PyTorch implementation."""
     of_rows, ids, temperatures = states.permute(1, 2, 0).tolist(), picked.tolist(), temperature.tolist()
     results = torch.zeros((4, len(ids)), dtype=states.dtype)
-    for i in range(len(ids)) if mask is None else mask.nonzero().flatten().tolist():
+    for i in _live_rows(mask, len(ids)):
         merged = python_ref.merge_surprisal_states(of_rows[i], ids[i], temperatures[i])
         results[:, i] = torch.tensor(merged, dtype=states.dtype)
     return tuple(results.to(states.device).unbind())  # type: ignore[return-value]
@@ -251,7 +255,7 @@ def surprisal_entropy_backward(
     of_surprisal = surprisal_gradients.tolist()
     of_entropy = [0.0] * len(rows) if entropy_gradients is None else entropy_gradients.tolist()
     gradients.zero_()
-    for i in range(len(rows)) if mask is None else mask.nonzero().flatten().tolist():
+    for i in _live_rows(mask, len(rows)):
         (gradient,) = python_ref.surprisal_entropy_backward(
             [of_surprisal[i]],
             [of_entropy[i]],
@@ -276,7 +280,7 @@ def linear_surprisal_entropy(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``python_ref.linear_surprisal_entropy``; the last two results, which its gradient does not need, are 0."""
-    live = torch.arange(hidden.shape[0]) if mask is None else mask.nonzero().squeeze(1).cpu()
+    live = _live_rows(mask, hidden.shape[0])
     results = torch.zeros((4, hidden.shape[0]), dtype=compute_dtype(hidden.dtype))
     found = python_ref.linear_surprisal_entropy(
         hidden[live].tolist(),
@@ -303,7 +307,7 @@ def linear_surprisal_entropy_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``python_ref.linear_surprisal_entropy_backward``; gradients that are not needed are empty."""
-    live = torch.arange(hidden.shape[0]) if mask is None else mask.nonzero().squeeze(1).cpu()
+    live = _live_rows(mask, hidden.shape[0])
     of_live, of_weight, of_bias = python_ref.linear_surprisal_entropy_backward(
         surprisal_gradients[live].tolist(),
         [0.0] * len(live) if entropy_gradients is None else entropy_gradients[live].tolist(),
@@ -341,7 +345,7 @@ def policy_loss(
     """See ``python_ref.policy_loss_from_logits``; arguments and results as the PyTorch implementation."""
     terms = torch.zeros((6, logits.shape[0]), dtype=compute_dtype(logits.dtype))
     gradients = torch.zeros(logits.shape if with_gradient else (0,), dtype=logits.dtype)
-    for i in mask.nonzero().flatten().tolist():
+    for i in _live_rows(mask, logits.shape[0]):
         found, gradient = python_ref.policy_loss_from_logits(
             [[logits[i].tolist()]],
             [[int(token_ids[i])]],

@@ -17,10 +17,10 @@ from leafkernels._backend import implementation
 from leafkernels._checks import (
     check_count,
     check_cu_seqlens,
-    check_device,
     check_integer,
     check_like,
     check_mask,
+    check_named_groups,
     check_real,
     check_rewards,
 )
@@ -189,12 +189,7 @@ def _local_rows(
     rewards = check_rewards(rewards, "token_ids", (num_rows,), device).detach()
     sections = {"rewards": rewards.to(torch.float64)}
     if isinstance(groups, Tensor):
-        check_integer("groups", groups)
-        if groups.shape != (num_rows,):
-            raise ValueError(
-                f"groups must name one prompt for each of {num_rows} rows, got shape {tuple(groups.shape)}"
-            )
-        check_device("groups", groups, "token_ids", device)
+        check_named_groups(groups, num_rows, "token_ids", device)
         sections["groups"] = groups.to(torch.int64)
         kind, groups = "a tensor", None
     else:

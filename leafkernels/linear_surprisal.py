@@ -9,7 +9,15 @@ from torch.nn.functional import pad
 
 from leafkernels import _reference
 from leafkernels._backend import implementation, resolve_backend
-from leafkernels._checks import check_count, check_device, check_integer, check_mask, check_positive, check_real
+from leafkernels._checks import (
+    check_count,
+    check_device,
+    check_integer,
+    check_kernel_dtype,
+    check_mask,
+    check_positive,
+    check_real,
+)
 from leafkernels._ops import compute_dtype, register
 from leafkernels.surprisal import SurprisalEntropy, check_temperature
 
@@ -284,8 +292,7 @@ def linear_surprisal_entropy(
             if parameter is not None and parameter.dtype != dtype:
                 raise TypeError(f"{name} must have the dtype of hidden, {dtype}, got {parameter.dtype}")
     backend = resolve_backend(backend, device)
-    if backend == "triton" and dtype == torch.float64:
-        raise TypeError("hidden must be float32, bfloat16 or float16 with backend='triton', got torch.float64")
+    check_kernel_dtype("hidden", dtype, backend)
     if chunk_tokens is None:
         chunk_tokens = max(1, _CHUNK_BYTES // max(lm_head_weight.shape[0] * dtype.itemsize, 1))
     check_count("chunk_tokens", chunk_tokens, 1)

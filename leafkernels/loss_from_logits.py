@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from leafkernels._backend import implementation, resolve_backend
-from leafkernels._checks import check_device, check_integer, check_mask, check_real, check_tensor
+from leafkernels._checks import check_device, check_integer, check_kernel_dtype, check_mask, check_real, check_tensor
 from leafkernels._ops import compute_dtype, register
 from leafkernels.loss import PolicyLoss, check_loss_options, token_weights
 from leafkernels.surprisal import check_temperature
@@ -116,8 +116,7 @@ def policy_loss_from_logits(
     temperatures = check_temperature(temperature, token_ids)
     low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef)
     backend = resolve_backend(backend, device)
-    if backend == "triton" and logits.dtype == torch.float64:
-        raise TypeError("logits must be float32, bfloat16 or float16 with backend='triton', got torch.float64")
+    check_kernel_dtype("logits", logits.dtype, backend)
 
     dtype = compute_dtype(logits.dtype)
     rows = logits.flatten(0, 1)

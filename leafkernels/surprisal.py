@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leafkernels._backend import implementation, resolve_backend
-from leafkernels._checks import check_device, check_integer, check_mask, check_positive, check_real
+from leafkernels._checks import check_device, check_integer, check_kernel_dtype, check_mask, check_positive, check_real
 from leafkernels._ops import compute_dtype, register
 from leafkernels.distributed import ids_in_slice, merge_slices
 
@@ -162,8 +162,7 @@ def surprisal_entropy(
     mask = check_mask(response_mask, "token_ids", token_ids.shape, logits.device)
     temperatures = check_temperature(temperature, token_ids)
     backend = resolve_backend(backend, logits.device)
-    if backend == "triton" and logits.dtype == torch.float64:
-        raise TypeError("logits must be float32, bfloat16 or float16 with backend='triton', got torch.float64")
+    check_kernel_dtype("logits", logits.dtype, backend)
 
     num_rows, vocab_size = token_ids.numel(), logits.shape[-1]
     rows = logits.reshape(num_rows, vocab_size)

@@ -433,27 +433,27 @@ def test_without_args_it_takes_the_defaults(tmp_path: Path, monkeypatch: pytest.
     assert run.args.num_boundaries == 2
 
 
-def refused(error: type[Exception], message: str, kind: type, args: Any) -> None:
+def check_refuses(error: type[Exception], message: str, kind: type, args: Any) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         trainer(kind, args)
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = config(tmp_path)
-    refused(
+    check_refuses(
         TypeError,
         "args must be a LeafGRPOConfig, or a dataclass derived from it and your own config, got GRPOConfig",
         LeafGRPOTrainer,
         config(tmp_path, GRPOConfig),
     )
-    refused(
+    check_refuses(
         ValueError,
         "terms must be one of 'both', 'global', 'local', got 'all'",
         LeafGRPOTrainer,
         config(tmp_path, terms="all"),
     )
     gmpo = type("GMPOTrainer", (GRPOTrainer,), {})
-    refused(
+    check_refuses(
         TypeError,
         "Mine must not derive from RLOOTrainer or GMPOTrainer: their losses take one advantage a row",
         type("Mine", (LeafGRPOTrainer, gmpo), {}),
@@ -461,7 +461,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     sapo = config(tmp_path, loss_type="sapo")
     monkeypatch.setattr(plug.trl, "__version__", "0.27.2")
-    refused(
+    check_refuses(
         RuntimeError,
         "loss_type must not be 'sapo' with LeafGRPOTrainer in TRL 0.27.2, whose SAPO loss takes one advantage a row; "
         "choose another, or pip install 'trl>=0.28'",
@@ -469,7 +469,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sapo,
     )
     monkeypatch.setattr(plug.trl, "__version__", "0.25.1")
-    refused(
+    check_refuses(
         RuntimeError,
         "LeafGRPOTrainer needs TRL 0.26 or newer, got 0.25.1, whose loss broadcasts advantages per token to "
         "(rows, rows, tokens); pip install 'trl>=0.26'",
@@ -479,7 +479,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plug.trl, "__version__", "1.13.0")
     monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", None, raising=False)
     args.use_liger_kernel = True
-    refused(
+    check_refuses(
         RuntimeError,
         "use_liger_kernel must be False with LeafGRPOTrainer in TRL 1.13.0, whose Liger loss takes one advantage a "
         "row; set it to False, or pip install 'trl>=1.14'",
