@@ -13,7 +13,8 @@ from bench.bench_prefix_lengths import dense, dense_by_chunks, ids_needed
 from bench.harness import Bench, Call, Prepare, Session, compiled, interleaved
 from bench.rollouts import SHAPES, TINY, Batch, Shape
 from leafkernels import eager
-from leafkernels._layout import as_rows, build_layout
+from leafkernels.rows.find import build_layout
+from leafkernels.rows.layout import as_rows
 
 INPUTS = ("sampled", "ragged")
 

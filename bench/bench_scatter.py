@@ -10,7 +10,8 @@ import python_ref
 from bench.harness import Bench, Call, Prepare, compiled
 from bench.rollouts import Batch, Shape
 from leafkernels import eager
-from leafkernels._layout import as_rows, build_layout
+from leafkernels.rows.find import build_layout
+from leafkernels.rows.layout import as_rows
 
 INPUTS = ("sampled", "ragged")
 

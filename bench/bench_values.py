@@ -10,7 +10,7 @@ import python_ref
 from bench.harness import Bench, Call, Prepare, compiled
 from bench.rollouts import Batch, Shape
 from leafkernels import eager
-from leafkernels._layout import build_layout
+from leafkernels.rows.find import build_layout
 
 INPUTS = ("sampled",)
 

@@ -9,7 +9,7 @@ import torch
 
 from bench.harness import BACKENDS, DEVICE, Bench, Session, copy_bandwidth, describe_machine
 from bench.rollouts import SHAPES, TINY
-from leafkernels._backend import INTERPRETING
+from leafkernels._core.backend import INTERPRETING
 
 _SESSION = pytest.StashKey[Session]()
 

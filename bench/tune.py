@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 
 from bench import report  # noqa: E402
 from bench.harness import DEVICE, best_of, copy_bandwidth, describe_machine, graph_of, median_of_events  # noqa: E402
-from leafkernels.kernels import loss_from_logits, surprisal  # noqa: E402
+from leafkernels.kernels import policy_loss_from_logits, surprisal  # noqa: E402
 
 SHAPES = tuple(itertools.product((64, 8192), (151_936, 128_256)))
 TINY_SHAPES = ((2, 300),)
@@ -92,7 +92,7 @@ class Case:
     def loss(self) -> tuple[Tensor, ...]:
         options = (0.2, 0.2, 0.0, 0.01, True)
         inputs = (self.logits, self.ids, self.ones, self.mask, self.ones, -self.surprisal, self.ones, None)
-        return loss_from_logits.launch_policy_loss(*inputs, *options)
+        return policy_loss_from_logits.launch_policy_loss(*inputs, *options)
 
     def kernels(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         return {"states": self.states, "backward": self.backward, "loss and gradient": self.loss}

@@ -1,16 +1,18 @@
 """LEAF span advantages for GRPO loops: one advantage per span of a rollout, from the prefixes that rollouts share."""
 
-from leafkernels.advantages import SpanTree, span_advantages, span_tree
-from leafkernels.boundaries import select_boundaries
-from leafkernels.estimators import dr_grpo, grpo, rloo, tempo, treerl
-from leafkernels.groups import group_index
-from leafkernels.linear_surprisal import linear_surprisal_entropy
-from leafkernels.loss import PolicyLoss, policy_loss
-from leafkernels.loss_from_logits import policy_loss_from_logits
-from leafkernels.prefix_lengths import common_prefix_lengths
-from leafkernels.scatter import scatter_spans
-from leafkernels.surprisal import SurprisalEntropy, surprisal_entropy
-from leafkernels.values import SpanValues, span_values
+from leafkernels.credit.advantages import span_advantages
+from leafkernels.credit.boundaries import select_boundaries
+from leafkernels.credit.differences import tempo, treerl
+from leafkernels.credit.estimators import dr_grpo, grpo, rloo
+from leafkernels.credit.prefix_lengths import common_prefix_lengths
+from leafkernels.credit.scatter import scatter_spans
+from leafkernels.credit.tree import SpanTree, span_tree
+from leafkernels.credit.values import SpanValues, span_values
+from leafkernels.losses.policy_loss import PolicyLoss, policy_loss
+from leafkernels.losses.policy_loss_from_logits import policy_loss_from_logits
+from leafkernels.rows.groups import group_index
+from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
+from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
 
 __version__ = "0.1.0"
 

@@ -4,12 +4,13 @@ Lists in, lists out, standard library only, written as the definitions are (arXi
 prefixes and no shared tricks. Every module has the name of the operation in ``leafkernels`` that it specifies.
 """
 
-from python_ref.advantages import SpanTree, span_advantages, span_tree
+from python_ref.advantages import span_advantages
 from python_ref.boundaries import select_boundaries
-from python_ref.estimators import dr_grpo, grpo, rloo, tempo, treerl
+from python_ref.differences import tempo, treerl
+from python_ref.estimators import dr_grpo, grpo, rloo
 from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
-from python_ref.loss import policy_loss
-from python_ref.loss_from_logits import policy_loss_from_logits
+from python_ref.policy_loss import policy_loss
+from python_ref.policy_loss_from_logits import policy_loss_from_logits
 from python_ref.prefix_lengths import common_prefix_lengths
 from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import (
@@ -18,6 +19,7 @@ from python_ref.surprisal import (
     surprisal_entropy_backward,
     surprisal_state,
 )
+from python_ref.tree import SpanTree, span_tree
 from python_ref.values import normalize_spans, span_values
 
 __all__ = [

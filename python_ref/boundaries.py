@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from python_ref.rows import cut, full_mask
+from python_ref.find import cut, full_mask
 
 
 def select_boundaries(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from python_ref.rows import cut, full_mask
+from python_ref.find import cut, full_mask
 
 
 def common_prefix_lengths(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from python_ref.rows import stretch
+from python_ref.find import stretch
 
 
 def scatter_spans(

@@ -23,11 +23,10 @@ from triton.compiler import ASTSource
 
 from leafkernels.kernels import (
     boundaries,
-    layout,
-    loss_from_logits,
+    find,
+    policy_loss_from_logits,
     prefix_lengths,
     scatter,
-    stretches,
     surprisal,
     values,
 )
@@ -50,10 +49,8 @@ _COLUMNS = "*i64 *i64 {scores} {mask} *i64 *i64 *i64 *i64 i32 i32"
 _SCATTER = "*fp32 *fp64 *i32 {mask} *i64 *i64 *i64 i32 i32 i32"
 
 CASES = [
-    Case(
-        "regular_layout", layout._regular_layout_kernel, "*i64 *i64 *i64 *i64 *i64 i32 i32 i32", {"BLOCK": 256}, False
-    ),
-    Case("mask_stretches", stretches._mask_stretches_kernel, "*i64 *i64 *i1 *i64 *i64 i32", {"BLOCK": 2048}, True),
+    Case("regular_layout", find._regular_layout_kernel, "*i64 *i64 *i64 *i64 *i64 i32 i32 i32", {"BLOCK": 256}, False),
+    Case("mask_stretches", find._mask_stretches_kernel, "*i64 *i64 *i1 *i64 *i64 i32", {"BLOCK": 2048}, True),
     *(
         Case(
             f"column_maxima {scores} {'mask' if mask == '*i1' else 'no mask'}",
@@ -206,7 +203,7 @@ CASES = [
     *(
         Case(
             f"policy_loss {logits}",
-            loss_from_logits._policy_loss_kernel,
+            policy_loss_from_logits._policy_loss_kernel,
             f"*fp32 {logits} {logits} *i64 *fp64 *i1 *fp32 *fp32 *fp32 *fp32 fp32 fp32 fp32 fp32 i32 i32 i32",
             {
                 "HAS_OLD": True,
@@ -222,9 +219,9 @@ CASES = [
     ),
     Case(
         "scale_gradient",
-        loss_from_logits._scale_gradient_kernel,
+        policy_loss_from_logits._scale_gradient_kernel,
         "*bf16 *fp32 i32",
-        {"BLOCK": loss_from_logits.SCALE_BLOCK, "num_warps": 8},
+        {"BLOCK": policy_loss_from_logits.SCALE_BLOCK, "num_warps": 8},
         True,
     ),
     Case(

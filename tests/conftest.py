@@ -37,14 +37,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from leafkernels.eager import boundaries as eager_boundaries
     from leafkernels.eager import prefix_lengths as eager_prefix_lengths
     from leafkernels.eager import surprisal as eager_surprisal
-    from leafkernels.kernels import boundaries, prefix_lengths, scatter, stretches, surprisal, values
+    from leafkernels.kernels import boundaries, find, prefix_lengths, scatter, surprisal, values
 
     monkeypatch.setattr(boundaries, "BLOCK", 4)
     monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)
     for name, size in {"BLOCK": 4, "BLOCK_TOKENS": 2, "BLOCK_ROWS": 2, "BLOCK_TIES": 2, "BLOCK_RANKS": 2}.items():
         monkeypatch.setattr(prefix_lengths, name, size)
     monkeypatch.setattr(scatter, "BLOCK", 4)
-    monkeypatch.setattr(stretches, "BLOCK", 4)
+    monkeypatch.setattr(find, "BLOCK", 4)
     monkeypatch.setattr(surprisal, "BLOCK", 8)
     monkeypatch.setattr(values, "BLOCK", 2)
     monkeypatch.setattr(eager_boundaries, "_CHUNK", 0)

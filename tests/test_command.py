@@ -273,7 +273,7 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 def test_a_backend_that_cannot_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leafkernels._backend.INTERPRETING", False)
+    monkeypatch.setattr("leafkernels._core.backend.INTERPRETING", False)
     check_fails_with(
         "--backend triton cannot run here", [save(tmp_path / "a.jsonl", [GOOD]), "--backend", "triton"], capsys
     )

@@ -8,7 +8,8 @@ import torch
 from rollouts import DEVICE, random_group
 
 import leafkernels
-from leafkernels._layout import as_rows, build_layout
+from leafkernels.rows.find import build_layout
+from leafkernels.rows.layout import as_rows
 
 on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 OPS = torch.ops.leafkernels
@@ -174,15 +175,15 @@ def test_torch_compile_of_other_estimators(backend: str, name: str) -> None:
 @on_gpu
 @pytest.mark.parametrize("refines", [False, True])
 def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leafkernels.kernels import boundaries, layout, prefix_lengths, scatter, stretches, surprisal, values
+    from leafkernels.kernels import boundaries, find, prefix_lengths, scatter, surprisal, values
 
     kernels = [
-        layout._regular_layout_kernel,
+        find._regular_layout_kernel,
         surprisal._surprisal_states_kernel,
         surprisal._merge_surprisal_states_kernel,
         boundaries._column_maxima_kernel,
         boundaries._select_boundaries_kernel,
-        stretches._mask_stretches_kernel,
+        find._mask_stretches_kernel,
         prefix_lengths._compare_pairs_kernel,
         prefix_lengths._represent_kernel,
         prefix_lengths._first_mismatch_kernel,

@@ -12,8 +12,8 @@ from rollouts import BACKENDS, DEVICE, Rollouts, assert_rows_close, random_group
 
 import leafkernels
 import python_ref
-from leafkernels._rollouts import read_rollouts
-from leafkernels.estimators import _tempo_spans
+from leafkernels.credit.differences import _tempo_spans
+from leafkernels.rows.rollouts import read_rollouts
 
 NAMES = ("grpo", "dr_grpo", "rloo", "tempo", "treerl")
 BOUNDARY_OPTIONS = ("num_boundaries", "min_separation")

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rollouts import DEVICE
 
-from leafkernels._layout import build_layout
+from leafkernels.rows.find import build_layout
 
 
 @given(st.lists(st.integers(-9, 40), min_size=1, max_size=6), st.integers(0, 30))
@@ -27,7 +27,7 @@ def test_broken_cu_seqlens_give_rows_inside_the_tokens_that_do_not_overlap(bound
 
 def test_no_token_is_copied() -> None:
     """Rows of a padded, a sliced and a packed batch are views of what the caller holds."""
-    from leafkernels._layout import as_rows
+    from leafkernels.rows.layout import as_rows
 
     batch = torch.zeros(2, 3, 20, dtype=torch.int64, device=DEVICE)
     for tensor in (batch, batch[..., 4:17], batch[0], batch.flatten()):

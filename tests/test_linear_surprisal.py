@@ -12,7 +12,7 @@ from rollouts import BACKENDS, DEVICE
 
 import leafkernels
 import python_ref
-from leafkernels import linear_surprisal
+from leafkernels.vocabulary import linear_surprisal
 
 FAST = ("torch", "triton")
 

@@ -10,8 +10,8 @@ from rollouts import BACKENDS, DEVICE
 
 import leafkernels
 import python_ref
-from leafkernels._backend import implementation
-from leafkernels._layout import build_layout
+from leafkernels._core.backend import implementation
+from leafkernels.rows.find import build_layout
 
 EXAMPLES = {"torch": 150, "triton": 150 if DEVICE == "cuda" else 30, "reference": 40}
 

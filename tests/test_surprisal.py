@@ -12,7 +12,7 @@ from rollouts import BACKENDS, DEVICE
 
 import leafkernels
 import python_ref
-from leafkernels._backend import implementation
+from leafkernels._core.backend import implementation
 
 FAST = ("torch", "triton")
 INF = math.inf

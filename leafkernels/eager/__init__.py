@@ -5,10 +5,10 @@ sizes back from the device; the Triton kernels never do.
 """
 
 from leafkernels.eager.boundaries import select_boundaries
-from leafkernels.eager.loss_from_logits import policy_loss, scale_gradient
+from leafkernels.eager.find import mask_stretches
+from leafkernels.eager.policy_loss_from_logits import policy_loss, scale_gradient
 from leafkernels.eager.prefix_lengths import common_prefix_lengths
 from leafkernels.eager.scatter import gather_spans, scatter_spans
-from leafkernels.eager.stretches import mask_stretches
 from leafkernels.eager.surprisal import (
     merge_surprisal_states,
     surprisal_entropy,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leafkernels._layout import group_members
 from leafkernels.eager._rows import aligned_rows
+from leafkernels.rows.layout import group_members
 
 # Comparing all pairs takes a tenth of the steps of a refinement, and is for problems of at most so many tokens; in one
 # step, if there are hardly any.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from leafkernels._ops import compute_dtype
+from leafkernels._core.precision import compute_dtype
 
 # Logits of a chunk: large enough that a step costs more than its call, small enough for the cache.
 _CHUNK = 1 << 18

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leafkernels._layout import group_members
+from leafkernels.rows.layout import group_members
 
 _FAR = torch.iinfo(torch.int32).max
 

@@ -5,13 +5,13 @@ no size is specialised on: a new length, number of rows or stride compiles nothi
 """
 
 from leafkernels.kernels.boundaries import launch_select_boundaries as select_boundaries
-from leafkernels.kernels.layout import launch_regular_layout as regular_layout
-from leafkernels.kernels.loss_from_logits import launch_policy_loss as policy_loss
-from leafkernels.kernels.loss_from_logits import launch_scale_gradient as scale_gradient
+from leafkernels.kernels.find import launch_mask_stretches as mask_stretches
+from leafkernels.kernels.find import launch_regular_layout as regular_layout
+from leafkernels.kernels.policy_loss_from_logits import launch_policy_loss as policy_loss
+from leafkernels.kernels.policy_loss_from_logits import launch_scale_gradient as scale_gradient
 from leafkernels.kernels.prefix_lengths import launch_common_prefix_lengths as common_prefix_lengths
 from leafkernels.kernels.scatter import launch_gather_spans as gather_spans
 from leafkernels.kernels.scatter import launch_scatter_spans as scatter_spans
-from leafkernels.kernels.stretches import launch_mask_stretches as mask_stretches
 from leafkernels.kernels.surprisal import launch_merge_surprisal_states as merge_surprisal_states
 from leafkernels.kernels.surprisal import launch_surprisal_entropy as surprisal_entropy
 from leafkernels.kernels.surprisal import launch_surprisal_entropy_backward as surprisal_entropy_backward

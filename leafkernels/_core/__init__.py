@@ -1,0 +1,1 @@
+"""Parts of an operation, without mathematics: registration, backends, checks, precision, ranks."""

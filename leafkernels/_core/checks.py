@@ -1,0 +1,105 @@
+"""Checks of arguments: every message names the argument, what it must be and what came.
+
+Shapes, dtypes and devices are read always; values only of tensors that lie on the CPU.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def values_readable(tensor: Tensor) -> bool:
+    """Whether reading values costs no device synchronisation and no graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_tensor(name: str, value: Any) -> Tensor:
+    """Raise TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def check_real(name: str, value: Any) -> Tensor:
+    """Raise TypeError unless ``value`` is a floating-point tensor."""
+    tensor = check_tensor(name, value)
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point (float32, bfloat16, float16 or float64), got {tensor.dtype}")
+    return tensor
+
+
+def check_integer(name: str, value: Any) -> Tensor:
+    """Raise TypeError unless ``value`` is a tensor of integers."""
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    return tensor
+
+
+def check_like(name: str, tensor: Tensor, other_name: str, shape: torch.Size, device: torch.device) -> None:
+    """Raise ValueError unless ``tensor`` has the shape and the device of the argument ``other_name``."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {tuple(shape)}, got shape {tuple(tensor.shape)}")
+    check_device(name, tensor, other_name, device)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, device: torch.device) -> None:
+    """Raise ValueError unless ``tensor`` is on the device of the argument ``other_name``."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {device}, got {tensor.device}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a positive number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_kernel_dtype(name: str, dtype: torch.dtype, backend: str) -> None:
+    """Raise TypeError where the vocabulary kernels have no precision for a dtype; ``backend`` is a resolved one."""
+    if backend == "triton" and dtype == torch.float64:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16 with backend='triton', got {dtype}")
+
+
+def check_mask(response_mask: Any, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """The mask as bool, or None; nonzero is True for integer and float masks."""
+    if response_mask is None:
+        return None
+    mask = check_tensor("response_mask", response_mask)
+    if mask.dtype.is_complex:
+        raise TypeError(f"response_mask must be bool, integer or floating point, got {mask.dtype}")
+    check_like("response_mask", mask, name, shape, device)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def check_rewards(rewards: Any, name: str, row_shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The rewards as a floating-point tensor (N,)."""
+    check_tensor("rewards", rewards)
+    if rewards.dtype.is_complex or rewards.dtype == torch.bool:
+        raise TypeError(f"rewards must be floating point or integers, got {rewards.dtype}")
+    if tuple(rewards.shape) != row_shape:
+        raise ValueError(
+            f"rewards must have one entry for each row of {name}, shape {row_shape}, got shape {tuple(rewards.shape)}"
+        )
+    check_device("rewards", rewards, name, device)
+    rewards = rewards.reshape(-1)
+    return rewards if rewards.dtype.is_floating_point else rewards.to(torch.float32)

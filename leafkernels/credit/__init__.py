@@ -1,0 +1,1 @@
+"""From rollouts to one number for each token."""

@@ -1,0 +1,123 @@
+"""Where the rows of a group may fork: at most B columns of high surprisal, far enough apart."""
+
+import torch
+from torch import Tensor
+
+from leafkernels._core.backend import implementation, resolve_backend
+from leafkernels._core.checks import check_count, check_real
+from leafkernels._core.ops import register
+from leafkernels.rows.find import check_layout
+from leafkernels.rows.layout import Layout, as_rows
+
+
+def _impl(scores: Tensor, *args: object) -> Tensor:
+    *arguments, backend = args
+    return implementation(str(backend)).select_boundaries(scores, *arguments)
+
+
+def _fake(
+    scores: Tensor,
+    mask: Tensor | None,
+    row_starts: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    max_length: int,
+    num_boundaries: int,
+    min_separation: int | None,
+    negate: bool,
+    backend: str,
+) -> Tensor:
+    return scores.new_empty((group_starts.shape[0] - 1, num_boundaries), dtype=torch.int32)
+
+
+_select_boundaries = register(
+    "select_boundaries(Tensor scores, Tensor? mask, Tensor row_starts, Tensor row_lengths, Tensor rows_by_group, "
+    "Tensor group_starts, Tensor group_of_row, SymInt max_length, int num_boundaries, int? min_separation, "
+    "bool negate, str backend) -> Tensor",
+    _impl,
+    _fake,
+)
+
+
+def boundaries_of_groups(
+    scores: Tensor,
+    mask: Tensor | None,
+    layout: Layout,
+    num_boundaries: int,
+    min_separation: int | None,
+    negate: bool,
+    backend: str,
+) -> Tensor:
+    """(P, num_boundaries) int32 for the P groups of a layout; the arguments have been checked."""
+    return _select_boundaries(
+        scores.detach(),
+        mask,
+        layout.row_starts,
+        layout.row_lengths,
+        layout.rows_by_group,
+        layout.group_starts,
+        layout.group_of_row,
+        layout.max_length,
+        num_boundaries,
+        min_separation,
+        negate,
+        backend,
+    )
+
+
+def check_boundary_options(num_boundaries: int, min_separation: int | None) -> None:
+    """Raise unless both are counts that make sense."""
+    check_count("num_boundaries", num_boundaries, 0)
+    if min_separation is not None:
+        check_count("min_separation", min_separation, 1)
+
+
+def per_prompt(of_groups: Tensor, layout: Layout, row_shape: tuple[int, ...], groups: Tensor | int | None) -> Tensor:
+    """Shape what holds one line for each group as the caller counts prompts."""
+    if isinstance(groups, Tensor):
+        return of_groups[layout.group_of_row]
+    return of_groups[0] if groups is None and len(row_shape) == 1 and of_groups.shape[0] else of_groups
+
+
+def select_boundaries(
+    scores: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_boundaries: int = 2,
+    min_separation: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Boundaries of each prompt: the positions of the highest scores, at least a separation apart.
+
+    A boundary p means "the prefix is tokens [0, p)": token p is the first of the next span. Candidates are the unmasked
+    positions p >= 1 of every row, counted from the row's first unmasked token. They are taken by falling score (ties:
+    the smaller row, then the smaller position) while they keep
+    D = max(2, shortest non-empty row // (max(num_boundaries, 1) + 1)) from those taken before.
+    Source: LEAF, arXiv 2606.07610, as released by its authors.
+
+    Args:
+        scores: (G, T), (B, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; float32, bfloat16, float16
+            (float64 is ranked after rounding to float32). Surprisal in nats, entropy, or anything else to rank by.
+            NaN never becomes a boundary; infinities rank as such.
+        response_mask: shaped like ``scores``, nonzero where a token counts; None: all.
+        groups: rows of each prompt; see ``span_advantages``.
+        cu_seqlens: (N + 1,) int32, the offsets of packed rows.
+        num_boundaries: how many at most; 0 gives none.
+        min_separation: overrides D; at least 1.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        int32, ascending, -1 behind the last where fewer were found: (num_boundaries,) for one prompt,
+        (B, num_boundaries) for a batch or an int ``groups``, (N, num_boundaries), each row its prompt's, where
+        ``groups`` is a tensor (counting its prompts would synchronise a GPU).
+    """
+    check_real("scores", scores)
+    check_boundary_options(num_boundaries, min_separation)
+    backend = resolve_backend(backend, scores.device)
+    layout, mask, row_shape = check_layout("scores", scores, response_mask, groups, cu_seqlens, backend)
+    found = boundaries_of_groups(as_rows(scores), mask, layout, num_boundaries, min_separation, False, backend)
+    return per_prompt(found, layout, row_shape, groups)

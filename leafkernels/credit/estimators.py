@@ -1,0 +1,106 @@
+"""Other estimators on the same rollouts, called as ``span_advantages`` is: compare credit schemes by changing a name.
+
+With r the reward of a row, mean, std (ddof 1) and K those of its prompt:
+
+    grpo       (r - mean) / (std + 1e-6)
+    dr_grpo    r - mean
+    rloo       K / (K - 1) * (r - mean)
+    tempo      (r - mean + V(s_{t+1}) - V(s_t)) / (std + 1e-6), V the mean reward of the rows that share a prefix
+    treerl     2 V_k / sqrt(n_k) - V_{k-1} / sqrt(n_{k-1}), on the nodes at the boundaries of ``span_advantages``
+
+As there, a row whose reward is NaN takes no part in anything and gets 0, an empty row counts in mean, std and K, and a
+prompt of one row, or one whose rewards are all equal, gets exactly 0.0.
+"""
+
+import torch
+from torch import Tensor
+
+from leafkernels.credit.scatter import spread
+from leafkernels.credit.values import values_of_groups
+from leafkernels.rows.rollouts import Rollouts, read_rollouts
+
+
+def _one_for_each_row(rollouts: Rollouts, leave_one_out: bool, normalize: str) -> Tensor:
+    """The credit of a tree without boundaries, in which every row is a tail: what it shares does not matter."""
+    layout = rollouts.layout
+    boundaries = layout.group_starts.new_empty((layout.group_starts.shape[0] - 1, 0), dtype=torch.int32)
+    prefix_lengths = layout.row_lengths.new_zeros((rollouts.rewards.shape[0], layout.max_group), dtype=torch.int32)
+    spans = values_of_groups(
+        rollouts.rewards,
+        prefix_lengths,
+        boundaries,
+        layout.row_lengths,
+        layout,
+        "global",
+        0.0,
+        leave_one_out,
+        normalize,
+        rollouts.backend,
+    )
+    return spread(spans.values, spans.span_ends, rollouts)
+
+
+def grpo(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """(r - mean) / (std + 1e-6) at every token of a rollout, std with ddof 1 (GRPO, arXiv 2402.03300).
+
+    Of ``logprobs`` and ``token_ids`` only the shape matters. All arguments, layouts and errors as in
+    ``span_advantages``.
+
+    Returns:
+        float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
+    """
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    return _one_for_each_row(rollouts, False, "reward_std")
+
+
+def dr_grpo(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """r - mean at every token of a rollout (Dr. GRPO, arXiv 2503.20783).
+
+    Of ``logprobs`` and ``token_ids`` only the shape matters. All arguments, layouts and errors as in
+    ``span_advantages``.
+
+    Returns:
+        float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
+    """
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    return _one_for_each_row(rollouts, False, "none")
+
+
+def rloo(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """r minus the mean of the prompt's other rewards, at every token of a rollout (RLOO, arXiv 2402.14740).
+
+    That is K / (K - 1) * (r - mean). Of ``logprobs`` and ``token_ids`` only the shape matters. All arguments, layouts
+    and errors as in ``span_advantages``.
+
+    Returns:
+        float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
+    """
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    return _one_for_each_row(rollouts, True, "none")

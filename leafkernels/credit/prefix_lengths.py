@@ -1,0 +1,167 @@
+"""How many leading tokens every two rows of a prompt share."""
+
+import torch
+from torch import Tensor
+
+from leafkernels._core.backend import implementation, resolve_backend
+from leafkernels._core.checks import check_count, check_device, check_integer, values_readable
+from leafkernels._core.ops import register
+from leafkernels.rows.find import check_layout
+from leafkernels.rows.layout import Layout, as_rows
+
+
+def _impl(token_ids: Tensor, *args: object) -> Tensor:
+    *arguments, backend = args
+    return implementation(str(backend)).common_prefix_lengths(token_ids, *arguments)
+
+
+def _fake(
+    token_ids: Tensor,
+    row_starts: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    limit: Tensor | None,
+    start: Tensor | None,
+    max_group: int,
+    backend: str,
+) -> Tensor:
+    return token_ids.new_empty((row_starts.shape[0], max_group), dtype=torch.int32)
+
+
+_common_prefix_lengths = register(
+    "common_prefix_lengths(Tensor token_ids, Tensor row_starts, Tensor row_lengths, Tensor rows_by_group, "
+    "Tensor group_starts, Tensor group_of_row, Tensor? limit, Tensor? start, SymInt max_group, str backend) -> Tensor",
+    _impl,
+    _fake,
+)
+
+
+def prefix_lengths_of_groups(
+    token_ids: Tensor, layout: Layout, limit: Tensor | None, backend: str, start: Tensor | None = None
+) -> Tensor:
+    """(N, max_group) int32: row i against the j-th row of its group, 0 behind the last.
+
+    ``limit`` (P,) stops the comparison: longer prefixes count as that long. Tokens before ``start`` (P,) count
+    as equal. Both are integers. The arguments have been checked.
+    """
+    return _common_prefix_lengths(
+        token_ids,
+        layout.row_starts,
+        layout.row_lengths,
+        layout.rows_by_group,
+        layout.group_starts,
+        layout.group_of_row,
+        limit,
+        start,
+        layout.max_group,
+        backend,
+    )
+
+
+def common_prefix_lengths(
+    token_ids: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    limit: Tensor | int | None = None,
+    start: Tensor | int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Length of the longest common prefix of every two rows of a prompt, exact; the diagonal holds the row lengths.
+
+    On a GPU and for large problems on a CPU every id is read about twice, however much the rows share: once for its
+    own row, once as what others are compared with (docs/prefix_lengths.md).
+
+    Args:
+        token_ids: (G, T), (B, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; any integer dtype, read
+            as it is. Tokens inside a row's stretch count also where the mask has a hole.
+        response_mask: shaped like ``token_ids``; the row is the stretch from its first to its last nonzero entry.
+        groups: rows of each prompt; see ``span_advantages``.
+        cu_seqlens: (N + 1,) int32, the offsets of packed rows.
+        limit: tokens of a row that count at most, at least 0: the result is that of rows cut there, and no token
+            behind is compared. An int for all prompts, or integers: () for one prompt, (B,) for a batch or an int
+            ``groups``, (N,), the same for all rows of a prompt, where ``groups`` is a tensor. None: all tokens.
+        start: tokens at the front of every row that are known to be equal to the other rows' of its prompt, at least
+            0: they are not compared. Rows that are shorter share all they have, and what is in fact different there
+            counts as equal. In the same forms as ``limit``; None: 0.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        int32: (G, G) for one prompt; (B, G, G) for a batch or an int ``groups``; (N, N), -1 between rows of different
+        prompts, where ``groups`` is a tensor.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the message names it and what came. The values of a
+            CUDA tensor are not looked at: a negative one counts as 0.
+        RuntimeError: the backend asked for cannot run here.
+    """
+    check_integer("token_ids", token_ids)
+    backend = resolve_backend(backend, token_ids.device)
+    layout, _, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens, backend)
+    lengths = prefix_lengths_of_groups(
+        as_rows(token_ids),
+        layout,
+        _of_groups("limit", limit, layout, row_shape, groups),
+        backend,
+        _of_groups("start", start, layout, row_shape, groups),
+    )
+    if isinstance(groups, Tensor):
+        return _between_all_rows(lengths, layout)
+    if groups is None:
+        return lengths.reshape(*row_shape, row_shape[-1])
+    return lengths.reshape(lengths.shape[0] // groups, groups, groups)
+
+
+def _of_groups(
+    name: str, value: Tensor | int | None, layout: Layout, row_shape: tuple[int, ...], groups: Tensor | int | None
+) -> Tensor | None:
+    """``limit`` or ``start`` as one integer for each group of the layout."""
+    num_groups = layout.group_starts.shape[0] - 1
+    device = layout.group_starts.device
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        check_count(name, value, 0)
+        return torch.full((num_groups,), min(value, layout.max_length), dtype=torch.int64, device=device)
+    check_integer(name, value)
+    if isinstance(groups, Tensor):
+        shape, of = row_shape, "row"
+    else:
+        shape, of = (() if groups is None and len(row_shape) == 1 else (num_groups,)), "prompt"
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} must be an int or hold one integer for each {of}, shape {shape}, got shape {tuple(value.shape)}"
+        )
+    check_device(name, value, "token_ids", device)
+    if values_readable(value) and value.numel() and int(value.min()) < 0:
+        raise ValueError(f"{name} must be at least 0, got {int(value.min())}")
+    value = value.to(torch.int64)
+    if not isinstance(groups, Tensor):
+        return value.reshape(num_groups)
+    if not value.shape[0]:
+        return value
+    # Groups behind the last real one are empty, and what they are given does not matter.
+    of_groups = value[layout.rows_by_group[layout.group_starts[:-1].clamp_max(value.shape[0] - 1)]]
+    if values_readable(value):
+        differs = (value != of_groups[layout.group_of_row]).nonzero()
+        if differs.shape[0]:
+            row = int(differs[0])
+            raise ValueError(
+                f"{name} must be the same for all rows of a prompt, got {int(value[row])} for row {row} and "
+                f"{int(of_groups[layout.group_of_row[row]])} for the first row of its prompt"
+            )
+    return of_groups
+
+
+def _between_all_rows(lengths: Tensor, layout: Layout) -> Tensor:
+    """(N, N) from the table by rank within the group; -1 between groups."""
+    num_rows = lengths.shape[0]
+    ranks = torch.empty_like(layout.rows_by_group)
+    by_group = layout.group_of_row[layout.rows_by_group]
+    every_row = torch.arange(num_rows, device=lengths.device)
+    ranks[layout.rows_by_group] = every_row - layout.group_starts[by_group]
+    same = layout.group_of_row[:, None] == layout.group_of_row
+    return lengths.gather(1, ranks.expand(num_rows, num_rows)).masked_fill(~same, -1)

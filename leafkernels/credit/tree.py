@@ -1,0 +1,87 @@
+"""The prefix tree behind the advantages, for debugging and display."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leafkernels.credit.advantages import credit_spans
+from leafkernels.credit.boundaries import per_prompt
+from leafkernels.credit.values import SpanValues, finish
+from leafkernels.rows.layout import Layout, group_members
+
+
+class SpanTree(NamedTuple):
+    """The prefix tree behind the advantages, and what ``span_advantages`` scatters; for debugging and display."""
+
+    boundaries: Tensor
+    """int32, ascending, -1 where there is none; shaped as by ``select_boundaries``."""
+    lengths: Tensor
+    """int64, one for each row: tokens from its first to its last unmasked one; 0 for rows whose reward is NaN."""
+    nodes: Tensor
+    """(..., B) int32: a name for the row's node at each boundary, the smallest of its rows (counted within the prompt,
+    or over all rows where ``groups`` is a tensor); -1 where the row retains none."""
+    spans: SpanValues
+    """Values, ends, members and mean rewards of every row's spans."""
+
+
+def span_tree(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | int | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_boundaries: int = 2,
+    min_separation: int | None = None,
+    boundary_scores: Tensor | None = None,
+    terms: str = "both",
+    multiplicity_power: float = 0.5,
+    leave_one_out: bool = False,
+    normalize: str = "span",
+    backend: str = "auto",
+) -> SpanTree:
+    """The tree that ``span_advantages`` credits; same arguments. Rows lead every field, in the caller's shape."""
+    credit = credit_spans(
+        logprobs,
+        token_ids,
+        rewards,
+        response_mask=response_mask,
+        groups=groups,
+        cu_seqlens=cu_seqlens,
+        num_boundaries=num_boundaries,
+        min_separation=min_separation,
+        boundary_scores=boundary_scores,
+        terms=terms,
+        multiplicity_power=multiplicity_power,
+        leave_one_out=leave_one_out,
+        normalize=normalize,
+        backend=backend,
+    )
+    layout, row_shape = credit.rollouts.layout, credit.rollouts.row_shape
+    of_rows = credit.boundaries[layout.group_of_row]
+    spans = finish(credit.spans, of_rows, row_shape)
+    has_node = spans.members.reshape(of_rows.shape[0], -1)[:, 1:] > 0
+    nodes = _node_names(credit.prefix_lengths, of_rows, layout).masked_fill_(~has_node, -1)
+    if not isinstance(groups, Tensor):
+        nodes = torch.where(nodes < 0, nodes, nodes % max(layout.max_group, 1))
+    return SpanTree(
+        boundaries=per_prompt(credit.boundaries, layout, row_shape, groups),
+        lengths=layout.row_lengths.reshape(row_shape),
+        nodes=nodes.to(torch.int32).reshape(*row_shape, nodes.shape[-1]),
+        spans=spans,
+    )
+
+
+def _node_names(prefix_lengths: Tensor, boundaries_of_rows: Tensor, layout: Layout) -> Tensor:
+    """(N, B) the smallest row that shares each row's prefix at each boundary."""
+    num_rows = prefix_lengths.shape[0]
+    members, is_member = group_members(layout.rows_by_group, layout.group_starts, layout.group_of_row, layout.max_group)
+    lengths = layout.row_lengths[:, None]
+    identical = (prefix_lengths == lengths) & (layout.row_lengths[members] == lengths)
+    names = torch.full_like(boundaries_of_rows, num_rows, dtype=torch.int64)
+    for k in range(boundaries_of_rows.shape[1]):
+        shares = (identical | (prefix_lengths >= boundaries_of_rows[:, k, None])) & is_member & (lengths > 0)
+        names[:, k] = members.masked_fill(~shares, num_rows).amin(1) if num_rows else num_rows
+    return names

@@ -1,0 +1,219 @@
+"""What each span earned: the mean reward of the rows that share it, against the group's and the parent node's."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from leafkernels._core.backend import implementation, resolve_backend
+from leafkernels._core.checks import check_choice, check_device, check_integer, check_rewards, check_tensor
+from leafkernels._core.ops import register
+from leafkernels.rows.find import build_layout
+from leafkernels.rows.layout import Layout
+
+TERMS = ("both", "global", "local")
+NORMALIZE = ("span", "batch", "reward_std", "none")
+
+_INPUTS = (
+    "Tensor rewards, Tensor prefix_lengths, Tensor boundaries, Tensor row_lengths, "
+    "Tensor rows_by_group, Tensor group_starts, Tensor group_of_row, "
+    "str terms, float multiplicity_power, bool leave_one_out, str normalize"
+)
+
+
+class SpanValues(NamedTuple):
+    """Spans of every row: span s of a row covers tokens [span_ends[s - 1], span_ends[s]), with span_ends[-1] = 0.
+
+    The leading dimensions are the caller's for rows; S = num_boundaries + 1. Spans that a row does not have are empty
+    (their end is the end before) and hold 0. A row that goes on behind its last node ends with its tail.
+    """
+
+    values: Tensor
+    """(..., S) float64, normalised as asked."""
+    raw: Tensor
+    """(..., S) float64, before the normalisation."""
+    span_ends: Tensor
+    """(..., S) int32, ascending, counted from the row's first unmasked token; may exceed the row's length."""
+    members: Tensor
+    """(..., S) int32: how many rows the means below are over; column 0 is the group, column s the node at boundary s
+    (of 1 to B), 0 where the row retains none."""
+    node_values: Tensor
+    """(..., S) float64: mean reward of the group, then of the row's node at each boundary; NaN where there is none."""
+
+
+def _impl(rewards: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *arguments, backend = args
+    if rewards.shape[0] == 0:
+        return _fake(rewards, *args)
+    return implementation(str(backend)).span_values(rewards, *arguments)
+
+
+def _fake(rewards: Tensor, prefix_lengths: Tensor, boundaries: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    dtypes = (torch.float64, torch.float64, torch.int32, torch.int32, torch.float64)
+    return tuple(rewards.new_empty((rewards.shape[0], boundaries.shape[1] + 1), dtype=dtype) for dtype in dtypes)
+
+
+_span_values = register(
+    f"span_values({_INPUTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _impl, _fake
+)
+
+# Rewards are constants in training: this gradient serves research, and has one form, in PyTorch, on every device.
+_span_values_backward = register(
+    f"span_values_backward(Tensor gradients, Tensor raw_gradients, Tensor raw, {_INPUTS}) -> Tensor",
+    lambda *args: implementation("torch").span_values_backward(*args),
+    lambda gradients, raw_gradients, raw, rewards, *_: rewards.new_empty(rewards.shape, dtype=torch.float64),
+)
+
+
+class _SpanValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rewards: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        outputs = _span_values(rewards, *args)
+        ctx.save_for_backward(outputs[1], rewards, *args[:6])
+        ctx.options = args[6:10]
+        ctx.mark_non_differentiable(*outputs[2:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, gradients: Tensor, raw_gradients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        of_rewards = _span_values_backward(gradients, raw_gradients, *ctx.saved_tensors, *ctx.options)
+        return of_rewards.to(ctx.saved_tensors[1].dtype), *[None] * 11
+
+
+def values_of_groups(
+    rewards: Tensor,
+    prefix_lengths: Tensor,
+    boundaries: Tensor,
+    row_lengths: Tensor,
+    layout: Layout,
+    terms: str,
+    multiplicity_power: float,
+    leave_one_out: bool,
+    normalize: str,
+    backend: str,
+) -> SpanValues:
+    """Spans of the N rows of a layout; the arguments have been checked.
+
+    ``prefix_lengths`` is (N, max_group) by rank within the group, ``boundaries`` (P, B), ``rewards`` (N,).
+    """
+    # Rewards are constants in training, and then an autograd function would only cost time.
+    function = _SpanValues.apply if rewards.requires_grad else _span_values
+    outputs = function(
+        rewards,
+        prefix_lengths,
+        boundaries,
+        row_lengths,
+        layout.rows_by_group,
+        layout.group_starts,
+        layout.group_of_row,
+        terms,
+        float(multiplicity_power),
+        leave_one_out,
+        normalize,
+        backend,
+    )
+    return SpanValues(*outputs)
+
+
+def check_value_options(terms: str, multiplicity_power: float, leave_one_out: bool, normalize: str) -> None:
+    """Raise unless the options of the credit are what they must be."""
+    check_choice("terms", terms, TERMS)
+    check_choice("normalize", normalize, NORMALIZE)
+    if isinstance(multiplicity_power, bool) or not isinstance(multiplicity_power, (int, float)):
+        raise TypeError(f"multiplicity_power must be a number, got {type(multiplicity_power).__name__}")
+    if not isinstance(leave_one_out, bool):
+        raise TypeError(f"leave_one_out must be a bool, got {type(leave_one_out).__name__}")
+
+
+def finish(spans: SpanValues, boundaries_of_rows: Tensor, row_shape: tuple[int, ...]) -> SpanValues:
+    """What users see: nothing where a row retains no node, and the caller's leading dimensions."""
+    is_group = torch.ones_like(spans.members[:, :1], dtype=torch.bool)
+    is_node = torch.cat([is_group, (spans.members[:, 1:] >= 2) & (boundaries_of_rows >= 0)], dim=1)
+    members = spans.members.masked_fill(~is_node, 0)
+    node_values = spans.node_values.masked_fill(members == 0, torch.nan)
+    fields = (spans.values, spans.raw, spans.span_ends, members, node_values)
+    return SpanValues(*(field.reshape(*row_shape, field.shape[-1]) for field in fields))
+
+
+def span_values(
+    prefix_lengths: Tensor,
+    boundaries: Tensor,
+    rewards: Tensor,
+    lengths: Tensor,
+    *,
+    terms: str = "both",
+    multiplicity_power: float = 0.5,
+    leave_one_out: bool = False,
+    normalize: str = "span",
+    backend: str = "auto",
+) -> SpanValues:
+    """Credit of every span, from what the rows of a prompt share and earned.
+
+    At boundary p two rows share a node when their longest common prefix is at least p, or when they are identical. A
+    node needs two rows; V is the mean reward of its n rows, V_0 that of the group, R the last boundary the row retains:
+
+        span k <= R   A = [(V_k - V_0) + (V_k - V_{k-1})] * n_k ** -multiplicity_power
+        tail          A = (r_i - V_0) + (r_i - V_R)
+
+    Source: LEAF, arXiv 2606.07610. Differentiable in ``rewards``. Computed in float64.
+
+    Args:
+        prefix_lengths: (G, G) or (B, G, G) int32 from ``common_prefix_lengths``; prefixes longer than the last boundary
+            may be cut there.
+        boundaries: (K,) or (B, K) int32 from ``select_boundaries``: ascending, -1 behind the last.
+        rewards: (G,) or (B, G); NaN leaves a row out of every mean, and it has no spans.
+        lengths: (G,) or (B, G) integers; rows of length 0 count in V_0 only.
+        terms: "both", "global" (the first bracket) or "local" (the second).
+        multiplicity_power: 0.5 is the paper's 1/sqrt(n); the tail has no such factor.
+        leave_one_out: the global term times K/(K - 1), the local one times n/(n - 1) of the parent node: unbiased for
+            fixed boundaries. A group of one gives 0.
+        normalize: "span" z-scores over the spans of a prompt (ddof 1, floor 1e-6 under the deviation), "batch" over
+            those of the call, "reward_std" divides by the deviation of the prompt's rewards + 1e-6, "none". A prompt
+            whose rewards are all equal gives exactly 0.0 in every mode.
+        backend: "auto", "triton", "torch" or "reference".
+    """
+    check_integer("prefix_lengths", prefix_lengths)
+    check_integer("boundaries", boundaries)
+    check_integer("lengths", lengths)
+    check_tensor("rewards", rewards)
+    check_value_options(terms, multiplicity_power, leave_one_out, normalize)
+    device = prefix_lengths.device
+    if prefix_lengths.dim() not in (2, 3) or prefix_lengths.shape[-1] != prefix_lengths.shape[-2]:
+        raise ValueError(
+            f"prefix_lengths must have shape (rows, rows) or (prompts, rows, rows), got {tuple(prefix_lengths.shape)}"
+        )
+    row_shape = tuple(prefix_lengths.shape[:-1])
+    if tuple(lengths.shape) != row_shape:
+        raise ValueError(
+            f"lengths must have one entry for each row of prefix_lengths, shape {row_shape}, "
+            f"got shape {tuple(lengths.shape)}"
+        )
+    if tuple(boundaries.shape[:-1]) != row_shape[:-1] or boundaries.dim() != len(row_shape):
+        raise ValueError(
+            f"boundaries must hold one list for each prompt of prefix_lengths, shape {(*row_shape[:-1], 'K')}, "
+            f"got shape {tuple(boundaries.shape)}"
+        )
+    check_device("boundaries", boundaries, "prefix_lengths", device)
+    check_device("lengths", lengths, "prefix_lengths", device)
+    rewards = check_rewards(rewards, "prefix_lengths", row_shape, device)
+    backend = resolve_backend(backend, device)
+
+    group, num_boundaries = row_shape[-1], boundaries.shape[-1]
+    of_rows = prefix_lengths.reshape(rewards.shape[0], group).to(torch.int32)
+    layout = build_layout(of_rows, None, group, None)
+    boundaries = boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries).to(torch.int32)
+    # A row without a reward takes part in nothing, as if it were empty.
+    is_out = rewards.isnan()
+    spans = values_of_groups(
+        rewards,
+        of_rows.masked_fill(is_out[:, None], 0),
+        boundaries,
+        lengths.reshape(-1).to(torch.int64).masked_fill(is_out, 0),
+        layout,
+        terms,
+        multiplicity_power,
+        leave_one_out,
+        normalize,
+        backend,
+    )
+    return finish(spans, boundaries[layout.group_of_row], row_shape)

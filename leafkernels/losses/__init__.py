@@ -1,0 +1,1 @@
+"""From numbers for each token to one number."""

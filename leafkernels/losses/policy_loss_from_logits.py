@@ -1,0 +1,152 @@
+"""The clipped policy loss for callers who hold logits: loss and gradient from one pass over them."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from leafkernels._core.backend import implementation, resolve_backend
+from leafkernels._core.checks import (
+    check_device,
+    check_integer,
+    check_kernel_dtype,
+    check_mask,
+    check_real,
+    check_tensor,
+)
+from leafkernels._core.ops import register
+from leafkernels._core.precision import compute_dtype
+from leafkernels.losses.policy_loss import PolicyLoss, check_loss_options, token_weights
+from leafkernels.vocabulary.inputs import check_temperature
+
+
+def _impl(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *arguments, backend = args
+    return implementation(backend).policy_loss(logits, *arguments)
+
+
+def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    with_gradient = args[-2]
+    terms = logits.new_empty((6, logits.shape[0]), dtype=compute_dtype(logits.dtype))
+    return terms, logits.new_empty(logits.shape if with_gradient else (0,))
+
+
+_policy_loss = register(
+    "policy_loss(Tensor logits, Tensor token_ids, Tensor temperature, Tensor mask, Tensor weights, "
+    "Tensor? old_logprobs, Tensor advantages, Tensor? ref_logprobs, float clip_low, float clip_high, float kl_coef, "
+    "float entropy_coef, bool with_gradient, str backend) -> (Tensor, Tensor)",
+    _impl,
+    _fake,
+)
+
+
+def _scale_impl(gradients: Tensor, factor: Tensor, backend: str) -> None:
+    implementation(backend).scale_gradient(gradients, factor)
+
+
+_scale_gradient = register(
+    "scale_gradient(Tensor(a!) gradients, Tensor factor, str backend) -> ()", _scale_impl, lambda *_: None
+)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        terms, gradients = _policy_loss(*args)
+        ctx.save_for_backward(gradients)
+        ctx.backend = args[-1]
+        ctx.mark_non_differentiable(terms)
+        return terms[0].sum(), terms
+
+    @staticmethod
+    def backward(ctx: Any, of_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        _scale_gradient(gradients, of_loss, ctx.backend)
+        # It exists once, and is given away: a second backward pass is refused by autograd.
+        torch.autograd.graph.increment_version(gradients)
+        return gradients, *[None] * 13
+
+
+def policy_loss_from_logits(
+    logits: Tensor,
+    token_ids: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    clip: tuple[float, float] = (0.2, 0.2),
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    aggregate: str = "token_mean",
+    constant: float | None = None,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """``policy_loss`` of the log-probabilities and entropies of ``surprisal_entropy``, in one pass over the logits.
+
+    The loss of a token and its gradient need nothing but the token's own logits, so the gradient is written in the same
+    launch, while the row is still in the cache: a third less traffic than a forward and a backward pass. It is kept
+    until ``backward``, as large as the logits, and given away there: a second backward pass raises. The factor that
+    comes from above (1 from ``loss.backward()``, which costs nothing; a loss scale; one over accumulation steps)
+    multiplies it after it was rounded to the dtype of the logits: float16 logits with a loss scale are better served by
+    ``surprisal_entropy`` and ``policy_loss``. So is importance="sequence", which needs all tokens of a row first.
+
+    Args:
+        logits: (N, T, V), float32, bfloat16, float16 or float64 (not with Triton).
+        token_ids: (N, T) integers: the sampled ids.
+        old_logprobs: (N, T) under the policy that sampled; a constant. None: on policy, every ratio is 1.
+        advantages: (N, T), as from ``span_advantages``; a constant.
+        response_mask: (N, T), nonzero where a token counts; the logits of others are not read.
+        temperature: positive; a float, or one for each token, (N, T).
+        clip, ref_logprobs, kl_coef, entropy_coef, aggregate, constant: as ``policy_loss`` has them.
+        backend: "auto", "triton", "torch" or "reference".
+    """
+    check_real("logits", logits)
+    if logits.dim() != 3:
+        raise ValueError(f"logits must have shape (rows, tokens, vocabulary), got shape {tuple(logits.shape)}")
+    shape, device = logits.shape[:-1], logits.device
+    check_integer("token_ids", token_ids)
+    tensors = {"token_ids": token_ids, "advantages": advantages}
+    for name, optional in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if optional is not None:
+            tensors[name] = optional
+    for name, tensor in tensors.items():
+        if name != "token_ids":
+            check_real(name, tensor)
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have one entry for each row of logits, shape {tuple(shape)}, "
+                f"got shape {tuple(tensor.shape)}"
+            )
+        check_device(name, tensor, "logits", device)
+    mask = cast(Tensor, check_mask(check_tensor("response_mask", response_mask), "token_ids", shape, device))
+    temperatures = check_temperature(temperature, token_ids)
+    low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef)
+    backend = resolve_backend(backend, device)
+    check_kernel_dtype("logits", logits.dtype, backend)
+
+    dtype = compute_dtype(logits.dtype)
+    rows = logits.flatten(0, 1)
+    loss, terms = _PolicyLoss.apply(
+        rows if rows.stride(-1) == 1 else rows.contiguous(),
+        token_ids.flatten().contiguous(),
+        temperatures.flatten().contiguous(),
+        mask.flatten().contiguous(),
+        token_weights(mask, aggregate, constant, dtype).flatten(),
+        None if old_logprobs is None else _flat_constant(old_logprobs, dtype),
+        _flat_constant(advantages, dtype),
+        None if ref_logprobs is None else _flat_constant(ref_logprobs, dtype),
+        low,
+        high,
+        float(kl_coef),
+        float(entropy_coef),
+        logits.requires_grad and torch.is_grad_enabled(),
+        backend,
+    )
+    means = terms.sum(1) / mask.sum().clamp_min(1)
+    return PolicyLoss(loss, *means[1:].unbind())
+
+
+def _flat_constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).flatten().contiguous()

@@ -1,0 +1,1 @@
+"""From a call to where its tokens lie and whose they are."""

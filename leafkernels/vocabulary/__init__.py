@@ -1,0 +1,1 @@
+"""From logits or hidden states to numbers for each token."""

@@ -1,0 +1,57 @@
+"""A vocabulary that is split over ranks: three collectives of a few numbers for each row, none in the backward pass."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from leafkernels._core.backend import implementation
+from leafkernels._core.checks import values_readable
+from leafkernels._core.ranks import place
+
+
+def ids_in_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessGroup") -> Tensor:
+    """Ids (N,) counted from the first of this rank's slice of the vocabulary, so that all others lie outside of it.
+
+    Collective: the ranks tell each other the sizes of their slices, which stay on the device.
+    """
+    rank, world_size = place("vocab_group", vocab_group)
+    # Filled in two steps: a tensor made from a list would be copied to the device, and waited for.
+    own = torch.full((2,), vocab_size, dtype=torch.int64, device=token_ids.device)
+    own[0] = token_ids.shape[0]
+    gathered = [torch.empty_like(own) for _ in range(world_size)]
+    dist.all_gather(gathered, own, group=vocab_group)
+    num_rows, sizes = torch.stack(gathered).unbind(1)
+    if values_readable(num_rows) and bool((num_rows != num_rows[0]).any()):
+        raise ValueError(
+            f"token_ids must be the same on every rank of vocab_group, got {num_rows.tolist()} of them by rank"
+        )
+    return token_ids.to(torch.int64) - sizes[:rank].sum()
+
+
+def merge_slices(
+    states: Tensor,
+    picked: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    backend: str,
+    vocab_group: "dist.ProcessGroup",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What ``surprisal_entropy`` gives for whole rows, on every rank, from the states of this rank's slice.
+
+    Collective: the maximum of the tops, and then the sum of all that is counted from there; 24 bytes a row in float32.
+    """
+    # Whether a maximum keeps a NaN depends on the backend; the sums do.
+    tops = states[0].amax(1)
+    dist.all_reduce(tops, dist.ReduceOp.MAX, group=vocab_group)
+    is_here = ~picked.isnan()
+    sums = torch.cat(
+        (
+            implementation("torch").surprisal_sums(states, tops, temperature),
+            torch.stack((picked.nan_to_num(0.0, torch.inf, -torch.inf), is_here.to(picked.dtype))),
+        )
+    )
+    dist.all_reduce(sums, dist.ReduceOp.SUM, group=vocab_group)
+    n, r, t, picked, owners = sums
+    whole = torch.stack((tops, n, r, t)).unsqueeze(2)
+    # 0 / 0 where no rank has the id.
+    return implementation(backend).merge_surprisal_states(whole, picked / owners, temperature, mask)

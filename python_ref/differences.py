@@ -1,0 +1,85 @@
+"""Credit from what a token changed: TEMPO and TreeRL."""
+
+import math
+from collections.abc import Sequence
+
+from python_ref.estimators import Groups, Mask, Rows, Table, mean_of_others, scored_groups
+from python_ref.find import full_mask, stretch
+from python_ref.scatter import scatter_spans
+from python_ref.tree import span_tree
+from python_ref.values import deviation, mean
+
+
+def tempo(
+    logprobs: Table,
+    token_ids: Rows,
+    rewards: Sequence[float],
+    *,
+    response_mask: Mask = None,
+    groups: Groups = None,
+) -> list[list[float]]:
+    """(r - mean + V(s_{t+1}) - V(s_t)) / (std + 1e-6); V(s_t) is the mean reward of the rows that begin with s_t."""
+    masks = full_mask(token_ids, response_mask)
+    advantages = [[0.0] * len(mask) for mask in masks]
+    for rows in scored_groups(rewards, groups):
+        of_group = [rewards[j] for j in rows]
+        group_mean, scale = mean(of_group), deviation(of_group) + 1e-6
+        ranges = {j: stretch(masks[j]) for j in rows}
+        for i in rows:
+            start, end = ranges[i]
+            sharing = rows
+            for t in range(end - start):
+                before = mean([rewards[j] for j in sharing])
+                # Those that go on, and go on with the same token.
+                sharing = [
+                    j
+                    for j in sharing
+                    if t < ranges[j][1] - ranges[j][0] and token_ids[j][ranges[j][0] + t] == token_ids[i][start + t]
+                ]
+                after = mean([rewards[j] for j in sharing])
+                if masks[i][start + t]:
+                    advantages[i][start + t] = (rewards[i] - group_mean + after - before) / scale
+    return advantages
+
+
+def treerl(
+    logprobs: Table,
+    token_ids: Rows,
+    rewards: Sequence[float],
+    *,
+    response_mask: Mask = None,
+    groups: Groups = None,
+    num_boundaries: int = 2,
+    min_separation: int | None = None,
+    boundary_scores: Table | None = None,
+) -> list[list[float]]:
+    """2 V_k / sqrt(n_k) - V_{k-1} / sqrt(n_{k-1}) on rewards centred leave-one-out; a tail is a leaf with n = 1."""
+    masks = full_mask(token_ids, response_mask)
+    advantages = [[0.0] * len(mask) for mask in masks]
+    trees = span_tree(
+        logprobs,
+        token_ids,
+        rewards,
+        response_mask=response_mask,
+        groups=groups,
+        num_boundaries=num_boundaries,
+        min_separation=min_separation,
+        boundary_scores=boundary_scores,
+    )
+    for rows in scored_groups(rewards, groups):
+        (tree,) = (tree for tree in trees if rows[0] in tree.rows)
+        of_group = [rewards[i] for i in rows]
+        centred = {i: rewards[i] - mean_of_others(rewards[i], of_group) for i in rows}
+        for i in rows:
+            rank = tree.rows.index(i)
+            values = []
+            parent = rows
+            for k in range(len(tree.raw[rank])):
+                sharing = [tree.rows[j] for j in tree.nodes[k][rank]] if k < len(tree.boundaries) else []
+                node = sharing if len(sharing) >= 2 else [i]
+                scaled, of_parent = (mean([centred[j] for j in n]) / math.sqrt(len(n)) for n in (node, parent))
+                values.append(scaled - of_parent + scaled)
+                parent = node
+            ends = [end for _, end, _ in tree.raw[rank]]
+            advantages[i] = scatter_spans([values], [ends], [masks[i]])[0]
+    return advantages
