@@ -1,4 +1,4 @@
-"""The library in which the operations are registered, how one is registered, and in what precision it computes."""
+"""The library in which the operations are registered, and how one is registered."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,27 +6,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leafkernels._core.backend import implementation
+
 _LIBRARY = torch.library.Library("leafkernels", "DEF")
 
 
-def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define an operation and return the callable behind ``torch.ops.leafkernels``.
+def register(schema: str, fake: Callable[..., Any], impl: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Define an operation and return its callable in ``torch.ops.leafkernels``.
+
+    Its last argument names a resolved backend; the function of the operation's name in that backend's module gets all
+    the others. ``impl``, where an operation is more than that, gets all arguments.
 
     A bare definition with the autograd function outside is the cheapest registered boundary PyTorch offers, and
     ``torch.compile`` sees one opaque node with the shapes that ``fake`` gives.
     """
+
+    name = schema.split("(", 1)[0]
+
+    def dispatch(*args: Any) -> Any:
+        *arguments, backend = args
+        return getattr(implementation(backend), name)(*arguments)
+
+    run = dispatch if impl is None else impl
 
     def below_autograd(first: Tensor, *rest: Any) -> Any:
         # What runs in here is a constant to autograd; that it need not look at every step saves a tenth of the time of
         # small problems. (PyTorch's own custom operations use the same guard.)
         with torch._C._AutoDispatchBelowAutograd():
             if not first.is_cuda:
-                return impl(first, *rest)
+                return run(first, *rest)
             # Triton launches on the current device, which need not be that of the tensors.
             with torch.cuda.device(first.device):
-                return impl(first, *rest)
+                return run(first, *rest)
 
-    name = schema.split("(", 1)[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, below_autograd, "CompositeExplicitAutograd")
     torch.library.register_fake(f"leafkernels::{name}", fake, lib=_LIBRARY)

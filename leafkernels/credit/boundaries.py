@@ -3,16 +3,11 @@
 import torch
 from torch import Tensor
 
-from leafkernels._core.backend import implementation, resolve_backend
+from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_real
 from leafkernels._core.ops import register
 from leafkernels.rows.find import check_layout
 from leafkernels.rows.layout import Layout, as_rows
-
-
-def _impl(scores: Tensor, *args: object) -> Tensor:
-    *arguments, backend = args
-    return implementation(str(backend)).select_boundaries(scores, *arguments)
 
 
 def _fake(
@@ -36,7 +31,6 @@ _select_boundaries = register(
     "select_boundaries(Tensor scores, Tensor? mask, Tensor row_starts, Tensor row_lengths, Tensor rows_by_group, "
     "Tensor group_starts, Tensor group_of_row, SymInt max_length, int num_boundaries, int? min_separation, "
     "bool negate, str backend) -> Tensor",
-    _impl,
     _fake,
 )
 

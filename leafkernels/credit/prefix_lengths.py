@@ -3,16 +3,11 @@
 import torch
 from torch import Tensor
 
-from leafkernels._core.backend import implementation, resolve_backend
+from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_device, check_integer, values_readable
 from leafkernels._core.ops import register
 from leafkernels.rows.find import check_layout
 from leafkernels.rows.layout import Layout, as_rows
-
-
-def _impl(token_ids: Tensor, *args: object) -> Tensor:
-    *arguments, backend = args
-    return implementation(str(backend)).common_prefix_lengths(token_ids, *arguments)
 
 
 def _fake(
@@ -33,7 +28,6 @@ def _fake(
 _common_prefix_lengths = register(
     "common_prefix_lengths(Tensor token_ids, Tensor row_starts, Tensor row_lengths, Tensor rows_by_group, "
     "Tensor group_starts, Tensor group_of_row, Tensor? limit, Tensor? start, SymInt max_group, str backend) -> Tensor",
-    _impl,
     _fake,
 )
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leafkernels._core.backend import implementation, resolve_backend
+from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_device, check_integer, check_real
 from leafkernels._core.ops import register
 from leafkernels.rows.find import check_layout
@@ -15,28 +15,16 @@ from leafkernels.rows.rollouts import Rollouts
 _SPANS = "Tensor span_ends, Tensor? mask, Tensor slot_starts, Tensor slot_ends, Tensor row_starts"
 
 
-def _scatter_impl(values: Tensor, *args: object) -> Tensor:
-    *arguments, backend = args
-    return implementation(str(backend)).scatter_spans(values, *arguments)
-
-
 _scatter_spans = register(
     f"scatter_spans(Tensor values, {_SPANS}, SymInt[] size, ScalarType dtype, str backend) -> Tensor",
-    _scatter_impl,
     lambda values, span_ends, mask, slot_starts, slot_ends, row_starts, size, dtype, backend: values.new_empty(
         size, dtype=dtype
     ),
 )
 
 
-def _gather_impl(gradients: Tensor, *args: object) -> Tensor:
-    *arguments, backend = args
-    return implementation(str(backend)).gather_spans(gradients, *arguments)
-
-
 _gather_spans = register(
     f"gather_spans(Tensor gradients, {_SPANS}, str backend) -> Tensor",
-    _gather_impl,
     lambda gradients, span_ends, *_: gradients.new_empty(span_ends.shape, dtype=torch.float64),
 )
 

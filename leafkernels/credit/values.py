@@ -54,14 +54,14 @@ def _fake(rewards: Tensor, prefix_lengths: Tensor, boundaries: Tensor, *_: Any) 
 
 
 _span_values = register(
-    f"span_values({_INPUTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _impl, _fake
+    f"span_values({_INPUTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake, _impl
 )
 
 # Rewards are constants in training: this gradient serves research, and has one form, in PyTorch, on every device.
 _span_values_backward = register(
     f"span_values_backward(Tensor gradients, Tensor raw_gradients, Tensor raw, {_INPUTS}) -> Tensor",
-    lambda *args: implementation("torch").span_values_backward(*args),
     lambda gradients, raw_gradients, raw, rewards, *_: rewards.new_empty(rewards.shape, dtype=torch.float64),
+    lambda *args: implementation("torch").span_values_backward(*args),
 )
 
 

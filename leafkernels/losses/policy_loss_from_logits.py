@@ -35,8 +35,8 @@ _policy_loss = register(
     "policy_loss(Tensor logits, Tensor token_ids, Tensor temperature, Tensor mask, Tensor weights, "
     "Tensor? old_logprobs, Tensor advantages, Tensor? ref_logprobs, float clip_low, float clip_high, float kl_coef, "
     "float entropy_coef, bool with_gradient, str backend) -> (Tensor, Tensor)",
-    _impl,
     _fake,
+    _impl,
 )
 
 
@@ -45,7 +45,7 @@ def _scale_impl(gradients: Tensor, factor: Tensor, backend: str) -> None:
 
 
 _scale_gradient = register(
-    "scale_gradient(Tensor(a!) gradients, Tensor factor, str backend) -> ()", _scale_impl, lambda *_: None
+    "scale_gradient(Tensor(a!) gradients, Tensor factor, str backend) -> ()", lambda *_: None, _scale_impl
 )
 
 

@@ -10,14 +10,8 @@ from leafkernels._core.checks import check_device, check_integer, check_mask, ch
 from leafkernels._core.ops import register
 from leafkernels.rows.layout import Layout, as_rows
 
-
-def _stretches_impl(mask: Tensor, slot_starts: Tensor, slot_ends: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation(backend).mask_stretches(mask, slot_starts, slot_ends)
-
-
 mask_stretches = register(
     "mask_stretches(Tensor mask, Tensor slot_starts, Tensor slot_ends, str backend) -> (Tensor, Tensor)",
-    _stretches_impl,
     lambda mask, slot_starts, slot_ends, backend: tuple(slot_starts.new_empty(slot_starts.shape) for _ in range(2)),
 )
 
@@ -164,8 +158,8 @@ def _regular_layout_fake(like: Tensor, num_rows: int, width: int, group: int) ->
 _regular_layout = register(
     "regular_layout(Tensor like, SymInt num_rows, SymInt width, SymInt group) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda *args: implementation("triton").regular_layout(*args),
     _regular_layout_fake,
+    lambda *args: implementation("triton").regular_layout(*args),
 )
 
 

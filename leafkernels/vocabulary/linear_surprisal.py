@@ -115,7 +115,7 @@ def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 _linear_surprisal_entropy = register(
-    f"linear_surprisal_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _impl, _fake
+    f"linear_surprisal_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake, _impl
 )
 
 
@@ -199,8 +199,8 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 _linear_surprisal_entropy_backward = register(
     "linear_surprisal_entropy_backward(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor entropy, "
     f"Tensor tops, Tensor log_totals, {_INPUTS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
-    _backward_impl,
     _backward_fake,
+    _backward_impl,
 )
 
 

@@ -45,7 +45,7 @@ def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits.dtype)) for _ in range(4))
 
 
-_surprisal_entropy = register(f"surprisal_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _impl, _fake)
+_surprisal_entropy = register(f"surprisal_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake, _impl)
 
 
 def _backward_impl(surprisal_gradients: Tensor, *args: Any) -> Tensor:
@@ -66,7 +66,7 @@ _BACKWARD = (
     "Tensor token_ids, Tensor temperature, Tensor? mask, float? softcap, str backend) -> "
 )
 _surprisal_entropy_backward = register(
-    f"surprisal_entropy_backward{_BACKWARD.format(logits='Tensor logits')}Tensor", _backward_impl, _backward_fake
+    f"surprisal_entropy_backward{_BACKWARD.format(logits='Tensor logits')}Tensor", _backward_fake, _backward_impl
 )
 
 
@@ -77,8 +77,8 @@ def _backward_in_place_impl(surprisal_gradients: Tensor, *args: Any) -> None:
 
 _surprisal_entropy_backward_ = register(
     f"surprisal_entropy_backward_{_BACKWARD.format(logits='Tensor(a!) logits')}()",
-    _backward_in_place_impl,
     lambda *_: None,
+    _backward_in_place_impl,
 )
 
 
