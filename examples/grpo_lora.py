@@ -68,7 +68,7 @@ def leaf_advantages(rollouts: Rollouts, logprobs: Tensor, group_size: int, num_b
         rollouts.token_ids,
         rollouts.rewards,
         response_mask=rollouts.response_mask,
-        groups=group_size,
+        group_size=group_size,
         num_boundaries=num_boundaries,
     )
 

@@ -75,7 +75,7 @@ def test_batches_of_prompts_and_runs_of_rows(backend: str) -> None:
     expected = torch.stack([leafkernels.span_advantages(**g, backend=backend) for g in groups])
     torch.testing.assert_close(leafkernels.span_advantages(**stacked, backend=backend), expected, rtol=0, atol=0)
     flat = {name: t.flatten(0, 1) for name, t in stacked.items()}
-    runs = leafkernels.span_advantages(**flat, groups=4, backend=backend)
+    runs = leafkernels.span_advantages(**flat, group_size=4, backend=backend)
     torch.testing.assert_close(runs, expected.flatten(0, 1), rtol=0, atol=0)
 
 
@@ -153,7 +153,7 @@ def spans_of(tree: leafkernels.SpanTree) -> tuple[torch.Tensor, torch.Tensor]:
     """Which slots hold a span, and which of them is the tail (it ends at the row's length, behind the last node)."""
     ends = tree.spans.span_ends
     exists = ends > torch.nn.functional.pad(ends[:, :-1], (1, 0))
-    is_node = torch.nn.functional.pad(tree.spans.members[:, 1:] >= 2, (0, 1))
+    is_node = torch.nn.functional.pad(tree.spans.node_sizes[:, 1:] >= 2, (0, 1))
     return exists, exists & ~is_node
 
 
@@ -177,7 +177,7 @@ def test_law_2_global_terms_of_a_node_sum_to_its_members(case: Rollouts) -> None
         for i in range(len(centred)):
             if tree.nodes[i, k] >= 0:
                 members = (tree.nodes[:, k] == tree.nodes[i, k]) & (prompts == prompts[i])
-                assert int(members.sum()) == int(tree.spans.members[i, k + 1])
+                assert int(members.sum()) == int(tree.spans.node_sizes[i, k + 1])
                 torch.testing.assert_close(tree.spans.raw[members, k].sum(), centred[members].sum(), rtol=0, atol=1e-12)
 
 
@@ -356,12 +356,12 @@ def test_identical_rows_without_rewards_or_tokens(backend: str) -> None:
     rewards = torch.tensor([1.0, math.nan, 0.0, 0.5], device=DEVICE)
     tree = leafkernels.span_tree(logprobs, ids, rewards, response_mask=mask, num_boundaries=1, backend=backend)
     assert tree.boundaries.tolist() == [2]
-    assert tree.spans.members.tolist() == [[3, 3], [3, 0], [3, 3], [3, 3]]
+    assert tree.spans.node_sizes.tolist() == [[3, 3], [3, 0], [3, 3], [3, 3]]
     assert tree.nodes.tolist() == [[0], [-1], [0], [0]]
     mask[0], mask[2] = False, False
     rewards[1] = 0.25
     tree = leafkernels.span_tree(logprobs, ids, rewards, response_mask=mask, num_boundaries=1, backend=backend)
     assert tree.lengths.tolist() == [0, 3, 0, 3]
-    assert tree.spans.members.tolist() == [[4, 0], [4, 2], [4, 0], [4, 2]]
+    assert tree.spans.node_sizes.tolist() == [[4, 0], [4, 2], [4, 0], [4, 2]]
     advantages = leafkernels.span_advantages(logprobs, ids, rewards, response_mask=mask, backend=backend)
     assert not advantages[0].any() and not advantages[2].any()

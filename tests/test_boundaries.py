@@ -74,7 +74,7 @@ def test_shapes(backend: str) -> None:
     whole = leafkernels.select_boundaries(scores, **call)
     assert whole.shape == (2,)
     halves = leafkernels.select_boundaries(scores.reshape(2, 3, 9), **call)
-    assert torch.equal(halves, leafkernels.select_boundaries(scores, groups=3, **call))
+    assert torch.equal(halves, leafkernels.select_boundaries(scores, group_size=3, **call))
     names = torch.tensor([5, 5, 5, -1, -1, -1], device=DEVICE)
     assert torch.equal(halves.repeat_interleave(3, 0), leafkernels.select_boundaries(scores, groups=names, **call))
     assert leafkernels.select_boundaries(scores, num_boundaries=0, backend=backend).shape == (0,)

@@ -89,7 +89,7 @@ def test_torch_compile_fullgraph(backend: str, layout: str) -> None:
         options["groups"] = torch.tensor([1, 0, 1, 1, 0, 0], device=DEVICE)
     if layout == "packed":
         options["cu_seqlens"] = torch.arange(0, 121, 20, dtype=torch.int32, device=DEVICE)
-        options["groups"] = 3
+        options["group_size"] = 3
         options["response_mask"] = None
         group["logprobs"], group["token_ids"] = group["logprobs"].flatten(), group["token_ids"].flatten()
 
@@ -157,7 +157,7 @@ def test_torch_compile_of_other_estimators(backend: str, name: str) -> None:
     estimator = getattr(leafkernels, name)
 
     def loss(logprobs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-        advantages = estimator(logprobs.detach(), group["token_ids"], rewards, groups=3, backend=backend)
+        advantages = estimator(logprobs.detach(), group["token_ids"], rewards, group_size=3, backend=backend)
         return (advantages * logprobs).sum()
 
     torch._dynamo.reset()
@@ -242,11 +242,12 @@ def test_nothing_synchronises_and_a_graph_captures_it(
     group = random_group(16, 300, seed=5)
     mask = torch.ones(16, 300, dtype=torch.bool, device=DEVICE)
     mask[3, 200:] = False
-    options: dict[str, Any] = {"response_mask": mask, "groups": 8}
+    options: dict[str, Any] = {"response_mask": mask, "group_size": 8}
     if layout == "groups":
+        del options["group_size"]
         options["groups"] = torch.arange(16, device=DEVICE) % 3
     if layout == "packed":
-        options = {"cu_seqlens": torch.arange(0, 4801, 300, dtype=torch.int32, device=DEVICE), "groups": 8}
+        options = {"cu_seqlens": torch.arange(0, 4801, 300, dtype=torch.int32, device=DEVICE), "group_size": 8}
         group["logprobs"], group["token_ids"] = group["logprobs"].flatten(), group["token_ids"].flatten()
 
     def step() -> torch.Tensor:
@@ -303,6 +304,6 @@ def test_broken_cu_seqlens_stay_inside_the_tensors() -> None:
 @on_gpu
 def test_triton_and_torch_agree_on_a_gpu_at_size() -> None:
     group = random_group(64, 8192, seed=7)
-    for options in ({}, {"num_boundaries": 6}, {"groups": 16, "normalize": "batch"}):
+    for options in ({}, {"num_boundaries": 6}, {"group_size": 16, "normalize": "batch"}):
         triton, torch_ = (leafkernels.span_advantages(**group, **options, backend=b) for b in ("triton", "torch"))
         torch.testing.assert_close(triton, torch_, rtol=2e-7, atol=1e-8)

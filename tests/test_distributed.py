@@ -50,7 +50,7 @@ def with_groups(inputs: dict[str, Any], groups: str | int | None) -> dict[str, A
         return inputs
     if groups == "names":
         return inputs | {"groups": [f"prompt {name}" for name in inputs["groups"].tolist()]}
-    return inputs | {"groups": groups}
+    return inputs | {"groups": None, "group_size": groups}
 
 
 @st.composite
@@ -100,12 +100,12 @@ def test_sends_every_dtype_as_it_comes(dtype: torch.dtype, ids: torch.dtype, ran
     group = {name: tensor.cpu() for name, tensor in random_group(6, 40, seed=1, vocabulary=3).items()}
     logprobs, token_ids = group["logprobs"].to(dtype), group["token_ids"].to(ids)
     rewards = group["rewards"].requires_grad_()
-    expected = leafkernels.span_advantages(logprobs, token_ids, rewards, groups=3)
+    expected = leafkernels.span_advantages(logprobs, token_ids, rewards, group_size=3)
     calls = []
     for rows in (slice(0, 1), slice(1, 6)):
         wide = torch.zeros(rows.stop - rows.start, 90, dtype=ids)
         wide[:, 5:85:2] = token_ids[rows]
-        inputs = {"logprobs": logprobs[rows].T.contiguous().T, "token_ids": wide[:, 5:85:2], "groups": 3}
+        inputs = {"logprobs": logprobs[rows].T.contiguous().T, "token_ids": wide[:, 5:85:2], "group_size": 3}
         calls.append((inputs | {"rewards": rewards[rows].detach().requires_grad_()}, {}, 2))
     found = torch.cat(ranks.call(advantages_of_rank, calls))
     assert torch.equal(found, expected)
@@ -213,10 +213,18 @@ IDS = good_inputs()["token_ids"]
         ({"groups": ["a"]}, "ValueError: groups must name one prompt for each of 2 rows, got 1 names"),
         (
             {"groups": "ab"},
-            "TypeError: groups must be an int, an integer tensor or a list of names for the rows, got str",
+            "TypeError: groups must be an integer tensor or a list of names for the rows, got str",
         ),
-        ({"groups": 0}, "ValueError: groups must be at least 1, got 0"),
-        ({"groups": True}, "TypeError: groups must be an int, got bool"),
+        ({"group_size": 0}, "ValueError: group_size must be at least 1, got 0"),
+        ({"group_size": True}, "TypeError: group_size must be an int, got bool"),
+        (
+            {"groups": 4},
+            "TypeError: groups must be an integer tensor or a list of names for the rows, got int",
+        ),
+        (
+            {"groups": IDS[:, 0], "group_size": 2},
+            "ValueError: group_size must be None where groups names the prompts, got 2",
+        ),
     ],
 )
 def test_a_rank_that_is_refused_tells_the_others(changes: dict[str, Any], message: str, ranks: Ranks) -> None:
@@ -234,7 +242,7 @@ def test_a_rank_that_is_refused_tells_the_others(changes: dict[str, Any], messag
         ("response_mask", IDS, "None", "a mask"),
         ("groups", IDS[:, 0], "None", "a tensor"),
         ("groups", ["a", "b"], "None", "names"),
-        ("groups", 4, "None", "4"),
+        ("group_size", 4, "None", "4"),
     ],
 )
 def test_ranks_that_do_not_fit_together(name: str, value: Any, usual: str, came: str, ranks: Ranks) -> None:
@@ -244,9 +252,9 @@ def test_ranks_that_do_not_fit_together(name: str, value: Any, usual: str, came:
 
 
 def test_runs_must_divide_the_rows_of_all_ranks(ranks: Ranks) -> None:
-    calls = [(good_inputs(groups=5), 2)] * 2
+    calls = [(good_inputs(group_size=5), 2)] * 2
     for message in ranks.call(refusal_of_rank, calls):
-        assert message == "ValueError: groups must be a divisor of the number of rows of all ranks, 4, got 5"
+        assert message == "ValueError: group_size must divide the number of rows of all ranks, 4, got 5"
 
 
 def outsider_of_rank(size: int) -> str:

@@ -46,8 +46,8 @@ def test_types() -> None:
         "response_mask must be bool, integer or floating point, got torch.complex64",
         response_mask=LOGPROBS.to(torch.complex64),
     )
-    check_refuses(TypeError, "groups must be an int or an integer tensor, got str", groups="a")
-    check_refuses(TypeError, "groups must be an int or an integer tensor, got bool", groups=True)
+    check_refuses(TypeError, "groups must be a torch.Tensor, got str", groups="a")
+    check_refuses(TypeError, "groups must be a torch.Tensor, got bool", groups=True)
     check_refuses(TypeError, "groups must hold integers, got torch.float32", groups=REWARDS)
     check_refuses(TypeError, "num_boundaries must be an int, got float", num_boundaries=2.0)
     check_refuses(TypeError, "min_separation must be an int, got bool", min_separation=True)
@@ -97,14 +97,25 @@ def test_shapes() -> None:
     )
     check_refuses(
         ValueError,
-        "groups must be None where token_ids is (prompts, rows, tokens), each prompt being a group; "
-        "got token_ids of shape (2, 2, 6) and groups=2",
+        "group_size must be None where token_ids is (prompts, rows, tokens), each prompt being a group; "
+        "got token_ids of shape (2, 2, 6) and group_size=2",
         logprobs=LOGPROBS.reshape(2, 2, 6),
         token_ids=IDS.reshape(2, 2, 6),
+        group_size=2,
+    )
+    check_refuses(ValueError, "group_size must divide the number of rows, 4, got 3", group_size=3)
+    check_refuses(ValueError, "group_size must be at least 1, got 0", group_size=0)
+    names = bounds(0, 0, 1, 1)
+    check_refuses(
+        ValueError, "group_size must be None where groups names the prompts, got 2", groups=names, group_size=2
+    )
+    check_refuses(TypeError, "group_size must be an int, got Tensor", group_size=names)
+    check_refuses(
+        TypeError,
+        "groups must be an integer tensor that names the prompt of each row, got an int: for prompts of 2 consecutive "
+        "rows pass group_size=2",
         groups=2,
     )
-    check_refuses(ValueError, "groups must be a positive divisor of the number of rows, 4, got 3", groups=3)
-    check_refuses(ValueError, "groups must be a positive divisor of the number of rows, 4, got 0", groups=0)
     check_refuses(ValueError, "groups must name one prompt for each of 4 rows, got shape (3,)", groups=bounds(1, 2, 3))
 
 
@@ -247,7 +258,7 @@ def test_limit_and_start() -> None:
         refuses(ValueError, f"{name} must be at least 0, got -1", **{name: -1})
         must = f"{name} must be an int or hold one integer for each"
         refuses(ValueError, f"{must} prompt, shape (), got shape (1,)", **{name: bounds(1)})
-        refuses(ValueError, f"{must} prompt, shape (2,), got shape (4,)", **{name: names}, groups=2)
+        refuses(ValueError, f"{must} prompt, shape (2,), got shape (4,)", **{name: names}, group_size=2)
         refuses(ValueError, f"{must} row, shape (4,), got shape (2,)", **{name: bounds(1, 2)}, groups=names)
         elsewhere = torch.zeros((), dtype=torch.int64, device="meta")
         refuses(
@@ -256,7 +267,7 @@ def test_limit_and_start() -> None:
             **{name: elsewhere},
         )
         if DEVICE == "cpu":  # on a GPU nobody looks at the values
-            refuses(ValueError, f"{name} must be at least 0, got -3", **{name: bounds(2, -3)}, groups=2)
+            refuses(ValueError, f"{name} must be at least 0, got -3", **{name: bounds(2, -3)}, group_size=2)
             refuses(
                 ValueError,
                 f"{name} must be the same for all rows of a prompt, got 7 for row 3 and 5 for the first row of its "

@@ -167,7 +167,7 @@ def test_spans_of_tempo_are_what_the_scatter_takes(case: Rollouts) -> None:
     """Ascending, also where rows leave together, and up to the last token of each row that has a reward."""
     inputs = case.padded()
     mask, groups = inputs["response_mask"], inputs["groups"]
-    call = inputs["logprobs"], inputs["token_ids"], inputs["rewards"], mask, groups, None, "torch"
+    call = inputs["logprobs"], inputs["token_ids"], inputs["rewards"], mask, groups, None, None, "torch"
     rollouts = read_rollouts(*call)
     values, ends = _tempo_spans(rollouts)
     assert values.shape == ends.shape
@@ -257,7 +257,7 @@ def test_batches_of_prompts_and_runs_of_rows(backend: str, name: str) -> None:
     torch.testing.assert_close(advantages(name, **stacked, backend=backend), expected, rtol=0, atol=0)
     flat = {key: t.flatten(0, 1) for key, t in stacked.items()}
     torch.testing.assert_close(
-        advantages(name, **flat, groups=4, backend=backend), expected.flatten(0, 1), rtol=0, atol=0
+        advantages(name, **flat, group_size=4, backend=backend), expected.flatten(0, 1), rtol=0, atol=0
     )
 
 
@@ -287,7 +287,7 @@ def test_equal_rewards_and_single_rows_give_exactly_zero(
     result = advantages(name, **both, backend=backend)
     assert torch.equal(result[0], torch.zeros_like(result[0]))
     assert result[1].any()
-    alone = advantages(name, **{key: t.flatten(0, 1) for key, t in both.items()}, groups=1, backend=backend)
+    alone = advantages(name, **{key: t.flatten(0, 1) for key, t in both.items()}, group_size=1, backend=backend)
     assert torch.equal(alone, torch.zeros_like(alone))
 
 
@@ -473,7 +473,8 @@ BAD_CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "shape of rewards": lambda good: {"rewards": good["rewards"][:3]},
     "bool rewards": lambda good: {"rewards": good["rewards"].bool()},
     "shape of response_mask": lambda good: {"response_mask": good["logprobs"].T},
-    "groups": lambda good: {"groups": 3},
+    "groups": lambda good: {"groups": good["rewards"]},
+    "group_size": lambda good: {"group_size": 3},
     "cu_seqlens": lambda good: {"cu_seqlens": torch.tensor([0, 6], device=DEVICE)},
     "backend": lambda good: {"backend": "cuda"},
 }

@@ -64,7 +64,7 @@ LAYOUTS = {"padded": 3, "mask": 3, "groups": 13, "packed": 7, "packed mask": 6}
 @pytest.mark.parametrize("is_large", [False, True])
 def test_number_of_launches(is_large: bool, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     group: dict[str, Any] = random_group(8, 40, seed=1, vocabulary=2)
-    options: dict[str, Any] = {"groups": torch.arange(8) % 3 if layout == "groups" else 4}
+    options: dict[str, Any] = {"groups": torch.arange(8) % 3} if layout == "groups" else {"group_size": 4}
     if layout.startswith("packed"):
         group = {name: tensor.flatten() for name, tensor in group.items()}
         options["cu_seqlens"] = torch.arange(0, 321, 40, dtype=torch.int32)
@@ -123,7 +123,7 @@ def call(rows, tokens):
     if layout == "groups":
         options["groups"] = torch.arange(rows) % 3
     if layout == "pairs":
-        options["groups"] = 2
+        options["group_size"] = 2
     if layout == "packed":
         ids, logprobs = ids.flatten(), logprobs.flatten()
         options["cu_seqlens"] = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
@@ -236,7 +236,7 @@ def test_more_tokens_than_int32_counts_on_a_gpu() -> None:
         logprobs[at : at + 3000] = group["logprobs"][i]
     rewards = torch.arange(float(rows), device=DEVICE) % 7
     options: dict[str, Any] = {"num_boundaries": 2, "min_separation": 100}
-    found = leafkernels.span_advantages(logprobs, ids, rewards, cu_seqlens=bounds, groups=2, **options)
+    found = leafkernels.span_advantages(logprobs, ids, rewards, cu_seqlens=bounds, group_size=2, **options)
     last = slice((rows - 2) * tokens, None)
     alone = leafkernels.span_advantages(
         logprobs[last].view(2, -1), ids[last].view(2, -1), rewards[-2:], **options, backend="triton"

@@ -125,7 +125,7 @@ def test_limit_and_start_of_every_prompt(backend: str, monkeypatch: pytest.Monke
     limit, start = (torch.tensor(values, device=DEVICE) for values in ([4, 100], [0, 2]))
     options: dict[str, Any] = {"limit": limit, "start": start.to(torch.int32), "backend": backend}
     assert leafkernels.common_prefix_lengths(ids.reshape(2, 3, 9), **options).tolist() == prompts
-    assert leafkernels.common_prefix_lengths(ids, groups=3, **options).tolist() == prompts
+    assert leafkernels.common_prefix_lengths(ids, group_size=3, **options).tolist() == prompts
     one = leafkernels.common_prefix_lengths(ids[3:], limit=limit[1], start=start[1], backend=backend)
     assert one.tolist() == prompts[1]
     order = torch.tensor([4, 0, 3, 1, 5, 2], device=DEVICE)
@@ -338,7 +338,7 @@ def test_shapes(backend: str) -> None:
     halves = leafkernels.common_prefix_lengths(ids.reshape(2, 3, 9), backend=backend)
     assert halves.shape == (2, 3, 3)
     assert halves.dtype == torch.int32
-    assert torch.equal(leafkernels.common_prefix_lengths(ids, groups=3, backend=backend), halves)
+    assert torch.equal(leafkernels.common_prefix_lengths(ids, group_size=3, backend=backend), halves)
     names = torch.tensor([4, 4, 4, 1, 1, 1], device=DEVICE)
     table = leafkernels.common_prefix_lengths(ids, groups=names, backend=backend)
     assert torch.equal(table[:3, :3], halves[0])

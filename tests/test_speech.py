@@ -235,7 +235,7 @@ def test_advantages_of_every_method_have_one_size(method: str) -> None:
     torch.testing.assert_close(scaled * plain.square().mean().sqrt(), plain)
     if method == "leaf":
         expected = leafkernels.span_advantages(
-            batch.logprobs, batch.token_ids, batch.rewards, groups=4, num_boundaries=2
+            batch.logprobs, batch.token_ids, batch.rewards, group_size=4, num_boundaries=2
         )
         torch.testing.assert_close(plain, expected, rtol=0, atol=0)
     level = batch_of(SPECIFIED, [0.3] * 4, 4)

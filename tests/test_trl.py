@@ -159,7 +159,7 @@ def check_batch(batch: dict[str, Any], groups: int, **options: Any) -> None:
         batch["completion_ids"],
         torch.tensor(summed),
         response_mask=mask,
-        groups=groups,
+        group_size=groups,
         **options,
     )
     assert torch.equal(batch["advantages"], whole)

@@ -65,12 +65,12 @@ def test_agrees_with_the_reference(backend: str, small_blocks: None) -> None:
             for k, position in enumerate(positions):
                 members = nodes_from_prefix_lengths(shared, lengths, position, taking_part)[i]
                 members = members if len(members) > 1 else []
-                assert int(found.members[i, k + 1]) == len(members)
+                assert int(found.node_sizes[i, k + 1]) == len(members)
                 value = float(found.node_values[i, k + 1])
                 mean = sum(rewards[j] for j in members) / len(members) if members else math.nan
                 assert value == pytest.approx(mean, rel=1e-12, abs=1e-12, nan_ok=True)
             scored = [r for r in rewards if not math.isnan(r)]
-            assert int(found.members[i, 0]) == len(scored)
+            assert int(found.node_sizes[i, 0]) == len(scored)
             mean = sum(scored) / len(scored) if scored else math.nan
             assert float(found.node_values[i, 0]) == pytest.approx(mean, rel=1e-12, abs=1e-12, nan_ok=True)
 

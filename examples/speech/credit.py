@@ -30,7 +30,7 @@ def advantages(batch: Batch, method: str, num_boundaries: int, *, rescale: bool)
     is left between them is where the credit lies.
     """
     arguments = (batch.logprobs, batch.token_ids, batch.rewards)
-    options = {"response_mask": batch.mask, "groups": batch.rollouts}
+    options = {"response_mask": batch.mask, "group_size": batch.rollouts}
     if method == "leaf":
         credit = leafkernels.span_advantages(*arguments, num_boundaries=num_boundaries, **options)
     elif method in METHODS:
@@ -60,7 +60,7 @@ def reach(batch: Batch, num_boundaries: int) -> Reach:
         batch.token_ids,
         batch.rewards,
         response_mask=batch.mask,
-        groups=batch.rollouts,
+        group_size=batch.rollouts,
         num_boundaries=num_boundaries,
     )
     length = batch.token_ids.shape[1]

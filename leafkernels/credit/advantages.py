@@ -2,13 +2,15 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from leafkernels._core.checks import check_like, check_real
-from leafkernels.credit.boundaries import boundaries_of_groups, check_boundary_options
+from leafkernels.credit.boundaries import boundaries_of_groups
+from leafkernels.credit.options import CreditOptions
 from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
-from leafkernels.credit.scatter import spread
-from leafkernels.credit.values import SpanValues, check_value_options, values_of_groups
+from leafkernels.credit.scatter import scatter_to_tokens
+from leafkernels.credit.values import SpanValues, values_of_groups
 from leafkernels.rows.layout import as_rows
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
@@ -23,49 +25,25 @@ class Credit(NamedTuple):
 
 
 def credit_spans(
-    logprobs: Tensor,
-    token_ids: Tensor,
-    rewards: Tensor,
-    *,
-    response_mask: Tensor | None,
-    groups: Tensor | int | None,
-    cu_seqlens: Tensor | None,
-    num_boundaries: int,
-    min_separation: int | None,
-    boundary_scores: Tensor | None,
-    terms: str,
-    multiplicity_power: float,
-    leave_one_out: bool,
-    normalize: str,
-    backend: str,
+    rollouts: Rollouts, logprobs: Tensor, boundary_scores: Tensor | None, options: CreditOptions
 ) -> Credit:
     """Boundaries, shared prefixes and span values; arguments as ``span_advantages``."""
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    options = options.checked()
+    token_ids, layout, backend = rollouts.token_ids, rollouts.layout, rollouts.backend
     if boundary_scores is not None:
         check_real("boundary_scores", boundary_scores)
         check_like("boundary_scores", boundary_scores, "token_ids", token_ids.shape, token_ids.device)
-    check_boundary_options(num_boundaries, min_separation)
-    check_value_options(terms, multiplicity_power, leave_one_out, normalize)
-
-    layout, backend = rollouts.layout, rollouts.backend
-    scores = logprobs if boundary_scores is None else boundary_scores
     boundaries = boundaries_of_groups(
-        as_rows(scores), rollouts.mask, layout, num_boundaries, min_separation, boundary_scores is None, backend
-    )
-    last = boundaries.amax(1) if num_boundaries else boundaries.new_zeros(boundaries.shape[0])
-    prefix_lengths = prefix_lengths_of_groups(as_rows(token_ids), layout, last, backend)
-    spans = values_of_groups(
-        rollouts.rewards,
-        prefix_lengths,
-        boundaries,
-        layout.row_lengths,
-        layout,
-        terms,
-        multiplicity_power,
-        leave_one_out,
-        normalize,
+        as_rows(logprobs if boundary_scores is None else boundary_scores),
+        rollouts.rows,
+        options.num_boundaries,
+        options.min_separation,
+        boundary_scores is None,
         backend,
     )
+    last = boundaries.amax(1) if options.num_boundaries else boundaries.new_zeros(boundaries.shape[0])
+    prefix_lengths = prefix_lengths_of_groups(as_rows(token_ids), layout, last, backend)
+    spans = values_of_groups(rollouts.rewards, prefix_lengths, boundaries, layout.row_lengths, layout, options, backend)
     return Credit(rollouts, boundaries, prefix_lengths, spans)
 
 
@@ -75,7 +53,8 @@ def span_advantages(
     rewards: Tensor,
     *,
     response_mask: Tensor | None = None,
-    groups: Tensor | int | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     num_boundaries: int = 2,
     min_separation: int | None = None,
@@ -109,10 +88,10 @@ def span_advantages(
         rewards: one for each row: (G,), (B, G) or (N,); finite floating point or integers. NaN (unscorable) leaves the
             row out of every mean and gives it 0.
         response_mask: the same shape; nonzero where a token counts, with holes and padding anywhere; None: all.
-        groups: an int (consecutive runs of that many rows are a prompt) or an integer tensor (N,) that names each
-            row's prompt, in any order and with unequal sizes (``group_index`` makes it from uid strings); None: all
-            rows are one prompt. A CUDA tensor costs N * N int32 of temporary memory, because counting its groups would
-            synchronise; an int costs N * groups.
+        groups: integers (N,) that name each row's prompt, in any order and with unequal sizes (``group_index`` makes
+            them from uid strings). A CUDA tensor costs N * N int32 of temporary memory, because counting its groups
+            would synchronise; ``group_size`` costs N * group_size.
+        group_size: consecutive runs of that many rows are a prompt. None, with ``groups`` None too: all rows are one.
         cu_seqlens: (N + 1,) int32, offsets of packed rows: 0, ascending, the total.
         num_boundaries: boundaries of a prompt at most (B of the paper).
         min_separation: least distance of two boundaries; default max(2, shortest row // (max(B, 1) + 1)).
@@ -131,20 +110,9 @@ def span_advantages(
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
         RuntimeError: the backend asked for cannot run here.
     """
-    credit = credit_spans(
-        logprobs,
-        token_ids,
-        rewards,
-        response_mask=response_mask,
-        groups=groups,
-        cu_seqlens=cu_seqlens,
-        num_boundaries=num_boundaries,
-        min_separation=min_separation,
-        boundary_scores=boundary_scores,
-        terms=terms,
-        multiplicity_power=multiplicity_power,
-        leave_one_out=leave_one_out,
-        normalize=normalize,
-        backend=backend,
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    options = CreditOptions(num_boundaries, min_separation, terms, multiplicity_power, leave_one_out, normalize)
+    spans = credit_spans(rollouts, logprobs, boundary_scores, options).spans
+    return scatter_to_tokens(
+        spans.values, spans.span_ends, rollouts.rows, token_ids.shape, torch.float32, rollouts.backend
     )
-    return spread(credit.spans.values, credit.spans.span_ends, credit.rollouts)

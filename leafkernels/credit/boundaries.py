@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from leafkernels._core.backend import resolve_backend
-from leafkernels._core.checks import check_count, check_real
+from leafkernels._core.checks import check_real
 from leafkernels._core.ops import register
-from leafkernels.rows.find import check_layout
-from leafkernels.rows.layout import Layout, as_rows
+from leafkernels.credit.options import check_boundary_options
+from leafkernels.rows.find import Rows, find_rows
+from leafkernels.rows.layout import as_rows
 
 
 def _fake(
@@ -37,23 +38,19 @@ _select_boundaries = register(
 
 def boundaries_of_groups(
     scores: Tensor,
-    mask: Tensor | None,
-    layout: Layout,
+    rows: Rows,
     num_boundaries: int,
     min_separation: int | None,
     negate: bool,
     backend: str,
 ) -> Tensor:
-    """(P, num_boundaries) int32 for the P groups of a layout; the arguments have been checked."""
+    """(P, num_boundaries) int32 for the P groups of the rows; the arguments have been checked."""
     return _select_boundaries(
         scores.detach(),
-        mask,
-        layout.row_starts,
-        layout.row_lengths,
-        layout.rows_by_group,
-        layout.group_starts,
-        layout.group_of_row,
-        layout.max_length,
+        rows.mask,
+        *rows.layout.rows,
+        *rows.layout.groups,
+        rows.layout.max_length,
         num_boundaries,
         min_separation,
         negate,
@@ -61,25 +58,12 @@ def boundaries_of_groups(
     )
 
 
-def check_boundary_options(num_boundaries: int, min_separation: int | None) -> None:
-    """Raise unless both are counts that make sense."""
-    check_count("num_boundaries", num_boundaries, 0)
-    if min_separation is not None:
-        check_count("min_separation", min_separation, 1)
-
-
-def per_prompt(of_groups: Tensor, layout: Layout, row_shape: tuple[int, ...], groups: Tensor | int | None) -> Tensor:
-    """Shape what holds one line for each group as the caller counts prompts."""
-    if isinstance(groups, Tensor):
-        return of_groups[layout.group_of_row]
-    return of_groups[0] if groups is None and len(row_shape) == 1 and of_groups.shape[0] else of_groups
-
-
 def select_boundaries(
     scores: Tensor,
     *,
     response_mask: Tensor | None = None,
-    groups: Tensor | int | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     num_boundaries: int = 2,
     min_separation: int | None = None,
@@ -98,7 +82,7 @@ def select_boundaries(
             (float64 is ranked after rounding to float32). Surprisal in nats, entropy, or anything else to rank by.
             NaN never becomes a boundary; infinities rank as such.
         response_mask: shaped like ``scores``, nonzero where a token counts; None: all.
-        groups: rows of each prompt; see ``span_advantages``.
+        groups, group_size: rows of each prompt; see ``span_advantages``.
         cu_seqlens: (N + 1,) int32, the offsets of packed rows.
         num_boundaries: how many at most; 0 gives none.
         min_separation: overrides D; at least 1.
@@ -106,12 +90,12 @@ def select_boundaries(
 
     Returns:
         int32, ascending, -1 behind the last where fewer were found: (num_boundaries,) for one prompt,
-        (B, num_boundaries) for a batch or an int ``groups``, (N, num_boundaries), each row its prompt's, where
+        (B, num_boundaries) for a batch or with ``group_size``, (N, num_boundaries), each row its prompt's, where
         ``groups`` is a tensor (counting its prompts would synchronise a GPU).
     """
     check_real("scores", scores)
     check_boundary_options(num_boundaries, min_separation)
     backend = resolve_backend(backend, scores.device)
-    layout, mask, row_shape = check_layout("scores", scores, response_mask, groups, cu_seqlens, backend)
-    found = boundaries_of_groups(as_rows(scores), mask, layout, num_boundaries, min_separation, False, backend)
-    return per_prompt(found, layout, row_shape, groups)
+    rows = find_rows("scores", scores, response_mask, groups, group_size, cu_seqlens, backend)
+    found = boundaries_of_groups(as_rows(scores), rows, num_boundaries, min_separation, False, backend)
+    return rows.per_prompt(found, missing=-1)

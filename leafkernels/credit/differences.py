@@ -5,8 +5,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leafkernels.credit.advantages import credit_spans
+from leafkernels.credit.options import CreditOptions
 from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
-from leafkernels.credit.scatter import spread
+from leafkernels.credit.scatter import scatter_to_tokens
 from leafkernels.rows.layout import as_rows, group_members
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
@@ -17,7 +18,8 @@ def tempo(
     rewards: Tensor,
     *,
     response_mask: Tensor | None = None,
-    groups: Tensor | int | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -37,10 +39,10 @@ def tempo(
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
     """
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     if rollouts.rewards.shape[0] == 0:
         return torch.zeros_like(token_ids, dtype=torch.float32)
-    return spread(*_tempo_spans(rollouts), rollouts)
+    return scatter_to_tokens(*_tempo_spans(rollouts), rollouts.rows, token_ids.shape, torch.float32, rollouts.backend)
 
 
 def _tempo_spans(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
@@ -100,7 +102,8 @@ def treerl(
     rewards: Tensor,
     *,
     response_mask: Tensor | None = None,
-    groups: Tensor | int | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     num_boundaries: int = 2,
     min_separation: int | None = None,
@@ -123,22 +126,9 @@ def treerl(
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
     """
-    credit = credit_spans(
-        logprobs,
-        token_ids,
-        rewards,
-        response_mask=response_mask,
-        groups=groups,
-        cu_seqlens=cu_seqlens,
-        num_boundaries=num_boundaries,
-        min_separation=min_separation,
-        boundary_scores=boundary_scores,
-        terms="global",
-        multiplicity_power=0.5,
-        leave_one_out=True,
-        normalize="none",
-        backend=backend,
-    )
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    options = CreditOptions(num_boundaries, min_separation, "global", 0.5, leave_one_out=True, normalize="none")
+    spans = credit_spans(rollouts, logprobs, boundary_scores, options).spans
     # The global term is K / (K - 1) * (mean of r over the node - mean) / sqrt(n), and that is V / sqrt(n).
-    scaled = credit.spans.values
-    return spread(2.0 * scaled - pad(scaled[:, :-1], (1, 0)), credit.spans.span_ends, credit.rollouts)
+    values = 2.0 * spans.values - pad(spans.values[:, :-1], (1, 0))
+    return scatter_to_tokens(values, spans.span_ends, rollouts.rows, token_ids.shape, torch.float32, rollouts.backend)

@@ -15,7 +15,8 @@ prompt of one row, or one whose rewards are all equal, gets exactly 0.0.
 import torch
 from torch import Tensor
 
-from leafkernels.credit.scatter import spread
+from leafkernels.credit.options import CreditOptions
+from leafkernels.credit.scatter import scatter_to_tokens
 from leafkernels.credit.values import values_of_groups
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
@@ -31,13 +32,12 @@ def _one_for_each_row(rollouts: Rollouts, leave_one_out: bool, normalize: str) -
         boundaries,
         layout.row_lengths,
         layout,
-        "global",
-        0.0,
-        leave_one_out,
-        normalize,
+        CreditOptions(terms="global", multiplicity_power=0.0, leave_one_out=leave_one_out, normalize=normalize),
         rollouts.backend,
     )
-    return spread(spans.values, spans.span_ends, rollouts)
+    return scatter_to_tokens(
+        spans.values, spans.span_ends, rollouts.rows, rollouts.token_ids.shape, torch.float32, rollouts.backend
+    )
 
 
 def grpo(
@@ -46,7 +46,8 @@ def grpo(
     rewards: Tensor,
     *,
     response_mask: Tensor | None = None,
-    groups: Tensor | int | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -58,7 +59,7 @@ def grpo(
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
     """
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     return _one_for_each_row(rollouts, False, "reward_std")
 
 
@@ -68,7 +69,8 @@ def dr_grpo(
     rewards: Tensor,
     *,
     response_mask: Tensor | None = None,
-    groups: Tensor | int | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -80,7 +82,7 @@ def dr_grpo(
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
     """
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     return _one_for_each_row(rollouts, False, "none")
 
 
@@ -90,7 +92,8 @@ def rloo(
     rewards: Tensor,
     *,
     response_mask: Tensor | None = None,
-    groups: Tensor | int | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -102,5 +105,5 @@ def rloo(
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
     """
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     return _one_for_each_row(rollouts, True, "none")

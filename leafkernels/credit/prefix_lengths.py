@@ -6,7 +6,7 @@ from torch import Tensor
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_device, check_integer, values_readable
 from leafkernels._core.ops import register
-from leafkernels.rows.find import check_layout
+from leafkernels.rows.find import Rows, find_rows
 from leafkernels.rows.layout import Layout, as_rows
 
 
@@ -42,11 +42,8 @@ def prefix_lengths_of_groups(
     """
     return _common_prefix_lengths(
         token_ids,
-        layout.row_starts,
-        layout.row_lengths,
-        layout.rows_by_group,
-        layout.group_starts,
-        layout.group_of_row,
+        *layout.rows,
+        *layout.groups,
         limit,
         start,
         layout.max_group,
@@ -58,7 +55,8 @@ def common_prefix_lengths(
     token_ids: Tensor,
     *,
     response_mask: Tensor | None = None,
-    groups: Tensor | int | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     limit: Tensor | int | None = None,
     start: Tensor | int | None = None,
@@ -73,19 +71,19 @@ def common_prefix_lengths(
         token_ids: (G, T), (B, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; any integer dtype, read
             as it is. Tokens inside a row's stretch count also where the mask has a hole.
         response_mask: shaped like ``token_ids``; the row is the stretch from its first to its last nonzero entry.
-        groups: rows of each prompt; see ``span_advantages``.
+        groups, group_size: rows of each prompt; see ``span_advantages``.
         cu_seqlens: (N + 1,) int32, the offsets of packed rows.
         limit: tokens of a row that count at most, at least 0: the result is that of rows cut there, and no token
-            behind is compared. An int for all prompts, or integers: () for one prompt, (B,) for a batch or an int
-            ``groups``, (N,), the same for all rows of a prompt, where ``groups`` is a tensor. None: all tokens.
+            behind is compared. An int for all prompts, or integers: () for one prompt, (B,) for a batch or with
+            ``group_size``, (N,), the same for all rows of a prompt, with ``groups``. None: all tokens.
         start: tokens at the front of every row that are known to be equal to the other rows' of its prompt, at least
             0: they are not compared. Rows that are shorter share all they have, and what is in fact different there
             counts as equal. In the same forms as ``limit``; None: 0.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        int32: (G, G) for one prompt; (B, G, G) for a batch or an int ``groups``; (N, N), -1 between rows of different
-        prompts, where ``groups`` is a tensor.
+        int32: (G, G) for one prompt; (B, G, G) for a batch or with ``group_size``; (N, N), -1 between rows of different
+        prompts, with ``groups``.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came. The values of a
@@ -94,25 +92,19 @@ def common_prefix_lengths(
     """
     check_integer("token_ids", token_ids)
     backend = resolve_backend(backend, token_ids.device)
-    layout, _, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens, backend)
+    rows = find_rows("token_ids", token_ids, response_mask, groups, group_size, cu_seqlens, backend)
     lengths = prefix_lengths_of_groups(
-        as_rows(token_ids),
-        layout,
-        _of_groups("limit", limit, layout, row_shape, groups),
-        backend,
-        _of_groups("start", start, layout, row_shape, groups),
+        as_rows(token_ids), rows.layout, _of_groups("limit", limit, rows), backend, _of_groups("start", start, rows)
     )
-    if isinstance(groups, Tensor):
-        return _between_all_rows(lengths, layout)
-    if groups is None:
-        return lengths.reshape(*row_shape, row_shape[-1])
-    return lengths.reshape(lengths.shape[0] // groups, groups, groups)
+    if rows.prompt_shape is None:
+        return _between_all_rows(lengths, rows.layout)
+    group = rows.row_shape[-1] if group_size is None else group_size
+    return lengths.reshape(*rows.prompt_shape, group, group)
 
 
-def _of_groups(
-    name: str, value: Tensor | int | None, layout: Layout, row_shape: tuple[int, ...], groups: Tensor | int | None
-) -> Tensor | None:
+def _of_groups(name: str, value: Tensor | int | None, rows: Rows) -> Tensor | None:
     """``limit`` or ``start`` as one integer for each group of the layout."""
+    layout = rows.layout
     num_groups = layout.group_starts.shape[0] - 1
     device = layout.group_starts.device
     if value is None:
@@ -121,10 +113,7 @@ def _of_groups(
         check_count(name, value, 0)
         return torch.full((num_groups,), min(value, layout.max_length), dtype=torch.int64, device=device)
     check_integer(name, value)
-    if isinstance(groups, Tensor):
-        shape, of = row_shape, "row"
-    else:
-        shape, of = (() if groups is None and len(row_shape) == 1 else (num_groups,)), "prompt"
+    shape, of = (rows.row_shape, "row") if rows.prompt_shape is None else (rows.prompt_shape, "prompt")
     if tuple(value.shape) != shape:
         raise ValueError(
             f"{name} must be an int or hold one integer for each {of}, shape {shape}, got shape {tuple(value.shape)}"
@@ -133,11 +122,11 @@ def _of_groups(
     if values_readable(value) and value.numel() and int(value.min()) < 0:
         raise ValueError(f"{name} must be at least 0, got {int(value.min())}")
     value = value.to(torch.int64)
-    if not isinstance(groups, Tensor):
+    if not layout.row_starts.shape[0]:
+        return value.new_zeros(num_groups)
+    if rows.prompt_shape is not None:
         return value.reshape(num_groups)
-    if not value.shape[0]:
-        return value
-    # Groups behind the last real one are empty, and what they are given does not matter.
+    # Groups after the last real one are empty, and what they are given does not matter.
     of_groups = value[layout.rows_by_group[layout.group_starts[:-1].clamp_max(value.shape[0] - 1)]]
     if values_readable(value):
         differs = (value != of_groups[layout.group_of_row]).nonzero()

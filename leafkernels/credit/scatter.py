@@ -8,9 +8,7 @@ from torch import Tensor
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_device, check_integer, check_real
 from leafkernels._core.ops import register
-from leafkernels.rows.find import check_layout
-from leafkernels.rows.layout import Layout
-from leafkernels.rows.rollouts import Rollouts
+from leafkernels.rows.find import Rows, find_rows
 
 _SPANS = "Tensor span_ends, Tensor? mask, Tensor slot_starts, Tensor slot_ends, Tensor row_starts"
 
@@ -31,39 +29,30 @@ _gather_spans = register(
 
 class _ScatterSpans(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, *args: Any) -> Tensor:
-        ctx.save_for_backward(*args[:5])
-        ctx.values_dtype, ctx.backend = values.dtype, args[7]
-        return _scatter_spans(values, *args)
+    def forward(ctx: Any, values: Tensor, places: tuple[Tensor | None, ...], *options: Any) -> Tensor:
+        ctx.save_for_backward(*places)
+        ctx.values_dtype, ctx.backend = values.dtype, options[-1]
+        return _scatter_spans(values, *places, *options)
 
     @staticmethod
     def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, ...]:
         sums = _gather_spans(gradients.contiguous(), *ctx.saved_tensors, ctx.backend)
-        return sums.to(ctx.values_dtype), *[None] * 8
+        return sums.to(ctx.values_dtype), None, None, None, None
 
 
 def scatter_to_tokens(
-    values: Tensor,
-    span_ends: Tensor,
-    mask: Tensor | None,
-    layout: Layout,
-    size: tuple[int, ...],
-    dtype: torch.dtype,
-    backend: str,
+    values: Tensor, span_ends: Tensor, rows: Rows, shape: tuple[int, ...], dtype: torch.dtype, backend: str
 ) -> Tensor:
-    """One value per token, (N, T) or (total,); the arguments have been checked."""
-    function = _ScatterSpans.apply if values.requires_grad else _scatter_spans
-    return function(
-        values,
-        span_ends,
-        mask,
-        layout.slot_starts,
-        layout.slot_ends,
-        layout.row_starts,
-        size,
-        dtype,
-        backend,
-    )
+    """Give every token its span's value, from the spans (N, S) of every row; the arguments have been checked.
+
+    ``shape`` is the caller's for tokens: (N, T), (P, G, T) or (total,).
+    """
+    layout = rows.layout
+    places = (span_ends, rows.mask, *layout.slots, layout.row_starts)
+    size = shape if len(shape) < 3 else (layout.row_starts.shape[0], shape[-1])
+    if values.requires_grad:
+        return _ScatterSpans.apply(values, places, size, dtype, backend).reshape(shape)
+    return _scatter_spans(values, *places, size, dtype, backend).reshape(shape)
 
 
 def scatter_spans(
@@ -108,27 +97,17 @@ def scatter_spans(
     # Only the shape and the device of the tokens matter to the layout; an expanded scalar has both and no memory.
     tokens = values.new_empty(()).expand(size)
     backend = resolve_backend(backend, values.device)
-    layout, mask, _ = check_layout("tokens", tokens, response_mask, None, cu_seqlens, backend)
-    num_rows = layout.row_starts.shape[0]
+    rows = find_rows("tokens", tokens, response_mask, None, None, cu_seqlens, backend)
+    num_rows = rows.layout.row_starts.shape[0]
     if cu_seqlens is not None and values.shape[0] != num_rows:
         raise ValueError(
             f"values must have one row for each of the {num_rows} rows of cu_seqlens, got shape {tuple(values.shape)}"
         )
-    tokens_out = scatter_to_tokens(
+    return scatter_to_tokens(
         values.reshape(num_rows, values.shape[-1]),
         span_ends.reshape(num_rows, values.shape[-1]).to(torch.int32),
-        mask,
-        layout,
-        (num_tokens,) if cu_seqlens is not None else (num_rows, num_tokens),
+        rows,
+        size,
         values.dtype,
         backend,
     )
-    return tokens_out.reshape(size)
-
-
-def spread(values: Tensor, span_ends: Tensor, rollouts: Rollouts) -> Tensor:
-    """Advantages shaped like the token ids, float32, from the spans (N, S) of every row."""
-    shape, layout = rollouts.token_ids.shape, rollouts.layout
-    size = tuple(shape) if len(shape) < 3 else (layout.row_starts.shape[0], shape[-1])
-    tokens = scatter_to_tokens(values, span_ends, rollouts.mask, layout, size, torch.float32, rollouts.backend)
-    return tokens.reshape(shape)

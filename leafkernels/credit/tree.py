@@ -4,11 +4,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from leafkernels.credit.advantages import credit_spans
-from leafkernels.credit.boundaries import per_prompt
+from leafkernels.credit.options import CreditFields, CreditOptions
 from leafkernels.credit.values import SpanValues, finish
 from leafkernels.rows.layout import Layout, group_members
+from leafkernels.rows.rollouts import read_rollouts
 
 
 class SpanTree(NamedTuple):
@@ -22,7 +24,7 @@ class SpanTree(NamedTuple):
     """(..., B) int32: a name for the row's node at each boundary, the smallest of its rows (counted within the prompt,
     or over all rows where ``groups`` is a tensor); -1 where the row retains none."""
     spans: SpanValues
-    """Values, ends, members and mean rewards of every row's spans."""
+    """Values, ends, node sizes and mean rewards of every row's spans."""
 
 
 def span_tree(
@@ -31,45 +33,27 @@ def span_tree(
     rewards: Tensor,
     *,
     response_mask: Tensor | None = None,
-    groups: Tensor | int | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
-    num_boundaries: int = 2,
-    min_separation: int | None = None,
     boundary_scores: Tensor | None = None,
-    terms: str = "both",
-    multiplicity_power: float = 0.5,
-    leave_one_out: bool = False,
-    normalize: str = "span",
     backend: str = "auto",
+    **options: Unpack[CreditFields],
 ) -> SpanTree:
     """The tree that ``span_advantages`` credits; same arguments. Rows lead every field, in the caller's shape."""
-    credit = credit_spans(
-        logprobs,
-        token_ids,
-        rewards,
-        response_mask=response_mask,
-        groups=groups,
-        cu_seqlens=cu_seqlens,
-        num_boundaries=num_boundaries,
-        min_separation=min_separation,
-        boundary_scores=boundary_scores,
-        terms=terms,
-        multiplicity_power=multiplicity_power,
-        leave_one_out=leave_one_out,
-        normalize=normalize,
-        backend=backend,
-    )
-    layout, row_shape = credit.rollouts.layout, credit.rollouts.row_shape
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    credit = credit_spans(rollouts, logprobs, boundary_scores, CreditOptions(**options))
+    rows, layout = rollouts.rows, rollouts.layout
     of_rows = credit.boundaries[layout.group_of_row]
-    spans = finish(credit.spans, of_rows, row_shape)
-    has_node = spans.members.reshape(of_rows.shape[0], -1)[:, 1:] > 0
+    spans = finish(credit.spans, of_rows, rows.row_shape)
+    has_node = spans.node_sizes.reshape(of_rows.shape[0], of_rows.shape[1] + 1)[:, 1:] > 0
     nodes = _node_names(credit.prefix_lengths, of_rows, layout).masked_fill_(~has_node, -1)
-    if not isinstance(groups, Tensor):
+    if rows.prompt_shape is not None:
         nodes = torch.where(nodes < 0, nodes, nodes % max(layout.max_group, 1))
     return SpanTree(
-        boundaries=per_prompt(credit.boundaries, layout, row_shape, groups),
-        lengths=layout.row_lengths.reshape(row_shape),
-        nodes=nodes.to(torch.int32).reshape(*row_shape, nodes.shape[-1]),
+        boundaries=rows.per_prompt(credit.boundaries, missing=-1),
+        lengths=layout.row_lengths.reshape(rows.row_shape),
+        nodes=nodes.to(torch.int32).reshape(*rows.row_shape, nodes.shape[-1]),
         spans=spans,
     )
 

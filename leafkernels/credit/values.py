@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from leafkernels._core.backend import implementation, resolve_backend
-from leafkernels._core.checks import check_choice, check_device, check_integer, check_rewards, check_tensor
+from leafkernels._core.checks import check_device, check_integer, check_rewards, check_tensor
 from leafkernels._core.ops import register
+from leafkernels.credit.options import CreditOptions
 from leafkernels.rows.find import build_layout
 from leafkernels.rows.layout import Layout
-
-TERMS = ("both", "global", "local")
-NORMALIZE = ("span", "batch", "reward_std", "none")
 
 _INPUTS = (
     "Tensor rewards, Tensor prefix_lengths, Tensor boundaries, Tensor row_lengths, "
@@ -34,7 +32,7 @@ class SpanValues(NamedTuple):
     """(..., S) float64, before the normalisation."""
     span_ends: Tensor
     """(..., S) int32, ascending, counted from the row's first unmasked token; may exceed the row's length."""
-    members: Tensor
+    node_sizes: Tensor
     """(..., S) int32: how many rows the means below are over; column 0 is the group, column s the node at boundary s
     (of 1 to B), 0 where the row retains none."""
     node_values: Tensor
@@ -67,17 +65,19 @@ _span_values_backward = register(
 
 class _SpanValues(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rewards: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        outputs = _span_values(rewards, *args)
-        ctx.save_for_backward(outputs[1], rewards, *args[:6])
-        ctx.options = args[6:10]
+    def forward(
+        ctx: Any, rewards: Tensor, constants: tuple[Tensor, ...], options: tuple[Any, ...], backend: str
+    ) -> tuple[Tensor, ...]:
+        outputs = _span_values(rewards, *constants, *options, backend)
+        ctx.save_for_backward(outputs[1], rewards, *constants)
+        ctx.options = options
         ctx.mark_non_differentiable(*outputs[2:])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, gradients: Tensor, raw_gradients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         of_rewards = _span_values_backward(gradients, raw_gradients, *ctx.saved_tensors, *ctx.options)
-        return of_rewards.to(ctx.saved_tensors[1].dtype), *[None] * 11
+        return of_rewards.to(ctx.saved_tensors[1].dtype), None, None, None
 
 
 def values_of_groups(
@@ -86,52 +86,28 @@ def values_of_groups(
     boundaries: Tensor,
     row_lengths: Tensor,
     layout: Layout,
-    terms: str,
-    multiplicity_power: float,
-    leave_one_out: bool,
-    normalize: str,
+    options: CreditOptions,
     backend: str,
 ) -> SpanValues:
     """Spans of the N rows of a layout; the arguments have been checked.
 
     ``prefix_lengths`` is (N, max_group) by rank within the group, ``boundaries`` (P, B), ``rewards`` (N,).
     """
+    constants = (prefix_lengths, boundaries, row_lengths, *layout.groups)
+    of_values = options.terms, options.multiplicity_power, options.leave_one_out, options.normalize
     # Rewards are constants in training, and then an autograd function would only cost time.
-    function = _SpanValues.apply if rewards.requires_grad else _span_values
-    outputs = function(
-        rewards,
-        prefix_lengths,
-        boundaries,
-        row_lengths,
-        layout.rows_by_group,
-        layout.group_starts,
-        layout.group_of_row,
-        terms,
-        float(multiplicity_power),
-        leave_one_out,
-        normalize,
-        backend,
-    )
-    return SpanValues(*outputs)
-
-
-def check_value_options(terms: str, multiplicity_power: float, leave_one_out: bool, normalize: str) -> None:
-    """Raise unless the options of the credit are what they must be."""
-    check_choice("terms", terms, TERMS)
-    check_choice("normalize", normalize, NORMALIZE)
-    if isinstance(multiplicity_power, bool) or not isinstance(multiplicity_power, (int, float)):
-        raise TypeError(f"multiplicity_power must be a number, got {type(multiplicity_power).__name__}")
-    if not isinstance(leave_one_out, bool):
-        raise TypeError(f"leave_one_out must be a bool, got {type(leave_one_out).__name__}")
+    if rewards.requires_grad:
+        return SpanValues(*_SpanValues.apply(rewards, constants, of_values, backend))
+    return SpanValues(*_span_values(rewards, *constants, *of_values, backend))
 
 
 def finish(spans: SpanValues, boundaries_of_rows: Tensor, row_shape: tuple[int, ...]) -> SpanValues:
     """What users see: nothing where a row retains no node, and the caller's leading dimensions."""
-    is_group = torch.ones_like(spans.members[:, :1], dtype=torch.bool)
-    is_node = torch.cat([is_group, (spans.members[:, 1:] >= 2) & (boundaries_of_rows >= 0)], dim=1)
-    members = spans.members.masked_fill(~is_node, 0)
-    node_values = spans.node_values.masked_fill(members == 0, torch.nan)
-    fields = (spans.values, spans.raw, spans.span_ends, members, node_values)
+    is_group = torch.ones_like(spans.node_sizes[:, :1], dtype=torch.bool)
+    is_node = torch.cat([is_group, (spans.node_sizes[:, 1:] >= 2) & (boundaries_of_rows >= 0)], dim=1)
+    node_sizes = spans.node_sizes.masked_fill(~is_node, 0)
+    node_values = spans.node_values.masked_fill(node_sizes == 0, torch.nan)
+    fields = (spans.values, spans.raw, spans.span_ends, node_sizes, node_values)
     return SpanValues(*(field.reshape(*row_shape, field.shape[-1]) for field in fields))
 
 
@@ -176,7 +152,9 @@ def span_values(
     check_integer("boundaries", boundaries)
     check_integer("lengths", lengths)
     check_tensor("rewards", rewards)
-    check_value_options(terms, multiplicity_power, leave_one_out, normalize)
+    options = CreditOptions(
+        terms=terms, multiplicity_power=multiplicity_power, leave_one_out=leave_one_out, normalize=normalize
+    ).checked()
     device = prefix_lengths.device
     if prefix_lengths.dim() not in (2, 3) or prefix_lengths.shape[-1] != prefix_lengths.shape[-2]:
         raise ValueError(
@@ -210,10 +188,7 @@ def span_values(
         boundaries,
         lengths.reshape(-1).to(torch.int64).masked_fill(is_out, 0),
         layout,
-        terms,
-        multiplicity_power,
-        leave_one_out,
-        normalize,
+        options,
         backend,
     )
     return finish(spans, boundaries[layout.group_of_row], row_shape)

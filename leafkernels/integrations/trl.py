@@ -13,6 +13,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from leafkernels import scatter_spans, span_tree
+from leafkernels.credit.options import CreditOptions
 
 try:
     import trl
@@ -103,7 +104,7 @@ class LeafGRPOTrainer(GRPOTrainer):
         span_tree(one, one.long(), one[0], **self._options())
 
     def token_advantages(
-        self, logprobs: Tensor, token_ids: Tensor, rewards: Tensor, response_mask: Tensor, groups: int
+        self, logprobs: Tensor, token_ids: Tensor, rewards: Tensor, response_mask: Tensor, group_size: int
     ) -> Tensor:
         """One advantage for every token of the rows of all ranks, (N, T), 0 where the mask is False.
 
@@ -112,9 +113,11 @@ class LeafGRPOTrainer(GRPOTrainer):
             token_ids: (N, T).
             rewards: (N,), NaN for rows that no function scored.
             response_mask: (N, T) bool; False on padding, tool tokens and truncated completions.
-            groups: rows of a prompt; they follow each other.
+            group_size: rows of a prompt; they follow each other.
         """
-        tree = span_tree(logprobs, token_ids, rewards, response_mask=response_mask, groups=groups, **self._options())
+        tree = span_tree(
+            logprobs, token_ids, rewards, response_mask=response_mask, group_size=group_size, **self._options()
+        )
         ends = tree.spans.span_ends
 
         def spread(values: Tensor) -> Tensor:
@@ -124,26 +127,20 @@ class LeafGRPOTrainer(GRPOTrainer):
         is_shared = tree.nodes >= 0
         credited = spread(torch.nn.functional.pad(is_shared.double(), (0, 1)))
         scored_tokens = response_mask & ~rewards.isnan()[:, None]
-        boundaries = (tree.boundaries >= 0).repeat_interleave(groups, 0) & (tree.lengths > 0)[:, None]
+        boundaries = (tree.boundaries >= 0).repeat_interleave(group_size, 0) & (tree.lengths > 0)[:, None]
         # A node is counted at the row it is named after.
-        rank = torch.arange(len(rewards), device=rewards.device) % groups
+        rank = torch.arange(len(rewards), device=rewards.device) % group_size
         counts = (credited, scored_tokens, is_shared, boundaries, tree.nodes == rank[:, None])
         shared, tokens, fired, pairs, nodes = torch.stack([count.sum() for count in counts]).tolist()
         self._log("span_credit_share", shared / max(tokens, 1))
         self._log("fork_fire_rate", fired / max(pairs, 1))
-        self._log("nodes_per_group", nodes * groups / len(rewards))
+        self._log("nodes_per_group", nodes * group_size / len(rewards))
         return spread(tree.spans.values).float()
 
     def _options(self) -> dict[str, Any]:
         args = self.args
-        return {
-            "num_boundaries": args.num_boundaries,
-            "min_separation": args.min_separation,
-            "terms": args.terms,
-            "multiplicity_power": args.multiplicity_power,
-            "leave_one_out": args.leave_one_out,
-            "normalize": args.normalize or _NORMALIZE_OF_SCALE.get(args.scale_rewards, "span"),
-        }
+        options = {name: getattr(args, name) for name in CreditOptions._fields}
+        return options | {"normalize": args.normalize or _NORMALIZE_OF_SCALE.get(args.scale_rewards, "span")}
 
     def _log(self, name: str, value: float) -> None:
         self._metrics[self._mode][f"leaf/{name}"].append(value)
@@ -156,7 +153,7 @@ class LeafGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # Before TRL generates, which in some versions leaves the model in training mode.
         self._mode = "train" if self.model.training else "eval"
-        groups = self.num_generations if self.model.training else self.num_generations_eval
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
         batch = super()._generate_and_score_completions(inputs)
         mask = batch["completion_mask"]
         if "tool_mask" in batch:
@@ -164,7 +161,7 @@ class LeafGRPOTrainer(GRPOTrainer):
         logprobs, token_ids, mask = (
             self._gather_rows(rows) for rows in (self._ranking_logprobs(batch), batch["completion_ids"], mask)
         )
-        advantages = self.token_advantages(logprobs, token_ids, self._row_rewards(groups), mask.bool(), groups)
+        advantages = self.token_advantages(logprobs, token_ids, self._row_rewards(group_size), mask.bool(), group_size)
         self._replace_logged(advantages.sum(1) / mask.sum(1).clamp(min=1))
         rows, tokens = batch["completion_ids"].shape
         first = self.accelerator.process_index * rows
@@ -196,11 +193,11 @@ class LeafGRPOTrainer(GRPOTrainer):
         accelerator = self.accelerator
         return accelerator.gather(accelerator.pad_across_processes(rows.contiguous(), dim=1))
 
-    def _row_rewards(self, groups: int) -> Tensor:
+    def _row_rewards(self, group_size: int) -> Tensor:
         """(N,) one reward for every row of all ranks, NaN where no function gave one."""
         rewards = self._rewards_per_function
         if getattr(self, "multi_objective_aggregation", "sum_then_normalize") == "normalize_then_sum":
-            rewards = _normalize_functions(rewards.view(-1, groups, rewards.shape[1])).view_as(rewards)
+            rewards = _normalize_functions(rewards.view(-1, group_size, rewards.shape[1])).view_as(rewards)
         unscored = rewards.isnan().all(1)
         return (rewards * self.reward_weights.to(rewards.device)).nansum(1).masked_fill(unscored, torch.nan)
 

@@ -1,12 +1,12 @@
 """From the arguments of a call to the layout of its rows: where each lies, and whose it is."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from leafkernels._core.backend import implementation
-from leafkernels._core.checks import check_device, check_integer, check_mask, check_tensor, values_readable
+from leafkernels._core.checks import check_count, check_device, check_integer, check_mask, check_tensor, values_readable
 from leafkernels._core.ops import register
 from leafkernels.rows.layout import Layout, as_rows
 
@@ -16,22 +16,57 @@ mask_stretches = register(
 )
 
 
-def check_named_groups(groups: Tensor, num_rows: int, name: str, device: torch.device) -> None:
+class Rows(NamedTuple):
+    """Where the rows of a per-token argument lie, and how the caller counts rows and prompts."""
+
+    layout: Layout
+    mask: Tensor | None
+    """(N, T) or (total,) bool."""
+    row_shape: tuple[int, ...]
+    """Shape of one entry for each row."""
+    prompt_shape: tuple[int, ...] | None
+    """Shape of one entry for each prompt; None: prompts are named by a tensor, and each row holds its prompt's."""
+
+    def per_prompt(self, of_groups: Tensor, missing: float) -> Tensor:
+        """What holds a line for each group, as the caller counts prompts; ``missing`` where a prompt has no row."""
+        if self.prompt_shape is None:
+            return of_groups[self.layout.group_of_row]
+        shape = *self.prompt_shape, *of_groups.shape[1:]
+        return of_groups.reshape(shape) if self.layout.row_starts.shape[0] else of_groups.new_full(shape, missing)
+
+
+def check_named_groups(groups: Any, num_rows: int, name: str, device: torch.device) -> None:
     """Raise unless ``groups`` holds an integer for each row of the argument ``name``, on its device."""
+    if isinstance(groups, int) and not isinstance(groups, bool):
+        raise TypeError(
+            "groups must be an integer tensor that names the prompt of each row, got an int: for prompts of "
+            f"{groups} consecutive rows pass group_size={groups}"
+        )
     check_integer("groups", groups)
     if groups.shape != (num_rows,):
         raise ValueError(f"groups must name one prompt for each of {num_rows} rows, got shape {tuple(groups.shape)}")
     check_device("groups", groups, name, device)
 
 
-def check_layout(
-    name: str, tensor: Tensor, response_mask: Any, groups: Any, cu_seqlens: Any, backend: str = "torch"
-) -> tuple[Layout, Tensor | None, tuple[int, ...]]:
-    """Layout, mask as rows, and the shape of "one entry for each row" for the argument ``name``, the per-token tensor.
+def check_group_size(group_size: Any, num_rows: int) -> None:
+    """Raise unless ``group_size`` divides the rows into prompts."""
+    check_count("group_size", group_size, 1)
+    if num_rows % group_size:
+        raise ValueError(f"group_size must divide the number of rows, {num_rows}, got {group_size}")
+
+
+def find_rows(
+    name: str,
+    tensor: Tensor,
+    response_mask: Any,
+    groups: Any,
+    group_size: Any,
+    cu_seqlens: Any,
+    backend: str = "torch",
+) -> Rows:
+    """Find the rows of the argument ``name``, the per-token tensor; see ``span_advantages`` for the layouts.
 
     ``backend``, a resolved one, looks for the rows in the mask.
-
-    See ``span_advantages`` for the layouts.
     """
     mask = check_mask(response_mask, name, tensor.shape, tensor.device)
     if cu_seqlens is None:
@@ -44,27 +79,30 @@ def check_layout(
     else:
         row_shape = (check_cu_seqlens(cu_seqlens, name, tensor),)
     num_rows = row_shape[0] if len(row_shape) == 1 else row_shape[0] * row_shape[1]
-    if len(row_shape) == 2 and groups is not None:
-        raise ValueError(
-            f"groups must be None where {name} is (prompts, rows, tokens), each prompt being a group; "
-            f"got {name} of shape {tuple(tensor.shape)} and groups={_brief(groups)}"
-        )
-    if groups is None:
-        groups = row_shape[-1]
-    elif isinstance(groups, Tensor):
+    for argument, value in (("groups", groups), ("group_size", group_size)):
+        if len(row_shape) == 2 and value is not None:
+            raise ValueError(
+                f"{argument} must be None where {name} is (prompts, rows, tokens), each prompt being a group; "
+                f"got {name} of shape {tuple(tensor.shape)} and {argument}={_brief(value)}"
+            )
+    prompt_shape: tuple[int, ...] | None
+    if groups is not None:
+        if group_size is not None:
+            raise ValueError(f"group_size must be None where groups names the prompts, got {group_size!r}")
         check_named_groups(groups, num_rows, name, tensor.device)
+        prompt_shape, prompts = None, groups
+    elif group_size is not None:
+        check_group_size(group_size, num_rows)
+        prompt_shape, prompts = (num_rows // group_size,), group_size
     else:
-        if isinstance(groups, bool) or not isinstance(groups, int):
-            raise TypeError(f"groups must be an int or an integer tensor, got {type(groups).__name__}")
-        if groups < 1 or num_rows % groups:
-            raise ValueError(f"groups must be a positive divisor of the number of rows, {num_rows}, got {groups}")
+        prompt_shape, prompts = row_shape[:-1], row_shape[-1]
     rows = as_rows(tensor)
     mask_rows = None if mask is None else as_rows(mask)
-    return build_layout(rows, mask_rows, groups, cu_seqlens, backend), mask_rows, row_shape
+    return Rows(build_layout(rows, mask_rows, prompts, cu_seqlens, backend), mask_rows, row_shape, prompt_shape)
 
 
-def _brief(groups: Any) -> str:
-    return f"a tensor of shape {tuple(groups.shape)}" if isinstance(groups, Tensor) else repr(groups)
+def _brief(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def check_cu_seqlens(cu_seqlens: Any, name: str, tensor: Tensor) -> int:

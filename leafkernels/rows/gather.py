@@ -32,8 +32,8 @@ class GatheredGroups(NamedTuple):
 
     inputs: dict[str, Any]
     """Arguments for ``span_advantages`` or any function with its signature: ``logprobs``, ``token_ids``, ``rewards``,
-    ``response_mask``, ``groups``, ``cu_seqlens``. The same on every rank, in the order of the ranks; constants to
-    autograd. What is padding on its rank is not among them."""
+    ``response_mask``, ``groups``, ``group_size``, ``cu_seqlens``. The same on every rank, in the order of the ranks;
+    constants to autograd. What is padding on its rank is not among them."""
     shape: torch.Size
     """Of this rank's ``token_ids``."""
     start: int
@@ -65,8 +65,8 @@ class _Header(NamedTuple):
     """What must be the same on every rank, by the name of the argument."""
     counts: dict[str, int]
     """Elements of each of this rank's sections."""
-    groups: Any
-    """What came, unless it is a tensor, which is a section."""
+    names: list[Hashable] | None
+    """Of the prompts of this rank's rows."""
 
 
 class _Local(NamedTuple):
@@ -81,7 +81,8 @@ def gather_groups(
     rewards: Tensor,
     *,
     response_mask: Tensor | None = None,
-    groups: Tensor | int | Iterable[Hashable] | None = None,
+    groups: Tensor | Iterable[Hashable] | None = None,
+    group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> GatheredGroups:
@@ -107,9 +108,10 @@ def gather_groups(
         token_ids: the same shape; any integer dtype, the same on all ranks.
         rewards: (N,); gathered as float64.
         response_mask: the same shape as ``token_ids``, nonzero where a token counts; on every rank or on none.
-        groups: an int (consecutive runs of that many rows are a prompt, counted through all ranks), a tensor (N,) of
-            integers that mean the same prompt on every rank, or as many names (uid strings), sent as they are; None:
-            the rows of all ranks are one prompt.
+        groups: a tensor (N,) of integers that mean the same prompt on every rank, or as many names (uid strings), sent
+            as they are.
+        group_size: consecutive runs of that many rows are a prompt, counted through all ranks. None, with ``groups``
+            None too: the rows of all ranks are one prompt.
         cu_seqlens: (N + 1,) int32, offsets of packed rows.
         process_group: the ranks to gather from (those of data parallelism), gloo or NCCL; None: all.
 
@@ -121,7 +123,7 @@ def gather_groups(
     rank, world_size = place("process_group", process_group)
     failure: Exception | None = None
     try:
-        local = _local_rows(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens)
+        local = _local_rows(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens)
         header = local.header
     except (TypeError, ValueError) as error:
         # The others are about to wait for this rank, so it must not leave before it has told them.
@@ -130,17 +132,17 @@ def gather_groups(
     dist.all_gather_object(headers, header, group=process_group)
     if failure is not None:
         raise failure
-    _check_headers(headers)
+    _check_headers(headers, group_size)
 
     parts = {
         name: _gather(section, [h.counts[name] for h in headers], process_group)
         for name, section in local.sections.items()
     }
     cu_seqlens = pad(parts.pop("row_lengths").cumsum(0), (1, 0))
-    if isinstance(header.groups, list):
-        parts["groups"] = group_index(chain.from_iterable(h.groups for h in headers), device=token_ids.device)
+    if header.names is not None:
+        parts["groups"] = group_index(chain.from_iterable(h.names for h in headers), device=token_ids.device)
     return GatheredGroups(
-        inputs={"response_mask": None, "groups": header.groups, **parts, "cu_seqlens": cu_seqlens},
+        inputs={"response_mask": None, "groups": None, "group_size": group_size, **parts, "cu_seqlens": cu_seqlens},
         shape=token_ids.shape,
         start=sum(h.counts["token_ids"] for h in headers[:rank]),
         num_tokens=header.counts["token_ids"],
@@ -154,6 +156,7 @@ def _local_rows(
     rewards: Tensor,
     response_mask: Tensor | None,
     groups: Any,
+    group_size: int | None,
     cu_seqlens: Tensor | None,
 ) -> _Local:
     """This rank's rows packed, without what lies before and behind them."""
@@ -175,12 +178,17 @@ def _local_rows(
         bounds = torch.arange(num_rows + 1, device=device) * token_ids.shape[1]
     rewards = check_rewards(rewards, "token_ids", (num_rows,), device).detach()
     sections = {"rewards": rewards.to(torch.float64)}
+    kind, names = "None", None
+    if groups is not None and group_size is not None:
+        raise ValueError(f"group_size must be None where groups names the prompts, got {group_size!r}")
+    if group_size is not None:
+        check_count("group_size", group_size, 1)
     if isinstance(groups, Tensor):
         check_named_groups(groups, num_rows, "token_ids", device)
         sections["groups"] = groups.to(torch.int64)
-        kind, groups = "a tensor", None
-    else:
-        kind, groups = _check_groups(groups, num_rows)
+        kind = "a tensor"
+    elif groups is not None:
+        kind, names = "names", _check_names(groups, num_rows)
 
     tokens = {"token_ids": token_ids, "logprobs": logprobs.detach()}
     if mask is not None:
@@ -200,29 +208,25 @@ def _local_rows(
         "logprobs": str(logprobs.dtype),
         "response_mask": "None" if mask is None else "a mask",
         "groups": kind,
+        "group_size": str(group_size),
     }
-    header = _Header(None, alike, {name: section.shape[0] for name, section in sections.items()}, groups)
+    header = _Header(None, alike, {name: section.shape[0] for name, section in sections.items()}, names)
     return _Local(header, sections, positions)
 
 
-def _check_groups(groups: Any, num_rows: int) -> tuple[str, Any]:
-    """What must be alike on every rank, and what is sent, of groups that are no tensor."""
-    if groups is None:
-        return "None", None
-    if isinstance(groups, int):
-        check_count("groups", groups, 1)
-        return str(groups), groups
-    if isinstance(groups, str) or not isinstance(groups, Iterable):
+def _check_names(groups: Any, num_rows: int) -> list[Hashable]:
+    """The names of the prompts, one for each row."""
+    if isinstance(groups, (str, int)) or not isinstance(groups, Iterable):
         raise TypeError(
-            f"groups must be an int, an integer tensor or a list of names for the rows, got {type(groups).__name__}"
+            f"groups must be an integer tensor or a list of names for the rows, got {type(groups).__name__}"
         )
     names = list(groups)
     if len(names) != num_rows:
         raise ValueError(f"groups must name one prompt for each of {num_rows} rows, got {len(names)} names")
-    return "names", names
+    return names
 
 
-def _check_headers(headers: list[_Header]) -> None:
+def _check_headers(headers: list[_Header], group_size: int | None) -> None:
     """Raise, on every rank with the same text, where the ranks do not fit together."""
     for rank, header in enumerate(headers):
         if header.refusal is not None:
@@ -234,9 +238,8 @@ def _check_headers(headers: list[_Header]) -> None:
                     f"{name} must be alike on every rank, got {first} on rank 0 and {header.alike[name]} on rank {rank}"
                 )
     num_rows = sum(header.counts["rewards"] for header in headers)
-    groups = headers[0].groups
-    if isinstance(groups, int) and num_rows % groups:
-        raise ValueError(f"groups must be a divisor of the number of rows of all ranks, {num_rows}, got {groups}")
+    if group_size is not None and num_rows % group_size:
+        raise ValueError(f"group_size must divide the number of rows of all ranks, {num_rows}, got {group_size}")
 
 
 def _gather(section: Tensor, counts: list[int], process_group: "dist.ProcessGroup | None") -> Tensor:

@@ -31,19 +31,24 @@ class Layout(NamedTuple):
     max_length: int
     max_group: int
 
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Where each row lies: its first token, and its length."""
+        return self.row_starts, self.row_lengths
+
+    @property
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """Where the storage of each row begins and ends."""
+        return self.slot_starts, self.slot_ends
+
+    @property
+    def groups(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Which rows are a prompt: rows by group, group starts, group of each row."""
+        return self.rows_by_group, self.group_starts, self.group_of_row
+
     def without(self, is_out: Tensor) -> "Layout":
         """The layout in which the rows of a mask (N,) have no token."""
-        return Layout(
-            self.slot_starts,
-            self.slot_ends,
-            self.row_starts,
-            self.row_lengths.masked_fill(is_out, 0),
-            self.rows_by_group,
-            self.group_starts,
-            self.group_of_row,
-            self.max_length,
-            self.max_group,
-        )
+        return self._replace(row_lengths=self.row_lengths.masked_fill(is_out, 0))
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every estimator of advantages begins and ends with: its arguments, checked, and one number for each token."""
+"""What every estimator of advantages begins with: its arguments, checked, and where their rows lie."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_integer, check_like, check_real, check_rewards
-from leafkernels.rows.find import check_layout
+from leafkernels.rows.find import Rows, find_rows
 from leafkernels.rows.layout import Layout
 
 
@@ -15,10 +15,12 @@ class Rollouts(NamedTuple):
 
     token_ids: Tensor  # as the caller shaped them
     rewards: Tensor  # (N,)
-    mask: Tensor | None  # as rows
-    layout: Layout
-    row_shape: tuple[int, ...]
+    rows: Rows
     backend: str
+
+    @property
+    def layout(self) -> Layout:
+        return self.rows.layout
 
 
 def read_rollouts(
@@ -27,6 +29,7 @@ def read_rollouts(
     rewards: Any,
     response_mask: Any,
     groups: Any,
+    group_size: Any,
     cu_seqlens: Any,
     backend: str,
 ) -> Rollouts:
@@ -35,6 +38,6 @@ def read_rollouts(
     check_real("logprobs", logprobs)
     check_like("logprobs", logprobs, "token_ids", token_ids.shape, token_ids.device)
     backend = resolve_backend(backend, token_ids.device)
-    layout, mask, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens, backend)
-    rewards = check_rewards(rewards, "token_ids", row_shape, token_ids.device)
-    return Rollouts(token_ids, rewards, mask, layout.without(rewards.isnan()), row_shape, backend)
+    rows = find_rows("token_ids", token_ids, response_mask, groups, group_size, cu_seqlens, backend)
+    rewards = check_rewards(rewards, "token_ids", rows.row_shape, token_ids.device)
+    return Rollouts(token_ids, rewards, rows._replace(layout=rows.layout.without(rewards.isnan())), backend)
