@@ -93,7 +93,7 @@ def _compare_pairs_kernel(
             a = load_block(token_ids_ptr, left_base, at, end, 0, BLOCK)
             b = load_block(token_ids_ptr, right_base, at, end, 0, BLOCK)
             offs = at + tl.arange(0, BLOCK)
-            # Behind the end both hold 0 and agree. The minimum ends the loop, and is the answer.
+            # Past the end both hold 0 and agree. The minimum ends the loop, and is the answer.
             shared = tl.minimum(shared, tl.min(tl.where((a != b) & (offs >= begin), offs, end), axis=0))
             if COUNT:
                 tl.atomic_add(counts_ptr, 2 * tl.minimum(end - at, BLOCK))
@@ -178,6 +178,143 @@ def _first_mismatch_kernel(
         at += step
 
 
+@triton.jit
+def _compare_with_parents(
+    shared_ptr,
+    parents_ptr,
+    tied_to_ptr,
+    counts_ptr,
+    token_ids_ptr,
+    row_starts_ptr,
+    row_lengths_ptr,
+    rows_ptr,
+    size,
+    limit,
+    stride_tokens_row,
+    COUNT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Store what each tied row of a group shares with its representative."""
+    for tile in range(0, tl.cdiv(size, BLOCK_ROWS)):
+        rank = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        row = tl.load(rows_ptr + rank, mask=rank < size, other=0)
+        at = tl.load(tied_to_ptr + row, mask=rank < size, other=-1).to(tl.int64)
+        is_tied = at >= 0
+        if tl.max(is_tied.to(tl.int32), axis=0) > 0:
+            parent = tl.load(parents_ptr + row, mask=is_tied, other=0).to(tl.int64)
+            end = tl.minimum(
+                tl.load(row_lengths_ptr + row, mask=is_tied, other=0),
+                tl.load(row_lengths_ptr + parent, mask=is_tied, other=0),
+            )
+            end = tl.minimum(end, limit)
+            base = row * stride_tokens_row + tl.load(row_starts_ptr + row, mask=is_tied, other=0)
+            parent_base = parent * stride_tokens_row + tl.load(row_starts_ptr + parent, mask=is_tied, other=0)
+            found = tl.minimum(at, end)
+            is_going = is_tied & (at < end)
+            if COUNT:
+                tl.atomic_add(counts_ptr + 1, tl.sum(is_tied.to(tl.int64), axis=0))
+            while tl.max(is_going.to(tl.int32), axis=0) > 0:
+                offs = found[:, None] + tl.arange(0, BLOCK_TOKENS)[None, :]
+                is_read = is_going[:, None] & (offs < end[:, None])
+                a = tl.load(token_ids_ptr + base[:, None] + offs, mask=is_read, other=0)
+                b = tl.load(token_ids_ptr + parent_base[:, None] + offs, mask=is_read, other=0)
+                if COUNT:
+                    tl.atomic_add(counts_ptr, 2 * tl.sum(tl.sum(is_read.to(tl.int64), axis=1), axis=0))
+                next_at = tl.minimum(found + BLOCK_TOKENS, end)
+                found_now = tl.min(tl.where(a != b, offs, next_at[:, None]), axis=1)
+                is_over = (found_now < next_at) | (next_at == end)
+                found = tl.where(is_going, found_now, found)
+                is_going = is_going & (is_over == 0)
+            tl.store(shared_ptr + row, found.to(tl.int32), mask=is_tied)
+
+
+@triton.jit
+def _load_next_ids(
+    next_ids_ptr,
+    shared_ptr,
+    parents_ptr,
+    tied_to_ptr,
+    counts_ptr,
+    token_ids_ptr,
+    row_starts_ptr,
+    row_lengths_ptr,
+    rows_ptr,
+    size,
+    limit,
+    group_start,
+    stride_tokens_row,
+    COUNT: tl.constexpr,
+    BLOCK_TIES: tl.constexpr,
+):
+    """Prepare the tie search: store each open row's next token, and settle the rows that end."""
+    for tile in range(0, tl.cdiv(size, BLOCK_TIES)):
+        rank = tile * BLOCK_TIES + tl.arange(0, BLOCK_TIES)
+        row = tl.load(rows_ptr + rank, mask=rank < size, other=0)
+        is_tied = tl.load(tied_to_ptr + row, mask=rank < size, other=-1) >= 0
+        parent = tl.load(parents_ptr + row, mask=is_tied, other=0).to(tl.int64)
+        length = tl.minimum(tl.load(row_lengths_ptr + row, mask=is_tied, other=0), limit)
+        shared = tl.load(shared_ptr + row, mask=is_tied, other=0).to(tl.int64)
+        shared = tl.minimum(shared, tl.minimum(length, tl.load(row_lengths_ptr + parent, mask=is_tied, other=0)))
+        is_open = is_tied & (shared < length)
+        # A parent may end before the start, where all tokens count as equal.
+        is_read = is_open & (shared >= group_start)
+        base = row * stride_tokens_row + tl.load(row_starts_ptr + row, mask=is_tied, other=0)
+        next_id = tl.load(token_ids_ptr + base + shared, mask=is_read, other=0)
+        if COUNT:
+            tl.atomic_add(counts_ptr, tl.sum(is_read.to(tl.int64), axis=0))
+        tl.debug_barrier()  # threads may share rows: none writes before all have read
+        tl.store(next_ids_ptr + row, next_id.to(tl.int64), mask=is_tied)
+        tl.store(shared_ptr + row, shared.to(tl.int32), mask=is_tied)
+        tl.store(tied_to_ptr + row, -1, mask=is_tied & (is_open == 0))
+
+
+@triton.jit
+def _represent_ties(
+    parents_ptr,
+    tied_to_ptr,
+    shared_ptr,
+    next_ids_ptr,
+    rows_ptr,
+    size,
+    group_start,
+    BLOCK_TIES: tl.constexpr,
+):
+    """Let the smallest row of each tie represent the others, settle all other rows, and return how many tie."""
+    num_ties = size * 0
+    # From the last rows to the first: what is written of a row no later search reads.
+    for tile_from_end in range(0, tl.cdiv(size, BLOCK_TIES)):
+        tile = tl.cdiv(size, BLOCK_TIES) - 1 - tile_from_end
+        rank = tile * BLOCK_TIES + tl.arange(0, BLOCK_TIES)
+        row = tl.load(rows_ptr + rank, mask=rank < size, other=0)
+        is_tied = tl.load(tied_to_ptr + row, mask=rank < size, other=-1) >= 0
+        if tl.max(is_tied.to(tl.int32), axis=0) > 0:
+            parent = tl.load(parents_ptr + row, mask=is_tied, other=-1)
+            shared = tl.load(shared_ptr + row, mask=is_tied, other=-1)
+            next_id = tl.load(next_ids_ptr + row, mask=is_tied, other=0)
+            smallest = tl.full([BLOCK_TIES], FAR, tl.int32)
+            for other_tile in range(0, tile + 1):
+                other_rank = other_tile * BLOCK_TIES + tl.arange(0, BLOCK_TIES)
+                other = tl.load(rows_ptr + other_rank, mask=other_rank < size, other=0)
+                other_tied = tl.load(tied_to_ptr + other, mask=other_rank < size, other=-1) >= 0
+                if tl.max(other_tied.to(tl.int32), axis=0) > 0:
+                    other_parent = tl.load(parents_ptr + other, mask=other_tied, other=-2)
+                    other_shared = tl.load(shared_ptr + other, mask=other_tied, other=-2)
+                    other_id = tl.load(next_ids_ptr + other, mask=other_tied, other=0)
+                    ties = (parent[:, None] == other_parent[None, :]) & (shared[:, None] == other_shared[None, :])
+                    ties = ties & (next_id[:, None] == other_id[None, :])
+                    of_tile = tl.min(tl.where(ties, other.to(tl.int32)[None, :], FAR), axis=1)
+                    smallest = tl.minimum(smallest, of_tile)
+            tl.debug_barrier()
+            ties = is_tied & (smallest < row)
+            tied_to = tl.maximum(shared.to(tl.int64) + 1, group_start).to(tl.int32)
+            tl.store(tied_to_ptr + row, tl.where(ties, tied_to, -1), mask=is_tied)
+            tl.store(parents_ptr + row, smallest, mask=ties)
+            tl.store(shared_ptr + row, FAR, mask=ties)
+            num_ties += tl.sum(ties.to(tl.int64), axis=0)
+    return num_ties
+
+
 @triton.jit(do_not_specialize=["stride_tokens_row"])
 def _refine_ties_kernel(
     parents_ptr,
@@ -221,100 +358,51 @@ def _refine_ties_kernel(
     group_start = tl.zeros([], tl.int64)
     if HAS_START:
         group_start = tl.minimum(tl.maximum(tl.load(start_ptr + group).to(tl.int64), 0), FAR - 1)
+    rows_ptr = rows_by_group_ptr + first
     should_compare = COMPARE_FIRST
     goes_on = size > 1
     while goes_on:
         if COMPARE_FIRST or TO_THE_END:
             if should_compare:
-                for tile in range(0, tl.cdiv(size, BLOCK_ROWS)):
-                    rank = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-                    row = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
-                    at = tl.load(tied_to_ptr + row, mask=rank < size, other=-1).to(tl.int64)
-                    is_tied = at >= 0
-                    if tl.max(is_tied.to(tl.int32), axis=0) > 0:
-                        parent = tl.load(parents_ptr + row, mask=is_tied, other=0).to(tl.int64)
-                        end = tl.minimum(
-                            tl.load(row_lengths_ptr + row, mask=is_tied, other=0),
-                            tl.load(row_lengths_ptr + parent, mask=is_tied, other=0),
-                        )
-                        end = tl.minimum(end, limit)
-                        base = row * stride_tokens_row + tl.load(row_starts_ptr + row, mask=is_tied, other=0)
-                        parent_base = parent * stride_tokens_row + tl.load(
-                            row_starts_ptr + parent, mask=is_tied, other=0
-                        )
-                        found = tl.minimum(at, end)
-                        is_going = is_tied & (at < end)
-                        if COUNT:
-                            tl.atomic_add(counts_ptr + 1, tl.sum(is_tied.to(tl.int64), axis=0))
-                        while tl.max(is_going.to(tl.int32), axis=0) > 0:
-                            offs = found[:, None] + tl.arange(0, BLOCK_TOKENS)[None, :]
-                            is_read = is_going[:, None] & (offs < end[:, None])
-                            a = tl.load(token_ids_ptr + base[:, None] + offs, mask=is_read, other=0)
-                            b = tl.load(token_ids_ptr + parent_base[:, None] + offs, mask=is_read, other=0)
-                            if COUNT:
-                                tl.atomic_add(counts_ptr, 2 * tl.sum(tl.sum(is_read.to(tl.int64), axis=1), axis=0))
-                            behind = tl.minimum(found + BLOCK_TOKENS, end)
-                            found_now = tl.min(tl.where(a != b, offs, behind[:, None]), axis=1)
-                            is_over = (found_now < behind) | (behind == end)
-                            found = tl.where(is_going, found_now, found)
-                            is_going = is_going & (is_over == 0)
-                        tl.store(shared_ptr + row, found.to(tl.int32), mask=is_tied)
+                _compare_with_parents(
+                    shared_ptr,
+                    parents_ptr,
+                    tied_to_ptr,
+                    counts_ptr,
+                    token_ids_ptr,
+                    row_starts_ptr,
+                    row_lengths_ptr,
+                    rows_ptr,
+                    size,
+                    limit,
+                    stride_tokens_row,
+                    COUNT,
+                    BLOCK_ROWS,
+                    BLOCK_TOKENS,
+                )
         should_compare = True
         tl.debug_barrier()
-
-        # What the search for ties needs of every row, beside the rows: the token behind what it shares.
-        for tile in range(0, tl.cdiv(size, BLOCK_TIES)):
-            rank = tile * BLOCK_TIES + tl.arange(0, BLOCK_TIES)
-            row = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
-            is_tied = tl.load(tied_to_ptr + row, mask=rank < size, other=-1) >= 0
-            parent = tl.load(parents_ptr + row, mask=is_tied, other=0).to(tl.int64)
-            length = tl.minimum(tl.load(row_lengths_ptr + row, mask=is_tied, other=0), limit)
-            shared = tl.load(shared_ptr + row, mask=is_tied, other=0).to(tl.int64)
-            shared = tl.minimum(shared, tl.minimum(length, tl.load(row_lengths_ptr + parent, mask=is_tied, other=0)))
-            is_open = is_tied & (shared < length)
-            # A parent may end before the start, where all tokens count as equal.
-            is_read = is_open & (shared >= group_start)
-            base = row * stride_tokens_row + tl.load(row_starts_ptr + row, mask=is_tied, other=0)
-            next_id = tl.load(token_ids_ptr + base + shared, mask=is_read, other=0)
-            if COUNT:
-                tl.atomic_add(counts_ptr, tl.sum(is_read.to(tl.int64), axis=0))
-            tl.debug_barrier()  # threads may share rows: none writes before all have read
-            tl.store(next_ids_ptr + row, next_id.to(tl.int64), mask=is_tied)
-            tl.store(shared_ptr + row, shared.to(tl.int32), mask=is_tied)
-            tl.store(tied_to_ptr + row, -1, mask=is_tied & (is_open == 0))
+        _load_next_ids(
+            next_ids_ptr,
+            shared_ptr,
+            parents_ptr,
+            tied_to_ptr,
+            counts_ptr,
+            token_ids_ptr,
+            row_starts_ptr,
+            row_lengths_ptr,
+            rows_ptr,
+            size,
+            limit,
+            group_start,
+            stride_tokens_row,
+            COUNT,
+            BLOCK_TIES,
+        )
         tl.debug_barrier()
-
-        num_ties = size * 0
-        # From the last rows to the first: what is written of a row no search behind it reads.
-        for tile_from_end in range(0, tl.cdiv(size, BLOCK_TIES)):
-            tile = tl.cdiv(size, BLOCK_TIES) - 1 - tile_from_end
-            rank = tile * BLOCK_TIES + tl.arange(0, BLOCK_TIES)
-            row = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
-            is_tied = tl.load(tied_to_ptr + row, mask=rank < size, other=-1) >= 0
-            if tl.max(is_tied.to(tl.int32), axis=0) > 0:
-                parent = tl.load(parents_ptr + row, mask=is_tied, other=-1)
-                shared = tl.load(shared_ptr + row, mask=is_tied, other=-1)
-                next_id = tl.load(next_ids_ptr + row, mask=is_tied, other=0)
-                smallest = tl.full([BLOCK_TIES], FAR, tl.int32)
-                for other_tile in range(0, tile + 1):
-                    other_rank = other_tile * BLOCK_TIES + tl.arange(0, BLOCK_TIES)
-                    other = tl.load(rows_by_group_ptr + first + other_rank, mask=other_rank < size, other=0)
-                    other_tied = tl.load(tied_to_ptr + other, mask=other_rank < size, other=-1) >= 0
-                    if tl.max(other_tied.to(tl.int32), axis=0) > 0:
-                        other_parent = tl.load(parents_ptr + other, mask=other_tied, other=-2)
-                        other_shared = tl.load(shared_ptr + other, mask=other_tied, other=-2)
-                        other_id = tl.load(next_ids_ptr + other, mask=other_tied, other=0)
-                        ties = (parent[:, None] == other_parent[None, :]) & (shared[:, None] == other_shared[None, :])
-                        ties = ties & (next_id[:, None] == other_id[None, :])
-                        of_tile = tl.min(tl.where(ties, other.to(tl.int32)[None, :], FAR), axis=1)
-                        smallest = tl.minimum(smallest, of_tile)
-                tl.debug_barrier()
-                ties = is_tied & (smallest < row)
-                tied_to = tl.maximum(shared.to(tl.int64) + 1, group_start).to(tl.int32)
-                tl.store(tied_to_ptr + row, tl.where(ties, tied_to, -1), mask=is_tied)
-                tl.store(parents_ptr + row, smallest, mask=ties)
-                tl.store(shared_ptr + row, FAR, mask=ties)
-                num_ties += tl.sum(ties.to(tl.int64), axis=0)
+        num_ties = _represent_ties(
+            parents_ptr, tied_to_ptr, shared_ptr, next_ids_ptr, rows_ptr, size, group_start, BLOCK_TIES
+        )
         tl.debug_barrier()
         goes_on = num_ties > 0
         if not TO_THE_END:
