@@ -62,9 +62,12 @@ class Browser:
         self._session: str | None = None
         self.problems: list[str] = []
         self.requests: list[str] = []
+        self.frames: list[str] = []
         (target,) = [t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page"]
         attached = self.send("Target.attachToTarget", targetId=target["targetId"], flatten=True)
         self._session = attached["sessionId"]
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
+        self.send("Target.setAutoAttach", autoAttach=True, waitForDebuggerOnStart=False, flatten=True)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
 
@@ -117,6 +120,8 @@ class Browser:
             self.problems.append(str(params["args"]))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.problems.append(str(params["entry"]))
+        elif method == "Target.attachedToTarget" and params["targetInfo"]["type"] == "iframe":
+            self.frames.append(params["sessionId"])
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
 
@@ -141,9 +146,13 @@ class Browser:
         while self.run("document.readyState") != "complete" or self.run("location.protocol") != "file:":
             time.sleep(0.02)
 
-    def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
-        result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+    def run(self, expression: str, frame: str | None = None) -> Any:
+        """The value of a JavaScript expression, in the page or in one of ``frames``."""
+        page, self._session = self._session, frame or self._session
+        try:
+            result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        finally:
+            self._session = page
         if "exceptionDetails" in result:
             raise RuntimeError(str(result["exceptionDetails"]))
         return result["result"].get("value")

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate
@@ -55,6 +56,7 @@ class Report:
         self._statistics = Statistics()
         self._profile = Profile(list(SCHEMES))
         self._prompts: list[dict[str, Any]] = []
+        self._vocabulary: dict[tuple[int, str | None], int] = {}
         self._page: str | None = None
 
     def add(
@@ -81,7 +83,7 @@ class Report:
         known = scored(prompt.rewards)
         runs: dict[tuple[float, ...], int] = {}
         tokens = [(piece.rows[0], position) for piece in pieces for position in range(piece.start, piece.end)]
-        vocabulary, ranks = _ranked([_token(prompt, row, position) for row, position in tokens])
+        numbers = (_token(prompt, row, position) for row, position in tokens)
         at = [0] * len(prompt.rewards)
         for number, piece in enumerate(pieces):
             for row in piece.ending:
@@ -102,9 +104,7 @@ class Report:
                 "lengths": pack(piece.end - piece.start for piece in pieces),
                 "isNode": pack(piece.is_node for piece in pieces),
                 "at": pack(at),
-                "ids": [token_id if abs(token_id) < 2**53 else str(token_id) for token_id, _ in vocabulary],
-                "texts": [None if text is None else _shown(text) for _, text in vocabulary],
-                "tokens": pack(ranks),
+                "tokens": [self._vocabulary.setdefault(token, len(self._vocabulary)) for token in numbers],
                 "surprisals": pack(_surprisal_code(prompt.logprobs[row][position]) for row, position in tokens),
                 "holes": None
                 if is_trained is None
@@ -124,11 +124,25 @@ class Report:
         return self._page
 
     def _render(self) -> str:
+        counts = Counter(number for prompt in self._prompts for number in prompt["tokens"])
+        vocabulary = list(self._vocabulary)
+        # Frequent tokens first: small numbers are packed best.
+        order = sorted(range(len(vocabulary)), key=lambda number: (-counts[number], number))
+        rank = [0] * len(order)
+        for place, number in enumerate(order):
+            rank[number] = place
+        ids = [vocabulary[number][0] for number in order]
+        texts = [vocabulary[number][1] for number in order]
         data = {
             "alphabet": _ALPHABET,
             "schemes": [{"key": key, "name": name, "note": note} for key, (name, note) in SCHEMES.items()],
             "charts": self._profile.charts(),
-            "prompts": self._prompts,
+            # JavaScript's numbers are exact up to here.
+            "ids": [token_id if abs(token_id) < 2**53 else str(token_id) for token_id in ids],
+            "texts": [None if text is None else _shown(text) for text in texts],
+            "prompts": [
+                {**prompt, "tokens": pack(rank[number] for number in prompt["tokens"])} for prompt in self._prompts
+            ],
         }
         style = self._environment.get_template("report.css.j2").render()
         script = self._environment.get_template("report.js").render()
@@ -192,7 +206,7 @@ def json_for_html(value: object) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def pack(numbers: Any) -> str:
+def pack(numbers: Iterable[int]) -> str:
     """Integers from 0 as text, a character for most of them; the page reads it back."""
     return "".join(map(_packed, numbers))
 
@@ -265,16 +279,6 @@ def _hash(text: str) -> str:
 def _token(prompt: Prompt, row: int, position: int) -> tuple[int, str | None]:
     texts = prompt.tokens[row]
     return prompt.token_ids[row][position], None if texts is None else texts[position]
-
-
-def _ranked(tokens: list[tuple[int, str | None]]) -> tuple[list[tuple[int, str | None]], list[int]]:
-    """The distinct tokens, frequent ones first, and the rank of every token: small numbers are packed best."""
-    counts: dict[tuple[int, str | None], int] = {}
-    for token in tokens:
-        counts[token] = counts.get(token, 0) + 1
-    vocabulary = sorted(counts, key=lambda token: -counts[token])
-    rank = {token: number for number, token in enumerate(vocabulary)}
-    return vocabulary, [rank[token] for token in tokens]
 
 
 def _shown(text: str) -> str:

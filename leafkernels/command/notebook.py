@@ -55,10 +55,12 @@ def report(
     """
     if isinstance(max_prompts, bool) or not isinstance(max_prompts, int) or max_prompts < 1:
         raise ValueError(f"max_prompts must be an int of at least 1, got {max_prompts!r}")
-    named = {"boundary_scores": None, **options}
+    named: dict[str, Any] = {"boundary_scores": None, **options}
     tensors = {"logprobs": logprobs, "token_ids": token_ids, "rewards": rewards, "response_mask": response_mask}
     tensors |= {"cu_seqlens": cu_seqlens, "boundary_scores": named.pop("boundary_scores")}
-    calls = {name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in tensors.items()}
+    calls: dict[str, Any] = {
+        name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in tensors.items()
+    }
     scores = calls.pop("boundary_scores")
     calls["groups"] = _groups(groups, group_size, rewards)
 

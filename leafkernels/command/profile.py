@@ -13,6 +13,7 @@ from leafkernels.command.pieces import Piece
 from leafkernels.command.reading import Prompt
 
 _BINS = 60
+_LEAST_SHARE = 0.01
 _DEPTHS = 8
 _REWARD_BINS = 24
 
@@ -72,7 +73,9 @@ class Profile:
 
     def charts(self) -> dict[str, Any]:
         """What the page draws, in at most 60 bins of positions and 24 of rewards."""
-        length = int((self._alive > 0).sum())
+        # Beyond, a curve would be drawn from a few rollouts.
+        least = max(1.0, _LEAST_SHARE * float(self._alive[:1].sum()))
+        length = int((self._alive >= least).sum())
         width = max(1, math.ceil(length / _BINS))
         alive = _binned(self._alive[:length], width)
         boundaries = _binned(self._boundaries[:length], width)

@@ -3,7 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
-  const LEVELS = 8, DEEPEST = 14;
+  const LEVELS = 8, DEEPEST = 14, MOST_CHIPS = 6;
   const state = { prompt: -1, scheme: data.schemes[0].key, row: null, theme: "auto", sort: null, falls: false };
 
   function make(tag, className, text) {
@@ -125,8 +125,10 @@
         }
       }
       for (let t = 0; t < length; t++) {
-        // A mean of equal values is that value, to the last digit.
+        // The values have five digits: a mean of equal ones is exact, and what they cancel to is 0.
+        const size = Math.max(Math.abs(result.low[t]), Math.abs(result.high[t]));
         if (result.low[t] === result.high[t]) result.mean[t] = result.low[t];
+        else if (Math.abs(result.mean[t]) < 1e-4 * size) result.mean[t] = 0;
       }
     }
     piece.cached.set(key, result);
@@ -217,8 +219,8 @@
     const marked = new Set(boundaries);
     for (let t = 0; t < piece.end - piece.start; t++) {
       const rank = tree.tokens[piece.offset + t];
-      const text = tree.prompt.texts[rank];
-      const cell = make("span", "", text === null ? String(tree.prompt.ids[rank]) : symbols(text));
+      const text = data.texts[rank];
+      const cell = make("span", "", text === null ? String(data.ids[rank]) : symbols(text));
       let kind = "t";
       if (text === null) kind += " number";
       else if (text.includes("\n")) kind += " nl";
@@ -234,20 +236,22 @@
   }
 
   function drawChips(meta, piece) {
-    for (const row of piece.ending.slice(0, 12)) {
+    const { rewards } = tree.prompt;
+    const isSame = piece.ending.every((row) => rewards[row] === rewards[piece.ending[0]]);
+    for (const row of piece.ending.slice(0, MOST_CHIPS)) {
       const chip = put(meta, "button", "chip");
       chip.type = "button";
       chip.title = "Show this rollout only";
       chip.setAttribute("aria-pressed", "false");
       chip.row = row;
       put(chip, "span", "", `#${row}`);
-      put(chip, "span", "", `reward ${shortNumber(tree.prompt.rewards[row])}`);
-      if (tree.prompt.rewards[row] !== null) {
-        const bar = put(put(chip, "span", "level"), "i");
-        bar.style.width = `${100 * ofRewards(tree.prompt.rewards[row])}%`;
-      }
+      // Of many with one reward, the mean before them has said it.
+      if (isSame && piece.ending.length > 1 && piece.ending.length === piece.rows.length) continue;
+      put(chip, "span", "", `reward ${shortNumber(rewards[row])}`);
+      if (rewards[row] !== null) put(put(chip, "span", "level"), "i").style.width = `${100 * ofRewards(rewards[row])}%`;
     }
-    if (piece.ending.length > 12) put(meta, "span", "", `and ${piece.ending.length - 12} more of the same tokens`);
+    const more = piece.ending.length - MOST_CHIPS;
+    if (more > 0) put(meta, "span", "", `and ${more} more of the same tokens`);
   }
 
   const shortNumber = (value) => number(value).replace(/(\.\d*?)0+$/, "$1").replace(/\.$/, "");
@@ -301,7 +305,7 @@
     }
     const mean = low === high ? low : sum;
     piece.value.textContent = signed(mean);
-    if (low !== high) piece.range.textContent = `${signed(low)} to ${signed(high)}, mean`;
+    if (low !== high) piece.range.textContent = `mean of ${signed(low)} to ${signed(high)}`;
     piece.value.classList.add(colour(mean, largest));
   }
 
@@ -339,17 +343,17 @@
   function drawTip(cell) {
     const [piece, t] = cell.place;
     const rank = tree.tokens[piece.offset + t];
-    const text = tree.prompt.texts[rank];
+    const text = data.texts[rank];
     const nats = surprisal(tree.surprisals[piece.offset + t]);
     tip.replaceChildren();
-    put(tip, "span", "what", text === null ? `id ${tree.prompt.ids[rank]}` : `“${symbols(text).replace(/ /g, "·")}”`);
+    put(tip, "span", "what", text === null ? `id ${data.ids[rank]}` : `“${symbols(text).replace(/ /g, "·")}”`);
     const facts = put(tip, "dl");
     const fact = (name, value) => {
       put(facts, "dt", "", name);
       return put(facts, "dd", "", value);
     };
     fact("Position", String(piece.start + t));
-    fact("Token id", String(tree.prompt.ids[rank]));
+    fact("Token id", String(data.ids[rank]));
     fact("Surprisal", nats === null ? "none" : `${number(nats)} nats (p = ${shortNumber(Math.exp(-nats))})`);
     const row = piece.rows.includes(state.row) ? state.row : null;
     fact("Rollouts", row === null ? String(piece.rows.length) : `#${row} of ${piece.rows.length}`);
@@ -395,7 +399,10 @@
     cell.setAttribute("aria-describedby", "tip");
   });
   list.addEventListener("focusout", hideTip);
-  addEventListener("scroll", hideTip, { passive: true });
+  addEventListener("scroll", () => {
+    if (focused && focused === document.activeElement) drawTip(focused);
+    else hideTip();
+  }, { passive: true });
   list.addEventListener("keydown", (event) => {
     const cell = cellOf(event);
     if (!cell) return;
@@ -448,6 +455,7 @@
     const name = put(row, "td");
     const button = put(name, "button", "", prompt.name);
     button.type = "button";
+    button.title = prompt.name;
     put(name, "span", "sub", prompt.text.trim().split("\n")[0]);
 
     const rewards = put(put(row, "td"), "div", "cell");
