@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from browser import Browser, browsing, find_browser
-from test_command import GOOD, check_fails_with, completion, random_prompts, save
+from test_command import GOOD, check_fails_with, completion, random_prompts, save, start
 
 import leafkernels
 from leafkernels.__main__ import main
@@ -294,6 +294,20 @@ def test_numbers_out_of_the_ordinary(tmp_path: Path) -> None:
     assert unpack(prompt["surprisals"]) == [1, 2 + 499, 2 + 2 * 1234500]
 
 
+@pytest.mark.parametrize("rewards", [(1e39, -1e39), (1e308, 1e308), (-1.7e308, 1.7e308), (1e-300, 0.0)])
+def test_rewards_of_any_size(tmp_path: Path, rewards: tuple[float, float]) -> None:
+    rows = [completion([1, 2], reward) for reward in rewards] + [completion([1, 3], rewards[1])]
+    arguments = ["--normalize", "none", "--terms", "global", "--multiplicity-power", "10"]
+    source = save(tmp_path / "in.jsonl", [{"completions": rows}])
+    page = tmp_path / "page.html"
+    code = main([str(source), "--show", "0", "--html", str(page), *arguments])
+    # Where LEAF's own advantages are not finite the command says so; else there is a page.
+    assert code == (2 if not page.exists() else 0)
+    assert code == 0 or rewards[1] == 1.7e308
+    if code == 0:
+        assert data_of(page.read_text())["prompts"][0]["rewards"][0] == rewards[0]
+
+
 def test_trees_deeper_than_the_recursion_limit(tmp_path: Path) -> None:
     rows = [completion([1] * 3000, 1.0), completion([1] * 3000, 0.0)]
     write_report(tmp_path, [{"completions": rows}], "--num-boundaries", "1400", "--min-separation", "2")
@@ -350,6 +364,17 @@ def test_importing_the_package_loads_neither_rich_nor_jinja2() -> None:
     code = "import sys, leafkernels; assert not {'rich', 'jinja2'} & set(sys.modules); assert leafkernels.report"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_the_page_is_written_where_nobody_reads_the_screen(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.jsonl", random_prompts(30))
+    page = tmp_path / "page.html"
+    process = start(source, "--show", "30", "--html", page)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 0
+    process.stderr.close()
+    assert len(data_of(page.read_text(encoding="utf-8"))["prompts"]) == 30
 
 
 def test_the_command_tells_where_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -436,6 +461,17 @@ def test_in_a_notebook(tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == report.page()
     assert repr(report) == "<leafkernels report of 3 prompts, 12 rollouts>"
     assert "step 3" in report.page()
+
+
+def test_the_snippets_of_the_page_of_docs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec("\n".join(snippets), names)
+    data = data_of((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "=" in data["texts"] and data["prompts"][0]["text"] == "2+3=?"
 
 
 @pytest.mark.parametrize(
@@ -557,7 +593,13 @@ def test_tokens_by_keyboard(quiet: Browser, page: Path) -> None:
     quiet.press("ArrowUp")
     quiet.press("Home")
     assert quiet.run("document.activeElement.textContent") == " c"
-    assert quiet.run("document.querySelectorAll('.t[tabindex=\"0\"]').length") == 1
+    reachable = "[...document.querySelectorAll('.t[tabindex=\"0\"]')].map((t) => t.textContent)"
+    assert quiet.run(reachable) == [" c"]
+    # Of a rollout alone, too, one token can be reached.
+    quiet.run("[...document.querySelectorAll('.chip')].find((chip) => chip.row === 3).click()")
+    assert quiet.run(reachable) == ["g"]
+    quiet.open(page, "prompt=2")
+    assert len(quiet.run(reachable)) == 1
 
 
 def test_the_table_sorts_and_filters(quiet: Browser, page: Path) -> None:

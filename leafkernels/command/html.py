@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 SCHEMES = {
-    "leaf": ("LEAF", "one advantage for each span between the boundaries that rollouts share, then one for the rest"),
+    "leaf": ("LEAF", "one advantage for each span that rollouts share, then one for the rest of a rollout"),
     "grpo": ("GRPO", "one advantage for a whole rollout: its reward against the prompt's mean, over the deviation"),
     "tempo": ("TEMPO", "GRPO, plus what a token changed in the mean reward wherever rollouts part"),
     "treerl": ("TreeRL", "twice the node's value less its parent's, each over the root of its size"),
@@ -41,7 +41,7 @@ SCHEMES = {
 _ALPHABET = "".join(chr(code) for code in range(33, 127) if chr(code) not in "\"\\<>&'")
 _BASE = len(_ALPHABET) // 2
 
-# A float32 holds no more, and sums of a prompt's rollouts stay finite.
+# A float32 holds no more; what has overflowed is shown as this.
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -73,6 +73,10 @@ class Report:
             is_trained: for each rollout, whether each token counts; None: all do.
         """
         self._page = None
+        advantages = {
+            name: [values.double().nan_to_num(0.0, _LARGEST, -_LARGEST) for values in rows]
+            for name, rows in advantages.items()
+        }
         self._statistics.add(prompt, credit)
         pieces = pieces_of(prompt.token_ids, credit)
         self._profile.add(prompt, credit, pieces, advantages)
@@ -97,7 +101,7 @@ class Report:
                 "informing": counts.informing,
                 "share": counts.shared_tokens / counts.scored_tokens if counts.scored_tokens else 0.0,
                 "distinct": len(prompt.rewards) - counts.repeated,
-                "mean": math.fsum(known) / len(known) if known else None,
+                "mean": math.fsum(reward / len(known) for reward in known) if known else None,
                 "isEqual": no_signal(prompt.rewards),
                 "rewards": [None if math.isnan(reward) else reward for reward in prompt.rewards],
                 "parents": pack(piece.parent + 1 for piece in pieces),
@@ -300,7 +304,6 @@ def _runs(values: Tensor) -> tuple[float, ...]:
     """Stretches of equal values as (end, value, end, value, ...)."""
     if not len(values):
         return (0, 0.0)
-    values = values.double().clamp(-_LARGEST, _LARGEST)
     ends = ((values[1:] != values[:-1]).nonzero().flatten() + 1).tolist() + [len(values)]
     flat: list[float] = []
     for end in ends:

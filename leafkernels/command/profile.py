@@ -60,14 +60,14 @@ class Profile:
         known = scored(list(rewards))
         if not known:
             return
-        self._means[0, _rounded(math.fsum(known) / len(known))] += len(known)
+        self._means[0, _mean(known)] += len(known)
         for k in range(min(len(credit.boundaries), _DEPTHS)):
             nodes: dict[int, list[float]] = {}
             for node, reward in zip((row[k] for row in credit.nodes), rewards, strict=True):
                 if node >= 0:
                     nodes.setdefault(node, []).append(reward)
             for members in nodes.values():
-                self._means[k + 1, _rounded(math.fsum(members) / len(members))] += len(members)
+                self._means[k + 1, _mean(members)] += len(members)
         for reward in known:
             self._means[-1, _rounded(reward)] += 1
 
@@ -103,14 +103,15 @@ class Profile:
         rows = []
         for depth in sorted({depth for depth, _ in self._means}, key=lambda depth: (depth < 0, depth)):
             bins = [0] * _REWARD_BINS
-            total, weighted = 0, 0.0
+            total = sum(count for (other, _), count in self._means.items() if other == depth)
+            average = 0.0
             for (other, mean), count in self._means.items():
                 if other == depth:
-                    share = (mean - low) / (high - low) if high > low else 0.5
+                    # Halves, because the difference of the largest numbers would be infinite.
+                    share = (mean / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
                     bins[min(int(share * _REWARD_BINS), _REWARD_BINS - 1)] += count
-                    total += count
-                    weighted += count * mean
-            rows.append({"depth": depth, "rollouts": total, "mean": _rounded(weighted / total), "bins": bins})
+                    average += mean * (count / total)
+            rows.append({"depth": depth, "rollouts": total, "mean": _rounded(average), "bins": bins})
         return {"low": low, "high": high, "rows": rows}
 
 
@@ -121,6 +122,11 @@ def _binned(sums: Tensor, width: int) -> Tensor:
 
 def _short(values: Tensor) -> list[float]:
     return [_rounded(value) for value in values.tolist()]
+
+
+def _mean(rewards: Sequence[float]) -> float:
+    # Divided first: the sum may be too large for a float.
+    return _rounded(math.fsum(reward / len(rewards) for reward in rewards))
 
 
 def _rounded(value: float) -> float:

@@ -3,6 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
+  byId("unscripted").remove();
   const LEVELS = 8, DEEPEST = 14, MOST_CHIPS = 6;
   const state = { prompt: -1, scheme: data.schemes[0].key, row: null, theme: "auto", sort: null, falls: false };
 
@@ -168,6 +169,7 @@
     list.replaceChildren(...tree.pieces.map(drawPiece));
     // The first piece stands for the prompt, which has its heading; what ends there has no token at all.
     if (!tree.pieces[0].ending.length) tree.pieces[0].item.remove();
+    showRows();
     recolour();
     markCurrent();
   }
@@ -317,6 +319,13 @@
       piece.item.hidden = isOther || piece.depth > hiddenBelow;
       if (piece.isClosed && hiddenBelow === Infinity && state.row === null) hiddenBelow = piece.depth;
     }
+    // One token can be reached with Tab, the others from there with the arrows.
+    if (!focused || focused.place[0].item.hidden) {
+      if (focused) focused.tabIndex = -1;
+      const first = tree.pieces.find((piece) => piece.cells.length && !piece.item.hidden);
+      focused = first ? first.cells[0] : null;
+      if (focused) focused.tabIndex = 0;
+    }
   }
 
   function choosePath(row) {
@@ -354,7 +363,7 @@
     };
     fact("Position", String(piece.start + t));
     fact("Token id", String(data.ids[rank]));
-    fact("Surprisal", nats === null ? "none" : `${number(nats)} nats (p = ${shortNumber(Math.exp(-nats))})`);
+    fact("Surprisal", nats === null ? "none" : `${number(nats)} nats (p = ${number(Math.exp(-nats))})`);
     const row = piece.rows.includes(state.row) ? state.row : null;
     fact("Rollouts", row === null ? String(piece.rows.length) : `#${row} of ${piece.rows.length}`);
     if (tree.holes && tree.holes[piece.offset + t]) fact("Mask", "not trained on");
@@ -607,7 +616,7 @@
       if (points.length) shape(box.svg, "path", { class: key === state.scheme ? "line" : "other", d: path(points) });
     }
     const { name } = data.schemes.find(({ key }) => key === state.scheme);
-    shape(box.svg, "text", { x: box.width - RIGHT, y: TOP + 4, "text-anchor": "end" }, `blue: ${name}; grey: the others`);
+    shape(box.svg, "text", { x: box.width - RIGHT, y: TOP + 15, "text-anchor": "end" }, `blue: ${name}; grey: the others`);
     const own = charts.credit[state.scheme];
     const summary = own.length ? `${name}: ${own[0].toFixed(2)} at the first positions, ${own[own.length - 1].toFixed(2)} at the last.` : "";
     follow(box, place, byId("read-credit"), (bin) =>
