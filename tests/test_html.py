@@ -535,7 +535,7 @@ def test_the_tree_stands_in_the_page(quiet: Browser, page: Path) -> None:
     quiet.open(page)
     rows = quiet.run("[...document.querySelectorAll('#pieces > li')].map((li) => li.innerText.replace(/\\s+/g, ' '))")
     assert len(rows) == 7
-    assert "of them have no token: #5" in rows[0]
+    assert rows[0] == "1 rollout without a token #5 reward 0"
     assert "4 rollouts #0–2 #4 mean reward 0.667 tokens 0–2 node at boundary 2 of them end here: #4" in rows[1]
     assert rows[1].endswith("a b")
     assert "#0 reward 1 tokens 3–4" in rows[3] and rows[3].endswith("↵")

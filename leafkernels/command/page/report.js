@@ -196,20 +196,25 @@
     const { rewards, boundaries } = tree.prompt;
     const known = piece.rows.map((row) => rewards[row]).filter((reward) => reward !== null);
     const isLeaf = piece.ending.length === piece.rows.length;
-    if (!isLeaf || piece.rows.length > 1) {
-      put(meta, "span", "who", many(piece.rows.length, "rollout"));
-      if (piece.parent && !isLeaf) put(meta, "span", "names", names(piece.rows));
-      const mean = known.length ? known.reduce((sum, reward) => sum + reward / known.length, 0) : null;
-      put(meta, "span", "", `mean reward ${number(mean)}`);
-    }
-    if (isLeaf) drawChips(meta, piece);
-    put(meta, "span", "", piece.end > piece.start ? `tokens ${piece.start}–${piece.end}` : "no token");
-    if (piece.isNode) put(meta, "span", "badge is-node", `node at boundary ${piece.end}`);
-    else if (piece.parent && piece.hasChildren) put(meta, "span", "badge", "fork");
-    if (piece.depth > DEEPEST) put(meta, "span", "badge", `depth ${piece.depth}`);
-    if (!isLeaf && piece.ending.length) {
-      put(meta, "span", "", piece.parent ? "of them end here:" : "of them have no token:");
+    if (!piece.parent) {
+      put(meta, "span", "who", `${many(piece.ending.length, "rollout")} without a token`);
       drawChips(meta, piece);
+    } else {
+      if (!isLeaf || piece.rows.length > 1) {
+        put(meta, "span", "who", many(piece.rows.length, "rollout"));
+        if (!isLeaf) put(meta, "span", "names", names(piece.rows));
+        const mean = known.length ? known.reduce((sum, reward) => sum + reward / known.length, 0) : null;
+        put(meta, "span", "", `mean reward ${number(mean)}`);
+      }
+      if (isLeaf) drawChips(meta, piece);
+      put(meta, "span", "", `tokens ${piece.start}–${piece.end}`);
+      if (piece.isNode) put(meta, "span", "badge is-node", `node at boundary ${piece.end}`);
+      else if (piece.hasChildren) put(meta, "span", "badge", "fork");
+      if (piece.depth > DEEPEST) put(meta, "span", "badge", `depth ${piece.depth}`);
+      if (!isLeaf && piece.ending.length) {
+        put(meta, "span", "", "of them end here:");
+        drawChips(meta, piece);
+      }
     }
     const result = put(head, "div", "result");
     piece.range = put(result, "span");
@@ -248,7 +253,7 @@
       chip.row = row;
       put(chip, "span", "", `#${row}`);
       // Of many with one reward, the mean before them has said it.
-      if (isSame && piece.ending.length > 1 && piece.ending.length === piece.rows.length) continue;
+      if (isSame && piece.parent && piece.ending.length > 1 && piece.ending.length === piece.rows.length) continue;
       put(chip, "span", "", `reward ${shortNumber(rewards[row])}`);
       if (rewards[row] !== null) put(put(chip, "span", "level"), "i").style.width = `${100 * ofRewards(rewards[row])}%`;
     }
