@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
+from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,8 @@ class Report:
         runs: dict[tuple[float, ...], int] = {}
         tokens = [(piece.rows[0], position) for piece in pieces for position in range(piece.start, piece.end)]
         numbers = (_token(prompt, row, position) for row, position in tokens)
+        if is_trained is not None and all(map(all, is_trained)):
+            is_trained = None
         at = [0] * len(prompt.rewards)
         for number, piece in enumerate(pieces):
             for row in piece.ending:
@@ -149,7 +152,8 @@ class Report:
             ],
         }
         style = self._environment.get_template("report.css.j2").render()
-        script = self._environment.get_template("report.js").render()
+        # As it is: braces of JavaScript are no template's.
+        script = files("leafkernels.command").joinpath("page", "report.js").read_text(encoding="utf-8")
         return self._environment.get_template("report.html.j2").render(
             title=visible(self._title, spaces=False),
             options=[(name.replace("_", " "), value) for name, value in self._options.items()],
