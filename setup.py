@@ -5,12 +5,14 @@ from pathlib import Path
 from setuptools import setup
 
 train = ["transformers>=4.50", "peft>=0.14"]
+html = ["jinja2>=3.1"]
 test = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "hypothesis>=6.100",
     "numpy>=1.26,<2.4",  # what Triton's interpreter computes with; up to Triton 3.6 it fails with 2.4
     *train,
+    *html,
 ]
 
 setup(
@@ -36,11 +38,17 @@ setup(
         "leafkernels.integrations",
         "python_ref",
     ],
-    package_data={"leafkernels": ["py.typed"], "leafkernels.data": ["*.jsonl.gz"], "python_ref": ["py.typed"]},
+    package_data={
+        "leafkernels": ["py.typed"],
+        "leafkernels.command": ["page/*"],
+        "leafkernels.data": ["*.jsonl.gz"],
+        "python_ref": ["py.typed"],
+    },
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "rich>=13"],
     extras_require={
         "train": train,
         "test": test,
+        "html": html,
         "trl": ["trl>=0.26,<2"],
         "verl": ["verl>=0.9,<1"],
         "speech": [

@@ -1,9 +1,12 @@
 """LEAF span advantages for GRPO loops: one advantage per span of a rollout, from the prefixes that rollouts share."""
 
+from typing import TYPE_CHECKING, Any
+
 from leafkernels.credit.advantages import span_advantages
 from leafkernels.credit.boundaries import select_boundaries
 from leafkernels.credit.differences import tempo, treerl
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
+from leafkernels.credit.options import PRESETS
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
 from leafkernels.credit.scatter import scatter_spans
 from leafkernels.credit.tree import SpanTree, span_tree
@@ -14,9 +17,13 @@ from leafkernels.rows.groups import group_index
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
 from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
 
+if TYPE_CHECKING:
+    from leafkernels.command.notebook import report
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "PRESETS",
     "PolicyLoss",
     "SpanTree",
     "SpanValues",
@@ -28,6 +35,7 @@ __all__ = [
     "linear_surprisal_entropy",
     "policy_loss",
     "policy_loss_from_logits",
+    "report",
     "rloo",
     "scatter_spans",
     "select_boundaries",
@@ -38,3 +46,12 @@ __all__ = [
     "tempo",
     "treerl",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # What draws pages is loaded when it is asked for: a training loop needs neither rich nor jinja2.
+    if name == "report":
+        from leafkernels.command.notebook import report
+
+        return report
+    raise AttributeError(f"module 'leafkernels' has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.resources
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,10 +15,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from leafkernels.command.credit import check_backend, credit_prompt
 from leafkernels.command.display import draw_prompt
-from leafkernels.command.options import CREDIT_OPTIONS, build_parser
+from leafkernels.command.html import Report, check_target, schemes_of_prompt
+from leafkernels.command.options import CREDIT_OPTIONS, parse_arguments
 from leafkernels.command.reading import Failure, RolloutFile
 from leafkernels.command.screen import Screen
-from leafkernels.command.summary import Statistics, draw_summary
+from leafkernels.command.summary import Statistics, draw_summary, draw_written
 from leafkernels.command.writing import Writer
 
 _SAMPLE = "sample_rollouts.jsonl.gz"
@@ -37,21 +39,43 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.out is not None:
             _check_out(path, arguments.out, arguments.limit)
             writer = stack.enter_context(Writer(arguments.out))
+        report = None if arguments.html is None else _report(path, arguments)
         tick = stack.enter_context(_progress(source, arguments.show))
         for prompt in islice(source, arguments.limit):
             credit = credit_prompt(prompt, options, device)
             if statistics.prompts < arguments.show:
                 screen.show(partial(draw_prompt, prompt=prompt, credit=credit))
             statistics.add(prompt, credit)
+            if report is not None:
+                report.add(prompt, credit, schemes_of_prompt(prompt, credit, options))
             if writer is not None:
                 writer.write(prompt, credit.advantages([len(row) for row in prompt.token_ids]))
-            elif screen.is_closed:
+            elif screen.is_closed and report is None:
                 return 141
             tick(statistics.prompts)
         if not statistics.prompts:
             raise Failure(f"{path} is empty: there is no prompt in it")
+        if report is not None:
+            report.save(arguments.html)
     screen.show(partial(draw_summary, statistics=statistics, out=arguments.out))
-    return 141 if screen.is_closed and arguments.out is None else 0
+    if arguments.html is not None:
+        screen.show(partial(draw_written, path=arguments.html))
+    return 141 if screen.is_closed and arguments.out is None and arguments.html is None else 0
+
+
+def _report(path: Path, arguments: argparse.Namespace) -> Report:
+    """An empty report, after a look at whether it can be written, which is better known before the file is read."""
+    for name in (path, arguments.out):
+        if name is not None and os.path.realpath(arguments.html) == os.path.realpath(name):
+            raise Failure(f"--html must be another file than {name}, which it would replace")
+    check_target(arguments.html)
+    options = {name: getattr(arguments, name) for name in CREDIT_OPTIONS if name != "backend"}
+    shown = {name: value for name, value in options.items() if value is not None and value is not False}
+    preset = {} if arguments.preset is None else {"preset": arguments.preset}
+    try:
+        return Report(path.name, {**preset, **shown}, arguments.html_prompts)
+    except ImportError as error:
+        raise Failure(str(error)) from error
 
 
 @contextmanager
@@ -95,7 +119,7 @@ def _progress(source: RolloutFile, show: int) -> Iterator[Callable[[int], None]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; whatever a person can mend is one sentence on standard error."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_arguments(argv)
     try:
         return run(arguments)
     except Failure as failure:

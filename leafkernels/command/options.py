@@ -2,10 +2,10 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from leafkernels import __version__
+from leafkernels import PRESETS, __version__
 
 CREDIT_OPTIONS = (
     "num_boundaries",
@@ -59,6 +59,17 @@ def _finite(text: str) -> float:
     return value
 
 
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options as typed, over those of the preset, over the defaults."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.preset is not None:
+        chosen = {name: value for name, value in PRESETS[arguments.preset].items() if name in CREDIT_OPTIONS}
+        parser.set_defaults(**chosen)
+        arguments = parser.parse_args(argv)
+    return arguments
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The options; those of the credit have the names that ``leafkernels.span_advantages`` gives them."""
     parser = argparse.ArgumentParser(
@@ -73,7 +84,17 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--out", type=Path, metavar="FILE", help="write the lines with 'advantages' in every completion")
     files.add_argument("--limit", type=_integer(1), metavar="N", help="stop after N prompts")
     files.add_argument("--show", type=_integer(0), default=3, metavar="N", help="print N trees at most (default: 3)")
+    files.add_argument("--html", type=Path, metavar="FILE", help="write a report that any browser opens, in one file")
+    files.add_argument(
+        "--html-prompts", type=_integer(1), default=50, metavar="N", help="trees in the report at most (default: 50)"
+    )
     credit = parser.add_argument_group("credit")
+    credit.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="leaf-paper: boundaries, terms and power of the LEAF paper, which samples 8 rollouts of a prompt; options "
+        "given beside it win",
+    )
     credit.add_argument(
         "--num-boundaries", type=_integer(0), default=2, metavar="B", help="boundaries of a prompt at most (default: 2)"
     )

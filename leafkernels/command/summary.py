@@ -88,5 +88,10 @@ def draw_summary(console: Console, statistics: Statistics, out: Path | None) -> 
         for line in Text(note, style="dim").wrap(console, max(20, console.width - len(INDENT))):
             print_line(console, line)
     if out is not None:
-        console.print()
-        console.print(Text(f"{INDENT}wrote {visible(str(out), spaces=False)}"), soft_wrap=True)
+        draw_written(console, out)
+
+
+def draw_written(console: Console, path: Path) -> None:
+    """Say that a file has been written."""
+    console.print()
+    console.print(Text(f"{INDENT}wrote {visible(str(path), spaces=False)}"), soft_wrap=True)

@@ -5,14 +5,14 @@ batch: it gathers the rows of all ranks, because a group may straddle them, cred
 part in place of TRL's advantages. Sampling, rewards, loss and everything else stay TRL's.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from packaging.version import Version
 from torch import Tensor
 
-from leafkernels import scatter_spans, span_tree
+from leafkernels import PRESETS, scatter_spans, span_tree
 from leafkernels.credit.options import CreditOptions
 
 try:
@@ -69,6 +69,24 @@ class LeafGRPOConfig(GRPOConfig):
             "for 'batch', 'none' for 'none'."
         },
     )
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "'leaf-paper': completions of a prompt, boundaries, terms and power of the LEAF paper, for the "
+            "options that are left at their defaults."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        # First, because TRL's own checks look at what the preset sets.
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                raise ValueError(f"preset must be one of {', '.join(map(repr, PRESETS))}, got {self.preset!r}")
+            defaults = {option.name: option.default for option in fields(self)}
+            for name, value in PRESETS[self.preset].items():
+                if getattr(self, name) == defaults[name]:
+                    setattr(self, name, value)
+        super().__post_init__()
 
 
 class LeafGRPOTrainer(GRPOTrainer):
