@@ -7,6 +7,7 @@ from torch import Tensor
 
 from leafkernels._core.backend import implementation, resolve_backend
 from leafkernels._core.checks import check_count, check_device, check_integer, check_real
+from leafkernels._core.derivatives import refuse_forward_mode
 from leafkernels._core.ops import register
 from leafkernels.rows.find import check_layout
 from leafkernels.rows.layout import Layout
@@ -45,13 +46,27 @@ class _ScatterSpans(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, *args: Any) -> Tensor:
         ctx.save_for_backward(*args[:5])
-        ctx.values_dtype, ctx.backend = values.dtype, args[7]
+        ctx.values_dtype, ctx.options = values.dtype, args[5:]
         return _scatter_spans(values, *args)
 
     @staticmethod
     def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sums = _gather_spans(gradients.contiguous(), *ctx.saved_tensors, ctx.backend)
+        sums = _GatherSpans.apply(gradients.contiguous(), *ctx.saved_tensors, *ctx.options)
         return sums.to(ctx.values_dtype), *[None] * 8
+
+
+class _GatherSpans(torch.autograd.Function):
+    """The adjoint, whose own adjoint spreads again: both are linear, and have derivatives of every order."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Tensor, *args: Any) -> Tensor:
+        ctx.save_for_backward(*args[:5])
+        ctx.options = args[5:]
+        return _gather_spans(gradients, *args[:5], args[-1])
+
+    @staticmethod
+    def backward(ctx: Any, of_sums: Tensor) -> tuple[Tensor | None, ...]:
+        return _ScatterSpans.apply(of_sums, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
 def scatter_to_tokens(
@@ -64,6 +79,7 @@ def scatter_to_tokens(
     backend: str,
 ) -> Tensor:
     """One value per token, (N, T) or (total,); the arguments have been checked."""
+    refuse_forward_mode("scatter_spans", values)
     function = _ScatterSpans.apply if values.requires_grad else _scatter_spans
     return function(
         values,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from leafkernels._core.backend import implementation, resolve_backend
 from leafkernels._core.checks import check_choice, check_device, check_integer, check_rewards, check_tensor
+from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
 from leafkernels._core.ops import register
 from leafkernels.rows.find import build_layout
 from leafkernels.rows.layout import Layout
@@ -76,6 +77,7 @@ class _SpanValues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradients: Tensor, raw_gradients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("span_values")
         of_rewards = _span_values_backward(gradients, raw_gradients, *ctx.saved_tensors, *ctx.options)
         return of_rewards.to(ctx.saved_tensors[1].dtype), *[None] * 11
 
@@ -96,6 +98,7 @@ def values_of_groups(
 
     ``prefix_lengths`` is (N, max_group) by rank within the group, ``boundaries`` (P, B), ``rewards`` (N,).
     """
+    refuse_forward_mode("span_values", rewards)
     # Rewards are constants in training, and then an autograd function would only cost time.
     function = _SpanValues.apply if rewards.requires_grad else _span_values
     outputs = function(

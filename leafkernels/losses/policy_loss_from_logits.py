@@ -14,6 +14,7 @@ from leafkernels._core.checks import (
     check_real,
     check_tensor,
 )
+from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative, refuse_second_pass
 from leafkernels._core.ops import register
 from leafkernels._core.precision import compute_dtype
 from leafkernels.losses.policy_loss import PolicyLoss, check_loss_options, token_weights
@@ -60,10 +61,10 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("policy_loss_from_logits")
+        refuse_second_pass(ctx, "policy_loss_from_logits")
         (gradients,) = ctx.saved_tensors
         _scale_gradient(gradients, of_loss, ctx.backend)
-        # It exists once, and is given away: a second backward pass is refused by autograd.
-        torch.autograd.graph.increment_version(gradients)
         return gradients, *[None] * 13
 
 
@@ -126,6 +127,7 @@ def policy_loss_from_logits(
     backend = resolve_backend(backend, device)
     check_kernel_dtype("logits", logits.dtype, backend)
 
+    refuse_forward_mode("policy_loss_from_logits", logits)
     dtype = compute_dtype(logits.dtype)
     rows = logits.flatten(0, 1)
     loss, terms = _PolicyLoss.apply(

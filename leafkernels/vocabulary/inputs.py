@@ -19,3 +19,19 @@ def check_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor:
         return temperature.detach()
     check_positive("temperature", temperature)
     return torch.full(token_ids.shape, float(temperature), dtype=torch.float64, device=token_ids.device)
+
+
+def check_own_memory(name: str, tensor: Tensor) -> None:
+    """Raise unless a gradient may be written over ``tensor``, which requires one: see ``inplace_backward``."""
+    for kind, leaf in (("a leaf", tensor), ("a view of a leaf", tensor._base)):
+        if leaf is not None and leaf.is_leaf:
+            raise ValueError(f"{name} must be the result of a computation with inplace_backward=True, got {kind}")
+    # From the finest stride up, each must step over all that the ones before reach.
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach and tensor.numel():
+            raise ValueError(
+                f"{name} must have memory of its own for each entry with inplace_backward=True, got shape "
+                f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+        reach += (size - 1) * stride
