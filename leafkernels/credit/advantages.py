@@ -53,7 +53,7 @@ def credit_spans(
         as_rows(scores), rollouts.mask, layout, num_boundaries, min_separation, boundary_scores is None, backend
     )
     last = boundaries.amax(1) if num_boundaries else boundaries.new_zeros(boundaries.shape[0])
-    prefix_lengths = prefix_lengths_of_groups(as_rows(token_ids), layout, last, backend)
+    prefix_lengths = prefix_lengths_of_groups(as_rows(rollouts.token_ids), layout, last, backend)
     spans = values_of_groups(
         rollouts.rewards,
         prefix_lengths,

@@ -98,7 +98,7 @@ def common_prefix_lengths(
             CUDA tensor are not looked at: a negative one counts as 0.
         RuntimeError: the backend asked for cannot run here.
     """
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     backend = resolve_backend(backend, token_ids.device)
     layout, _, row_shape = check_layout("token_ids", token_ids, response_mask, groups, cu_seqlens, backend)
     lengths = prefix_lengths_of_groups(
@@ -126,7 +126,7 @@ def _of_groups(
     if not isinstance(value, Tensor):
         check_count(name, value, 0)
         return torch.full((num_groups,), min(value, layout.max_length), dtype=torch.int64, device=device)
-    check_integer(name, value)
+    value = check_integer(name, value)
     if isinstance(groups, Tensor):
         shape, of = row_shape, "row"
     else:

@@ -120,7 +120,7 @@ def scatter_spans(
         (..., T), or (total,) with ``cu_seqlens``, in the dtype of ``values``.
     """
     check_real("values", values)
-    check_integer("span_ends", span_ends)
+    span_ends = check_integer("span_ends", span_ends)
     check_count("num_tokens", num_tokens, 0)
     if values.dim() not in (2, 3) or (cu_seqlens is not None and values.dim() != 2):
         raise ValueError(

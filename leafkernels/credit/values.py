@@ -175,9 +175,9 @@ def span_values(
             whose rewards are all equal gives exactly 0.0 in every mode.
         backend: "auto", "triton", "torch" or "reference".
     """
-    check_integer("prefix_lengths", prefix_lengths)
-    check_integer("boundaries", boundaries)
-    check_integer("lengths", lengths)
+    prefix_lengths = check_integer("prefix_lengths", prefix_lengths)
+    boundaries = check_integer("boundaries", boundaries)
+    lengths = check_integer("lengths", lengths)
     check_tensor("rewards", rewards)
     check_value_options(terms, multiplicity_power, leave_one_out, normalize)
     device = prefix_lengths.device

@@ -107,7 +107,7 @@ def policy_loss_from_logits(
     if logits.dim() != 3:
         raise ValueError(f"logits must have shape (rows, tokens, vocabulary), got shape {tuple(logits.shape)}")
     shape, device = logits.shape[:-1], logits.device
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     tensors = {"token_ids": token_ids, "advantages": advantages}
     for name, optional in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
         if optional is not None:
@@ -122,8 +122,8 @@ def policy_loss_from_logits(
             )
         check_device(name, tensor, "logits", device)
     mask = cast(Tensor, check_mask(check_tensor("response_mask", response_mask), "token_ids", shape, device))
-    temperatures = check_temperature(temperature, token_ids)
-    low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef)
+    temperatures = check_temperature(temperature, token_ids, mask)
+    low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef, entropy_coef)
     backend = resolve_backend(backend, device)
     check_kernel_dtype("logits", logits.dtype, backend)
 

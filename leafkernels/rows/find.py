@@ -22,12 +22,13 @@ mask_stretches = register(
 )
 
 
-def check_named_groups(groups: Tensor, num_rows: int, name: str, device: torch.device) -> None:
-    """Raise unless ``groups`` holds an integer for each row of the argument ``name``, on its device."""
-    check_integer("groups", groups)
+def check_named_groups(groups: Tensor, num_rows: int, name: str, device: torch.device) -> Tensor:
+    """``groups`` as ``check_integer`` gives it; raise unless it holds one for each row of ``name``, on its device."""
+    groups = check_integer("groups", groups)
     if groups.shape != (num_rows,):
         raise ValueError(f"groups must name one prompt for each of {num_rows} rows, got shape {tuple(groups.shape)}")
     check_device("groups", groups, name, device)
+    return groups
 
 
 def check_layout(
@@ -58,7 +59,7 @@ def check_layout(
     if groups is None:
         groups = row_shape[-1]
     elif isinstance(groups, Tensor):
-        check_named_groups(groups, num_rows, name, tensor.device)
+        groups = check_named_groups(groups, num_rows, name, tensor.device)
     else:
         if isinstance(groups, bool) or not isinstance(groups, int):
             raise TypeError(f"groups must be an int or an integer tensor, got {type(groups).__name__}")

@@ -157,7 +157,7 @@ def _local_rows(
     cu_seqlens: Tensor | None,
 ) -> _Local:
     """This rank's rows packed, without what lies before and behind them."""
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     check_real("logprobs", logprobs)
     check_like("logprobs", logprobs, "token_ids", token_ids.shape, token_ids.device)
     mask = check_mask(response_mask, "token_ids", token_ids.shape, token_ids.device)
@@ -176,8 +176,7 @@ def _local_rows(
     rewards = check_rewards(rewards, "token_ids", (num_rows,), device).detach()
     sections = {"rewards": rewards.to(torch.float64)}
     if isinstance(groups, Tensor):
-        check_named_groups(groups, num_rows, "token_ids", device)
-        sections["groups"] = groups.to(torch.int64)
+        sections["groups"] = check_named_groups(groups, num_rows, "token_ids", device).to(torch.int64)
         kind, groups = "a tensor", None
     else:
         kind, groups = _check_groups(groups, num_rows)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from leafkernels._core.checks import check_device, check_positive, check_real
+from leafkernels._core.checks import check_device, check_positive, check_real, values_readable
 
 
-def check_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor:
-    """One temperature for each row, on the device of the tokens."""
+def check_temperature(temperature: float | Tensor, token_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """One temperature for each row, on the device of the tokens; those of masked rows may be anything."""
     if isinstance(temperature, Tensor):
         check_real("temperature", temperature)
         if temperature.shape != token_ids.shape:
@@ -16,6 +16,11 @@ def check_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor:
                 f"got shape {tuple(temperature.shape)}"
             )
         check_device("temperature", temperature, "token_ids", token_ids.device)
+        if values_readable(temperature):
+            of_live = temperature if mask is None else temperature[mask]
+            is_bad = ~((of_live > 0) & (of_live < torch.inf))
+            if bool(is_bad.any()):
+                raise ValueError(f"temperature must be positive and finite, got {float(of_live[is_bad][0])}")
         return temperature.detach()
     check_positive("temperature", temperature)
     return torch.full(token_ids.shape, float(temperature), dtype=torch.float64, device=token_ids.device)

@@ -55,8 +55,8 @@ class _Head:
         self.num_rows = hidden.shape[0]
         if num_live is None:
             num_live = self.num_rows if mask is None else int(mask.sum())  # reads one number back from a device
-        self.num_live = num_live
-        self.buffer = hidden.new_empty((min(chunk, num_live), weight.shape[0]), dtype=dtype)
+        self.num_live = min(num_live, self.num_rows)
+        self.buffer = hidden.new_empty((min(chunk, self.num_live), weight.shape[0]), dtype=dtype)
 
     def chunks(self) -> Iterator[slice | Tensor]:
         """Live rows in order; indices of ``num_rows`` stand for none, where fewer are live than was said."""
@@ -221,6 +221,13 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 8
 
 
+def _dtype_of_products(tensor: Tensor) -> torch.dtype:
+    """Its own, or autocast's, which leaves float64 alone."""
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
 def linear_surprisal_entropy(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -246,7 +253,7 @@ def linear_surprisal_entropy(
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64 (not with Triton): what the language-model head is given.
-        lm_head_weight: (V, D), of the dtype of ``hidden`` outside of autocast.
+        lm_head_weight: (V, D), of the dtype of ``hidden``; under autocast, of any but float64 where that has any other.
         token_ids: (...) integers.
         bias: (V,) or None.
         temperature: positive; a float, or one for each token, shaped like ``token_ids``.
@@ -263,7 +270,7 @@ def linear_surprisal_entropy(
         if parameter is not None:
             check_real(name, parameter)
             check_device(name, parameter, "hidden", device)
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     if hidden.dim() == 0 or token_ids.shape != hidden.shape[:-1]:
         raise ValueError(
             f"token_ids must have one entry for each row of hidden, shape {tuple(hidden.shape[:-1])}, "
@@ -280,18 +287,15 @@ def linear_surprisal_entropy(
         )
     check_device("token_ids", token_ids, "hidden", device)
     mask = check_mask(response_mask, "token_ids", token_ids.shape, device)
-    temperatures = check_temperature(temperature, token_ids)
+    temperatures = check_temperature(temperature, token_ids, mask)
     if logit_softcap is not None:
         check_positive("logit_softcap", logit_softcap)
     if num_live is not None:
         check_count("num_live", num_live, 0)
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    else:
-        for name, parameter in (("lm_head_weight", lm_head_weight), ("bias", bias)):
-            if parameter is not None and parameter.dtype != dtype:
-                raise TypeError(f"{name} must have the dtype of hidden, {dtype}, got {parameter.dtype}")
+    dtype = _dtype_of_products(hidden)
+    for name, parameter in (("lm_head_weight", lm_head_weight), ("bias", bias)):
+        if parameter is not None and _dtype_of_products(parameter) != dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {parameter.dtype}")
     backend = resolve_backend(backend, device)
     check_kernel_dtype("hidden", dtype, backend)
     if chunk_tokens is None:

@@ -172,7 +172,7 @@ def surprisal_entropy(
         backend: "auto", "triton", "torch" or "reference".
     """
     check_real("logits", logits)
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     if logits.dim() == 0 or token_ids.shape != logits.shape[:-1]:
         raise ValueError(
             f"token_ids must have one entry for each row of logits, shape {tuple(logits.shape[:-1])}, "
@@ -180,7 +180,7 @@ def surprisal_entropy(
         )
     check_device("token_ids", token_ids, "logits", logits.device)
     mask = check_mask(response_mask, "token_ids", token_ids.shape, logits.device)
-    temperatures = check_temperature(temperature, token_ids)
+    temperatures = check_temperature(temperature, token_ids, mask)
     backend = resolve_backend(backend, logits.device)
     check_kernel_dtype("logits", logits.dtype, backend)
 
