@@ -135,6 +135,7 @@ def test_options() -> None:
         ValueError, "backend must be one of 'auto', 'triton', 'torch', 'reference', got 'cuda'", backend="cuda"
     )
     check_refuses(ValueError, "num_boundaries must be at least 0, got -1", num_boundaries=-1)
+    check_refuses(ValueError, "multiplicity_power must be finite, got nan", multiplicity_power=float("nan"))
     check_refuses(ValueError, "min_separation must be at least 1, got 0", min_separation=0)
 
 

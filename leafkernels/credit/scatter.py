@@ -105,7 +105,8 @@ def scatter_spans(
 ) -> Tensor:
     """Give every token of a span the span's value; 0 where the mask is False and behind the last span.
 
-    Differentiable in ``values``: the adjoint sums the token gradients of each span, in a fixed order.
+    Differentiable in ``values``, in reverse mode any number of times: the adjoint sums the token gradients of each
+    span, in a fixed order.
 
     Args:
         values: (..., S), float32 or float64; one row of spans for each row of tokens.

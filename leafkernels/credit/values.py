@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from leafkernels._core.backend import implementation, resolve_backend
-from leafkernels._core.checks import check_choice, check_device, check_integer, check_rewards, check_tensor
+from leafkernels._core.checks import (
+    check_choice,
+    check_device,
+    check_finite,
+    check_integer,
+    check_rewards,
+    check_tensor,
+)
 from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
 from leafkernels._core.ops import register
 from leafkernels.rows.find import build_layout
@@ -122,8 +129,7 @@ def check_value_options(terms: str, multiplicity_power: float, leave_one_out: bo
     """Raise unless the options of the credit are what they must be."""
     check_choice("terms", terms, TERMS)
     check_choice("normalize", normalize, NORMALIZE)
-    if isinstance(multiplicity_power, bool) or not isinstance(multiplicity_power, (int, float)):
-        raise TypeError(f"multiplicity_power must be a number, got {type(multiplicity_power).__name__}")
+    check_finite("multiplicity_power", multiplicity_power)
     if not isinstance(leave_one_out, bool):
         raise TypeError(f"leave_one_out must be a bool, got {type(leave_one_out).__name__}")
 
@@ -158,7 +164,7 @@ def span_values(
         span k <= R   A = [(V_k - V_0) + (V_k - V_{k-1})] * n_k ** -multiplicity_power
         tail          A = (r_i - V_0) + (r_i - V_R)
 
-    Source: LEAF, arXiv 2606.07610. Differentiable in ``rewards``. Computed in float64.
+    Source: LEAF, arXiv 2606.07610. Differentiable in ``rewards``, once and in reverse mode. Computed in float64.
 
     Args:
         prefix_lengths: (G, G) or (B, G, G) int32 from ``common_prefix_lengths``; prefixes longer than the last boundary

@@ -95,7 +95,7 @@ def policy_loss_from_logits(
 
     Args:
         logits: (N, T, V), float32, bfloat16, float16 or float64 (not with Triton).
-        token_ids: (N, T) integers: the sampled ids.
+        token_ids: (N, T) integers of any dtype: the sampled ids.
         old_logprobs: (N, T) under the policy that sampled; a constant. None: on policy, every ratio is 1.
         advantages: (N, T), as from ``span_advantages``; a constant.
         response_mask: (N, T), nonzero where a token counts; the logits of others are not read.

@@ -246,15 +246,16 @@ def linear_surprisal_entropy(
     A chunk of tokens at a time: their logits go into one buffer, are folded, and are forgotten; the backward pass
     computes them again, writes their gradient over them, and adds it to the gradients of weight and bias, which are
     summed in float32. Masked tokens are left out before any product. Where the weight is frozen, as with LoRA, its
-    gradient is not computed. Gradients flow to hidden, weight and bias, for any weights on both outputs.
+    gradient is not computed. Gradients flow to hidden, weight and bias, once and in reverse mode, for any weights
+    on both outputs.
 
     Memory beside the results: the buffer; with a gradient of a half-precision weight, also its float32 sum. Under
-    autocast the products run in autocast's dtype, as in ``torch.nn.functional.linear``.
+    autocast the products run in autocast's dtype, those of float64 in float64, as in ``torch.nn.functional.linear``.
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64 (not with Triton): what the language-model head is given.
         lm_head_weight: (V, D), of the dtype of ``hidden``; under autocast, of any but float64 where that has any other.
-        token_ids: (...) integers.
+        token_ids: (...) integers of any dtype.
         bias: (V,) or None.
         temperature: positive; a float, or one for each token, shaped like ``token_ids``.
         logit_softcap: c: the logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118), before the temperature.

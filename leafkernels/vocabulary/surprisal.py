@@ -145,8 +145,8 @@ def surprisal_entropy(
     """Surprisal of each sampled token and entropy of the distribution it was drawn from, from one read of the logits.
 
     With x = logits / temperature and p = softmax(x): surprisal = -log p[token], entropy = -sum p log p, in nats.
-    Differentiable in the logits, for any weights on both outputs; the gradient is a new tensor in their dtype, and the
-    entropy's part of the work is left out where only the surprisal's gradient is asked for.
+    Differentiable in the logits, once and in reverse mode, for any weights on both outputs; the gradient is a new
+    tensor in their dtype, and the entropy's part of the work is left out where only the surprisal's is asked for.
 
     Nothing cancels: rows shifted by 1e4 lose no digit, and a row whose top logit leads by 60 has its entropy of 1e-25
     with a relative error of about 1e-6, where ``lse - E[x]`` gives 0 or noise. A banned id (-inf) adds nothing; sampled
@@ -156,7 +156,7 @@ def surprisal_entropy(
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64 (computed in float32, float64 for float64; the Triton
             backend takes no float64); rows may have any stride.
-        token_ids: (...) integers.
+        token_ids: (...) integers of any dtype.
         temperature: positive; a float, or one for each row, shaped like ``token_ids``.
         response_mask: (...); rows where it is False are not read, give 0, and get zero gradient.
         vocab_group: the tensor-parallel ranks, if each has a slice of the vocabulary: V is then the number of ids of
