@@ -66,21 +66,17 @@ class Case:
         self.ids = torch.randint(vocab_size, (num_rows,), generator=generator, device=DEVICE)
         self.ones = torch.ones(num_rows, device=DEVICE)
         self.mask = torch.ones(num_rows, dtype=torch.bool, device=DEVICE)
-        results = surprisal.launch_surprisal_entropy(self.logits, self.ids, self.ones, None)
-        self.surprisal, *self.saved = results
+        self.of_rows = surprisal.launch_surprisal_entropy(self.logits, self.ids, self.ones, None)
 
     def states(self) -> tuple[Tensor, ...]:
         return surprisal.launch_surprisal_entropy(self.logits, self.ids, self.ones, None)
 
     def backward(self) -> tuple[Tensor, ...]:
-        entropy, tops, log_totals = self.saved
         surprisal.launch_surprisal_entropy_backward(
             self.gradients,
             self.ones,
             self.ones,
-            entropy,
-            tops,
-            log_totals,
+            *self.of_rows,
             self.logits,
             self.ids,
             self.ones,
@@ -91,7 +87,7 @@ class Case:
 
     def loss(self) -> tuple[Tensor, ...]:
         options = (0.2, 0.2, 0.0, 0.01, True)
-        inputs = (self.logits, self.ids, self.ones, self.mask, self.ones, -self.surprisal, self.ones, None)
+        inputs = (self.logits, self.ids, self.ones, self.mask, self.ones, -self.of_rows[0], self.ones, None)
         return policy_loss_from_logits.launch_policy_loss(*inputs, *options)
 
     def kernels(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:

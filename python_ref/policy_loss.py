@@ -34,20 +34,22 @@ def policy_loss(
             log_ratio = log_ratios[t]
             if importance == "sequence":
                 log_ratio = math.fsum(log_ratios.values()) / len(live)
-            ratio = math.exp(log_ratio)
-            bounded = min(max(ratio, 1 - clip[0]), 1 + clip[1])
-            gain, bounded_gain = ratio * advantages[i][t], bounded * advantages[i][t]
+            ratio = exp(log_ratio)
+            gain, bounded_gain = gains(ratio, advantages[i][t], clip)
             loss = -min(gain, bounded_gain)
             if ref_logprobs is not None:
                 distance = ref_logprobs[i][t] - logprobs[i][t]
-                kls.append(math.expm1(distance) - distance)
-                loss += kl_coef * kls[-1]
+                kls.append(expm1(distance) - distance)
+                # Without a weight it is a statistic: 0 * inf would be NaN.
+                if kl_coef != 0:
+                    loss += kl_coef * kls[-1]
             if entropy is not None:
                 entropies.append(entropy[i][t])
-                loss -= entropy_coef * entropy[i][t]
+                if entropy_coef != 0:
+                    loss -= entropy_coef * entropy[i][t]
             losses.append(loss)
             clipped.append(float(bounded_gain < gain))
-            moved.append(math.expm1(log_ratios[t]) - log_ratios[t])
+            moved.append(expm1(log_ratios[t]) - log_ratios[t])
             ratios.append(ratio)
         rows.append(losses)
 
@@ -68,3 +70,20 @@ def policy_loss(
         "mean_kl": mean(kls),
         "mean_entropy": mean(entropies),
     }
+
+
+def exp(x: float) -> float:
+    """e^x, inf where it is too large for a float."""
+    return math.exp(x) if not x > 709.7 else math.inf
+
+
+def expm1(x: float) -> float:
+    """e^x - 1, inf where it is too large for a float."""
+    return math.expm1(x) if not x > 709.7 else math.inf
+
+
+def gains(ratio: float, advantage: float, clip: tuple[float, float]) -> tuple[float, float]:
+    """The advantage times the ratio, and times the ratio within the clip range; an advantage of 0 gains nothing."""
+    if advantage == 0 and not math.isnan(ratio):
+        return 0.0, 0.0
+    return ratio * advantage, min(max(ratio, 1 - clip[0]), 1 + clip[1]) * advantage

@@ -1,10 +1,9 @@
 """The clipped policy loss from logits, and its gradient, token by token."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from python_ref.policy_loss import Table, policy_loss
+from python_ref.policy_loss import Table, exp, expm1, gains, policy_loss
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
 
 
@@ -47,12 +46,11 @@ def policy_loss_from_logits(
                 "sum": 1.0,
                 "constant": 1 / (constant or 1.0),
             }[aggregate]
-            ratio = 1.0 if old_logprobs is None else math.exp(logprobs[i][t] - old_logprobs[i][t])
-            gain = ratio * advantages[i][t]
-            bounded = min(max(ratio, 1 - clip[0]), 1 + clip[1]) * advantages[i][t]
+            ratio = 1.0 if old_logprobs is None else exp(logprobs[i][t] - old_logprobs[i][t])
+            gain, bounded = gains(ratio, advantages[i][t], clip)
             slope = 0.0 if bounded < gain else -gain
-            if ref_logprobs is not None:
-                slope -= kl_coef * math.expm1(ref_logprobs[i][t] - logprobs[i][t])
+            if ref_logprobs is not None and kl_coef != 0:
+                slope -= kl_coef * expm1(ref_logprobs[i][t] - logprobs[i][t])
             of_logprobs.append(weight * slope)
             of_entropies.append(-weight * entropy_coef)
         # A masked token is not looked at, whatever its logits.

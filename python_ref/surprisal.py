@@ -25,7 +25,9 @@ def surprisal_entropy(
         ties = sum(x == top for x in row)
         rest = math.fsum(math.exp((x - top) / t) for x in row if x != top)
         log_total = math.log(ties) + math.log1p(rest / ties)
-        terms = [math.exp((x - top) / t) * (log_total - (x - top) / t) for x in row if x > -math.inf]
+        # The least finite number is -inf too, over a temperature below 1.
+        below = [(x - top) / t for x in row]
+        terms = [math.exp(z) * (log_total - z) for z in below if z > -math.inf]
         entropies.append(math.fsum(terms) / (ties + rest))
         surprisals.append(log_total - (row[token] - top) / t if 0 <= token < len(row) else math.nan)
     return surprisals, entropies
@@ -38,32 +40,33 @@ def surprisal_entropy_backward(
     token_ids: Sequence[int],
     *,
     temperature: float | Sequence[float] = 1.0,
-    log_sums: Sequence[float] | None = None,
-    entropies: Sequence[float] | None = None,
+    of_rows: Sequence[Sequence[float]] | None = None,
 ) -> list[list[float]]:
     """Gradient of sum(surprisal * surprisal_gradients + entropy * entropy_gradients) with respect to the logits.
 
-    d surprisal / d x_j = p_j - [j = id], d entropy / d x_j = -p_j (log p_j + entropy), each over the temperature.
-    ``log_sums`` (log sum e^x) and ``entropies`` are those of the whole rows where ``logits`` are slices of them.
+    d surprisal / d x_j = p_j - [j = id], d entropy / d x_j = -p_j (log p_j + entropy), each over the temperature. NaN
+    where a surprisal counts that is NaN, as that of an id outside of the row. ``of_rows``: surprisal, entropy, top and
+    log sum e^(x - top) of the whole rows, where ``logits`` are slices of them.
     """
     temperatures = [temperature] * len(logits) if isinstance(temperature, int | float) else temperature
-    if entropies is None:
-        _, entropies = surprisal_entropy(logits, token_ids, temperature=temperature)
-    if log_sums is None:
-        # An id's surprisal is log sum e^x minus its own x.
+    if of_rows is None:
+        surprisals, entropies = surprisal_entropy(logits, token_ids, temperature=temperatures)
+        # The surprisal of an id at the top is log sum e^(x - top).
         tops = [max(range(len(row)), key=row.__getitem__) for row in logits]
-        of_tops, _ = surprisal_entropy(logits, tops, temperature=temperature)
-        log_sums = [s + row[j] / t for s, row, j, t in zip(of_tops, logits, tops, temperatures, strict=True)]
+        log_totals, _ = surprisal_entropy(logits, tops, temperature=temperatures)
+        at_tops = [row[j] for row, j in zip(logits, tops, strict=True)]
+        of_rows = list(zip(surprisals, entropies, at_tops, log_totals, strict=True))
     result = []
-    for a, b, row, token, t, log_sum, entropy in zip(
-        surprisal_gradients, entropy_gradients, logits, token_ids, temperatures, log_sums, entropies, strict=True
+    for a, b, row, token, t, (surprisal, entropy, top, log_total) in zip(
+        surprisal_gradients, entropy_gradients, logits, token_ids, temperatures, of_rows, strict=True
     ):
+        of_surprisal = math.nan if a != 0 and math.isnan(surprisal) else a
         gradient = []
         for j, x in enumerate(row):
-            log_p = x / t - log_sum
+            log_p = (x - top) / t - log_total
             p = math.exp(log_p)
             of_entropy = -p * (log_p + entropy) if p > 0 or math.isnan(p) else 0.0
-            gradient.append((a * (p - (j == token)) + b * of_entropy) / t)
+            gradient.append((of_surprisal * (p - (j == token)) + b * of_entropy) / t)
         result.append(gradient)
     return result
 

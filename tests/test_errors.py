@@ -146,6 +146,7 @@ def test_options() -> None:
         ValueError, "backend must be one of 'auto', 'triton', 'torch', 'reference', got 'cuda'", backend="cuda"
     )
     check_refuses(ValueError, "num_boundaries must be at least 0, got -1", num_boundaries=-1)
+    check_refuses(ValueError, "multiplicity_power must be finite, got nan", multiplicity_power=float("nan"))
     check_refuses(ValueError, "min_separation must be at least 1, got 0", min_separation=0)
 
 
@@ -244,6 +245,24 @@ def test_steps() -> None:
         span_ends=ends,
         num_tokens=-1,
     )
+
+
+def test_a_mask_of_nan() -> None:
+    """Refused where values are read; elsewhere (a GPU, a compiled graph) what is not known to count does not."""
+    mask = torch.ones(4, 6, device=DEVICE)
+    mask[1, 4], mask[2, 0] = torch.nan, -2.0
+    if DEVICE == "cpu":
+        check_refuses(ValueError, "response_mask must hold numbers, got NaN", response_mask=mask)
+    rewards = torch.arange(4.0, device=DEVICE)
+
+    def step(mask: torch.Tensor) -> torch.Tensor:
+        return leafkernels.grpo(LOGPROBS, IDS, rewards, response_mask=mask)
+
+    torch._dynamo.reset()
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(mask)
+    torch.testing.assert_close(found, step(mask.nan_to_num(0.0)))
+    assert found[1, 4] == 0
+    assert found[2, 0] != 0
 
 
 def test_limit_and_start() -> None:

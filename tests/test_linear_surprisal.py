@@ -263,6 +263,84 @@ def test_autocast(backend: str) -> None:
         torch.testing.assert_close(actual.bfloat16(), want)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_stays_under_autocast(backend: str) -> None:
+    """As in torch.nn.functional.linear; beside float64, autocast's dtype fits no more than there."""
+    if backend == "triton":
+        pytest.skip("the kernels take no float64")
+    tensors = inputs(10, (4,), 3, 9, torch.float64)
+    weights = torch.ones(2, 4, device=DEVICE)
+    expected = leafkernels.linear_surprisal_entropy(**tensors, backend=backend)
+    of_inputs = gradients_of(leafkernels.linear_surprisal_entropy, tensors, weights, backend=backend)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = leafkernels.linear_surprisal_entropy(**tensors, backend=backend)
+        gradients = gradients_of(leafkernels.linear_surprisal_entropy, tensors, weights, backend=backend)
+        for changed in ({"hidden": tensors["hidden"].float()}, {"lm_head_weight": tensors["lm_head_weight"].float()}):
+            dtypes = [{**tensors, **changed}[name].dtype for name in ("hidden", "lm_head_weight")]
+            message = f"lm_head_weight must have the dtype of hidden, {dtypes[0]}, got {dtypes[1]}"
+            with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+                leafkernels.linear_surprisal_entropy(**{**tensors, **changed}, backend=backend)
+            with pytest.raises(RuntimeError):
+                composed(**{**tensors, **changed})
+    for actual, want in zip((*found, *gradients), (*expected, *of_inputs), strict=True):
+        assert actual.dtype == torch.float64
+        assert torch.equal(actual, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_reference_is_exact_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    tensors = inputs(11, (5,), 4, 9, dtype)
+    weights = torch.rand(2, 5, device=DEVICE)
+    expected = gradients_of(leafkernels.linear_surprisal_entropy, tensors, weights, backend="torch")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = gradients_of(leafkernels.linear_surprisal_entropy, tensors, weights, backend="reference")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_token_that_counts(backend: str) -> None:
+    """All masked, or none there; a bound on the live tokens may be above their number."""
+    tensors = inputs(12, (4,), 3, 9, torch.float32)
+    tensors["response_mask"][:] = False
+    for rows in (4, 0):
+        some = {
+            k: v[:rows] if k in ("hidden", "token_ids", "temperature", "response_mask") else v
+            for k, v in tensors.items()
+        }
+        for num_live in (None, 0, 7):
+            options = {"num_live": num_live, "backend": backend}
+            found = leafkernels.linear_surprisal_entropy(**some, **options)
+            assert found.surprisal.tolist() == found.entropy.tolist() == [0.0] * rows
+            weights = torch.ones(2, rows, device=DEVICE)
+            for gradient in gradients_of(leafkernels.linear_surprisal_entropy, some, weights, **options):
+                assert not gradient.any()
+
+
+def test_the_buffer_is_no_larger_than_the_tokens_need() -> None:
+    tensors = inputs(13, (4,), 3, 9, torch.float32)
+    head = linear_surprisal._Head(
+        tensors["hidden"], tensors["lm_head_weight"], None, tensors["response_mask"], None, 10**9, 10**9, torch.float32
+    )
+    assert head.buffer.shape == (4, 9)
+    assert sum(rows.shape[0] for rows in head.chunks()) == 4  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("backend", ["reference"])
+def test_an_id_outside_the_vocabulary_has_a_gradient_of_nan(backend: str) -> None:
+    """As its surprisal; where that is not asked for, the entropy's gradient is what it is."""
+    tensors = inputs(14, (3,), 4, 9, torch.float32)
+    tensors["response_mask"] = None
+    tensors["token_ids"][1:] = torch.tensor([9, -1], device=DEVICE)
+    hidden = tensors["hidden"].requires_grad_()
+    found = leafkernels.linear_surprisal_entropy(**tensors, backend=backend)
+    (of_hidden,) = torch.autograd.grad(found.surprisal.sum(), hidden, retain_graph=True)
+    assert of_hidden.isnan().all(1).tolist() == [False, True, True]
+    assert torch.autograd.grad(found.entropy.sum(), hidden)[0].isfinite().all()
+
+
 def test_errors() -> None:
     tensors = inputs(9, (2, 3), 4, 5, torch.float32)
 
@@ -292,6 +370,7 @@ def test_errors() -> None:
         ValueError, "bias must have one entry for each id, shape (5,), got shape (4,)", bias=tensors["bias"][:4]
     )
     check_refuses(ValueError, "logit_softcap must be positive, got 0", logit_softcap=0)
+    check_refuses(ValueError, "logit_softcap must be finite, got inf", logit_softcap=math.inf)
     check_refuses(TypeError, "logit_softcap must be a number, got str", logit_softcap="30")
     check_refuses(ValueError, "chunk_tokens must be at least 1, got 0", chunk_tokens=0)
     check_refuses(ValueError, "num_live must be at least 0, got -1", num_live=-1)

@@ -134,6 +134,68 @@ def test_rubbish_in_masked_tokens_changes_nothing(rubbish: float, importance: st
         assert torch.equal(clean, dirty)
 
 
+INFINITY = math.inf
+# log-ratio, advantage, the clip range above, and what the token loses, with its slope in the log-probability.
+OVERFLOWS = [
+    (90.0, 1.0, 0.2, -1.2, 0.0),
+    (INFINITY, 1.0, 0.2, -1.2, 0.0),
+    (90.0, 0.0, 0.2, 0.0, 0.0),
+    (90.0, 0.0, INFINITY, 0.0, 0.0),
+    (INFINITY, 0.0, 0.2, 0.0, 0.0),
+    (90.0, -1.0, 0.2, INFINITY, INFINITY),
+    (-INFINITY, -1.0, 0.2, 0.8, 0.0),
+    (-INFINITY, 1.0, 0.2, 0.0, 0.0),
+]
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+@pytest.mark.parametrize(("log_ratio", "advantage", "above", "lost", "slope"), OVERFLOWS)
+def test_ratios_that_overflow(
+    log_ratio: float, advantage: float, above: float, lost: float, slope: float, importance: str
+) -> None:
+    """float32 has no e^90; a second token, whose ratio is 1, keeps its gradient."""
+    logprobs = torch.tensor([[0.0, -1.0]], device=DEVICE, requires_grad=True)
+    rows = {
+        "logprobs": [[0.0], [-1.0]],
+        "old_logprobs": [[-log_ratio], [-1.0]],
+        "advantages": [[advantage], [2.0]],
+        "response_mask": [[1], [1]],
+    }
+    options: dict[str, Any] = {"clip": (0.2, above), "aggregate": "sum", "importance": importance}
+    tensors = {name: torch.tensor(values, device=DEVICE) for name, values in rows.items()}
+    result = leafkernels.policy_loss(**{**tensors, "logprobs": logprobs.T}, **options)
+    result.loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [[slope, -2.0]]
+    assert float(result.loss.detach()) == pytest.approx(lost - 2.0)
+    # The reference has Python's floats, which hold e^90: to them an overflow is e^710.
+    rows["old_logprobs"][0][0] = -8 * log_ratio
+    assert python_ref.policy_loss(**rows, **options)["loss"] == pytest.approx(lost - 2.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_terms_without_a_weight_are_statistics(importance: str) -> None:
+    """A reference policy that bans a sampled token, or none that is known, and an entropy that is NaN."""
+    tensors = inputs(9, dtype=torch.float32)
+    tensors["response_mask"][0, :3] = True
+    expected = leafkernels.policy_loss(**tensors, importance=importance)
+    tensors["ref_logprobs"][0, :2] = torch.tensor([-math.inf, math.nan], device=DEVICE)
+    tensors["entropy"][0, 2] = math.nan
+    tensors["logprobs"].requires_grad_()
+    tensors["entropy"].requires_grad_()
+    found = leafkernels.policy_loss(**tensors, importance=importance)
+    assert torch.equal(found.loss.detach(), expected.loss)
+    found.loss.backward()
+    assert tensors["logprobs"].grad is not None
+    assert tensors["logprobs"].grad.isfinite().all()
+    assert found.mean_kl.isnan()
+    assert found.mean_entropy.isnan()
+    lists = {k: v.tolist() for k, v in tensors.items()}
+    assert python_ref.policy_loss(**lists, importance=importance)["loss"] == pytest.approx(float(found.loss))
+    for weights in ({"kl_coef": 0.1}, {"entropy_coef": 0.1}):
+        assert leafkernels.policy_loss(**tensors, importance=importance, **weights).loss.isnan()
+
+
 def test_no_token_at_all() -> None:
     tensors = inputs(6, dtype=torch.float32)
     tensors["response_mask"][:] = False
@@ -186,6 +248,11 @@ def test_errors() -> None:
         "constant must be given with aggregate='constant', and only then, got constant=None and aggregate='constant'",
         aggregate="constant",
     )
+    for value, must in ((0, "positive"), (-2.0, "positive"), (math.inf, "finite"), (math.nan, "finite")):
+        check_refuses(ValueError, f"constant must be {must}, got {value}", aggregate="constant", constant=value)
+    check_refuses(TypeError, "constant must be a number, got str", aggregate="constant", constant="1")
+    check_refuses(ValueError, "kl_coef must be finite, got nan", kl_coef=math.nan)
+    check_refuses(ValueError, "entropy_coef must be finite, got inf", entropy_coef=math.inf)
     check_refuses(ValueError, "importance must be one of 'token', 'sequence', got 'row'", importance="row")
     check_refuses(
         ValueError,

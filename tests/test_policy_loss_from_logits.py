@@ -136,7 +136,7 @@ def test_the_factor_from_above_and_one_backward_pass(backend: str, small_blocks:
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad, once / 4)
     assert not any(statistic.requires_grad for statistic in result[1:])
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="gave its gradient away in a first backward pass"):
         result.loss.backward()
 
 
@@ -187,6 +187,31 @@ def test_small_moves_of_the_policy_are_measured() -> None:
         assert float(found.approx_kl) == pytest.approx(5e-7, rel=2e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ratios_that_overflow_and_terms_without_a_weight(backend: str) -> None:
+    """Clipped, an infinite ratio has no gradient; an advantage of 0 gains nothing, a weight of 0 leaves statistics."""
+    tensors = inputs(8, 1, 4, 9)
+    tensors["response_mask"][:] = True
+    expected, _ = loss_and_gradient(leafkernels.policy_loss_from_logits, **tensors, aggregate="sum", backend=backend)
+    tensors["old_logprobs"][0, :3] = torch.tensor([-200.0, -200.0, -math.inf], device=DEVICE)
+    tensors["advantages"][0, :3] = torch.tensor([1.0, 0.0, 0.0], device=DEVICE)
+    tensors["ref_logprobs"][0, :2] = torch.tensor([-math.inf, math.nan], device=DEVICE)
+    for above in (0.2, math.inf):
+        found, gradient = loss_and_gradient(
+            leafkernels.policy_loss_from_logits, **tensors, aggregate="sum", clip=(0.2, above), backend=backend
+        )
+        assert gradient[0, 1:].isfinite().all()
+        assert not gradient[0, 1:3].any()
+        assert gradient[0, 3].any()
+        if above == 0.2:
+            assert not gradient[0, 0].any()
+            options = {**tensors, "response_mask": tensors["response_mask"] & (torch.arange(4, device=DEVICE) == 3)}
+            last = leafkernels.policy_loss_from_logits(**options, aggregate="sum", backend=backend).loss
+            torch.testing.assert_close(found.loss.detach(), last - 1.2)
+        assert found.mean_kl.isnan()
+    assert not expected.loss.isnan()
+
+
 def test_without_gradients_none_is_written() -> None:
     tensors = inputs(6, 2, 3, 9)
     kept = leafkernels.policy_loss_from_logits(**tensors)
@@ -214,6 +239,8 @@ def test_errors() -> None:
         advantages=tensors["advantages"][:, 0],
     )
     check_refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=tensors["advantages"])
+    check_refuses(ValueError, "constant must be positive, got 0", aggregate="constant", constant=0)
+    check_refuses(ValueError, "entropy_coef must be finite, got nan", entropy_coef=math.nan)
     check_refuses(TypeError, "response_mask must be a torch.Tensor, got NoneType", response_mask=None)
     check_refuses(
         ValueError, "ref_logprobs must be given where kl_coef is not 0, got kl_coef=0.1", ref_logprobs=None, kl_coef=0.1

@@ -168,6 +168,47 @@ def test_bad_rows_and_masked_rows_stay_alone(backend: str, small_blocks: None) -
     assert not logits.grad[2].any()
 
 
+@pytest.mark.parametrize("backend", ["reference"])
+def test_an_id_outside_the_vocabulary_has_a_gradient_of_nan(backend: str) -> None:
+    """As its surprisal; where that is not asked for, the entropy's gradient is what it is."""
+    logits = torch.randn(3, 20, device=DEVICE, requires_grad=True)
+    ids = torch.tensor([3, 20, -1], device=DEVICE)
+    found = leafkernels.surprisal_entropy(logits, ids, backend=backend)
+    (gradient,) = torch.autograd.grad(found.surprisal.sum(), logits, retain_graph=True)
+    assert gradient.isnan().all(1).tolist() == [False, True, True]
+    (gradient,) = torch.autograd.grad(found.entropy.sum(), logits)
+    assert gradient.isfinite().all()
+    call = logits[None], ids[None], None, torch.ones(1, 3, device=DEVICE), torch.ones(1, 3, device=DEVICE)
+    loss = leafkernels.policy_loss_from_logits(*call, backend=backend).loss
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isnan().all(1).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_the_least_float64_is_a_banned_id(backend: str, temperature: float) -> None:
+    """Over a temperature below 1 it is -inf, and so is its distance to a top."""
+    least = torch.finfo(torch.float64).min
+    rows = [[least, 1.0, 0.0], [least, least, 3.0], [least, 1e300, 1e300], [least, least, least]]
+    logits = torch.tensor(rows, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    ids = torch.tensor([1, 2, 1, 0], device=DEVICE)
+    found = leafkernels.surprisal_entropy(logits, ids, temperature=temperature, backend=backend)
+    weights = torch.tensor([[1 / temperature, 0.0]], dtype=torch.float64)
+    shown = torch.tensor(
+        python_ref.surprisal_entropy([[1.0, 0.0], [0.0], [0.0] * 2, [0.0] * 3], [0] * 4, temperature=temperature),
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(torch.stack(tuple(found)).detach().cpu(), shown)
+    (gradient,) = torch.autograd.grad(found.surprisal.sum() + found.entropy.sum(), logits)
+    p = (weights.squeeze()).softmax(0)
+    of_first = torch.stack(
+        (torch.zeros((), dtype=torch.float64), *(p - torch.tensor([1.0, 0.0]) - p * (p.log() + shown[1, 0])))
+    )
+    torch.testing.assert_close(gradient[0].cpu(), of_first / temperature)
+    assert not gradient[1].any()
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_strides_and_temperatures(backend: str) -> None:
     wide = torch.randn(2, 3, 30, device=DEVICE)
@@ -349,7 +390,7 @@ def test_gradient_in_place_of_the_logits(backend: str, masked: bool, small_block
         assert (of_logits.data_ptr() == storage) == in_place
         gradients.append(of_logits)
         if in_place:
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            with pytest.raises(RuntimeError, match="gave its gradient away in a first backward pass"):
                 found.surprisal.sum().backward()
     assert torch.equal(*gradients)
 
@@ -443,6 +484,17 @@ def test_errors() -> None:
     check_refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=logits[:, 0])
     check_refuses(ValueError, "temperature must be positive, got 0.0", temperature=0.0)
     check_refuses(TypeError, "temperature must be a number, got str", temperature="1")
+    for value in (math.inf, math.nan):
+        check_refuses(ValueError, f"temperature must be finite, got {value}", temperature=value)
+    if DEVICE == "cpu":  # on a GPU nobody looks at the values
+        for value in (0.0, -1.0, math.inf, math.nan):
+            temperatures = torch.tensor([1.0, value])
+            message = f"temperature must be positive and finite, got {value}"
+            check_refuses(ValueError, message, temperature=temperatures)
+            found = leafkernels.surprisal_entropy(
+                logits, ids, temperature=temperatures, response_mask=torch.tensor([True, False])
+            )
+            assert found.surprisal.isfinite().all()
     check_refuses(
         ValueError,
         "temperature must be a number or have one entry for each row, shape (2,), got shape (5,)",

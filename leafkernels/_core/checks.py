@@ -3,12 +3,16 @@
 Shapes, dtypes and devices are read always; values only of tensors that lie on the CPU.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+# PyTorch stores these, and computes little with them.
+_WIDENED = {torch.uint16: torch.int32, torch.uint32: torch.int64}
 
 
 def values_readable(tensor: Tensor) -> bool:
@@ -32,8 +36,15 @@ def check_real(name: str, value: Any) -> Tensor:
 
 
 def check_integer(name: str, value: Any) -> Tensor:
-    """Raise TypeError unless ``value`` is a tensor of integers."""
+    """The integers of ``value``, in a dtype to compute with; raise TypeError unless it is a tensor of integers.
+
+    The ids of uint64 above 2 ** 63 become negative: as different as before, and outside of every vocabulary.
+    """
     tensor = check_tensor(name, value)
+    if tensor.dtype in _WIDENED:
+        return tensor.to(_WIDENED[tensor.dtype])
+    if tensor.dtype == torch.uint64:
+        return tensor.view(torch.int64)
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
     return tensor
@@ -66,11 +77,18 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a positive number."""
+def check_finite(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not value > 0:
+    if not abs(value) < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless ``value`` is a positive, finite number."""
+    check_finite(name, value)
+    if value <= 0:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
@@ -81,14 +99,22 @@ def check_kernel_dtype(name: str, dtype: torch.dtype, backend: str) -> None:
 
 
 def check_mask(response_mask: Any, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
-    """The mask as bool, or None; nonzero is True for integer and float masks."""
+    """The mask as bool, or None; nonzero is True for integer and float masks.
+
+    NaN is refused where values can be read for nothing, and False where they cannot: what is not known to count does
+    not.
+    """
     if response_mask is None:
         return None
     mask = check_tensor("response_mask", response_mask)
     if mask.dtype.is_complex:
         raise TypeError(f"response_mask must be bool, integer or floating point, got {mask.dtype}")
     check_like("response_mask", mask, name, shape, device)
-    return mask if mask.dtype == torch.bool else mask != 0
+    if mask.dtype.is_floating_point:
+        if values_readable(mask) and bool(mask.isnan().any()):
+            raise ValueError("response_mask must hold numbers, got NaN")
+        return mask.abs() > 0
+    return mask if mask.dtype == torch.bool else check_integer("response_mask", mask) != 0
 
 
 def check_rewards(rewards: Any, name: str, row_shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -104,7 +104,7 @@ def span_advantages(
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards`` (linear in them
-        with normalize="none").
+        with normalize="none"), once and in reverse mode.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple, TypedDict
 
-from leafkernels._core.checks import check_choice, check_count
+from leafkernels._core.checks import check_choice, check_count, check_finite
 
 TERMS = ("both", "global", "local")
 NORMALIZE = ("span", "batch", "reward_std", "none")
@@ -30,12 +30,10 @@ class CreditOptions(NamedTuple):
         check_boundary_options(self.num_boundaries, self.min_separation)
         check_choice("terms", self.terms, TERMS)
         check_choice("normalize", self.normalize, NORMALIZE)
-        power = self.multiplicity_power
-        if isinstance(power, bool) or not isinstance(power, (int, float)):
-            raise TypeError(f"multiplicity_power must be a number, got {type(power).__name__}")
+        check_finite("multiplicity_power", self.multiplicity_power)
         if not isinstance(self.leave_one_out, bool):
             raise TypeError(f"leave_one_out must be a bool, got {type(self.leave_one_out).__name__}")
-        return self._replace(multiplicity_power=float(power))
+        return self._replace(multiplicity_power=float(self.multiplicity_power))
 
 
 class CreditFields(TypedDict, total=False):

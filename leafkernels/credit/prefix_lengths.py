@@ -90,7 +90,7 @@ def common_prefix_lengths(
             CUDA tensor are not looked at: a negative one counts as 0.
         RuntimeError: the backend asked for cannot run here.
     """
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     backend = resolve_backend(backend, token_ids.device)
     rows = find_rows("token_ids", token_ids, response_mask, groups, group_size, cu_seqlens, backend)
     lengths = prefix_lengths_of_groups(
@@ -112,7 +112,7 @@ def _of_groups(name: str, value: Tensor | int | None, rows: Rows) -> Tensor | No
     if not isinstance(value, Tensor):
         check_count(name, value, 0)
         return torch.full((num_groups,), min(value, layout.max_length), dtype=torch.int64, device=device)
-    check_integer(name, value)
+    value = check_integer(name, value)
     shape, of = (rows.row_shape, "row") if rows.prompt_shape is None else (rows.prompt_shape, "prompt")
     if tuple(value.shape) != shape:
         raise ValueError(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_device, check_integer, check_real
+from leafkernels._core.derivatives import refuse_forward_mode
 from leafkernels._core.ops import register
 from leafkernels.rows.find import Rows, find_rows
 
@@ -31,13 +32,27 @@ class _ScatterSpans(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, places: tuple[Tensor | None, ...], *options: Any) -> Tensor:
         ctx.save_for_backward(*places)
-        ctx.values_dtype, ctx.backend = values.dtype, options[-1]
+        ctx.values_dtype, ctx.options = values.dtype, options
         return _scatter_spans(values, *places, *options)
 
     @staticmethod
     def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sums = _gather_spans(gradients.contiguous(), *ctx.saved_tensors, ctx.backend)
+        sums = _GatherSpans.apply(gradients.contiguous(), ctx.saved_tensors, *ctx.options)
         return sums.to(ctx.values_dtype), None, None, None, None
+
+
+class _GatherSpans(torch.autograd.Function):
+    """The adjoint, whose own adjoint spreads again: both are linear, and have derivatives of every order."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Tensor, places: tuple[Tensor | None, ...], *options: Any) -> Tensor:
+        ctx.save_for_backward(*places)
+        ctx.options = options
+        return _gather_spans(gradients, *places, options[-1])
+
+    @staticmethod
+    def backward(ctx: Any, of_sums: Tensor) -> tuple[Tensor | None, ...]:
+        return _ScatterSpans.apply(of_sums, ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 def scatter_to_tokens(
@@ -47,6 +62,7 @@ def scatter_to_tokens(
 
     ``shape`` is the caller's for tokens: (N, T), (P, G, T) or (total,).
     """
+    refuse_forward_mode("scatter_spans", values)
     layout = rows.layout
     places = (span_ends, rows.mask, *layout.slots, layout.row_starts)
     size = shape if len(shape) < 3 else (layout.row_starts.shape[0], shape[-1])
@@ -66,7 +82,8 @@ def scatter_spans(
 ) -> Tensor:
     """Give every token of a span the span's value; 0 where the mask is False and behind the last span.
 
-    Differentiable in ``values``: the adjoint sums the token gradients of each span, in a fixed order.
+    Differentiable in ``values``, in reverse mode any number of times: the adjoint sums the token gradients of each
+    span, in a fixed order.
 
     Args:
         values: (..., S), float32 or float64; one row of spans for each row of tokens.
@@ -81,7 +98,7 @@ def scatter_spans(
         (..., T), or (total,) with ``cu_seqlens``, in the dtype of ``values``.
     """
     check_real("values", values)
-    check_integer("span_ends", span_ends)
+    span_ends = check_integer("span_ends", span_ends)
     check_count("num_tokens", num_tokens, 0)
     if values.dim() not in (2, 3) or (cu_seqlens is not None and values.dim() != 2):
         raise ValueError(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from leafkernels._core.backend import implementation, resolve_backend
 from leafkernels._core.checks import check_device, check_integer, check_rewards, check_tensor
+from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
 from leafkernels._core.ops import register
 from leafkernels.credit.options import CreditOptions
 from leafkernels.rows.find import build_layout
@@ -76,6 +77,7 @@ class _SpanValues(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradients: Tensor, raw_gradients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("span_values")
         of_rewards = _span_values_backward(gradients, raw_gradients, *ctx.saved_tensors, *ctx.options)
         return of_rewards.to(ctx.saved_tensors[1].dtype), None, None, None
 
@@ -93,6 +95,7 @@ def values_of_groups(
 
     ``prefix_lengths`` is (N, max_group) by rank within the group, ``boundaries`` (P, B), ``rewards`` (N,).
     """
+    refuse_forward_mode("span_values", rewards)
     constants = (prefix_lengths, boundaries, row_lengths, *layout.groups)
     of_values = options.terms, options.multiplicity_power, options.leave_one_out, options.normalize
     # Rewards are constants in training, and then an autograd function would only cost time.
@@ -131,7 +134,7 @@ def span_values(
         span k <= R   A = [(V_k - V_0) + (V_k - V_{k-1})] * n_k ** -multiplicity_power
         tail          A = (r_i - V_0) + (r_i - V_R)
 
-    Source: LEAF, arXiv 2606.07610. Differentiable in ``rewards``. Computed in float64.
+    Source: LEAF, arXiv 2606.07610. Differentiable in ``rewards``, once and in reverse mode. Computed in float64.
 
     Args:
         prefix_lengths: (G, G) or (B, G, G) int32 from ``common_prefix_lengths``; prefixes longer than the last boundary
@@ -148,9 +151,9 @@ def span_values(
             whose rewards are all equal gives exactly 0.0 in every mode.
         backend: "auto", "triton", "torch" or "reference".
     """
-    check_integer("prefix_lengths", prefix_lengths)
-    check_integer("boundaries", boundaries)
-    check_integer("lengths", lengths)
+    prefix_lengths = check_integer("prefix_lengths", prefix_lengths)
+    boundaries = check_integer("boundaries", boundaries)
+    lengths = check_integer("lengths", lengths)
     check_tensor("rewards", rewards)
     options = CreditOptions(
         terms=terms, multiplicity_power=multiplicity_power, leave_one_out=leave_one_out, normalize=normalize

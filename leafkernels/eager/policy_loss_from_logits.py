@@ -40,17 +40,22 @@ def policy_loss(
         )
         log_ratio = surprisal * 0 if old_logprobs is None else -surprisal - old_logprobs[rows]
         ratio = log_ratio.exp()
-        gain = ratio * advantages[rows]
-        bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages[rows]
+        advantage = advantages[rows]
+        # An advantage of 0 gains nothing, also of a ratio that has overflowed.
+        gain = (ratio * advantage).masked_fill((advantage == 0.0) & ratio.isinf(), 0.0)
+        bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
         is_clipped = bounded < gain
-        loss = -torch.where(is_clipped, bounded, gain) - entropy_coef * entropy
+        loss = -torch.where(is_clipped, bounded, gain)
+        if entropy_coef:
+            loss -= entropy_coef * entropy
         of_logprob = -gain.masked_fill(is_clipped, 0.0)
         kl = torch.zeros_like(loss)
         if ref_logprobs is not None:
             distance = ref_logprobs[rows] + surprisal
             kl = distance.expm1() - distance
-            loss += kl_coef * kl
-            of_logprob -= kl_coef * distance.expm1()
+            if kl_coef:
+                loss += kl_coef * kl
+                of_logprob -= kl_coef * distance.expm1()
         moved = log_ratio.expm1() - log_ratio
         terms[:, rows] = torch.stack((weights[rows] * loss, is_clipped.to(dtype), moved, ratio, kl, entropy))
         if with_gradient:

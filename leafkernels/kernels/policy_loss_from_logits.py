@@ -78,7 +78,8 @@ def _policy_loss_kernel(
         if HAS_OLD:
             log_ratio = logprob - tl.load(old_logprobs_ptr + row)
         ratio = tl.exp(log_ratio)
-        gain = ratio * advantage
+        # An advantage of 0 gains nothing, also of a ratio that has overflowed; a weight of 0 leaves a statistic.
+        gain = tl.where((advantage == 0.0) & (ratio == float("inf")), 0.0, ratio * advantage)
         bounded = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * advantage
         is_clipped = bounded < gain
         loss = tl.where(is_clipped, -bounded, -gain)
@@ -87,8 +88,8 @@ def _policy_loss_kernel(
         if HAS_REF:
             distance = tl.load(ref_logprobs_ptr + row) - logprob
             kl = _k3(distance)
-            loss += kl_coef * kl
-            of_logprob -= kl_coef * (kl + distance)
+            loss += tl.where(kl_coef == 0.0, 0.0, kl_coef * kl)
+            of_logprob -= tl.where(kl_coef == 0.0, 0.0, kl_coef * (kl + distance))
         if ENTROPY:
             loss -= entropy_coef * entropy
         tl.store(terms_ptr + row, weight * loss)

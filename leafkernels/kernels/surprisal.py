@@ -317,6 +317,7 @@ def launch_surprisal_entropy_backward(
     gradients: Tensor,
     surprisal_gradients: Tensor,
     entropy_gradients: Tensor | None,
+    surprisal: Tensor,
     entropy: Tensor,
     tops: Tensor,
     log_totals: Tensor,

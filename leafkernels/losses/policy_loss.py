@@ -5,7 +5,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from leafkernels._core.checks import check_choice, check_like, check_mask, check_real, check_tensor
+from leafkernels._core.checks import (
+    check_choice,
+    check_finite,
+    check_like,
+    check_mask,
+    check_positive,
+    check_real,
+    check_tensor,
+)
 from leafkernels._core.precision import compute_dtype
 
 AGGREGATES = ("token_mean", "sequence_mean", "sum", "constant")
@@ -62,15 +70,15 @@ def policy_loss(
         response_mask: (N, T), nonzero where a token counts.
         clip: how far the ratio may fall below, and rise above, 1; the second may be ``math.inf``.
         ref_logprobs: (N, T) under a reference policy; needed where ``kl_coef`` is not 0.
-        kl_coef: weight of k3.
+        kl_coef: weight of k3; at 0 it is a statistic alone, and may be anything.
         entropy: (N, T), as from ``surprisal_entropy``; needed where ``entropy_coef`` is not 0.
-        entropy_coef: weight of the entropy, which is rewarded.
+        entropy_coef: weight of the entropy, which is rewarded; as ``kl_coef`` at 0.
         importance: "token", or "sequence": every token of a row has the exponential of the row's mean log-ratio as its
             ratio, and its own log-probability as the gradient of that (GSPO-token, arXiv 2507.18071).
         aggregate: "token_mean" over all tokens of the batch (DAPO), "sequence_mean" over each row's tokens and then
             over the rows that have any (GRPO), "sum", or "constant": the sum over ``constant`` (Dr. GRPO, arXiv
             2503.20783).
-        constant: what the sum is divided by with aggregate="constant": rows times the longest response, say.
+        constant: what the sum is divided by with aggregate="constant", positive: rows times the longest response, say.
     """
     check_real("logprobs", logprobs)
     shape, device = logprobs.shape, logprobs.device
@@ -85,7 +93,7 @@ def policy_loss(
         check_like(name, tensor, "logprobs", shape, device)
     mask = cast(Tensor, check_mask(check_tensor("response_mask", response_mask), "logprobs", shape, device))
     check_choice("importance", importance, IMPORTANCE)
-    low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef)
+    low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef, entropy_coef)
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy must be given where entropy_coef is not 0, got entropy_coef={entropy_coef}")
 
@@ -102,19 +110,25 @@ def policy_loss(
         mean_log_ratio = log_ratio.sum(1, keepdim=True) / counts.clamp_min(1)
         # Each token carries the row's ratio as its value, and its own log-probability as its gradient.
         log_ratio = mean_log_ratio.detach() + policy - policy.detach()
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - low, 1 + high)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    losses = -surrogate
+    ratio = log_ratio.detach().exp()
+    bounded = ratio.clamp(1 - low, 1 + high) * advantage
+    is_clipped = bounded < ratio * advantage
+    # Where the bound decides, or the advantage is 0, the ratio has no say: of one that has overflowed, 0 * inf would
+    # make NaN, in the loss or in the gradient.
+    has_no_say = is_clipped | ((advantage == 0.0) & ratio.isinf())
+    gain = log_ratio.masked_fill(has_no_say, 0.0).exp() * advantage
+    losses = -torch.where(is_clipped, bounded, gain)
     zero = losses.new_zeros(())
     kl = bonus = None
     if ref_logprobs is not None:
         distance = live(ref_logprobs.detach()) - policy
         kl = distance.expm1() - distance
-        losses = losses + kl_coef * kl
+        if kl_coef != 0:
+            losses = losses + kl_coef * kl
     if entropy is not None:
         bonus = live(entropy)
-        losses = losses - entropy_coef * bonus
+        if entropy_coef != 0:
+            losses = losses - entropy_coef * bonus
     losses = losses.masked_fill(~mask, 0.0)
 
     loss = (losses * token_weights(mask, aggregate, constant, dtype)).sum()
@@ -125,7 +139,7 @@ def policy_loss(
 
     return PolicyLoss(
         loss=loss,
-        clip_fraction=mean((clipped * advantage < ratio * advantage).to(dtype)),
+        clip_fraction=mean(is_clipped.to(dtype)),
         approx_kl=mean(token_log_ratio.expm1() - token_log_ratio),
         mean_ratio=mean(ratio),
         mean_kl=zero if kl is None else mean(kl),
@@ -145,7 +159,12 @@ def token_weights(mask: Tensor, aggregate: str, constant: float | None, dtype: t
 
 
 def check_loss_options(
-    clip: Any, aggregate: str, constant: float | None, ref_logprobs: Tensor | None, kl_coef: float
+    clip: Any,
+    aggregate: str,
+    constant: float | None,
+    ref_logprobs: Tensor | None,
+    kl_coef: float,
+    entropy_coef: float,
 ) -> tuple[float, float]:
     """The two sides of ``clip``; raises where the options of a loss are not what they must be."""
     check_choice("aggregate", aggregate, AGGREGATES)
@@ -154,6 +173,8 @@ def check_loss_options(
     low, high = clip
     if not (0 <= low <= 1 and high >= 0):
         raise ValueError(f"clip must be (below, above) with 0 <= below <= 1 and above >= 0, got {clip!r}")
+    check_finite("kl_coef", kl_coef)
+    check_finite("entropy_coef", entropy_coef)
     if kl_coef != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs must be given where kl_coef is not 0, got kl_coef={kl_coef}")
     if (aggregate == "constant") != (constant is not None):
@@ -161,4 +182,6 @@ def check_loss_options(
             f"constant must be given with aggregate='constant', and only then, got constant={constant} and "
             f"aggregate={aggregate!r}"
         )
+    if constant is not None:
+        check_positive("constant", constant)
     return float(low), float(high)

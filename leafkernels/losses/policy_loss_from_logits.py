@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from leafkernels._core.backend import implementation, resolve_backend
+from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import (
     check_device,
     check_integer,
@@ -14,15 +14,11 @@ from leafkernels._core.checks import (
     check_real,
     check_tensor,
 )
+from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative, refuse_second_pass
 from leafkernels._core.ops import register
 from leafkernels._core.precision import compute_dtype
 from leafkernels.losses.policy_loss import PolicyLoss, check_loss_options, token_weights
 from leafkernels.vocabulary.inputs import check_temperature
-
-
-def _impl(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *arguments, backend = args
-    return implementation(backend).policy_loss(logits, *arguments)
 
 
 def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -36,17 +32,10 @@ _policy_loss = register(
     "Tensor? old_logprobs, Tensor advantages, Tensor? ref_logprobs, float clip_low, float clip_high, float kl_coef, "
     "float entropy_coef, bool with_gradient, str backend) -> (Tensor, Tensor)",
     _fake,
-    _impl,
 )
 
 
-def _scale_impl(gradients: Tensor, factor: Tensor, backend: str) -> None:
-    implementation(backend).scale_gradient(gradients, factor)
-
-
-_scale_gradient = register(
-    "scale_gradient(Tensor(a!) gradients, Tensor factor, str backend) -> ()", lambda *_: None, _scale_impl
-)
+_scale_gradient = register("scale_gradient(Tensor(a!) gradients, Tensor factor, str backend) -> ()", lambda *_: None)
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -60,10 +49,10 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("policy_loss_from_logits")
+        refuse_second_pass(ctx, "policy_loss_from_logits")
         (gradients,) = ctx.saved_tensors
         _scale_gradient(gradients, of_loss, ctx.backend)
-        # It exists once, and is given away: a second backward pass is refused by autograd.
-        torch.autograd.graph.increment_version(gradients)
         return gradients, *[None] * 13
 
 
@@ -94,7 +83,7 @@ def policy_loss_from_logits(
 
     Args:
         logits: (N, T, V), float32, bfloat16, float16 or float64 (not with Triton).
-        token_ids: (N, T) integers: the sampled ids.
+        token_ids: (N, T) integers of any dtype: the sampled ids.
         old_logprobs: (N, T) under the policy that sampled; a constant. None: on policy, every ratio is 1.
         advantages: (N, T), as from ``span_advantages``; a constant.
         response_mask: (N, T), nonzero where a token counts; the logits of others are not read.
@@ -106,7 +95,7 @@ def policy_loss_from_logits(
     if logits.dim() != 3:
         raise ValueError(f"logits must have shape (rows, tokens, vocabulary), got shape {tuple(logits.shape)}")
     shape, device = logits.shape[:-1], logits.device
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     tensors = {"token_ids": token_ids, "advantages": advantages}
     for name, optional in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
         if optional is not None:
@@ -121,11 +110,12 @@ def policy_loss_from_logits(
             )
         check_device(name, tensor, "logits", device)
     mask = cast(Tensor, check_mask(check_tensor("response_mask", response_mask), "token_ids", shape, device))
-    temperatures = check_temperature(temperature, token_ids)
-    low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef)
+    temperatures = check_temperature(temperature, token_ids, mask)
+    low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef, entropy_coef)
     backend = resolve_backend(backend, device)
     check_kernel_dtype("logits", logits.dtype, backend)
 
+    refuse_forward_mode("policy_loss_from_logits", logits)
     dtype = compute_dtype(logits.dtype)
     rows = logits.flatten(0, 1)
     loss, terms = _PolicyLoss.apply(

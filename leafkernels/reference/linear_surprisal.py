@@ -57,9 +57,13 @@ def linear_surprisal_entropy_backward(
         logit_softcap=softcap,
     )
     of_hidden = torch.zeros_like(hidden)
-    of_hidden[live] = torch.tensor(of_live, dtype=hidden.dtype, device=hidden.device).reshape(len(live), -1)
+    of_hidden[live] = _like(of_live, hidden[live])
     return (
         of_hidden if needs[0] else hidden.new_empty(0),
-        torch.tensor(of_weight).to(weight) if needs[1] else weight.new_empty(0),
-        torch.tensor(of_bias).to(weight if bias is None else bias) if needs[2] else weight.new_empty(0),
+        _like(of_weight, weight) if needs[1] else weight.new_empty(0),
+        _like(of_bias, bias) if bias is not None and needs[2] else weight.new_empty(0),
     )
+
+
+def _like(numbers: list, tensor: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).reshape(tensor.shape).to(tensor)

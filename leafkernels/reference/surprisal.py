@@ -60,6 +60,7 @@ def surprisal_entropy_backward(
     gradients: Tensor,
     surprisal_gradients: Tensor,
     entropy_gradients: Tensor | None,
+    surprisal: Tensor,
     entropy: Tensor,
     tops: Tensor,
     log_totals: Tensor,
@@ -71,11 +72,12 @@ def surprisal_entropy_backward(
 ) -> None:
     """See ``python_ref.surprisal_entropy_backward``; arguments as the PyTorch implementation.
 
-    The rows' entropies, tops and totals are used where only a slice of the vocabulary is at hand.
+    What is known of the whole rows is used, because only a slice of the vocabulary may be at hand.
     """
     rows, tokens, temperatures = logits.tolist(), token_ids.tolist(), temperature.tolist()
     of_surprisal = surprisal_gradients.tolist()
     of_entropy = [0.0] * len(rows) if entropy_gradients is None else entropy_gradients.tolist()
+    of_rows = torch.stack((surprisal, entropy, tops, log_totals), dim=1).tolist()
     gradients.zero_()
     for i in live_rows(mask, len(rows)):
         (gradient,) = python_ref.surprisal_entropy_backward(
@@ -84,8 +86,7 @@ def surprisal_entropy_backward(
             [rows[i]],
             [tokens[i]],
             temperature=temperatures[i],
-            log_sums=[float(tops[i]) / temperatures[i] + float(log_totals[i])],
-            entropies=[float(entropy[i])],
+            of_rows=[of_rows[i]],
         )
         if softcap is not None:
             gradient = [g * (1 - (x / softcap) ** 2) for g, x in zip(gradient, rows[i], strict=True)]

@@ -35,17 +35,18 @@ class Rows(NamedTuple):
         return of_groups.reshape(shape) if self.layout.row_starts.shape[0] else of_groups.new_full(shape, missing)
 
 
-def check_named_groups(groups: Any, num_rows: int, name: str, device: torch.device) -> None:
-    """Raise unless ``groups`` holds an integer for each row of the argument ``name``, on its device."""
+def check_named_groups(groups: Any, num_rows: int, name: str, device: torch.device) -> Tensor:
+    """``groups`` as ``check_integer`` gives it; raise unless it holds one for each row of ``name``, on its device."""
     if isinstance(groups, int) and not isinstance(groups, bool):
         raise TypeError(
             "groups must be an integer tensor that names the prompt of each row, got an int: for prompts of "
             f"{groups} consecutive rows pass group_size={groups}"
         )
-    check_integer("groups", groups)
+    groups = check_integer("groups", groups)
     if groups.shape != (num_rows,):
         raise ValueError(f"groups must name one prompt for each of {num_rows} rows, got shape {tuple(groups.shape)}")
     check_device("groups", groups, name, device)
+    return groups
 
 
 def check_group_size(group_size: Any, num_rows: int) -> None:
@@ -86,11 +87,11 @@ def find_rows(
                 f"got {name} of shape {tuple(tensor.shape)} and {argument}={_brief(value)}"
             )
     prompt_shape: tuple[int, ...] | None
+    prompts: Tensor | int
     if groups is not None:
         if group_size is not None:
             raise ValueError(f"group_size must be None where groups names the prompts, got {group_size!r}")
-        check_named_groups(groups, num_rows, name, tensor.device)
-        prompt_shape, prompts = None, groups
+        prompt_shape, prompts = None, check_named_groups(groups, num_rows, name, tensor.device)
     elif group_size is not None:
         check_group_size(group_size, num_rows)
         prompt_shape, prompts = (num_rows // group_size,), group_size

@@ -160,7 +160,7 @@ def _local_rows(
     cu_seqlens: Tensor | None,
 ) -> _Local:
     """This rank's rows packed, without what lies before and behind them."""
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     check_real("logprobs", logprobs)
     check_like("logprobs", logprobs, "token_ids", token_ids.shape, token_ids.device)
     mask = check_mask(response_mask, "token_ids", token_ids.shape, token_ids.device)
@@ -184,8 +184,7 @@ def _local_rows(
     if group_size is not None:
         check_count("group_size", group_size, 1)
     if isinstance(groups, Tensor):
-        check_named_groups(groups, num_rows, "token_ids", device)
-        sections["groups"] = groups.to(torch.int64)
+        sections["groups"] = check_named_groups(groups, num_rows, "token_ids", device).to(torch.int64)
         kind = "a tensor"
     elif groups is not None:
         kind, names = "names", _check_names(groups, num_rows)

@@ -34,7 +34,7 @@ def read_rollouts(
     backend: str,
 ) -> Rollouts:
     """Check the arguments that all estimators take; see ``span_advantages`` for what they must be."""
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     check_real("logprobs", logprobs)
     check_like("logprobs", logprobs, "token_ids", token_ids.shape, token_ids.device)
     backend = resolve_backend(backend, token_ids.device)

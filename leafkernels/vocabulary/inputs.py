@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from leafkernels._core.checks import check_device, check_positive, check_real
+from leafkernels._core.checks import check_device, check_positive, check_real, values_readable
 
 
-def check_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor:
-    """One temperature for each row, on the device of the tokens."""
+def check_temperature(temperature: float | Tensor, token_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """One temperature for each row, on the device of the tokens; those of masked rows may be anything."""
     if isinstance(temperature, Tensor):
         check_real("temperature", temperature)
         if temperature.shape != token_ids.shape:
@@ -16,6 +16,27 @@ def check_temperature(temperature: float | Tensor, token_ids: Tensor) -> Tensor:
                 f"got shape {tuple(temperature.shape)}"
             )
         check_device("temperature", temperature, "token_ids", token_ids.device)
+        if values_readable(temperature):
+            of_live = temperature if mask is None else temperature[mask]
+            is_bad = ~((of_live > 0) & (of_live < torch.inf))
+            if bool(is_bad.any()):
+                raise ValueError(f"temperature must be positive and finite, got {float(of_live[is_bad][0])}")
         return temperature.detach()
     check_positive("temperature", temperature)
     return torch.full(token_ids.shape, float(temperature), dtype=torch.float64, device=token_ids.device)
+
+
+def check_own_memory(name: str, tensor: Tensor) -> None:
+    """Raise unless a gradient may be written over ``tensor``, which requires one: see ``inplace_backward``."""
+    for kind, leaf in (("a leaf", tensor), ("a view of a leaf", tensor._base)):
+        if leaf is not None and leaf.is_leaf:
+            raise ValueError(f"{name} must be the result of a computation with inplace_backward=True, got {kind}")
+    # From the finest stride up, each must step over all that the ones before reach.
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach and tensor.numel():
+            raise ValueError(
+                f"{name} must have memory of its own for each entry with inplace_backward=True, got shape "
+                f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+            )
+        reach += (size - 1) * stride

@@ -17,6 +17,7 @@ from leafkernels._core.checks import (
     check_positive,
     check_real,
 )
+from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
 from leafkernels._core.ops import register
 from leafkernels._core.precision import compute_dtype
 from leafkernels.vocabulary.inputs import check_temperature
@@ -54,8 +55,8 @@ class _Head:
         self.num_rows = hidden.shape[0]
         if num_live is None:
             num_live = self.num_rows if mask is None else int(mask.sum())  # reads one number back from a device
-        self.num_live = num_live
-        self.buffer = hidden.new_empty((min(chunk, num_live), weight.shape[0]), dtype=dtype)
+        self.num_live = min(num_live, self.num_rows)
+        self.buffer = hidden.new_empty((min(chunk, self.num_live), weight.shape[0]), dtype=dtype)
 
     def chunks(self) -> Iterator[slice | Tensor]:
         """Live rows in order; indices of ``num_rows`` stand for none, where fewer are live than was said."""
@@ -120,8 +121,7 @@ _linear_surprisal_entropy = register(
 
 
 def _backward_impl(of_surprisal: Tensor, of_entropy: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    entropy, tops, log_totals, hidden, weight, bias, token_ids, temperature, mask, softcap, *options, needs = args
-    num_live, chunk, dtype, backend = options
+    *of_rows, hidden, weight, bias, token_ids, temperature, mask, softcap, num_live, chunk, dtype, backend, needs = args
     if backend == "reference":
         return implementation(backend).linear_surprisal_entropy_backward(
             of_surprisal, of_entropy, hidden, weight, bias, token_ids, temperature, mask, softcap, needs
@@ -129,8 +129,7 @@ def _backward_impl(of_surprisal: Tensor, of_entropy: Tensor | None, *args: Any) 
     module = implementation(backend)
     widest = compute_dtype(dtype)
     of_hidden, of_weight, of_bias = _new_gradients(hidden, weight, bias, needs, widest)
-    vectors = (of_surprisal, entropy, tops, log_totals, token_ids)
-    of_surprisal, entropy, tops, log_totals, ids = (pad(vector, (0, 1)) for vector in vectors)
+    of_surprisal, *of_rows, ids = (pad(vector, (0, 1)) for vector in (of_surprisal, *of_rows, token_ids))
     of_entropy = None if of_entropy is None else pad(of_entropy, (0, 1))
     temperatures = pad(temperature, (0, 1), value=1.0)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -142,9 +141,7 @@ def _backward_impl(of_surprisal: Tensor, of_entropy: Tensor | None, *args: Any) 
                 logits,
                 of_surprisal[rows],
                 None if of_entropy is None else of_entropy[rows],
-                entropy[rows],
-                tops[rows],
-                log_totals[rows],
+                *(vector[rows] for vector in of_rows),
                 logits,
                 ids[rows],
                 temperatures[rows],
@@ -188,7 +185,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias, needs = args[5], args[6], args[7], args[-1]
+    hidden, weight, bias, needs = args[6], args[7], args[8], args[-1]
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
@@ -197,8 +194,8 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _linear_surprisal_entropy_backward = register(
-    "linear_surprisal_entropy_backward(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor entropy, "
-    f"Tensor tops, Tensor log_totals, {_INPUTS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    "linear_surprisal_entropy_backward(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor surprisal, "
+    f"Tensor entropy, Tensor tops, Tensor log_totals, {_INPUTS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
     _backward_impl,
 )
@@ -208,19 +205,27 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         surprisal, entropy, tops, log_totals = _linear_surprisal_entropy(*args)
-        ctx.save_for_backward(entropy, tops, log_totals, *args[:6])
+        ctx.save_for_backward(surprisal, entropy, tops, log_totals, *args[:6])
         ctx.options = args[6:]
         ctx.set_materialize_grads(False)
         return surprisal, entropy
 
     @staticmethod
     def backward(ctx: Any, of_surprisal: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_surprisal_entropy")
         saved = ctx.saved_tensors
         if of_surprisal is None:
             of_surprisal = torch.zeros_like(saved[0])
         needs = ctx.needs_input_grad[:3]
         gradients = _linear_surprisal_entropy_backward(of_surprisal, of_entropy, *saved, *ctx.options, needs)
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 8
+
+
+def _dtype_of_products(tensor: Tensor) -> torch.dtype:
+    """Its own, or autocast's, which leaves float64 alone."""
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type)
 
 
 def linear_surprisal_entropy(
@@ -241,15 +246,16 @@ def linear_surprisal_entropy(
     A chunk of tokens at a time: their logits go into one buffer, are folded, and are forgotten; the backward pass
     computes them again, writes their gradient over them, and adds it to the gradients of weight and bias, which are
     summed in float32. Masked tokens are left out before any product. Where the weight is frozen, as with LoRA, its
-    gradient is not computed. Gradients flow to hidden, weight and bias, for any weights on both outputs.
+    gradient is not computed. Gradients flow to hidden, weight and bias, once and in reverse mode, for any weights
+    on both outputs.
 
     Memory beside the results: the buffer; with a gradient of a half-precision weight, also its float32 sum. Under
-    autocast the products run in autocast's dtype, as in ``torch.nn.functional.linear``.
+    autocast the products run in autocast's dtype, those of float64 in float64, as in ``torch.nn.functional.linear``.
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64 (not with Triton): what the language-model head is given.
-        lm_head_weight: (V, D), of the dtype of ``hidden`` outside of autocast.
-        token_ids: (...) integers.
+        lm_head_weight: (V, D), of the dtype of ``hidden``; under autocast, of any but float64 where that has any other.
+        token_ids: (...) integers of any dtype.
         bias: (V,) or None.
         temperature: positive; a float, or one for each token, shaped like ``token_ids``.
         logit_softcap: c: the logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118), before the temperature.
@@ -265,7 +271,7 @@ def linear_surprisal_entropy(
         if parameter is not None:
             check_real(name, parameter)
             check_device(name, parameter, "hidden", device)
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     if hidden.dim() == 0 or token_ids.shape != hidden.shape[:-1]:
         raise ValueError(
             f"token_ids must have one entry for each row of hidden, shape {tuple(hidden.shape[:-1])}, "
@@ -282,24 +288,22 @@ def linear_surprisal_entropy(
         )
     check_device("token_ids", token_ids, "hidden", device)
     mask = check_mask(response_mask, "token_ids", token_ids.shape, device)
-    temperatures = check_temperature(temperature, token_ids)
+    temperatures = check_temperature(temperature, token_ids, mask)
     if logit_softcap is not None:
         check_positive("logit_softcap", logit_softcap)
     if num_live is not None:
         check_count("num_live", num_live, 0)
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    else:
-        for name, parameter in (("lm_head_weight", lm_head_weight), ("bias", bias)):
-            if parameter is not None and parameter.dtype != dtype:
-                raise TypeError(f"{name} must have the dtype of hidden, {dtype}, got {parameter.dtype}")
+    dtype = _dtype_of_products(hidden)
+    for name, parameter in (("lm_head_weight", lm_head_weight), ("bias", bias)):
+        if parameter is not None and _dtype_of_products(parameter) != dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {parameter.dtype}")
     backend = resolve_backend(backend, device)
     check_kernel_dtype("hidden", dtype, backend)
     if chunk_tokens is None:
         chunk_tokens = max(1, _CHUNK_BYTES // max(lm_head_weight.shape[0] * dtype.itemsize, 1))
     check_count("chunk_tokens", chunk_tokens, 1)
 
+    refuse_forward_mode("linear_surprisal_entropy", hidden, lm_head_weight, bias)
     num_rows = token_ids.numel()
     arguments = (
         hidden.reshape(num_rows, hidden.shape[-1]),

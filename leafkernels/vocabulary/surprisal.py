@@ -1,5 +1,6 @@
 """Surprisal of sampled tokens and entropy of their distributions, in one pass over the logits."""
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,10 @@ from leafkernels._core.checks import (
     check_mask,
     check_real,
 )
+from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative, refuse_second_pass
 from leafkernels._core.ops import register
 from leafkernels._core.precision import compute_dtype
-from leafkernels.vocabulary.inputs import check_temperature
+from leafkernels.vocabulary.inputs import check_own_memory, check_temperature
 from leafkernels.vocabulary.slices import ids_in_slice, merge_slices
 
 _INPUTS = "Tensor logits, Tensor token_ids, Tensor temperature, Tensor? mask, str backend"
@@ -36,34 +38,29 @@ class SurprisalEntropy(NamedTuple):
         return -self.surprisal
 
 
-def _impl(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *arguments, backend = args
-    return implementation(backend).surprisal_entropy(logits, *arguments)
-
-
 def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits.dtype)) for _ in range(4))
 
 
-_surprisal_entropy = register(f"surprisal_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake, _impl)
+_surprisal_entropy = register(f"surprisal_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
 
 
 def _backward_impl(surprisal_gradients: Tensor, *args: Any) -> Tensor:
     *arguments, softcap, backend = args
-    logits = arguments[4]
+    logits = arguments[5]
     gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     implementation(backend).surprisal_entropy_backward(gradients, surprisal_gradients, *arguments, softcap)
     return gradients
 
 
 def _backward_fake(*args: Any) -> Tensor:
-    logits = args[5]
+    logits = args[6]
     return logits.new_empty(logits.shape)
 
 
 _BACKWARD = (
-    "(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor entropy, Tensor tops, Tensor log_totals, {logits}, "
-    "Tensor token_ids, Tensor temperature, Tensor? mask, float? softcap, str backend) -> "
+    "(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor surprisal, Tensor entropy, Tensor tops, "
+    "Tensor log_totals, {logits}, Tensor token_ids, Tensor temperature, Tensor? mask, float? softcap, str backend) -> "
 )
 _surprisal_entropy_backward = register(
     f"surprisal_entropy_backward{_BACKWARD.format(logits='Tensor logits')}Tensor", _backward_fake, _backward_impl
@@ -72,7 +69,7 @@ _surprisal_entropy_backward = register(
 
 def _backward_in_place_impl(surprisal_gradients: Tensor, *args: Any) -> None:
     *arguments, softcap, backend = args
-    implementation(backend).surprisal_entropy_backward(arguments[4], surprisal_gradients, *arguments, softcap)
+    implementation(backend).surprisal_entropy_backward(arguments[5], surprisal_gradients, *arguments, softcap)
 
 
 _surprisal_entropy_backward_ = register(
@@ -101,24 +98,31 @@ def _of_rows(
 class _SurprisalEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        *arguments, backend, _, ctx.in_place = args
+        *arguments, backend, _, in_place = args
         surprisal, entropy, tops, log_totals = _of_rows(logits, *args[:-1])
-        ctx.save_for_backward(entropy, tops, log_totals, logits, *arguments)
+        ctx.save_for_backward(surprisal, entropy, tops, log_totals, logits, *arguments)
         ctx.backend = backend
+        # torch.compile plans the memory of what it compiles itself.
+        ctx.given = weakref.ref(logits) if in_place and not torch.compiler.is_compiling() else None
         # A gradient that nobody asks for stays None, and the backward pass then leaves its terms out.
         ctx.set_materialize_grads(False)
         return surprisal, entropy
 
     @staticmethod
     def backward(ctx: Any, of_surprisal: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        entropy, tops, log_totals, logits, *arguments = ctx.saved_tensors
+        refuse_second_derivative("surprisal_entropy")
+        if ctx.given is not None:
+            refuse_second_pass(ctx, "surprisal_entropy with inplace_backward=True")
+        *of_rows, logits, token_ids, temperature, mask = ctx.saved_tensors
         if of_surprisal is None:
-            of_surprisal = torch.zeros_like(entropy)
-        everything = (of_surprisal, of_entropy, entropy, tops, log_totals, logits, *arguments, None, ctx.backend)
-        if not ctx.in_place:
+            of_surprisal = torch.zeros_like(of_rows[0])
+        everything = (of_surprisal, of_entropy, *of_rows, logits, token_ids, temperature, mask, None, ctx.backend)
+        # What a saved-tensor hook unpacked (offloaded, or computed again by a checkpoint) may be another's as well, and
+        # autograd checks no version of it.
+        if ctx.given is None or ctx.given() is not logits:
             return _surprisal_entropy_backward(*everything), *[None] * 6
         _surprisal_entropy_backward_(*everything)
-        # Whoever else kept the logits for a backward pass, this one a second time included, is told by autograd.
+        # Whoever else kept the logits for a backward pass is told by autograd.
         torch.autograd.graph.increment_version(logits)
         return logits, *[None] * 6
 
@@ -136,8 +140,8 @@ def surprisal_entropy(
     """Surprisal of each sampled token and entropy of the distribution it was drawn from, from one read of the logits.
 
     With x = logits / temperature and p = softmax(x): surprisal = -log p[token], entropy = -sum p log p, in nats.
-    Differentiable in the logits, for any weights on both outputs; the gradient is a new tensor in their dtype, and the
-    entropy's part of the work is left out where only the surprisal's gradient is asked for.
+    Differentiable in the logits, once and in reverse mode, for any weights on both outputs; the gradient is a new
+    tensor in their dtype, and the entropy's part of the work is left out where only the surprisal's is asked for.
 
     Nothing cancels: rows shifted by 1e4 lose no digit, and a row whose top logit leads by 60 has its entropy of 1e-25
     with a relative error of about 1e-6, where ``lse - E[x]`` gives 0 or noise. A banned id (-inf) adds nothing; sampled
@@ -147,7 +151,7 @@ def surprisal_entropy(
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64 (computed in float32, float64 for float64; the Triton
             backend takes no float64); rows may have any stride.
-        token_ids: (...) integers.
+        token_ids: (...) integers of any dtype.
         temperature: positive; a float, or one for each row, shaped like ``token_ids``.
         response_mask: (...); rows where it is False are not read, give 0, and get zero gradient.
         vocab_group: the tensor-parallel ranks, if each has a slice of the vocabulary: V is then the number of ids of
@@ -155,12 +159,15 @@ def surprisal_entropy(
             the same on every rank. So are the results, and each rank gets the gradient of its slice, for one loss that
             every rank computes from them. No value is read back; not for ``torch.compile(fullgraph=True)``.
         inplace_backward: write the gradient over the logits, which saves their size in memory. They must be the result
-            of a computation; whatever else in the graph kept them makes autograd raise, and so does a second backward
-            pass.
+            of a computation, or a view of such a result, with memory of its own for each entry: a leaf, a view of one
+            and an expanded tensor are refused. What shares their memory (``logits.detach()``, the tensor they are a
+            view of) holds the gradient afterwards; what autograd kept of them for another backward pass makes that one
+            raise, and a second backward pass raises. Under saved-tensor hooks (checkpointing, offloading) and
+            ``torch.compile`` the gradient is a new tensor.
         backend: "auto", "triton", "torch" or "reference".
     """
     check_real("logits", logits)
-    check_integer("token_ids", token_ids)
+    token_ids = check_integer("token_ids", token_ids)
     if logits.dim() == 0 or token_ids.shape != logits.shape[:-1]:
         raise ValueError(
             f"token_ids must have one entry for each row of logits, shape {tuple(logits.shape[:-1])}, "
@@ -168,7 +175,7 @@ def surprisal_entropy(
         )
     check_device("token_ids", token_ids, "logits", logits.device)
     mask = check_mask(response_mask, "token_ids", token_ids.shape, logits.device)
-    temperatures = check_temperature(temperature, token_ids)
+    temperatures = check_temperature(temperature, token_ids, mask)
     backend = resolve_backend(backend, logits.device)
     check_kernel_dtype("logits", logits.dtype, backend)
 
@@ -187,9 +194,10 @@ def surprisal_entropy(
         backend,
         vocab_group,
     )
-    if inplace_backward and logits.is_leaf and logits.requires_grad:
-        raise ValueError("logits must be the result of a computation with inplace_backward=True, got a leaf")
+    refuse_forward_mode("surprisal_entropy", logits)
     if logits.requires_grad:
+        if inplace_backward:
+            check_own_memory("logits", logits)
         surprisal, entropy = _SurprisalEntropy.apply(*arguments, inplace_backward)
     else:
         surprisal, entropy, _, _ = _of_rows(*arguments)
