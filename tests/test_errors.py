@@ -32,6 +32,13 @@ def check_refuses(
 
 def test_types() -> None:
     check_refuses(TypeError, "token_ids must be a torch.Tensor, got list", token_ids=[[1]])
+    layout = "torch.Tensor, got one of layout torch.sparse_coo"
+    check_refuses(TypeError, f"token_ids must be a dense {layout}", token_ids=IDS.to_sparse())
+    check_refuses(TypeError, f"rewards must be a dense {layout}", rewards=REWARDS.to_sparse())
+    check_refuses(TypeError, f"response_mask must be a dense {layout}", response_mask=IDS.to_sparse())
+    for kind in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor(list(LOGPROBS), layout=kind)
+        check_refuses(TypeError, "logprobs must be a dense torch.Tensor, got a nested one", logprobs=nested)
     check_refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=LOGPROBS)
     check_refuses(TypeError, "token_ids must hold integers, got torch.bool", token_ids=IDS.bool())
     floats = "must be floating point (float32, bfloat16, float16 or float64), got"
