@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.resources
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ from leafkernels.command.credit import check_backend, credit_prompt
 from leafkernels.command.display import draw_prompt
 from leafkernels.command.options import CREDIT_OPTIONS, build_parser
 from leafkernels.command.reading import Failure, RolloutFile
-from leafkernels.command.screen import Screen
+from leafkernels.command.screen import Screen, complain, open_streams
 from leafkernels.command.summary import Statistics, draw_summary
 from leafkernels.command.writing import Writer
 
@@ -46,11 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
             if writer is not None:
                 writer.write(prompt, credit.advantages([len(row) for row in prompt.token_ids]))
             elif screen.is_closed:
-                return 141
+                break
             tick(statistics.prompts)
         if not statistics.prompts:
             raise Failure(f"{path} is empty: there is no prompt in it")
     screen.show(partial(draw_summary, statistics=statistics, out=arguments.out))
+    if screen.failure is not None:
+        raise Failure(screen.failure + ("" if arguments.out is None else f" ({arguments.out} has been written)"))
     return 141 if screen.is_closed and arguments.out is None else 0
 
 
@@ -65,7 +68,7 @@ def _sample() -> Iterator[Path]:
 
 
 def _check_out(path: Path, out: Path, limit: int | None) -> None:
-    if limit is not None and out.exists() and out.samefile(path):
+    if limit is not None and os.path.exists(out) and os.path.samefile(out, path):
         raise Failure(f"--limit would drop the other prompts of {out}: name another file for --out")
 
 
@@ -95,18 +98,16 @@ def _progress(source: RolloutFile, show: int) -> Iterator[Callable[[int], None]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; whatever a person can mend is one sentence on standard error."""
+    open_streams()
     arguments = build_parser().parse_args(argv)
     try:
         return run(arguments)
     except Failure as failure:
-        print(f"leafkernels: {failure}", file=sys.stderr)
+        complain(str(failure))
         return 2
     except KeyboardInterrupt:
-        print("leafkernels: interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
-    except OSError as error:
-        print(f"leafkernels: cannot write the output: {error.strerror or error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def credit_prompt(prompt: Prompt, options: dict[str, Any], device: torch.device)
             cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
             **options,
         )
-    except OverflowError as error:
+    except (OverflowError, ValueError) as error:
+        # What math.fsum of the reference raises where a sum leaves the range of a float.
         raise _too_large(prompt) from error
     # Adding 0.0 turns -0.0 into 0.0, which nobody wants to see with a sign.
     values: list[list[float]] = (tree.spans.values + 0.0).tolist()
