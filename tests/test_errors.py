@@ -318,14 +318,6 @@ except RuntimeError as error:
     ]
 
 
-def test_importing_the_package_imports_neither_kernels_nor_the_command() -> None:
-    code = "import sys, leafkernels; print([m for m in ('triton', 'rich', 'leafkernels.kernels') if m in sys.modules])"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment()
-    )
-    assert run.stdout.strip() == "[]"
-
-
 def clean_environment() -> dict[str, str]:
     import os
 
