@@ -383,6 +383,7 @@ def test_replacing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_replacing_when_a_signal_ends_the_process(tmp_path: Path, name: str) -> None:
     number = getattr(signal, name)
+    signal.signal(number, signal.SIG_DFL)  # whatever this process was started under
     with pytest.raises(SystemExit) as ended, replacing(tmp_path / "a"), replacing(tmp_path / "b"):
         assert len(os.listdir(tmp_path)) == 2
         os.kill(os.getpid(), number)
@@ -655,7 +656,8 @@ def test_shows_a_prompt_before_the_next_is_there_and_leaves_nothing_behind_when_
     os.mkfifo(fifo)
     out = tmp_path / "out.jsonl"
     out.write_text("precious")
-    process = start(fifo, "--out", out)
+    # Whatever this process was started under: nohup ignores one of them, a shell's "&" another.
+    process = start(fifo, "--out", out, preexec_fn=lambda: signal.signal(ending, signal.SIG_DFL))
     with open(fifo, "w") as feed:
         feed.write(json.dumps(HAND[0]) + "\n")
         feed.flush()
