@@ -23,6 +23,13 @@ settings.register_profile(
 settings.load_profile("leafkernels")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Agreement of the kernels with the reference is slow: under the interpreter, a generated case takes a second."""
+    for item in items:
+        if "agree" in item.name and "triton" in item.name:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty returns NaN (or the largest integer), so that an element that no kernel writes is seen."""

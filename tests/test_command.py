@@ -553,6 +553,7 @@ def test_visible() -> None:
     assert visible("é数[red]🙂") == "é数[red]🙂"
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     prompts = [{**prompt, "ballast": "x" * 20_000} for prompt in random_prompts(10)]
     small = save(tmp_path / "small.jsonl", prompts)
@@ -569,6 +570,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] + 500_000
 
 
+@pytest.mark.slow
 def test_reading_holds_one_prompt(tmp_path: Path) -> None:
     source = save(tmp_path / "many.jsonl", random_prompts(100) * 30)
     with RolloutFile(source) as file:
@@ -588,6 +590,7 @@ def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", env=environment, **options)
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path: Path) -> None:
     prompts = random_prompts(40)
     source = save(tmp_path / "in.jsonl", [*prompts, "oops"])
@@ -619,6 +622,7 @@ def run_in_shell(redirection: str, *arguments: Any) -> subprocess.CompletedProce
     return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed(tmp_path: Path) -> None:
     """The file is written all the same, whatever number its descriptor gets."""
     prompts = random_prompts(3)
@@ -632,6 +636,7 @@ def test_streams_that_are_closed(tmp_path: Path) -> None:
     assert run.returncode == 2 and run.stdout == run.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_output_that_cannot_be_printed(tmp_path: Path) -> None:
     prompts = random_prompts(3)

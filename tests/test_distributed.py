@@ -68,6 +68,7 @@ def splits(draw: st.DrawFn, world: int) -> tuple[Rollouts, Shares, str | int | N
     return case, split, draw(st.sampled_from(["tensor", "names", None, *divisors]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks: Ranks) -> None:
     """Bit for bit: uneven rows, none, other lengths and paddings on each rank, NaN rewards, any naming of groups."""
@@ -454,6 +455,7 @@ EXAMPLES = {"torch": 100, "triton": 10, "reference": 40}
 PEAKED = torch.tensor([[61.0, 1.0, 1.0, 0.5, 1.0, -INF, -INF, 0.0], [0.0, 0.0, -INF, -INF, -INF, -INF, 61.0, 61.0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_split_vocabulary_gives_what_the_whole_one_gives(world: int, backend: str, ranks: Ranks) -> None:

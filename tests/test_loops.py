@@ -271,6 +271,7 @@ def test_page_verl() -> None:
     assert of_page("verl")["LeafTrainer"].__mro__[1].__name__ == "LeafAdvantage"
 
 
+@pytest.mark.slow
 def test_page_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
     import tiny_trl
