@@ -3,7 +3,7 @@
 
 check: lint test
 
-# Two minutes of tests.
+# Without the tests that are marked slow.
 quick: lint
 	pytest -m "not slow"
 

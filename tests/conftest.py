@@ -23,10 +23,13 @@ settings.register_profile(
 settings.load_profile("leafkernels")
 
 
+# Generated cases, or many programs, of the kernels: under the interpreter each takes seconds.
+SLOW_ON_TRITON = ("agree", "half_precision", "cross_blocks")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Agreement of the kernels with the reference is slow: under the interpreter, a generated case takes a second."""
     for item in items:
-        if "agree" in item.name and "triton" in item.name:
+        if "triton" in item.name and any(part in item.name for part in SLOW_ON_TRITON):
             item.add_marker(pytest.mark.slow)
 
 
