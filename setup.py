@@ -10,6 +10,7 @@ test = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "hypothesis>=6.100",
+    "setuptools>=71",  # builds the wheel that a test installs
     "numpy>=1.26,<2.4",  # what Triton's interpreter computes with; up to Triton 3.6 it fails with 2.4
     *train,
     *html,

@@ -23,6 +23,16 @@ settings.register_profile(
 settings.load_profile("leafkernels")
 
 
+# Generated cases, or many programs, of the kernels: under the interpreter each takes seconds.
+SLOW_ON_TRITON = ("agree", "half_precision", "cross_blocks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "triton" in item.name and any(part in item.name for part in SLOW_ON_TRITON):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty returns NaN (or the largest integer), so that an element that no kernel writes is seen."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 compiler = pytest.importorskip("triton.compiler")
 if "constexprs" not in inspect.signature(compiler.ASTSource).parameters:
     pytest.skip("needs the interface to Triton's compiler of version 3.3 or later", allow_module_level=True)

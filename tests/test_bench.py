@@ -14,6 +14,8 @@ from bench.harness import Session
 from bench.plot import draw, panels
 from bench.report import markdown
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 # The literal gradient of the entropy takes V passes over V logits, and is not timed; nor is what needs it.
 NOT_LITERAL = {

@@ -1,5 +1,6 @@
 """``python -m leafkernels``: what it writes, what it shows, what it says when something is wrong."""
 
+import errno
 import gzip
 import importlib.resources
 import json
@@ -22,9 +23,10 @@ import python_ref
 from leafkernels.__main__ import main
 from leafkernels.command.credit import credit_prompt
 from leafkernels.command.display import draw_prompt
-from leafkernels.command.reading import RolloutFile
+from leafkernels.command.reading import Failure, RolloutFile
 from leafkernels.command.text import line_of_numbers, line_of_tokens, shorten, visible
 from leafkernels.command.tree import branches
+from leafkernels.command.writing import replacing
 
 Record = dict[str, Any]
 
@@ -96,6 +98,19 @@ def check_written(source: list[Record], written: list[Record], **options: Any) -
             assert row == pytest.approx(reference, rel=1e-9, abs=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_rewards_near_the_largest_float(tmp_path: Path, capsys: pytest.CaptureFixture[str], backend: str) -> None:
+    equal = [completion([1, 2], 1e308), completion([1, 3], 1e308)]
+    opposite = [completion([1], -1e308), completion([1], 1e308)]
+    for rows in (equal, opposite, [completion([], None), *opposite]):
+        code = main([str(save(tmp_path / "in.jsonl", [{"completions": rows}])), "--backend", backend])
+        captured = capsys.readouterr()
+        if code == 0:
+            assert rows is equal and "1.00e+308" in captured.out
+        else:
+            assert "the advantages are not finite, because the rewards (or an option) are too large" in captured.err
+
+
 OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     ([], {}),
     (["--num-boundaries", "4", "--min-separation", "1"], {"num_boundaries": 4, "min_separation": 1}),
@@ -103,6 +118,7 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--terms", "global", "--normalize", "reward_std"], {"terms": "global", "normalize": "reward_std"}),
     (["--terms", "local", "--leave-one-out"], {"terms": "local", "leave_one_out": True}),
     (["--multiplicity-power", "-0.5", "--backend", "torch"], {"multiplicity_power": -0.5}),
+    (["--multiplicity-power", "-1e-3"], {"multiplicity_power": -1e-3}),
     (["--backend", "reference"], {}),
     # Far beyond what fits an integer of the machine.
     (["--num-boundaries", "9" * 30, "--min-separation", "1"], {"num_boundaries": 200, "min_separation": 1}),
@@ -196,7 +212,17 @@ BAD_LINES: list[tuple[str, str]] = [
     (broken(tokens="ab"), "tokens of completions[1] must be a list, got a string"),
     (broken(reward="1"), "completions[1].reward must be a number or null, got a string"),
     (broken(reward=True), "completions[1].reward must be a number or null, got true"),
-    (broken(reward=math.inf), "completions[1].reward must be finite"),
+    (broken(reward=-(10**400)), "completions[1].reward holds a number that is too large"),
+    (broken(reward=0.25).replace("0.25", "1e400"), "completions[1].reward holds a number that is too large"),
+    (
+        broken(logprobs=[-0.25, 0]).replace("-0.25", "-1e400"),
+        "completions[1].logprobs holds a number that is too large",
+    ),
+    (broken(reward=math.nan), "not JSON: NaN is none of its numbers (null: "),
+    (broken(logprobs=[-math.inf, 0]), "not JSON: -Infinity is none of its numbers"),
+    (broken(kept=math.inf), "not JSON: Infinity is none of its numbers"),
+    ('{"a\tb": 1}', "not JSON: invalid control character at column 4"),
+    ('{"a', "not JSON: unterminated string starting at column 2"),
     (broken(reward=1e308, logprobs=[0, 0]).replace("0.0}", "-1e308}"), "the advantages are not finite"),
 ]
 
@@ -292,6 +318,84 @@ def test_out_may_be_the_input_or_a_link_to_it(tmp_path: Path) -> None:
     first = source.read_bytes()
     assert main([str(source), "--out", str(source), "--show", "0"]) == 0
     assert source.read_bytes() == first, "the same rollouts give the same bytes, and old advantages are replaced"
+
+
+def test_a_number_that_a_float_cannot_hold_is_written_as_null(tmp_path: Path) -> None:
+    record = {**GOOD, "kept": [1.5, {"huge": 0.0625}, "Infinity"]}
+    source = save(tmp_path / "in.jsonl", [json.dumps(record).replace("0.0625", "-1e400")])
+    assert main([str(source), "--out", str(source), "--show", "0"]) == 0
+    (written,) = source.read_text().splitlines()
+    found = json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["kept"] == [1.5, {"huge": None}, "Infinity"]
+    assert len(found["completions"][0]["advantages"]) == 2
+
+
+@pytest.mark.parametrize(("link", "target"), [("link.jsonl", "x.jsonl.gz"), ("link.jsonl.gz", "x.jsonl")])
+def test_the_target_of_a_link_says_whether_to_compress(tmp_path: Path, link: str, target: str) -> None:
+    prompts = random_prompts(2)
+    (tmp_path / link).symlink_to(target)
+    assert main([str(save(tmp_path / "in.jsonl", prompts)), "--out", str(tmp_path / link), "--show", "0"]) == 0
+    assert (tmp_path / link).is_symlink()
+    check_written(prompts, load(tmp_path / target))
+
+
+def test_compressed_rollouts_under_any_name(tmp_path: Path) -> None:
+    prompts = random_prompts(2)
+    save(tmp_path / "in.jsonl.gz", prompts).rename(tmp_path / "in.jsonl")
+    assert main([str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--show", "0"]) == 0
+    check_written(prompts, load(tmp_path / "out.jsonl"))
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tmp_path / "in.jsonl", random_prompts(1))
+    assert main([str(source), "--out", str(tmp_path / ("x" * 255)), "--show", "0"]) == 0
+    assert sorted(map(len, os.listdir(tmp_path))) == [8, 255]
+    capsys.readouterr()
+    for more in ([], ["--limit", 1]):
+        check_fails_with("xx: file name too long", [source, "--out", tmp_path / ("x" * 256), *more], capsys)
+
+
+def test_replacing(tmp_path: Path) -> None:
+    """The file is the old one or the new one, never a part, and what is begun goes."""
+    path = tmp_path / "report.html"
+    old = os.umask(0o027)
+    try:
+        with replacing(path) as file:
+            file.write(b"one")
+            assert not path.exists()
+    finally:
+        os.umask(old)
+    assert path.read_bytes() == b"one" and path.stat().st_mode & 0o777 == 0o640
+    path.chmod(0o604)
+    with pytest.raises(Failure, match=r"report\.html: no space left on device$"), replacing(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ZeroDivisionError), replacing(path) as file:
+        file.write(b"two")
+        raise ZeroDivisionError
+    # A process with the same number may have been killed half-way, and another may be at it: names never meet.
+    with replacing(path) as file, replacing(path) as other:
+        file.write(b"three")
+        other.write(b"four")
+    assert path.read_bytes() == b"three" and path.stat().st_mode & 0o777 == 0o604
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_replacing_when_a_signal_ends_the_process(tmp_path: Path, name: str) -> None:
+    number = getattr(signal, name)
+    signal.signal(number, signal.SIG_DFL)  # whatever this process was started under
+    with pytest.raises(SystemExit) as ended, replacing(tmp_path / "a"), replacing(tmp_path / "b"):
+        assert len(os.listdir(tmp_path)) == 2
+        os.kill(os.getpid(), number)
+    assert ended.value.code == 128 + number
+    assert os.listdir(tmp_path) == [] and signal.getsignal(number) is signal.SIG_DFL
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with replacing(tmp_path / "a"):
+            os.kill(os.getpid(), number)  # as under nohup
+    finally:
+        signal.signal(number, before)
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_limit_show_and_a_byte_order_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -449,6 +553,7 @@ def test_visible() -> None:
     assert visible("é数[red]🙂") == "é数[red]🙂"
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     prompts = [{**prompt, "ballast": "x" * 20_000} for prompt in random_prompts(10)]
     small = save(tmp_path / "small.jsonl", prompts)
@@ -465,6 +570,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert peaks[1] < peaks[0] + 500_000
 
 
+@pytest.mark.slow
 def test_reading_holds_one_prompt(tmp_path: Path) -> None:
     source = save(tmp_path / "many.jsonl", random_prompts(100) * 30)
     with RolloutFile(source) as file:
@@ -484,6 +590,7 @@ def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, encoding="utf-8", env=environment, **options)
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path: Path) -> None:
     prompts = random_prompts(40)
     source = save(tmp_path / "in.jsonl", [*prompts, "oops"])
@@ -508,12 +615,54 @@ def test_as_a_process(tmp_path: Path) -> None:
     check_written(prompts, load(tmp_path / "out.jsonl"))
 
 
-def test_shows_a_prompt_before_the_next_is_there_and_leaves_nothing_behind_when_interrupted(tmp_path: Path) -> None:
+def run_in_shell(redirection: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = f'"$@" {redirection}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = ["sh", "-c", command, "sh", sys.executable, "-m", "leafkernels", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.mark.slow
+def test_streams_that_are_closed(tmp_path: Path) -> None:
+    """The file is written all the same, whatever number its descriptor gets."""
+    prompts = random_prompts(3)
+    source, out = save(tmp_path / "in.jsonl", prompts), tmp_path / "out.jsonl"
+    for redirection in ("2>&-", ">&- 2>&-", "<&- >&- 2>&-"):
+        run = run_in_shell(redirection, source, "--out", out)
+        assert run.returncode == 0 and run.stderr == "" and ("summary" in run.stdout) == (redirection == "2>&-")
+        check_written(prompts, load(out))
+        out.unlink()
+    run = run_in_shell("2>&-", tmp_path / "missing.jsonl")
+    assert run.returncode == 2 and run.stdout == run.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_printed(tmp_path: Path) -> None:
+    prompts = random_prompts(3)
+    source, out = save(tmp_path / "in.jsonl", prompts), tmp_path / "out.jsonl"
+    why = "leafkernels: cannot print: no space left on device"
+    assert run_in_shell("> /dev/full", source).stderr == f"{why}\n"
+    for show in ("0", "2"):
+        run = run_in_shell("> /dev/full", source, "--out", out, "--show", show)
+        assert run.returncode == 2 and run.stderr == f"{why} ({out} has been written)\n"
+        check_written(prompts, load(out))
+        out.unlink()
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [(signal.SIGINT, 130, "leafkernels: interrupted\n"), (signal.SIGTERM, 143, ""), (signal.SIGHUP, 129, "")],
+)
+def test_shows_a_prompt_before_the_next_is_there_and_leaves_nothing_behind_when_interrupted(
+    tmp_path: Path, ending: signal.Signals, code: int, said: str
+) -> None:
     fifo = tmp_path / "pipe.jsonl"
     os.mkfifo(fifo)
     out = tmp_path / "out.jsonl"
     out.write_text("precious")
-    process = start(fifo, "--out", out)
+    # Whatever this process was started under: nohup ignores one of them, a shell's "&" another.
+    process = start(fifo, "--out", out, preexec_fn=lambda: signal.signal(ending, signal.SIG_DFL))
     with open(fifo, "w") as feed:
         feed.write(json.dumps(HAND[0]) + "\n")
         feed.flush()
@@ -521,9 +670,9 @@ def test_shows_a_prompt_before_the_next_is_there_and_leaves_nothing_behind_when_
         while "#2" not in (line := process.stdout.readline()):
             assert line, "it ended"
         assert len(list(tmp_path.iterdir())) == 3, "the partial file lies beside the other"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(ending)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "leafkernels: interrupted\n"
+    assert process.returncode == code
+    assert err == said
     assert out.read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "pipe.jsonl"]

@@ -80,6 +80,7 @@ def test_opcheck(backend: str, name: str) -> None:
     assert set(result.values()) == {"SUCCESS"}, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("layout", ["padded", "groups", "packed"])
 def test_torch_compile_fullgraph(backend: str, layout: str) -> None:
@@ -103,6 +104,7 @@ def test_torch_compile_fullgraph(backend: str, layout: str) -> None:
     torch.testing.assert_close(compiled(*arguments), step(*arguments), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_torch_compile_with_gradients() -> None:
     group = random_group(6, 20, seed=4, vocabulary=2)
 
@@ -122,6 +124,7 @@ def test_torch_compile_with_gradients() -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("function", ["surprisal_entropy", "in place", "linear_surprisal_entropy", "policy_loss"])
 def test_vocabulary_functions_compile_with_gradients(function: str, backend: str) -> None:
@@ -150,6 +153,7 @@ def test_vocabulary_functions_compile_with_gradients(function: str, backend: str
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_torch_compile_of_other_estimators(backend: str, name: str) -> None:
@@ -172,6 +176,7 @@ def test_torch_compile_of_other_estimators(backend: str, name: str) -> None:
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.slow
 @on_gpu
 @pytest.mark.parametrize("refines", [False, True])
 def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.MonkeyPatch) -> None:

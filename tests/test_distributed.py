@@ -68,6 +68,7 @@ def splits(draw: st.DrawFn, world: int) -> tuple[Rollouts, Shares, str | int | N
     return case, split, draw(st.sampled_from(["tensor", "names", None, *divisors]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks: Ranks) -> None:
     """Bit for bit: uneven rows, none, other lengths and paddings on each rank, NaN rewards, any naming of groups."""
@@ -110,6 +111,21 @@ def test_sends_every_dtype_as_it_comes(dtype: torch.dtype, ids: torch.dtype, ran
     found = torch.cat(ranks.call(advantages_of_rank, calls))
     assert torch.equal(found, expected)
     assert not found.requires_grad
+
+
+def advantages_of_columns(inputs: dict[str, Any], world: int) -> torch.Tensor:
+    """On a rank whose arguments are columns of tables; made there, because pickling tells no stride of one element."""
+    return advantages_of_rank({name: torch.stack([t, t], -1)[..., 0] for name, t in inputs.items()}, {}, world)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_row_of_a_table(masked: bool, ranks: Ranks) -> None:
+    """A section of one element keeps the stride of the table that it is a column of."""
+    inputs = {"logprobs": -torch.ones(2, 1), "token_ids": IDS[:, :1], "rewards": torch.tensor([1.0, 0.0]).double()}
+    inputs |= {"groups": torch.tensor([5, 5])} | ({"response_mask": torch.ones(2, 1)} if masked else {})
+    calls = [({name: tensor[row : row + 1] for name, tensor in inputs.items()}, 2) for row in range(2)]
+    found = torch.cat(ranks.call(advantages_of_columns, calls))
+    assert torch.equal(found, leafkernels.span_advantages(**inputs))
 
 
 @contextlib.contextmanager
@@ -225,6 +241,18 @@ IDS = good_inputs()["token_ids"]
             {"groups": IDS[:, 0], "group_size": 2},
             "ValueError: group_size must be None where groups names the prompts, got 2",
         ),
+        (
+            {"groups": [0.0, math.nan]},
+            "ValueError: groups must not hold NaN, which equals no other name, got nan for row 1",
+        ),
+        (
+            {"token_ids": IDS.to_sparse()},
+            "TypeError: token_ids must be a dense torch.Tensor, got one of layout torch.sparse_coo",
+        ),
+        (
+            {"rewards": torch.zeros(2).to_sparse()},
+            "TypeError: rewards must be a dense torch.Tensor, got one of layout torch.sparse_coo",
+        ),
     ],
 )
 def test_a_rank_that_is_refused_tells_the_others(changes: dict[str, Any], message: str, ranks: Ranks) -> None:
@@ -232,6 +260,59 @@ def test_a_rank_that_is_refused_tells_the_others(changes: dict[str, Any], messag
     bad, good = ranks.call(refusal_of_rank, [(good_inputs(**changes), 2), (good_inputs(), 2)])
     assert bad == message
     assert good == f"RuntimeError: gather_groups was refused on rank 0 of the group: {message.split(': ', 1)[1]}"
+
+
+class Odd:
+    """Arguments that only the rank itself can make."""
+
+    @staticmethod
+    def cannot_be_pickled() -> Any:
+        return [lambda: 0, lambda: 1]
+
+    @staticmethod
+    def equal_nothing() -> Any:
+        return [Odd(), Odd()]
+
+    @staticmethod
+    def cannot_be_compared() -> Any:
+        return [["a"], ["b"]]
+
+    @staticmethod
+    def fail() -> Any:
+        yield "a"
+        raise LookupError("no such prompt")
+
+    @staticmethod
+    def fail_without_a_word() -> Any:
+        yield "a"
+        raise ZeroDivisionError
+
+
+def odd_refusal_of_rank(names: str | None, world: int) -> str:
+    try:
+        return refusal_of_rank(good_inputs(groups=getattr(Odd, names)() if names else ["a", "b"]), world)
+    except (LookupError, ZeroDivisionError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("cannot_be_pickled", "TypeError: groups must hold names that can be pickled, to be sent: "),
+        ("equal_nothing", "TypeError: groups must hold names that are equal on every rank (strings, ints, tuples), "),
+        (
+            "cannot_be_compared",
+            "TypeError: groups must hold names that can be compared (strings, ints, tuples), got ['a'] for row 0",
+        ),
+        ("fail", "LookupError: no such prompt"),
+        ("fail_without_a_word", "ZeroDivisionError: "),
+    ],
+)
+def test_names_that_fail_on_their_rank_fail_on_all(names: str, message: str, ranks: Ranks) -> None:
+    bad, good = ranks.call(odd_refusal_of_rank, [(names, 2), (None, 2)])
+    assert bad.startswith(message)
+    told = bad.split(": ", 1)[1] or bad.split(": ")[0]
+    assert good == f"RuntimeError: gather_groups was refused on rank 0 of the group: {told}"
 
 
 @pytest.mark.parametrize(
@@ -382,6 +463,7 @@ EXAMPLES = {"torch": 100, "triton": 10, "reference": 40}
 PEAKED = torch.tensor([[61.0, 1.0, 1.0, 0.5, 1.0, -INF, -INF, 0.0], [0.0, 0.0, -INF, -INF, -INF, -INF, 61.0, 61.0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_split_vocabulary_gives_what_the_whole_one_gives(world: int, backend: str, ranks: Ranks) -> None:

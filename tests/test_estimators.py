@@ -179,6 +179,7 @@ def test_spans_of_tempo_are_what_the_scatter_takes(case: Rollouts) -> None:
 # The laws. They hold for any backend; the fast one can afford many cases.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_shifting_scaling_and_flipping_rewards(name: str) -> None:
     @given(rollouts(), st.sampled_from([2.0, 0.25]), st.sampled_from([-5.0, 8.0]))
@@ -202,6 +203,7 @@ def test_shifting_scaling_and_flipping_rewards(name: str) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_layout_padding_and_names_of_tokens_change_nothing(name: str) -> None:
     @given(rollouts(), st.integers(0, 4), st.randoms(use_true_random=False))
@@ -221,6 +223,7 @@ def test_layout_padding_and_names_of_tokens_change_nothing(name: str) -> None:
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_other_prompts_change_nothing(name: str) -> None:
     @given(rollouts())

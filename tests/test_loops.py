@@ -231,11 +231,14 @@ def test_page_areal() -> None:
     assert_same(case, PROMPTS, data["advantages"], 1)
 
 
-def test_page_ms_swift() -> None:
+@pytest.mark.parametrize(
+    "prompt_ids", [["b", "b", "b", "a", "a", "a"], torch.tensor(example().groups), list(torch.tensor(example().groups))]
+)
+def test_page_ms_swift(prompt_ids: Any) -> None:
     case = example()
     padded = case.padded()
     rows = (padded["logprobs"], padded["token_ids"], padded["response_mask"], padded["rewards"])
-    advantages = of_page("ms-swift")["ms_swift"](*rows, ["b", "b", "b", "a", "a", "a"])
+    advantages = of_page("ms-swift")["ms_swift"](*rows, prompt_ids)
     for row, ids, of_padded in zip(advantages, case.token_ids, expected(case), strict=True):
         assert torch.equal(row[: len(ids)], of_padded)
 
@@ -251,7 +254,12 @@ def test_page_tinker() -> None:
         torch.tensor([0] * (len(ids) - len(row)) + row, dtype=torch.int32)
         for ids, row in zip(shifted, case.mask, strict=True)
     ]
-    of_page("Tinker")["tinker"](datums, masks, torch.tensor(case.rewards), ["x"] * 3 + ["y"] * 3)
+    empty = {"target_tokens": [], "logprobs": []}
+    datums.append(empty)
+    masks.append(torch.tensor([]))
+    rewards = torch.tensor([*case.rewards, 1.0])
+    of_page("Tinker")["tinker"](datums, masks, rewards, ["x"] * 3 + ["y"] * 3 + ["z"])
+    assert datums.pop() is empty and empty["advantages"] == []
     for datum, ids, of_padded in zip(datums, case.token_ids, expected(case), strict=True):
         assert datum["advantages"][len(datum["advantages"]) - len(ids) :] == of_padded.tolist()
         assert len(datum["advantages"]) == len(datum["target_tokens"])
@@ -263,6 +271,7 @@ def test_page_verl() -> None:
     assert of_page("verl")["LeafTrainer"].__mro__[1].__name__ == "LeafAdvantage"
 
 
+@pytest.mark.slow
 def test_page_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
     import tiny_trl

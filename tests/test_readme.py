@@ -46,6 +46,7 @@ def test_python_snippets() -> None:
     assert advantages.shape == names["token_ids"].shape  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snippet", [snippet for snippet in blocks("python") if of_trl(snippet)])
 def test_trl_snippet(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
@@ -68,6 +69,7 @@ def test_every_command_is_accounted_for() -> None:
     assert set(EXTRA) <= set(commands())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in commands() if EXTRA.get(c, "") is not None])
 def test_commands(command: str, tmp_path: Path) -> None:
     program, *arguments = shlex.split(f"{command} {EXTRA.get(command, '')}")

@@ -15,6 +15,7 @@ import torch
 
 import leafkernels
 
+pytestmark = pytest.mark.slow
 np = pytest.importorskip("numpy")
 # Older versions of Qwen2-Audio keep their parts under other names.
 pytest.importorskip("transformers", minversion="5.23")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 
 import tiny_trl

@@ -21,9 +21,12 @@ def values_readable(tensor: Tensor) -> bool:
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
-    """Raise TypeError unless ``value`` is a tensor."""
+    """Raise TypeError unless ``value`` is a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}")
     return value
 
 

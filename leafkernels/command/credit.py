@@ -1,6 +1,7 @@
 """The credit of one prompt's rollouts, in plain lists."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -50,23 +51,37 @@ def check_backend(backend: str) -> torch.device:
     return device
 
 
+def pack_prompt(prompt: Prompt, device: torch.device) -> dict[str, Any]:
+    """The prompt's rollouts as packed rows: arguments of ``span_tree`` and of every estimator."""
+    return {
+        "logprobs": torch.tensor([x for row in prompt.logprobs for x in row], dtype=torch.float32, device=device),
+        "token_ids": torch.tensor([x for row in prompt.token_ids for x in row], dtype=torch.int64, device=device),
+        "rewards": torch.tensor(prompt.rewards, dtype=torch.float64, device=device),
+        "cu_seqlens": torch.tensor([0, *accumulate(map(len, prompt.token_ids))], dtype=torch.int32, device=device),
+    }
+
+
+def bound_options(options: Mapping[str, Any], lengths: list[int]) -> dict[str, Any]:
+    """The options, with no more boundaries than tokens and none farther apart, which changes nothing.
+
+    What a person types may be any number.
+    """
+    longest = max(1, *lengths)
+    separation = options["min_separation"]
+    return {
+        **options,
+        "num_boundaries": min(options["num_boundaries"], longest),
+        "min_separation": None if separation is None else min(separation, longest),
+    }
+
+
 def credit_prompt(prompt: Prompt, options: dict[str, Any], device: torch.device) -> Credit:
     """The tree of the prompt's rollouts; ``options`` are keyword arguments of ``span_tree``."""
     lengths = [len(row) for row in prompt.token_ids]
-    # More boundaries than tokens, or farther apart, change nothing, and what a person types may be any number.
-    longest = max(1, *lengths)
-    options = {**options, "num_boundaries": min(options["num_boundaries"], longest)}
-    if options["min_separation"] is not None:
-        options["min_separation"] = min(options["min_separation"], longest)
     try:
-        tree = span_tree(
-            torch.tensor([value for row in prompt.logprobs for value in row], dtype=torch.float32, device=device),
-            torch.tensor([token for row in prompt.token_ids for token in row], dtype=torch.int64, device=device),
-            torch.tensor(prompt.rewards, dtype=torch.float64, device=device),
-            cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-            **options,
-        )
-    except OverflowError as error:
+        tree = span_tree(**pack_prompt(prompt, device), **bound_options(options, lengths))
+    except (OverflowError, ValueError) as error:
+        # What math.fsum of the reference raises where a sum leaves the range of a float.
         raise _too_large(prompt) from error
     # Adding 0.0 turns -0.0 into 0.0, which nobody wants to see with a sign.
     values: list[list[float]] = (tree.spans.values + 0.0).tolist()

@@ -25,7 +25,7 @@ def draw_prompt(console: Console, prompt: Prompt, credit: Credit) -> None:
     lines = list(branches(prompt, credit))
     width = console.width - len(INDENT)
     rewards = scored(prompt.rewards)
-    mean = math.fsum(rewards) / len(rewards) if rewards else math.nan
+    mean = credit.means[0][0] if rewards else math.nan
 
     console.rule(Text(shorten(visible(prompt.name, spaces=False), width - 8), style="bold"), align="left", style="dim")
     if prompt.text:

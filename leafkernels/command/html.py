@@ -6,26 +6,24 @@ import html
 import json
 import math
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from importlib.resources import files
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 import leafkernels
-from leafkernels.command.credit import Credit, no_signal, scored
+from leafkernels.command.credit import Credit, bound_options, no_signal, pack_prompt, scored
 from leafkernels.command.pieces import pieces_of
 from leafkernels.command.profile import Profile
 from leafkernels.command.reading import Failure, Prompt
 from leafkernels.command.summary import Statistics
 from leafkernels.command.text import visible
+from leafkernels.command.writing import replacing
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -170,8 +168,20 @@ class Report:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the page to ``path``, whole or not at all."""
-        write_text_atomically(Path(path), self.page())
+        """Write the page to ``path``, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            with replacing(Path(path)) as file:
+                self.write(file)
+        except Failure as failure:
+            raise OSError(str(failure)) from failure
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the page into an open file."""
+        file.write(self.page().encode())
 
     def _repr_html_(self) -> str:
         # In a frame of its own neither side's style reaches the other, and its script reaches nothing outside.
@@ -188,18 +198,8 @@ class Report:
 def schemes_of_prompt(prompt: Prompt, credit: Credit, options: Mapping[str, Any]) -> dict[str, list[Tensor]]:
     """Every scheme's advantages of the prompt's rollouts; ``credit`` has those of LEAF."""
     lengths = [len(row) for row in prompt.token_ids]
-    longest = max(1, *lengths)
-    separation = options["min_separation"]
-    boundaries = {
-        "num_boundaries": min(options["num_boundaries"], longest),
-        "min_separation": None if separation is None else min(separation, longest),
-    }
-    packed: dict[str, Any] = {
-        "logprobs": torch.tensor([value for row in prompt.logprobs for value in row], dtype=torch.float32),
-        "token_ids": torch.tensor([token for row in prompt.token_ids for token in row], dtype=torch.int64),
-        "rewards": torch.tensor(prompt.rewards, dtype=torch.float64),
-        "cu_seqlens": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-    }
+    packed = pack_prompt(prompt, torch.device("cpu"))
+    boundaries = {name: bound_options(options, lengths)[name] for name in ("num_boundaries", "min_separation")}
     return {
         "leaf": [torch.tensor(row, dtype=torch.float64) for row in credit.advantages(lengths)],
         "grpo": list(leafkernels.grpo(**packed).split(lengths)),
@@ -226,43 +226,6 @@ def _packed(number: int) -> str:
         number, digit = divmod(number, _BASE)
         text += _ALPHABET[_BASE + digit]
     return text + _ALPHABET[number]
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file beside ``path`` and rename it, so that ``path`` is never half a page."""
-    target = Path(os.path.realpath(path))
-    check_target(path)
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=target.parent)
-        try:
-            with open(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-            os.chmod(partial, _mode(target))
-            os.replace(partial, target)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(partial)
-            raise
-    except OSError as error:
-        raise Failure(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
-
-
-def check_target(path: Path) -> None:
-    """Raise Failure where ``write_text_atomically`` could not write, before anybody has waited for what is written."""
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise Failure(f"cannot write {path}: not a regular file")
-    if not target.parent.is_dir():
-        raise Failure(f"cannot write {path}: no such file or directory")
-
-
-def _mode(target: Path) -> int:
-    """The permissions of the file that is replaced, or those that a new file gets."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
 
 
 def _environment() -> "Environment":

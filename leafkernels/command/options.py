@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,8 +30,9 @@ are kept. completions must not be empty; token_ids may be. A position whose
 logprob is null is never a boundary. A rollout whose reward is null is left out
 of every mean and gets 0.
 
-Exit codes: 0; 2 for a wrong option or file; 130 after Ctrl-C; 141 where the
-reader of the output went away (with --out the file is written all the same).
+Exit codes: 0; 2 for a wrong option or file; 130, 143 or 129 after Ctrl-C,
+SIGTERM or SIGHUP; 141 where the reader of the output went away (with --out
+the file is written all the same).
 """
 
 
@@ -78,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # As from Python 3.14 on: -1e-3 is a number too, and no option.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS", help=".jsonl or .jsonl.gz (none: sample)")
     parser.add_argument("--version", action="version", version=f"leafkernels {__version__}")
     files = parser.add_argument_group("reading and writing")

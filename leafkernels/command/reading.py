@@ -38,11 +38,12 @@ class RolloutFile:
         self.path = path
         try:
             self._raw = open(path, "rb")  # noqa: SIM115 - closed by __exit__
+            # The name of a link may tell nothing.
+            is_gzip = path.name.endswith(".gz") or self._raw.peek(2)[:2] == b"\x1f\x8b"
         except OSError as error:
             raise Failure(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
         status = os.fstat(self._raw.fileno())
         self.size = status.st_size if stat.S_ISREG(status.st_mode) else None
-        is_gzip = path.name.endswith(".gz")
         self._lines = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw)) if is_gzip else self._raw
 
     def __enter__(self) -> "RolloutFile":
@@ -81,11 +82,13 @@ def _parse(line: bytes, number: int, where: str) -> Prompt:
     """The prompt on a line of the file, or a _Malformed that says what is wrong with it."""
     try:
         # A byte order mark is legal at the start of the file only, where some editors put it.
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        decoded = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        record = json.loads(decoded, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise _Malformed(f"not UTF-8 text (byte {error.start + 1} of the line)") from error
     except json.JSONDecodeError as error:
-        raise _Malformed(f"not JSON: {error.msg.lower()} at column {error.colno}") from error
+        # Some of the messages end in "at" themselves.
+        raise _Malformed(f"not JSON: {error.msg.lower().removesuffix(' at')} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:
         raise _Malformed("not JSON that can be read: a number is too long, or the nesting too deep") from error
     if not isinstance(record, dict):
@@ -108,6 +111,10 @@ def _parse(line: bytes, number: int, where: str) -> Prompt:
     for index, completion in enumerate(completions):
         _add_completion(prompt, completion, f"completions[{index}]")
     return prompt
+
+
+def _refuse_constant(name: str) -> None:
+    raise _Malformed(f"not JSON: {name} is none of its numbers (null: a logprob or a reward that is not known)")
 
 
 def _add_completion(prompt: Prompt, completion: object, where: str) -> None:
@@ -134,11 +141,9 @@ def _add_completion(prompt: Prompt, completion: object, where: str) -> None:
     if type(reward) not in (int, float, type(None)):
         raise _Malformed(f"{where}.reward must be a number or null, got {_kind(reward)}")
     prompt.token_ids.append(token_ids)
-    prompt.logprobs.append([_number(value, f"{where}.logprobs") for value in logprobs])
-    prompt.rewards.append(_number(reward, f"{where}.reward"))
+    prompt.logprobs.append(_numbers(logprobs, f"{where}.logprobs"))
+    prompt.rewards += _numbers([reward], f"{where}.reward")
     prompt.tokens.append(tokens)
-    if math.isinf(prompt.rewards[-1]):
-        raise _Malformed(f"{where}.reward must be finite")
 
 
 def _list(record: dict[str, Any], key: str, where: str) -> list[Any]:
@@ -156,11 +161,15 @@ def _check_types(values: list[Any], types: set[type], where: str, what: str) -> 
         raise _Malformed(f"{where}[{index}] must be {what}, got {_kind(values[index])}")
 
 
-def _number(value: float | None, where: str) -> float:
+def _numbers(values: list[float | None], where: str) -> list[float]:
+    """Floats, NaN for null."""
     try:
-        return math.nan if value is None else float(value)
-    except OverflowError as error:
-        raise _Malformed(f"{where} holds a number that is too large") from error
+        numbers = [math.nan if value is None else float(value) for value in values]
+    except OverflowError:
+        numbers = [math.inf]
+    if math.inf in numbers or -math.inf in numbers:
+        raise _Malformed(f"{where} holds a number that is too large")
+    return numbers
 
 
 def _kind(value: object) -> str:

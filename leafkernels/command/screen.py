@@ -1,9 +1,10 @@
-"""Standard output: colours on a terminal, plain text elsewhere, and no fuss when the reader goes away."""
+"""The standard streams: colours on a terminal, plain text elsewhere, and no fuss when the reader goes away."""
 
 import io
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from rich.console import Console
 from rich.text import Text
@@ -17,8 +18,27 @@ class _Console(Console):
         raise BrokenPipeError
 
 
+def open_streams() -> None:
+    """Put the null device where the caller has closed standard output or standard error.
+
+    The next file that is opened would get its number, and with it what libraries write there.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the process ends
+
+
+def complain(sentence: str) -> None:
+    """Tell the person at the terminal what went wrong, where it can be told."""
+    with suppress(OSError):
+        print(f"leafkernels: {sentence}", file=sys.stderr)
+
+
 class Screen:
-    """Prints until nobody reads any more; ``is_closed`` says that it has come to that."""
+    """Prints until nothing can be printed any more.
+
+    ``is_closed`` says that it has come to that, and ``failure`` why, unless the reader simply went away.
+    """
 
     def __init__(self) -> None:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -26,15 +46,18 @@ class Screen:
             sys.stdout.reconfigure(errors="replace")
         self.console: Console = _Console(highlight=False, markup=False, emoji=False)
         self.is_closed = False
+        self.failure: str | None = None
 
     def show(self, draw: Callable[[Console], None]) -> None:
-        """Let ``draw`` print, unless nobody reads any more."""
+        """Let ``draw`` print, unless that has failed before."""
         if self.is_closed:
             return
         try:
             draw(self.console)
-        except BrokenPipeError:
+        except OSError as error:
             self.is_closed = True
+            if not isinstance(error, BrokenPipeError):
+                self.failure = f"cannot print: {(error.strerror or str(error)).lower()}"
             # What Python still flushes when it ends must not fail a second time.
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())

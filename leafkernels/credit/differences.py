@@ -32,9 +32,10 @@ def tempo(
     ended, at most K - 1 of them; at the last one, V becomes the row's own reward. Over a row the differences sum to
     r - mean, unless another row is identical or goes on where it ends: then to V of the whole row, less the mean.
 
-    The values of ``logprobs`` do not matter. All arguments, layouts and errors as in ``span_advantages``; holes of the
-    mask count in a prefix, and what differs at a hole is credited to no token. A row has up to 2 G spans, G the size of
-    a prompt (of the whole call where ``groups`` is a CUDA tensor), and a few tables of that size are float64.
+    The values of ``logprobs`` do not matter. The arguments are those of ``span_advantages`` but for the options of its
+    tree (rollouts part where they part, and no boundary is selected), and so are layouts and errors; holes of the mask
+    count in a prefix, and what differs at a hole is credited to no token. A row has up to 2 G spans, G the size of a
+    prompt (of the whole call where ``groups`` is a CUDA tensor), and a few tables of that size are float64.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
@@ -121,7 +122,8 @@ def treerl(
 
     Where no two rows share a boundary prefix this is twice ``rloo``.
 
-    All arguments, layouts and errors as in ``span_advantages``.
+    The arguments are those of ``span_advantages`` but for ``terms``, ``multiplicity_power``, ``leave_one_out`` and
+    ``normalize``, which the formula settles, and so are layouts and errors.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.

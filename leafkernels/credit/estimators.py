@@ -1,5 +1,8 @@
 """Other estimators on the same rollouts, called as ``span_advantages`` is: compare credit schemes by changing a name.
 
+Options of ``span_advantages``'s tree (``num_boundaries`` and the like) are taken by those that have such a tree only:
+here ``treerl`` takes ``num_boundaries``, ``min_separation`` and ``boundary_scores``, the others none.
+
 With r the reward of a row, mean, std (ddof 1) and K those of its prompt:
 
     grpo       (r - mean) / (std + 1e-6)
@@ -53,8 +56,8 @@ def grpo(
 ) -> Tensor:
     """(r - mean) / (std + 1e-6) at every token of a rollout, std with ddof 1 (GRPO, arXiv 2402.03300).
 
-    Of ``logprobs`` and ``token_ids`` only the shape matters. All arguments, layouts and errors as in
-    ``span_advantages``.
+    Of ``logprobs`` and ``token_ids`` only the shape matters. The arguments are those of ``span_advantages`` but for the
+    options of its tree, and so are layouts and errors.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
@@ -76,8 +79,8 @@ def dr_grpo(
 ) -> Tensor:
     """r - mean at every token of a rollout (Dr. GRPO, arXiv 2503.20783).
 
-    Of ``logprobs`` and ``token_ids`` only the shape matters. All arguments, layouts and errors as in
-    ``span_advantages``.
+    Of ``logprobs`` and ``token_ids`` only the shape matters. The arguments are those of ``span_advantages`` but for the
+    options of its tree, and so are layouts and errors.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
@@ -99,8 +102,8 @@ def rloo(
 ) -> Tensor:
     """r minus the mean of the prompt's other rewards, at every token of a rollout (RLOO, arXiv 2402.14740).
 
-    That is K / (K - 1) * (r - mean). Of ``logprobs`` and ``token_ids`` only the shape matters. All arguments, layouts
-    and errors as in ``span_advantages``.
+    That is K / (K - 1) * (r - mean). Of ``logprobs`` and ``token_ids`` only the shape matters. The arguments
+    are those of ``span_advantages`` but for the options of its tree, and so are layouts and errors.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.

@@ -4,6 +4,7 @@
 collectives of a few numbers for each row in the forward pass, and none in the backward pass.
 """
 
+import pickle
 from collections.abc import Hashable, Iterable
 from itertools import chain
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from leafkernels._core.checks import (
 )
 from leafkernels._core.ranks import place
 from leafkernels.rows.find import build_layout, check_cu_seqlens, check_named_groups
-from leafkernels.rows.groups import group_index
+from leafkernels.rows.groups import group_index, read_names
 from leafkernels.rows.layout import as_rows
 
 
@@ -65,8 +66,8 @@ class _Header(NamedTuple):
     """What must be the same on every rank, by the name of the argument."""
     counts: dict[str, int]
     """Elements of each of this rank's sections."""
-    names: list[Hashable] | None
-    """Of the prompts of this rank's rows."""
+    names: bytes | None
+    """Of the prompts of this rank's rows, pickled."""
 
 
 class _Local(NamedTuple):
@@ -108,8 +109,8 @@ def gather_groups(
         token_ids: the same shape; any integer dtype, the same on all ranks.
         rewards: (N,); gathered as float64.
         response_mask: the same shape as ``token_ids``, nonzero where a token counts; on every rank or on none.
-        groups: a tensor (N,) of integers that mean the same prompt on every rank, or as many names (uid strings), sent
-            as they are.
+        groups: a tensor (N,) of integers that mean the same prompt on every rank, or as many names (uid strings, as in
+            ``group_index``), sent as they are.
         group_size: consecutive runs of that many rows are a prompt, counted through all ranks. None, with ``groups``
             None too: the rows of all ranks are one prompt.
         cu_seqlens: (N + 1,) int32, offsets of packed rows.
@@ -125,9 +126,9 @@ def gather_groups(
     try:
         local = _local_rows(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens)
         header = local.header
-    except (TypeError, ValueError) as error:
-        # The others are about to wait for this rank, so it must not leave before it has told them.
-        failure, header = error, _Header(str(error), {}, {}, None)
+    except Exception as error:
+        # The others are about to wait for this rank, so it must not leave before it has told them, whatever it is.
+        failure, header = error, _Header(str(error) or type(error).__name__, {}, {}, None)
     headers: list[Any] = [None] * world_size
     dist.all_gather_object(headers, header, group=process_group)
     if failure is not None:
@@ -140,7 +141,9 @@ def gather_groups(
     }
     cu_seqlens = pad(parts.pop("row_lengths").cumsum(0), (1, 0))
     if header.names is not None:
-        parts["groups"] = group_index(chain.from_iterable(h.names for h in headers), device=token_ids.device)
+        # Last, because it is the one step that may fail on some ranks only: where a class of names is not known.
+        names = chain.from_iterable(pickle.loads(h.names) for h in headers)
+        parts["groups"] = group_index(names, device=token_ids.device)
     return GatheredGroups(
         inputs={"response_mask": None, "groups": None, "group_size": group_size, **parts, "cu_seqlens": cu_seqlens},
         shape=token_ids.shape,
@@ -187,7 +190,7 @@ def _local_rows(
         sections["groups"] = check_named_groups(groups, num_rows, "token_ids", device).to(torch.int64)
         kind = "a tensor"
     elif groups is not None:
-        kind, names = "names", _check_names(groups, num_rows)
+        kind, names = "names", _pickled_names(groups, num_rows)
 
     tokens = {"token_ids": token_ids, "logprobs": logprobs.detach()}
     if mask is not None:
@@ -213,16 +216,28 @@ def _local_rows(
     return _Local(header, sections, positions)
 
 
-def _check_names(groups: Any, num_rows: int) -> list[Hashable]:
-    """The names of the prompts, one for each row."""
-    if isinstance(groups, (str, int)) or not isinstance(groups, Iterable):
+def _pickled_names(groups: Any, num_rows: int) -> bytes:
+    """The names of the prompts, one for each row, as they are sent."""
+    if isinstance(groups, str | bytes) or not isinstance(groups, Iterable):
         raise TypeError(
             f"groups must be an integer tensor or a list of names for the rows, got {type(groups).__name__}"
         )
-    names = list(groups)
+    names = read_names("groups", groups)
     if len(names) != num_rows:
         raise ValueError(f"groups must name one prompt for each of {num_rows} rows, got {len(names)} names")
-    return names
+    try:
+        pickled = pickle.dumps(names)
+        arrived = pickle.loads(pickled)
+    except Exception as error:
+        raise TypeError(f"groups must hold names that can be pickled, to be sent: {error}") from error
+    for row, (name, copy) in enumerate(zip(names, arrived, strict=True)):
+        # A bare object equals nothing but itself, and so no name of another rank.
+        if name != copy:
+            raise TypeError(
+                f"groups must hold names that are equal on every rank (strings, ints, tuples), got {name!r:.80} for "
+                f"row {row}"
+            )
+    return pickled
 
 
 def _check_headers(headers: list[_Header], group_size: int | None) -> None:
@@ -245,7 +260,9 @@ def _gather(section: Tensor, counts: list[int], process_group: "dist.ProcessGrou
     """The sections (n,) of all ranks one behind the other, given the ``n`` of each."""
     # Collectives take equal sizes, and not every dtype on every backend; bytes they all do.
     longest = max(counts)
-    own = pad(section.contiguous().view(torch.uint8), (0, (longest - section.shape[0]) * section.element_size()))
+    own = section.new_zeros(longest)
+    own[: section.shape[0]] = section
+    own = own.view(torch.uint8)
     gathered = [torch.empty_like(own) for _ in counts]
     if longest:
         dist.all_gather(gathered, own, group=process_group)

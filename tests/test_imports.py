@@ -1,0 +1,144 @@
+"""Who imports whom: the rooms of the package, read from its source, and what a fresh process loads."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("leafkernels", "python_ref")
+
+# A room imports from lower floors, and from its own floor where that is one of these.
+FLOORS = [
+    ("_core",),
+    ("rows",),
+    ("credit", "vocabulary", "losses"),
+    ("", "distributed"),  # the public names
+    ("lookahead", "integrations", "command"),
+    ("__main__",),
+]
+SHARED_FLOOR = 2
+# What runs an operation; it is loaded by name, and has rules of its own.
+BACKENDS = {
+    "kernels": {"leafkernels.kernels", "torch", "triton", "math"},
+    "eager": {"leafkernels.eager", "leafkernels.rows.layout", "leafkernels._core.precision", "torch"},
+    "reference": {"leafkernels.reference", "leafkernels._core.precision", "python_ref", "torch"},
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def statements(module: str) -> Iterator[ast.AST]:
+    """Every node of a module but what only a type checker sees, and what the public names load when asked for it."""
+    waiting: list[ast.AST] = [ast.parse(SOURCES[module].read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if module in PACKAGES and isinstance(node, ast.FunctionDef):
+            continue
+        yield node
+        waiting += ast.iter_child_nodes(node)
+
+
+def imports(module: str) -> set[str]:
+    """Modules that a module imports, of ours by their full names, and those of ours that it holds the names of."""
+    found = set()
+    for node in statements(module):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{module} imports relatively"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = names & set(SOURCES)
+            found |= modules | ({node.module} if names - modules else set())
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+            found |= {node.value} & set(SOURCES)
+    return found
+
+
+IMPORTS = {module: imports(module) for module in SOURCES}
+
+
+def room(module: str) -> str:
+    return (module.split(".") + [""])[1]
+
+
+def is_below(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def test_the_backends_import_what_they_may() -> None:
+    """Kernels torch and triton, eager pure descriptions, neither the other: if they agree, they share no trick."""
+    for module, imported in IMPORTS.items():
+        if room(module) in BACKENDS and is_below(module, "leafkernels"):
+            allowed = BACKENDS[room(module)] | {"typing", "math", "collections"}
+            for other in imported:
+                assert any(is_below(other, name) for name in allowed), f"{module} imports {other}"
+
+
+def test_the_reference_imports_the_standard_library_only() -> None:
+    for module, imported in IMPORTS.items():
+        if is_below(module, "python_ref"):
+            for other in imported:
+                top = other.split(".")[0]
+                assert top == "python_ref" or top in sys.stdlib_module_names, f"{module} imports {other}"
+
+
+def test_imports_point_one_way() -> None:
+    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    for module, imported in IMPORTS.items():
+        if not is_below(module, "leafkernels") or room(module) in BACKENDS:
+            continue
+        floor = floor_of[room(module)] if room(module) != "data" else 0
+        for other in imported:
+            if not is_below(other, "leafkernels") or room(other) in ("data", room(module)):
+                continue
+            if room(other) in BACKENDS:
+                assert module == "leafkernels._core.backend", f"{module} imports {other}: backends are loaded by name"
+                continue
+            to = floor_of[room(other)]
+            assert to < floor or to == floor == SHARED_FLOOR, f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("package", ["integrations", "lookahead"])
+def test_nothing_imports_the_plugs(package: str) -> None:
+    plugs = f"leafkernels.{package}"
+    for module, imported in IMPORTS.items():
+        assert is_below(module, plugs) or not any(is_below(other, plugs) for other in imported), module
+
+
+def test_no_import_circle() -> None:
+    """Also none through what is loaded by name at run time."""
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in sorted(IMPORTS[module] & set(SOURCES)):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in SOURCES:
+        visit(module, ())
+    assert {f"leafkernels.{name}" for name in BACKENDS} <= IMPORTS["leafkernels._core.backend"]
+
+
+def test_a_fresh_process_loads_little() -> None:
+    """No trainer, no command, no backend before it is called for: a training loop pays for what it uses."""
+    unwanted = ["python_ref", "rich", "jinja2", "transformers", "trl", "verl", "accelerate", "triton.compiler"]
+    unwanted += [f"leafkernels.{name}" for name in (*BACKENDS, "integrations", "command", "lookahead")]
+    code = f"import sys, leafkernels; print(sorted(set({unwanted}) & set(sys.modules)))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.strip() == "[]"
