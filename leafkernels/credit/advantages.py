@@ -130,6 +130,14 @@ def span_advantages(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
         RuntimeError: the backend asked for cannot run here.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> logprobs = torch.tensor([-0.1, -0.1, -3.0]).expand(3, 3)
+        >>> leafkernels.span_advantages(logprobs, token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        tensor([[ 0.2577,  0.2577,  1.4108],
+                [ 0.2577,  0.2577, -1.0664],
+                [-0.8599, -0.8599, -0.8599]])
     """
     credit = credit_spans(
         logprobs,

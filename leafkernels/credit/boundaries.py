@@ -114,6 +114,10 @@ def select_boundaries(
         int32, ascending, -1 behind the last where fewer were found: (num_boundaries,) for one prompt,
         (B, num_boundaries) for a batch or an int ``groups``, (N, num_boundaries), each row its prompt's, where
         ``groups`` is a tensor (counting its prompts would synchronise a GPU).
+
+    Example:
+        >>> leafkernels.select_boundaries(torch.tensor([[0.1, 0.1, 5.0, 0.1, 3.0, 0.1]]))
+        tensor([2, 4], dtype=torch.int32)
     """
     check_real("scores", scores)
     check_boundary_options(num_boundaries, min_separation)

@@ -36,6 +36,13 @@ def tempo(
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> leafkernels.tempo(torch.zeros(3, 3), token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        tensor([[ 1.1547,  1.4434,  2.0207],
+                [-0.5773, -0.2887, -1.4434],
+                [-0.5773, -1.1547, -0.5773]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, backend)
     if rollouts.rewards.shape[0] == 0:
@@ -122,6 +129,14 @@ def treerl(
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> logprobs = torch.tensor([-0.1, -0.1, -3.0]).expand(3, 3)
+        >>> leafkernels.treerl(logprobs, token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        tensor([[ 0.3536,  0.3536,  1.8232],
+                [ 0.3536,  0.3536, -1.1768],
+                [-1.0000, -1.0000, -1.0000]])
     """
     credit = credit_spans(
         logprobs,

@@ -97,6 +97,12 @@ def common_prefix_lengths(
         TypeError, ValueError: an argument is not what it must be; the message names it and what came. The values of a
             CUDA tensor are not looked at: a negative one counts as 0.
         RuntimeError: the backend asked for cannot run here.
+
+    Example:
+        >>> leafkernels.common_prefix_lengths(torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]]))
+        tensor([[3, 2, 1],
+                [2, 3, 1],
+                [1, 1, 3]], dtype=torch.int32)
     """
     check_integer("token_ids", token_ids)
     backend = resolve_backend(backend, token_ids.device)

@@ -102,6 +102,11 @@ def scatter_spans(
 
     Returns:
         (..., T), or (total,) with ``cu_seqlens``, in the dtype of ``values``.
+
+    Example:
+        >>> leafkernels.scatter_spans(torch.tensor([[0.5, 2.0], [1.0, -1.0]]), torch.tensor([[2, 4], [1, 3]]), 4)
+        tensor([[ 0.5000,  0.5000,  2.0000,  2.0000],
+                [ 1.0000, -1.0000, -1.0000,  0.0000]])
     """
     check_real("values", values)
     check_integer("span_ends", span_ends)

@@ -42,7 +42,15 @@ def span_tree(
     normalize: str = "span",
     backend: str = "auto",
 ) -> SpanTree:
-    """The tree that ``span_advantages`` credits; same arguments. Rows lead every field, in the caller's shape."""
+    """The tree that ``span_advantages`` credits; same arguments. Rows lead every field, in the caller's shape.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> logprobs = torch.tensor([-0.1, -0.1, -3.0]).expand(3, 3)
+        >>> tree = leafkernels.span_tree(logprobs, token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        >>> tree.boundaries.tolist(), tree.nodes.tolist()
+        ([2, -1], [[0, -1], [0, -1], [-1, -1]])
+    """
     credit = credit_spans(
         logprobs,
         token_ids,

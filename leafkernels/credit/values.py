@@ -171,6 +171,13 @@ def span_values(
             those of the call, "reward_std" divides by the deviation of the prompt's rewards + 1e-6, "none". A prompt
             whose rewards are all equal gives exactly 0.0 in every mode.
         backend: "auto", "triton", "torch" or "reference".
+
+    Example:
+        >>> shared = torch.tensor([[3, 2, 1], [2, 3, 1], [1, 1, 3]])
+        >>> rewards, lengths = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([3, 3, 3])
+        >>> spans = leafkernels.span_values(shared, torch.tensor([2]), rewards, lengths, normalize="none")
+        >>> spans.values[0], spans.span_ends[0]
+        (tensor([0.2357, 1.1667], dtype=torch.float64), tensor([2, 3], dtype=torch.int32))
     """
     check_integer("prefix_lengths", prefix_lengths)
     check_integer("boundaries", boundaries)
