@@ -258,6 +258,11 @@ def linear_surprisal_entropy(
             GPU waits for the device once a pass; a loop that builds its masks on the host knows the number.
         chunk_tokens: tokens at a time; None: as many as take 960 MiB.
         backend: "auto", "triton", "torch" or "reference", for what follows the products.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]])
+        >>> leafkernels.linear_surprisal_entropy(hidden, weight, torch.tensor([0, 2]))
+        SurprisalEntropy(surprisal=tensor([1.0986, 0.4076]), entropy=tensor([1.0986, 0.8324]))
     """
     check_real("hidden", hidden)
     device = hidden.device

@@ -158,6 +158,11 @@ def surprisal_entropy(
             of a computation; whatever else in the graph kept them makes autograd raise, and so does a second backward
             pass.
         backend: "auto", "triton", "torch" or "reference".
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0, -torch.inf], [1.0, 2.0, 3.0]])
+        >>> leafkernels.surprisal_entropy(logits, torch.tensor([0, 2]))
+        SurprisalEntropy(surprisal=tensor([0.6931, 0.4076]), entropy=tensor([0.6931, 0.8324]))
     """
     check_real("logits", logits)
     check_integer("token_ids", token_ids)
