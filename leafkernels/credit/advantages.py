@@ -93,7 +93,7 @@ def span_advantages(
     node's, and the rest of a rollout with its own reward (LEAF, arXiv 2606.07610). Where no two rollouts share a
     boundary prefix this is GRPO.
 
-    A row is the stretch from a rollout's first to its last unmasked token, so rows padded on either side, or behind
+    A row is the stretch from a rollout's first to its last unmasked token, so rows padded on either side, or after
     prompts of different lengths, line up. Prefixes are compared over the whole stretch, holes included; boundaries are
     chosen at, and advantages written to, unmasked positions only. Empty rows count in the group's mean and in nothing
     else; groups of one, and groups whose rewards are all equal, get exactly 0.0.
@@ -102,11 +102,11 @@ def span_advantages(
     gives meaningless numbers, never an access outside the tensors.
 
     Args:
-        logprobs: (G, T) rollouts of one prompt, (B, G, T) a batch of prompts, (N, T) with ``groups``, or (total,) with
+        logprobs: (G, T) rollouts of one prompt, (P, G, T) a batch of prompts, (N, T) with ``groups``, or (total,) with
             ``cu_seqlens``. float32, bfloat16 or float16, nats: log-probabilities of the sampled tokens. Boundaries are
             ranked by their negative; no gradient flows to them. NaN: never a boundary.
         token_ids: the same shape; any integer dtype.
-        rewards: one for each row: (G,), (B, G) or (N,); finite floating point or integers. NaN (unscorable) leaves the
+        rewards: one for each row: (G,), (P, G) or (N,); finite floating point or integers. NaN (unscorable) leaves the
             row out of every mean and gives it 0.
         response_mask: the same shape; nonzero where a token counts, with holes and padding anywhere; None: all.
         groups: an int (consecutive runs of that many rows are a prompt) or an integer tensor (N,) that names each

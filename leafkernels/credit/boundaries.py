@@ -100,7 +100,7 @@ def select_boundaries(
     Source: LEAF, arXiv 2606.07610, as released by its authors.
 
     Args:
-        scores: (G, T), (B, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; float32, bfloat16, float16
+        scores: (G, T), (P, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; float32, bfloat16, float16
             (float64 is ranked after rounding to float32). Surprisal in nats, entropy, or anything else to rank by.
             NaN never becomes a boundary; infinities rank as such.
         response_mask: shaped like ``scores``, nonzero where a token counts; None: all.

@@ -27,7 +27,7 @@ def tempo(
 
     s_t is the prefix of a row's first t tokens and V(s_t) the mean reward of all rows that begin with it, the row
     itself included. The difference is 0 but at the tokens where a row with the same prefix goes another way or has
-    ended, at most K - 1 of them; at the last one, V becomes the row's own reward. Over a row the differences sum to
+    ended, at most G - 1 of them; at the last one, V becomes the row's own reward. Over a row the differences sum to
     r - mean, unless another row is identical or goes on where it ends: then to V of the whole row, less the mean.
 
     The values of ``logprobs`` do not matter. All arguments, layouts and errors as in ``span_advantages``; holes of the
@@ -90,7 +90,7 @@ def _tempo_spans(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
 
 
 def _sums_from(entries: Tensor) -> Tensor:
-    """(N, G): each entry plus all behind it, in an order that entries before it do not change.
+    """(N, G): each entry plus all after it, in an order that entries before it do not change.
 
     A scan of its own, because torch.cumsum of floats counts as not deterministic on CUDA.
     """

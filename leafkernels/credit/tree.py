@@ -1,4 +1,4 @@
-"""The prefix tree behind the advantages, for debugging and display."""
+"""The prefix tree of the advantages, for debugging and display."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from leafkernels.rows.layout import Layout, group_members
 
 
 class SpanTree(NamedTuple):
-    """The prefix tree behind the advantages, and what ``span_advantages`` scatters; for debugging and display."""
+    """The prefix tree of the advantages, and what ``span_advantages`` scatters; for debugging and display."""
 
     boundaries: Tensor
     """int32, ascending, -1 where there is none; shaped as by ``select_boundaries``."""

@@ -62,7 +62,7 @@ class _Head:
         if self.mask is None:
             yield from (slice(i, min(i + self.chunk, self.num_rows)) for i in range(0, self.num_rows, self.chunk))
         elif self.num_live:
-            # Each live row goes to its rank, all others, and those that were not expected, behind the last.
+            # Each live row goes to its rank; all others, and those that were not expected, after the last.
             ranks = (self.mask.cumsum(0) - 1).clamp_max_(self.num_live).masked_fill_(~self.mask, self.num_live)
             rows = torch.full((self.num_live + 1,), self.num_rows, device=self.mask.device)
             rows[ranks] = torch.arange(self.num_rows, device=self.mask.device)
