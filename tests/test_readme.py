@@ -132,9 +132,12 @@ def test_every_public_name_and_argument_is_on_a_page() -> None:
 def test_what_a_page_points_at_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    missing = [link for link in links if not (page.parent / link).exists()]
     for file, name in re.findall(r"`(tests/test_\w+\.py)(?:::(\w+))?`", text):
-        assert not name or re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.M), name
+        source = (ROOT / file).read_text(encoding="utf-8") if (ROOT / file).exists() else ""
+        if not re.search(rf"^def {name}", source, re.M):
+            missing.append(f"{file}::{name}")
+    assert missing == []
 
 
 def test_every_law_has_its_test() -> None:
