@@ -135,7 +135,7 @@ def test_what_a_page_points_at_exists(page: Path) -> None:
     missing = [link for link in links if not (page.parent / link).exists()]
     for file, name in re.findall(r"`(tests/test_\w+\.py)(?:::(\w+))?`", text):
         source = (ROOT / file).read_text(encoding="utf-8") if (ROOT / file).exists() else ""
-        if not re.search(rf"^def {name}", source, re.M):
+        if not re.search(rf"^def {name}\b", source, re.M):
             missing.append(f"{file}::{name}")
     assert missing == []
 
