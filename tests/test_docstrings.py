@@ -1,6 +1,8 @@
 """Every public function of credit, vocabulary and losses shows an example, and it prints what it shows."""
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pages
 import pytest
@@ -17,6 +19,6 @@ FUNCTIONS = [
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_the_example_of_a_docstring(function) -> None:  # type: ignore[no-untyped-def]
-    names = {"torch": torch, "leafkernels": leafkernels}
+def test_the_example_of_a_docstring(function: Callable[..., Any]) -> None:
+    names: dict[str, Any] = {"torch": torch, "leafkernels": leafkernels}
     assert pages.check_examples(inspect.getdoc(function) or "", names, function.__name__) >= 1
