@@ -52,6 +52,9 @@ def commands(*names: str) -> list[str]:
     return list(dict.fromkeys(line for line in "".join(found).splitlines() if line))
 
 
+COMMANDS = commands("README.md", "performance.md")
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in RUN_ELSEWHERE])
 def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -97,10 +100,10 @@ def test_exactly_two_commands_set_up_a_machine() -> None:
 
 
 def test_every_command_is_accounted_for() -> None:
-    assert set(EXTRA) <= set(commands("README.md", "performance.md"))
+    assert set(EXTRA) <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [line for line in commands("README.md", "performance.md") if EXTRA.get(line, "") is not None])
+@pytest.mark.parametrize("command", [line for line in COMMANDS if EXTRA.get(line, "") is not None])
 def test_commands(command: str, tmp_path: Path) -> None:
     program, *arguments = shlex.split(f"{command} {EXTRA.get(command, '')}")
     assert program == "python"
