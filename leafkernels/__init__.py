@@ -1,6 +1,9 @@
 """LEAF span advantages for GRPO loops: one advantage per span of a rollout, from the prefixes that rollouts share."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from leafkernels.credit.advantages import span_advantages
 from leafkernels.credit.boundaries import select_boundaries
@@ -20,9 +23,20 @@ from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
 if TYPE_CHECKING:
     from leafkernels.command.notebook import report
 
+ESTIMATORS: dict[str, Callable[..., Tensor]] = {
+    "leaf": span_advantages,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "tempo": tempo,
+    "treerl": treerl,
+}
+"""Every credit scheme by its name; all take the arguments of ``grpo``."""
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "ESTIMATORS",
     "PRESETS",
     "PolicyLoss",
     "SpanTree",

@@ -141,7 +141,7 @@ def test_repeats_bit_for_bit(backend: str) -> None:
         assert torch.equal(first, leafkernels.span_advantages(**group, backend=backend))
 
 
-# The laws of the estimator. They hold for any backend; the fast one can afford many cases.
+# The laws, by the names of docs/leaf.md. They hold for any backend; the fast one can afford many cases.
 
 
 def tree_of(case: Rollouts, **options: object) -> tuple[leafkernels.SpanTree, dict[str, torch.Tensor]]:
@@ -159,7 +159,8 @@ def spans_of(tree: leafkernels.SpanTree) -> tuple[torch.Tensor, torch.Tensor]:
 
 @given(rollouts())
 @settings(max_examples=150)
-def test_law_1_local_terms_telescope(case: Rollouts) -> None:
+def test_telescoping(case: Rollouts) -> None:
+    """The local terms of a row that has a tail sum to r - V_0."""
     tree, inputs = tree_of(case, terms="local", multiplicity_power=0.0, normalize="none", leave_one_out=False)
     _, is_tail = spans_of(tree)
     rows = is_tail.any(1)
@@ -169,7 +170,8 @@ def test_law_1_local_terms_telescope(case: Rollouts) -> None:
 
 @given(rollouts())
 @settings(max_examples=150)
-def test_law_2_global_terms_of_a_node_sum_to_its_members(case: Rollouts) -> None:
+def test_conservation(case: Rollouts) -> None:
+    """The global terms of a node's rows sum to what r - V_0 sums to over them."""
     tree, inputs = tree_of(case, terms="global", multiplicity_power=0.0, normalize="none", leave_one_out=False)
     centred = inputs["rewards"].double() - tree.spans.node_values[:, 0]
     prompts = inputs["groups"]
@@ -182,7 +184,8 @@ def test_law_2_global_terms_of_a_node_sum_to_its_members(case: Rollouts) -> None
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 0.25, -3.0]), min_size=2, max_size=6), st.integers(1, 6), st.integers(0, 3))
-def test_law_3_rows_that_share_nothing_get_grpo(rewards: list[float], tokens: int, num_boundaries: int) -> None:
+def test_reduction(rewards: list[float], tokens: int, num_boundaries: int) -> None:
+    """Rows that share nothing get GRPO's advantages; raw, Dr. GRPO's or RLOO's."""
     r = torch.tensor(rewards, device=DEVICE)
     ids = torch.arange(len(rewards) * tokens, device=DEVICE).reshape(len(rewards), tokens)
     logprobs = -torch.rand(ids.shape, device=DEVICE)
@@ -205,7 +208,8 @@ def test_law_3_rows_that_share_nothing_get_grpo(rewards: list[float], tokens: in
 
 @given(rollouts(), st.sampled_from([2.0, 0.25]), st.sampled_from([-5.0, 8.0]))
 @settings(max_examples=150)
-def test_law_4_shifting_scaling_and_flipping_rewards(case: Rollouts, scale: float, shift: float) -> None:
+def test_equivariance(case: Rollouts, scale: float, shift: float) -> None:
+    """Rewards shifted, scaled and flipped."""
     inputs = case.padded()
     rewards = inputs.pop("rewards").double()
 
@@ -224,7 +228,8 @@ def test_law_4_shifting_scaling_and_flipping_rewards(case: Rollouts, scale: floa
 
 @given(rollouts(), st.integers(0, 4), st.randoms(use_true_random=False))
 @settings(max_examples=150)
-def test_law_5_layout_padding_and_names_of_tokens_change_nothing(case: Rollouts, extra: int, rng: object) -> None:
+def test_layout_invariance(case: Rollouts, extra: int, rng: object) -> None:
+    """Layout, padding and the names of tokens change nothing."""
     expected = case.rows_of(leafkernels.span_advantages(**case.padded(), **case.options))
     for side in ("right", "left"):
         inputs = case.padded(side, extra)
@@ -239,7 +244,8 @@ def test_law_5_layout_padding_and_names_of_tokens_change_nothing(case: Rollouts,
 
 @given(rollouts())
 @settings(max_examples=100)
-def test_law_5_other_prompts_change_nothing(case: Rollouts) -> None:
+def test_prompt_independence(case: Rollouts) -> None:
+    """Other prompts of the call change nothing."""
     options = {**case.options}
     if options["normalize"] == "batch":
         options["normalize"] = "span"
@@ -253,7 +259,8 @@ def test_law_5_other_prompts_change_nothing(case: Rollouts) -> None:
 
 @given(st.integers(0, 10**6), st.randoms(use_true_random=False))
 @settings(max_examples=50)
-def test_law_5_row_order_with_distinct_scores(seed: int, rng: object) -> None:
+def test_row_order_invariance(seed: int, rng: object) -> None:
+    """The order of rows changes nothing where scores are distinct."""
     group = random_group(5, 9, seed, vocabulary=2)
     order = sorted(range(5), key=lambda _: rng.random())  # type: ignore[attr-defined]
     expected = leafkernels.span_advantages(**group)[order]
@@ -263,7 +270,8 @@ def test_law_5_row_order_with_distinct_scores(seed: int, rng: object) -> None:
 
 @given(rollouts())
 @settings(max_examples=100)
-def test_law_6_rising_maps_of_the_scores_change_nothing(case: Rollouts) -> None:
+def test_rank_invariance(case: Rollouts) -> None:
+    """Strictly increasing maps of the scores change nothing."""
     inputs = case.padded()
     scores = -inputs["logprobs"].double()
     expected = leafkernels.span_advantages(**inputs, **case.options)
@@ -275,7 +283,8 @@ def test_law_6_rising_maps_of_the_scores_change_nothing(case: Rollouts) -> None:
 
 @given(rollouts())
 @settings(max_examples=150)
-def test_law_7_bounds_and_means(case: Rollouts) -> None:
+def test_bounds(case: Rollouts) -> None:
+    """Raw values and node values stay inside the rewards, and a node's value is the mean over its children."""
     tree, inputs = tree_of(case, terms="both", leave_one_out=False, multiplicity_power=0.5)
     rewards, prompts = inputs["rewards"].double(), inputs["groups"]
     values = tree.spans.node_values
@@ -300,7 +309,8 @@ def test_law_7_bounds_and_means(case: Rollouts) -> None:
 
 @given(rollouts())
 @settings(max_examples=100)
-def test_law_8_rows_that_share_a_node_share_its_advantages(case: Rollouts) -> None:
+def test_sharing(case: Rollouts) -> None:
+    """Rows that share a node share its advantages."""
     tree, inputs = tree_of(case)
     for k in range(tree.nodes.shape[1]):
         for i in range(len(case.groups)):
@@ -310,7 +320,7 @@ def test_law_8_rows_that_share_a_node_share_its_advantages(case: Rollouts) -> No
                 torch.testing.assert_close(same, same[:1].expand(same.shape), rtol=1e-12, atol=1e-12)
 
 
-def test_law_8_sharing_a_token_is_not_sharing_its_span() -> None:
+def test_sharing_a_token_is_not_sharing_its_span() -> None:
     """Rows share [0, 5) and the boundary is at 8: they may differ already at token 0."""
     ids = torch.tensor([[1] * 10, [1] * 10, [1] * 5 + [2] * 5, [1] * 5 + [3] * 5], device=DEVICE)
     ids[1, 9] = 4
@@ -322,8 +332,8 @@ def test_law_8_sharing_a_token_is_not_sharing_its_span() -> None:
     assert advantages[0, 0] > advantages[2, 0]
 
 
-def test_law_9_z_scores_are_over_spans_not_tokens() -> None:
-    """All rows share the first span, whose raw credit is 0; the z-scored one is not, and tokens do not sum to 0."""
+def test_span_weighting() -> None:
+    """z-scores weigh spans, not tokens: a first span of raw credit 0 gets another, and tokens do not sum to 0."""
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 6], [1, 2, 7, 7]], device=DEVICE)
     logprobs = torch.tensor([-0.1, -0.1, -5.0, -3.0], device=DEVICE).repeat(4, 1)
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0], device=DEVICE)

@@ -3,12 +3,11 @@
 import contextlib
 import itertools
 import math
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import pages
 import pytest
 import torch
 import torch.distributed as dist
@@ -569,8 +568,7 @@ def snippet_of_rank(snippet: str, names: dict[str, Any], result: str) -> torch.T
 
 
 def test_the_snippets_of_the_documentation(ranks: Ranks) -> None:
-    text = (Path(__file__).resolve().parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
-    rows, vocabulary = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    rows, vocabulary = (block.text for block in pages.blocks(pages.read("distributed.md"), "python"))
     group = {name: tensor.cpu() for name, tensor in random_group(8, 9, seed=3, vocabulary=2).items()}
     group["response_mask"] = torch.ones(8, 9)
     uids = list("aaabbbba")

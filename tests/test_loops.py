@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 from hypothesis import given, settings
@@ -134,7 +135,7 @@ def test_refusals() -> None:
         response_tokens(rows, [3, 1])
 
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
+PAGE = pages.read("trainers.md")
 
 
 def of_page(title: str) -> dict[str, Any]:
@@ -143,9 +144,8 @@ def of_page(title: str) -> dict[str, Any]:
     names = [section.split("\n", 1)[0] for section in sections]
     scope: dict[str, Any] = {"torch": torch}
     for name, section in zip(names, sections, strict=True):
-        for block in re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S):
-            if name == title or name not in ("TRL", "verl"):
-                exec(block, scope)
+        if name == title or name not in ("TRL", "verl"):
+            pages.run(section, scope)
         if name == title:
             return scope
     raise AssertionError(f"no section {title} among {names}")
@@ -274,15 +274,10 @@ def test_page_verl() -> None:
 @pytest.mark.slow
 def test_page_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
-    import tiny_trl
-    from datasets import Dataset
-
     monkeypatch.chdir(tmp_path)
-    prompts = Dataset.from_dict({"prompt": ["ab", "cd", "e", "f"]})
-    trainer = of_page("TRL")["train"](tiny_trl.model(), tiny_trl.count_a, prompts, tiny_trl.tokenizer())
-    assert trainer.state.global_step == 1
-    logged = [*trainer._metrics["train"], *(name for line in trainer.state.log_history for name in line)]
-    assert "leaf/span_credit_share" in logged
+    trainer = of_page("TRL")["trainer"]
+    assert trainer.state.global_step == 3
+    assert "leaf/span_credit_share" in trainer.state.log_history[-2]
 
 
 def test_every_section_of_the_page_is_run() -> None:

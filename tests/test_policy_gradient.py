@@ -1,4 +1,4 @@
-"""The Dr. GRPO identity, end to end through a small model and autograd (law 2 of the estimator).
+"""The Dr. GRPO identity, end to end through a small model and autograd (it follows from the law of conservation).
 
 Global terms, no multiplicity factor, raw, ratio 1 and a loss that sums over tokens: whatever the boundaries, the
 gradient is that of Dr. GRPO, A = r - mean. Members of a node share their tokens, so a span's credit only moves between

@@ -1,20 +1,30 @@
-"""Every snippet of README runs."""
+"""README and the pages of docs/: their Python runs, their commands run, and what they show is what comes out."""
 
+import inspect
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pages
 import pytest
+import torch
+from pages import PAGES, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+import leafkernels
+import leafkernels.distributed
+import leafkernels.integrations.layouts
 
+README = pages.read("README.md")
 SETUP = ["pip install -e . && python -m leafkernels", "pip install -e '.[test]' && pytest"]
 
-# What a command of README gets in addition, to be quick. None: another test runs it, or this very run is it.
+# Pages whose Python needs more than an empty scope: sections of their own, several ranks, a tokenizer.
+RUN_ELSEWHERE = {"trainers.md": "test_loops.py", "distributed.md": "test_distributed.py", "report.md": "test_html.py"}
+
+# What a command gets in addition, to be quick. None: another test runs it, or it needs what is not here.
 EXTRA: dict[str, str | None] = {
     SETUP[0]: None,
     SETUP[1]: None,
@@ -22,55 +32,78 @@ EXTRA: dict[str, str | None] = {
     "python examples/grpo_lora.py --advantages grpo": "--warmup-steps 5 --steps 2 --prompts 2",
     "pytest bench/": None,
     "python bench/report.py": None,
+    "python bench/errors.py": None,
+    "python -m bench.bench_growth": None,
+    "bench/gpu.sh": None,
 }
 
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
-
-
-def commands() -> list[str]:
-    return [line for block in blocks("sh") for line in block.splitlines() if line]
+PUBLIC = {name: getattr(leafkernels, name) for name in leafkernels.__all__}
+for module in (leafkernels.distributed, leafkernels.integrations.layouts):
+    PUBLIC |= {name: getattr(module, name) for name in module.__all__}
 
 
-def of_trl(snippet: str) -> bool:
-    return "integrations.trl" in snippet
+def without_interpreter(**changes: str) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return environment | {"PYTHONPATH": str(ROOT)} | changes
 
 
-def test_python_snippets() -> None:
-    snippets = [snippet for snippet in blocks("python") if not of_trl(snippet)]
-    assert len(snippets) >= 3
-    names: dict[str, object] = {}
-    exec("\n".join(snippets), names)
-    advantages = names["advantages"]
-    assert advantages.shape == names["token_ids"].shape  # type: ignore[attr-defined]
+def commands(*names: str) -> list[str]:
+    found = [block.text for name in names for block in pages.blocks(pages.read(name), "sh")]
+    return list(dict.fromkeys(line for line in "".join(found).splitlines() if line))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("snippet", [snippet for snippet in blocks("python") if of_trl(snippet)])
-def test_trl_snippet(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
+COMMANDS = commands("README.md", "performance.md")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in RUN_ELSEWHERE])
+def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
+    torch.manual_seed(0)
+    pages.run(pages.read(page), {})
+
+
+@pytest.mark.parametrize(("page", "test"), RUN_ELSEWHERE.items())
+def test_the_python_of_other_pages_is_run_by_their_tests(page: str, test: str) -> None:
+    assert f'"{page}"' in (ROOT / "tests" / test).read_text(encoding="utf-8")
+
+
+def test_the_first_snippet_has_six_lines_and_the_result_beside_it() -> None:
+    snippet = pages.blocks(README, "python")[0].text
+    assert len([line for line in snippet.splitlines() if line]) <= 6
+    names: dict[str, Any] = {}
     exec(snippet, names)
-    trainer = names["trainer"]
-    assert "leaf/span_credit_share" in trainer.state.log_history[-2]  # type: ignore[attr-defined]
+    grpo = leafkernels.grpo(names["logprobs"], names["token_ids"], names["rewards"])
+    rows = re.findall(r"^\| (\d) \| (.+) \|$", README, re.M)
+    assert [int(row) for row, _ in rows] == [0, 1, 2, 3]
+    for row, cells in rows:
+        leaf, flat = names["advantages"][int(row)], grpo[int(row)]
+        shown = [f"{float(value):.2f}" for value in (names["rewards"][int(row)], leaf[0], leaf[2], leaf[4], flat[0])]
+        assert [f"{float(cell):.2f}" for cell in cells.split(" | ")] == shown
+        assert torch.equal(leaf[::2], leaf[1::2]) and bool((flat == flat[0]).all())
 
 
-def test_the_first_snippet_has_six_lines() -> None:
-    assert len([line for line in blocks("python")[0].splitlines() if line]) <= 6
+def test_the_tree_in_readme_is_what_the_command_prints() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "leafkernels"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=without_interpreter(COLUMNS="80", PYTHONIOENCODING="utf-8"),
+    )
+    shown = [line.rstrip() for line in run.stdout.splitlines()]
+    (tree,) = pages.blocks(README, "text")
+    assert [line for line in tree.text.splitlines() if line.rstrip() not in shown] == []
 
 
 def test_exactly_two_commands_set_up_a_machine() -> None:
-    assert [line for line in commands() if "pip install" in line] == SETUP
+    assert [line for line in commands("README.md") if "pip install" in line] == SETUP
 
 
 def test_every_command_is_accounted_for() -> None:
-    assert set(EXTRA) <= set(commands())
+    assert set(EXTRA) <= set(COMMANDS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in commands() if EXTRA.get(c, "") is not None])
+@pytest.mark.parametrize("command", [line for line in COMMANDS if EXTRA.get(line, "") is not None])
 def test_commands(command: str, tmp_path: Path) -> None:
     program, *arguments = shlex.split(f"{command} {EXTRA.get(command, '')}")
     assert program == "python"
@@ -78,25 +111,44 @@ def test_commands(command: str, tmp_path: Path) -> None:
     if arguments[0].startswith("examples/"):
         pytest.importorskip("peft")
         pytest.importorskip("transformers")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
     run = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=240
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=without_interpreter(), timeout=240
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout
 
 
-def test_the_tree_in_readme_is_what_the_command_prints() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "leafkernels"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"},
-    )
-    shown = [line.rstrip() for line in run.stdout.splitlines()]
-    (tree,) = blocks("text")
-    missing = [line for line in tree.splitlines() if line.rstrip() not in shown]
+def test_every_public_name_and_argument_is_on_a_page() -> None:
+    text = "\n".join(pages.read(page) for page in PAGES)
+    missing = [name for name in PUBLIC if not re.search(rf"`[^`\n]*\b{name}\b", text)]
+    for name, value in PUBLIC.items():
+        if inspect.isfunction(value):
+            arguments = inspect.signature(value).parameters
+            missing += [f"{name}({argument}=)" for argument in arguments if not re.search(rf"\b{argument}\b", text)]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", [*PAGES.values(), ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_what_a_page_points_at_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    for file, name in re.findall(r"`(tests/test_\w+\.py)(?:::(\w+))?`", text):
+        source = (ROOT / file).read_text(encoding="utf-8") if (ROOT / file).exists() else ""
+        if not re.search(rf"^def {name}\b", source, re.M):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
+def test_every_law_has_its_test() -> None:
+    laws = re.findall(r"^- \*\*([a-z -]+)\*\*: ", pages.read("leaf.md").partition("## Laws")[2], re.M)
+    assert len(laws) >= 9
+    tests = (ROOT / "tests" / "test_advantages.py").read_text(encoding="utf-8")
+    assert [law for law in laws if f"def test_{law.replace(' ', '_')}(" not in tests] == []
+
+
+@pytest.mark.parametrize(("page", "most"), [("README.md", 140), ("CONTRIBUTING.md", 80)])
+def test_pages_stay_short(page: str, most: int) -> None:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= most
+    assert [line for line in lines if len(line) > 120] == []

@@ -72,7 +72,7 @@ def span_advantages(
     node's, and the rest of a rollout with its own reward (LEAF, arXiv 2606.07610). Where no two rollouts share a
     boundary prefix this is GRPO.
 
-    A row is the stretch from a rollout's first to its last unmasked token, so rows padded on either side, or behind
+    A row is the stretch from a rollout's first to its last unmasked token, so rows padded on either side, or after
     prompts of different lengths, line up. Prefixes are compared over the whole stretch, holes included; boundaries are
     chosen at, and advantages written to, unmasked positions only. Empty rows count in the group's mean and in nothing
     else; groups of one, and groups whose rewards are all equal, get exactly 0.0.
@@ -81,11 +81,11 @@ def span_advantages(
     gives meaningless numbers, never an access outside the tensors.
 
     Args:
-        logprobs: (G, T) rollouts of one prompt, (B, G, T) a batch of prompts, (N, T) with ``groups``, or (total,) with
+        logprobs: (G, T) rollouts of one prompt, (P, G, T) a batch of prompts, (N, T) with ``groups``, or (total,) with
             ``cu_seqlens``. float32, bfloat16 or float16, nats: log-probabilities of the sampled tokens. Boundaries are
             ranked by their negative; no gradient flows to them. NaN: never a boundary.
         token_ids: the same shape; any integer dtype.
-        rewards: one for each row: (G,), (B, G) or (N,); finite floating point or integers. NaN (unscorable) leaves the
+        rewards: one for each row: (G,), (P, G) or (N,); finite floating point or integers. NaN (unscorable) leaves the
             row out of every mean and gives it 0.
         response_mask: the same shape; nonzero where a token counts, with holes and padding anywhere; None: all.
         groups: integers (N,) that name each row's prompt, in any order and with unequal sizes (``group_index`` makes
@@ -109,6 +109,14 @@ def span_advantages(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
         RuntimeError: the backend asked for cannot run here.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> logprobs = torch.tensor([-0.1, -0.1, -3.0]).expand(3, 3)
+        >>> leafkernels.span_advantages(logprobs, token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        tensor([[ 0.2577,  0.2577,  1.4108],
+                [ 0.2577,  0.2577, -1.0664],
+                [-0.8599, -0.8599, -0.8599]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     options = CreditOptions(num_boundaries, min_separation, terms, multiplicity_power, leave_one_out, normalize)

@@ -78,7 +78,7 @@ def select_boundaries(
     Source: LEAF, arXiv 2606.07610, as released by its authors.
 
     Args:
-        scores: (G, T), (B, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; float32, bfloat16, float16
+        scores: (G, T), (P, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; float32, bfloat16, float16
             (float64 is ranked after rounding to float32). Surprisal in nats, entropy, or anything else to rank by.
             NaN never becomes a boundary; infinities rank as such.
         response_mask: shaped like ``scores``, nonzero where a token counts; None: all.
@@ -92,6 +92,10 @@ def select_boundaries(
         int32, ascending, -1 behind the last where fewer were found: (num_boundaries,) for one prompt,
         (B, num_boundaries) for a batch or with ``group_size``, (N, num_boundaries), each row its prompt's, where
         ``groups`` is a tensor (counting its prompts would synchronise a GPU).
+
+    Example:
+        >>> leafkernels.select_boundaries(torch.tensor([[0.1, 0.1, 5.0, 0.1, 3.0, 0.1]]))
+        tensor([2, 4], dtype=torch.int32)
     """
     check_real("scores", scores)
     check_boundary_options(num_boundaries, min_separation)

@@ -29,7 +29,7 @@ def tempo(
 
     s_t is the prefix of a row's first t tokens and V(s_t) the mean reward of all rows that begin with it, the row
     itself included. The difference is 0 but at the tokens where a row with the same prefix goes another way or has
-    ended, at most K - 1 of them; at the last one, V becomes the row's own reward. Over a row the differences sum to
+    ended, at most G - 1 of them; at the last one, V becomes the row's own reward. Over a row the differences sum to
     r - mean, unless another row is identical or goes on where it ends: then to V of the whole row, less the mean.
 
     The values of ``logprobs`` do not matter. The arguments are those of ``span_advantages`` but for the options of its
@@ -39,6 +39,13 @@ def tempo(
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> leafkernels.tempo(torch.zeros(3, 3), token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        tensor([[ 1.1547,  1.4434,  2.0207],
+                [-0.5773, -0.2887, -1.4434],
+                [-0.5773, -1.1547, -0.5773]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     if rollouts.rewards.shape[0] == 0:
@@ -86,7 +93,7 @@ def _tempo_spans(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
 
 
 def _sums_from(entries: Tensor) -> Tensor:
-    """(N, G): each entry plus all behind it, in an order that entries before it do not change.
+    """(N, G): each entry plus all after it, in an order that entries before it do not change.
 
     A scan of its own, because torch.cumsum of floats counts as not deterministic on CUDA.
     """
@@ -127,6 +134,14 @@ def treerl(
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> logprobs = torch.tensor([-0.1, -0.1, -3.0]).expand(3, 3)
+        >>> leafkernels.treerl(logprobs, token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        tensor([[ 0.3536,  0.3536,  1.8232],
+                [ 0.3536,  0.3536, -1.1768],
+                [-1.0000, -1.0000, -1.0000]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     options = CreditOptions(num_boundaries, min_separation, "global", 0.5, leave_one_out=True, normalize="none")

@@ -61,6 +61,13 @@ def grpo(
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> leafkernels.grpo(torch.zeros(3, 3), token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        tensor([[ 1.1547,  1.1547,  1.1547],
+                [-0.5773, -0.5773, -0.5773],
+                [-0.5773, -0.5773, -0.5773]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     return _one_for_each_row(rollouts, False, "reward_std")
@@ -84,6 +91,13 @@ def dr_grpo(
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> leafkernels.dr_grpo(torch.zeros(3, 3), token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        tensor([[ 0.6667,  0.6667,  0.6667],
+                [-0.3333, -0.3333, -0.3333],
+                [-0.3333, -0.3333, -0.3333]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     return _one_for_each_row(rollouts, False, "none")
@@ -107,6 +121,13 @@ def rloo(
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> leafkernels.rloo(torch.zeros(3, 3), token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        tensor([[ 1.0000,  1.0000,  1.0000],
+                [-0.5000, -0.5000, -0.5000],
+                [-0.5000, -0.5000, -0.5000]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     return _one_for_each_row(rollouts, True, "none")

@@ -35,7 +35,7 @@ _common_prefix_lengths = register(
 def prefix_lengths_of_groups(
     token_ids: Tensor, layout: Layout, limit: Tensor | None, backend: str, start: Tensor | None = None
 ) -> Tensor:
-    """(N, max_group) int32: row i against the j-th row of its group, 0 behind the last.
+    """(N, max_group) int32: row i against the j-th row of its group, 0 after the last.
 
     ``limit`` (P,) stops the comparison: longer prefixes count as that long. Tokens before ``start`` (P,) count
     as equal. Both are integers. The arguments have been checked.
@@ -68,7 +68,7 @@ def common_prefix_lengths(
     own row, once as what others are compared with (docs/prefix_lengths.md).
 
     Args:
-        token_ids: (G, T), (B, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; any integer dtype, read
+        token_ids: (G, T), (P, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; any integer dtype, read
             as it is. Tokens inside a row's stretch count also where the mask has a hole.
         response_mask: shaped like ``token_ids``; the row is the stretch from its first to its last nonzero entry.
         groups, group_size: rows of each prompt; see ``span_advantages``.
@@ -89,6 +89,12 @@ def common_prefix_lengths(
         TypeError, ValueError: an argument is not what it must be; the message names it and what came. The values of a
             CUDA tensor are not looked at: a negative one counts as 0.
         RuntimeError: the backend asked for cannot run here.
+
+    Example:
+        >>> leafkernels.common_prefix_lengths(torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]]))
+        tensor([[3, 2, 1],
+                [2, 3, 1],
+                [1, 1, 3]], dtype=torch.int32)
     """
     token_ids = check_integer("token_ids", token_ids)
     backend = resolve_backend(backend, token_ids.device)

@@ -80,7 +80,7 @@ def scatter_spans(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Give every token of a span the span's value; 0 where the mask is False and behind the last span.
+    """Give every token of a span the span's value; 0 where the mask is False and after the last span.
 
     Differentiable in ``values``, in reverse mode any number of times: the adjoint sums the token gradients of each
     span, in a fixed order.
@@ -96,6 +96,11 @@ def scatter_spans(
 
     Returns:
         (..., T), or (total,) with ``cu_seqlens``, in the dtype of ``values``.
+
+    Example:
+        >>> leafkernels.scatter_spans(torch.tensor([[0.5, 2.0], [1.0, -1.0]]), torch.tensor([[2, 4], [1, 3]]), 4)
+        tensor([[ 0.5000,  0.5000,  2.0000,  2.0000],
+                [ 1.0000, -1.0000, -1.0000,  0.0000]])
     """
     check_real("values", values)
     span_ends = check_integer("span_ends", span_ends)

@@ -1,4 +1,4 @@
-"""The prefix tree behind the advantages, for debugging and display."""
+"""The prefix tree of the advantages, for debugging and display."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from leafkernels.rows.rollouts import read_rollouts
 
 
 class SpanTree(NamedTuple):
-    """The prefix tree behind the advantages, and what ``span_advantages`` scatters; for debugging and display."""
+    """The prefix tree of the advantages, and what ``span_advantages`` scatters; for debugging and display."""
 
     boundaries: Tensor
     """int32, ascending, -1 where there is none; shaped as by ``select_boundaries``."""
@@ -40,7 +40,15 @@ def span_tree(
     backend: str = "auto",
     **options: Unpack[CreditFields],
 ) -> SpanTree:
-    """The tree that ``span_advantages`` credits; same arguments. Rows lead every field, in the caller's shape."""
+    """The tree that ``span_advantages`` credits; same arguments. Rows lead every field, in the caller's shape.
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> logprobs = torch.tensor([-0.1, -0.1, -3.0]).expand(3, 3)
+        >>> tree = leafkernels.span_tree(logprobs, token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        >>> tree.boundaries.tolist(), tree.nodes.tolist()
+        ([2, -1], [[0, -1], [0, -1], [-1, -1]])
+    """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     credit = credit_spans(rollouts, logprobs, boundary_scores, CreditOptions(**options))
     rows, layout = rollouts.rows, rollouts.layout

@@ -23,8 +23,8 @@ _INPUTS = (
 class SpanValues(NamedTuple):
     """Spans of every row: span s of a row covers tokens [span_ends[s - 1], span_ends[s]), with span_ends[-1] = 0.
 
-    The leading dimensions are the caller's for rows; S = num_boundaries + 1. Spans that a row does not have are empty
-    (their end is the end before) and hold 0. A row that goes on behind its last node ends with its tail.
+    The leading dimensions are the caller's for rows; S = B + 1. Spans that a row does not have are empty
+    (their end is the end before) and hold 0. A row that goes on after its last node ends with its tail.
     """
 
     values: Tensor
@@ -137,19 +137,26 @@ def span_values(
     Source: LEAF, arXiv 2606.07610. Differentiable in ``rewards``, once and in reverse mode. Computed in float64.
 
     Args:
-        prefix_lengths: (G, G) or (B, G, G) int32 from ``common_prefix_lengths``; prefixes longer than the last boundary
+        prefix_lengths: (G, G) or (P, G, G) int32 from ``common_prefix_lengths``; prefixes longer than the last boundary
             may be cut there.
-        boundaries: (K,) or (B, K) int32 from ``select_boundaries``: ascending, -1 behind the last.
-        rewards: (G,) or (B, G); NaN leaves a row out of every mean, and it has no spans.
-        lengths: (G,) or (B, G) integers; rows of length 0 count in V_0 only.
+        boundaries: (B,) or (P, B) int32 from ``select_boundaries``: ascending, -1 after the last.
+        rewards: (G,) or (P, G); NaN leaves a row out of every mean, and it has no spans.
+        lengths: (G,) or (P, G) integers; rows of length 0 count in V_0 only.
         terms: "both", "global" (the first bracket) or "local" (the second).
         multiplicity_power: 0.5 is the paper's 1/sqrt(n); the tail has no such factor.
-        leave_one_out: the global term times K/(K - 1), the local one times n/(n - 1) of the parent node: unbiased for
+        leave_one_out: the global term times G/(G - 1), the local one times n/(n - 1) of the parent node: unbiased for
             fixed boundaries. A group of one gives 0.
         normalize: "span" z-scores over the spans of a prompt (ddof 1, floor 1e-6 under the deviation), "batch" over
             those of the call, "reward_std" divides by the deviation of the prompt's rewards + 1e-6, "none". A prompt
             whose rewards are all equal gives exactly 0.0 in every mode.
         backend: "auto", "triton", "torch" or "reference".
+
+    Example:
+        >>> shared = torch.tensor([[3, 2, 1], [2, 3, 1], [1, 1, 3]])
+        >>> rewards, lengths = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([3, 3, 3])
+        >>> spans = leafkernels.span_values(shared, torch.tensor([2]), rewards, lengths, normalize="none")
+        >>> spans.values[0], spans.span_ends[0]
+        (tensor([0.2357, 1.1667], dtype=torch.float64), tensor([2, 3], dtype=torch.int32))
     """
     prefix_lengths = check_integer("prefix_lengths", prefix_lengths)
     boundaries = check_integer("boundaries", boundaries)

@@ -63,6 +63,12 @@ def policy_loss(
     is False nothing is read into any sum, and the gradient is exactly 0, also where NaN stands there. No value is read
     back to the host.
 
+    Example:
+        >>> old, advantages = torch.tensor([[-1.0, -2.0]]), torch.tensor([[1.0, -1.0]])
+        >>> result = leafkernels.policy_loss(old + 0.5, old, advantages, torch.ones(1, 2))
+        >>> result.loss, result.clip_fraction
+        (tensor(0.2244), tensor(0.5000))
+
     Args:
         logprobs: (N, T) log-probabilities of the sampled tokens under the policy that is trained, nats.
         old_logprobs: (N, T) under the policy that sampled; a constant. Pass ``logprobs.detach()`` on policy.

@@ -90,6 +90,12 @@ def policy_loss_from_logits(
         temperature: positive; a float, or one for each token, (N, T).
         clip, ref_logprobs, kl_coef, entropy_coef, aggregate, constant: as ``policy_loss`` has them.
         backend: "auto", "triton", "torch" or "reference".
+
+    Example:
+        >>> logits, token_ids = torch.tensor([[[0.0, 0.0], [1.0, 2.0]]]), torch.tensor([[0, 1]])
+        >>> advantages = torch.tensor([[1.0, -0.5]])
+        >>> leafkernels.policy_loss_from_logits(logits, token_ids, None, advantages, torch.ones(1, 2)).loss
+        tensor(-0.2500)
     """
     check_real("logits", logits)
     if logits.dim() != 3:

@@ -63,7 +63,7 @@ class _Head:
         if self.mask is None:
             yield from (slice(i, min(i + self.chunk, self.num_rows)) for i in range(0, self.num_rows, self.chunk))
         elif self.num_live:
-            # Each live row goes to its rank, all others, and those that were not expected, behind the last.
+            # Each live row goes to its rank; all others, and those that were not expected, after the last.
             ranks = (self.mask.cumsum(0) - 1).clamp_max_(self.num_live).masked_fill_(~self.mask, self.num_live)
             rows = torch.full((self.num_live + 1,), self.num_rows, device=self.mask.device)
             rows[ranks] = torch.arange(self.num_rows, device=self.mask.device)
@@ -264,6 +264,11 @@ def linear_surprisal_entropy(
             GPU waits for the device once a pass; a loop that builds its masks on the host knows the number.
         chunk_tokens: tokens at a time; None: as many as take 960 MiB.
         backend: "auto", "triton", "torch" or "reference", for what follows the products.
+
+    Example:
+        >>> hidden, weight = torch.eye(2), torch.tensor([[0.0, 1.0], [0.0, 2.0], [0.0, 3.0]])
+        >>> leafkernels.linear_surprisal_entropy(hidden, weight, torch.tensor([0, 2]))
+        SurprisalEntropy(surprisal=tensor([1.0986, 0.4076]), entropy=tensor([1.0986, 0.8324]))
     """
     check_real("hidden", hidden)
     device = hidden.device

@@ -165,6 +165,11 @@ def surprisal_entropy(
             raise, and a second backward pass raises. Under saved-tensor hooks (checkpointing, offloading) and
             ``torch.compile`` the gradient is a new tensor.
         backend: "auto", "triton", "torch" or "reference".
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 0.0, -torch.inf], [1.0, 2.0, 3.0]])
+        >>> leafkernels.surprisal_entropy(logits, torch.tensor([0, 2]))
+        SurprisalEntropy(surprisal=tensor([0.6931, 0.4076]), entropy=tensor([0.6931, 0.8324]))
     """
     check_real("logits", logits)
     token_ids = check_integer("token_ids", token_ids)
