@@ -8,7 +8,7 @@ from python_ref.find import stretch
 def scatter_spans(
     values: Sequence[Sequence[float]], span_ends: Sequence[Sequence[int]], response_mask: Sequence[Sequence[bool]]
 ) -> list[list[float]]:
-    """One value per token; 0 where the mask is False and behind the last span.
+    """One value per token; 0 where the mask is False and after the last span.
 
     Row i's spans are [0, span_ends[i][0]), [span_ends[i][0], span_ends[i][1]), ..., counted from its first True.
     """

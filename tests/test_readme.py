@@ -107,7 +107,7 @@ def test_every_command_is_accounted_for() -> None:
 def test_commands(command: str, tmp_path: Path) -> None:
     program, *arguments = shlex.split(f"{command} {EXTRA.get(command, '')}")
     assert program == "python"
-    arguments = [str(tmp_path / a) if arguments[i - 1] == "--out" else a for i, a in enumerate(arguments)]
+    arguments = [str(tmp_path / a) if arguments[i - 1] in ("--out", "--html") else a for i, a in enumerate(arguments)]
     if arguments[0].startswith("examples/"):
         pytest.importorskip("peft")
         pytest.importorskip("transformers")

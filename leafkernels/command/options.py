@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options; those of the credit have the names that ``leafkernels.span_advantages`` gives them."""
     parser = argparse.ArgumentParser(
         prog="python -m leafkernels",
-        description="Compute LEAF span advantages for the rollouts in a file and show the prefix trees behind them.",
+        description="Compute LEAF span advantages for the rollouts in a file and show the prefix trees they form.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

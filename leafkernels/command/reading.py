@@ -67,7 +67,7 @@ class RolloutFile:
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             if isinstance(error, gzip.BadGzipFile) and not number:
                 raise Failure(f"{self.path} is not a gzip file, although its name ends in .gz") from error
-            raise Failure(f"{self.path}, behind line {number}: the gzip data are damaged or end too early") from error
+            raise Failure(f"{self.path}, after line {number}: the gzip data are damaged or end too early") from error
         except OSError as error:
             raise Failure(f"cannot read {self.path}: {(error.strerror or str(error)).lower()}") from error
         except _Malformed as error:

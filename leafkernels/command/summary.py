@@ -13,7 +13,7 @@ from leafkernels.command.screen import INDENT, print_line
 from leafkernels.command.text import visible
 
 _NOTES = (
-    "¹ tokens before the last boundary at which their rollout shares its prefix with another; the tokens behind it "
+    "¹ tokens before the last boundary at which their rollout shares its prefix with another; the tokens after it "
     "are credited with the rollout's own reward, as in GRPO. Rollouts without a reward do not count here.",
     "² two or more rollouts share the prefix up to the boundary",
     "³ and the rewards differ within one of the groups that share it",

@@ -1,8 +1,4 @@
-"""What takes several ranks: groups whose rows lie on all of them, and vocabularies that are split over them.
-
-``gather_groups`` is for data parallelism. The rest is what ``surprisal_entropy`` does with a ``vocab_group``: three
-collectives of a few numbers for each row in the forward pass, and none in the backward pass.
-"""
+"""Rows of several ranks as one batch, for groups whose rows lie on more than one of them."""
 
 import pickle
 from collections.abc import Hashable, Iterable
@@ -162,7 +158,7 @@ def _local_rows(
     group_size: int | None,
     cu_seqlens: Tensor | None,
 ) -> _Local:
-    """This rank's rows packed, without what lies before and behind them."""
+    """This rank's rows packed, from each row's first to its last unmasked token."""
     token_ids = check_integer("token_ids", token_ids)
     check_real("logprobs", logprobs)
     check_like("logprobs", logprobs, "token_ids", token_ids.shape, token_ids.device)
@@ -257,7 +253,7 @@ def _check_headers(headers: list[_Header], group_size: int | None) -> None:
 
 
 def _gather(section: Tensor, counts: list[int], process_group: "dist.ProcessGroup | None") -> Tensor:
-    """The sections (n,) of all ranks one behind the other, given the ``n`` of each."""
+    """The sections (n,) of all ranks one after the other, given the ``n`` of each."""
     # Collectives take equal sizes, and not every dtype on every backend; bytes they all do.
     longest = max(counts)
     own = section.new_zeros(longest)
