@@ -6,7 +6,7 @@ from torch import Tensor
 
 from leafkernels._core.checks import check_like, check_real
 from leafkernels.credit.boundaries import boundaries_of_groups, check_boundary_options
-from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
+from leafkernels.credit.nodes import nodes_of_groups
 from leafkernels.credit.scatter import spread
 from leafkernels.credit.values import SpanValues, check_value_options, values_of_groups
 from leafkernels.rows.layout import as_rows
@@ -18,7 +18,7 @@ class Credit(NamedTuple):
 
     rollouts: Rollouts
     boundaries: Tensor
-    prefix_lengths: Tensor
+    nodes: Tensor
     spans: SpanValues
 
 
@@ -52,13 +52,11 @@ def credit_spans(
     boundaries = boundaries_of_groups(
         as_rows(scores), rollouts.mask, layout, num_boundaries, min_separation, boundary_scores is None, backend
     )
-    last = boundaries.amax(1) if num_boundaries else boundaries.new_zeros(boundaries.shape[0])
-    prefix_lengths = prefix_lengths_of_groups(as_rows(token_ids), layout, last, backend)
+    nodes = nodes_of_groups(as_rows(token_ids), layout, boundaries, backend)
     spans = values_of_groups(
         rollouts.rewards,
-        prefix_lengths,
+        nodes,
         boundaries,
-        layout.row_lengths,
         layout,
         terms,
         multiplicity_power,
@@ -66,7 +64,7 @@ def credit_spans(
         normalize,
         backend,
     )
-    return Credit(rollouts, boundaries, prefix_lengths, spans)
+    return Credit(rollouts, boundaries, nodes, spans)
 
 
 def span_advantages(

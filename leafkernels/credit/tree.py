@@ -8,7 +8,6 @@ from torch import Tensor
 from leafkernels.credit.advantages import credit_spans
 from leafkernels.credit.boundaries import per_prompt
 from leafkernels.credit.values import SpanValues, finish
-from leafkernels.rows.layout import Layout, group_members
 
 
 class SpanTree(NamedTuple):
@@ -63,7 +62,7 @@ def span_tree(
     of_rows = credit.boundaries[layout.group_of_row]
     spans = finish(credit.spans, of_rows, row_shape)
     has_node = spans.members.reshape(of_rows.shape[0], -1)[:, 1:] > 0
-    nodes = _node_names(credit.prefix_lengths, of_rows, layout).masked_fill_(~has_node, -1)
+    nodes = credit.nodes.masked_fill(~has_node, -1)
     if not isinstance(groups, Tensor):
         nodes = torch.where(nodes < 0, nodes, nodes % max(layout.max_group, 1))
     return SpanTree(
@@ -72,16 +71,3 @@ def span_tree(
         nodes=nodes.to(torch.int32).reshape(*row_shape, nodes.shape[-1]),
         spans=spans,
     )
-
-
-def _node_names(prefix_lengths: Tensor, boundaries_of_rows: Tensor, layout: Layout) -> Tensor:
-    """(N, B) the smallest row that shares each row's prefix at each boundary."""
-    num_rows = prefix_lengths.shape[0]
-    members, is_member = group_members(layout.rows_by_group, layout.group_starts, layout.group_of_row, layout.max_group)
-    lengths = layout.row_lengths[:, None]
-    identical = (prefix_lengths == lengths) & (layout.row_lengths[members] == lengths)
-    names = torch.full_like(boundaries_of_rows, num_rows, dtype=torch.int64)
-    for k in range(boundaries_of_rows.shape[1]):
-        shares = (identical | (prefix_lengths >= boundaries_of_rows[:, k, None])) & is_member & (lengths > 0)
-        names[:, k] = members.masked_fill(~shares, num_rows).amin(1) if num_rows else num_rows
-    return names

@@ -8,6 +8,7 @@ from torch import Tensor
 from leafkernels._core.backend import implementation, resolve_backend
 from leafkernels._core.checks import check_choice, check_device, check_integer, check_rewards, check_tensor
 from leafkernels._core.ops import register
+from leafkernels.credit.nodes import nodes_of_table
 from leafkernels.rows.find import build_layout
 from leafkernels.rows.layout import Layout
 
@@ -15,7 +16,7 @@ TERMS = ("both", "global", "local")
 NORMALIZE = ("span", "batch", "reward_std", "none")
 
 _INPUTS = (
-    "Tensor rewards, Tensor prefix_lengths, Tensor boundaries, Tensor row_lengths, "
+    "Tensor rewards, Tensor nodes, Tensor boundaries, Tensor row_lengths, "
     "Tensor rows_by_group, Tensor group_starts, Tensor group_of_row, "
     "str terms, float multiplicity_power, bool leave_one_out, str normalize"
 )
@@ -48,7 +49,7 @@ def _impl(rewards: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return implementation(str(backend)).span_values(rewards, *arguments)
 
 
-def _fake(rewards: Tensor, prefix_lengths: Tensor, boundaries: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake(rewards: Tensor, nodes: Tensor, boundaries: Tensor, *_: Any) -> tuple[Tensor, ...]:
     dtypes = (torch.float64, torch.float64, torch.int32, torch.int32, torch.float64)
     return tuple(rewards.new_empty((rewards.shape[0], boundaries.shape[1] + 1), dtype=dtype) for dtype in dtypes)
 
@@ -82,9 +83,8 @@ class _SpanValues(torch.autograd.Function):
 
 def values_of_groups(
     rewards: Tensor,
-    prefix_lengths: Tensor,
+    nodes: Tensor,
     boundaries: Tensor,
-    row_lengths: Tensor,
     layout: Layout,
     terms: str,
     multiplicity_power: float,
@@ -94,15 +94,15 @@ def values_of_groups(
 ) -> SpanValues:
     """Spans of the N rows of a layout; the arguments have been checked.
 
-    ``prefix_lengths`` is (N, max_group) by rank within the group, ``boundaries`` (P, B), ``rewards`` (N,).
+    ``nodes`` is (N, B) as by ``nodes_of_groups``, ``boundaries`` (P, B), ``rewards`` (N,).
     """
     # Rewards are constants in training, and then an autograd function would only cost time.
     function = _SpanValues.apply if rewards.requires_grad else _span_values
     outputs = function(
         rewards,
-        prefix_lengths,
+        nodes,
         boundaries,
-        row_lengths,
+        layout.row_lengths,
         layout.rows_by_group,
         layout.group_starts,
         layout.group_of_row,
@@ -204,11 +204,11 @@ def span_values(
     boundaries = boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries).to(torch.int32)
     # A row without a reward takes part in nothing, as if it were empty.
     is_out = rewards.isnan()
+    layout = layout._replace(row_lengths=lengths.reshape(-1).to(torch.int64).masked_fill(is_out, 0))
     spans = values_of_groups(
         rewards,
-        of_rows.masked_fill(is_out[:, None], 0),
+        nodes_of_table(of_rows, layout, boundaries, backend),
         boundaries,
-        lengths.reshape(-1).to(torch.int64).masked_fill(is_out, 0),
         layout,
         terms,
         multiplicity_power,

@@ -6,6 +6,7 @@ sizes back from the device; the Triton kernels never do.
 
 from leafkernels.eager.boundaries import select_boundaries
 from leafkernels.eager.find import mask_stretches
+from leafkernels.eager.nodes import nodes_of_prefix_lengths, prefix_nodes
 from leafkernels.eager.policy_loss_from_logits import policy_loss, scale_gradient
 from leafkernels.eager.prefix_lengths import common_prefix_lengths
 from leafkernels.eager.scatter import gather_spans, scatter_spans
@@ -23,7 +24,9 @@ __all__ = [
     "gather_spans",
     "mask_stretches",
     "merge_surprisal_states",
+    "nodes_of_prefix_lengths",
     "policy_loss",
+    "prefix_nodes",
     "scale_gradient",
     "scatter_spans",
     "select_boundaries",
