@@ -9,6 +9,9 @@ from leafkernels._core.ops import register
 from leafkernels.rows.find import check_layout
 from leafkernels.rows.layout import Layout, as_rows
 
+# What an operation takes as an int.
+_MOST = 2**63 - 1
+
 
 def _impl(scores: Tensor, *args: object) -> Tensor:
     *arguments, backend = args
@@ -69,16 +72,16 @@ def boundaries_of_groups(
 
 def check_boundary_options(num_boundaries: int, min_separation: int | None) -> None:
     """Raise unless both are counts that make sense."""
-    check_count("num_boundaries", num_boundaries, 0)
+    check_count("num_boundaries", num_boundaries, 0, _MOST)
     if min_separation is not None:
-        check_count("min_separation", min_separation, 1)
+        check_count("min_separation", min_separation, 1, _MOST)
 
 
 def per_prompt(of_groups: Tensor, layout: Layout, row_shape: tuple[int, ...], groups: Tensor | int | None) -> Tensor:
     """Shape what holds one line for each group as the caller counts prompts."""
     if isinstance(groups, Tensor):
         return of_groups[layout.group_of_row]
-    return of_groups[0] if groups is None and len(row_shape) == 1 and of_groups.shape[0] else of_groups
+    return of_groups[0] if groups is None and len(row_shape) == 1 else of_groups
 
 
 def select_boundaries(

@@ -9,7 +9,7 @@ from leafkernels._core.backend import implementation, resolve_backend
 from leafkernels._core.checks import check_count, check_device, check_integer, check_real
 from leafkernels._core.ops import register
 from leafkernels.rows.find import check_layout
-from leafkernels.rows.layout import Layout
+from leafkernels.rows.layout import Layout, to_int32
 from leafkernels.rows.rollouts import Rollouts
 
 _SPANS = "Tensor span_ends, Tensor? mask, Tensor slot_starts, Tensor slot_ends, Tensor row_starts"
@@ -128,7 +128,7 @@ def scatter_spans(
         )
     tokens_out = scatter_to_tokens(
         values.reshape(num_rows, values.shape[-1]),
-        span_ends.reshape(num_rows, values.shape[-1]).to(torch.int32),
+        to_int32(span_ends.reshape(num_rows, values.shape[-1])),
         mask,
         layout,
         (num_tokens,) if cu_seqlens is not None else (num_rows, num_tokens),

@@ -61,7 +61,7 @@ def span_tree(
     layout, row_shape = credit.rollouts.layout, credit.rollouts.row_shape
     of_rows = credit.boundaries[layout.group_of_row]
     spans = finish(credit.spans, of_rows, row_shape)
-    has_node = spans.members.reshape(of_rows.shape[0], -1)[:, 1:] > 0
+    has_node = spans.members.flatten(0, -2)[:, 1:] > 0
     nodes = credit.nodes.masked_fill(~has_node, -1)
     if not isinstance(groups, Tensor):
         nodes = torch.where(nodes < 0, nodes, nodes % max(layout.max_group, 1))

@@ -6,11 +6,18 @@ import torch
 from torch import Tensor
 
 from leafkernels._core.backend import implementation, resolve_backend
-from leafkernels._core.checks import check_choice, check_device, check_integer, check_rewards, check_tensor
+from leafkernels._core.checks import (
+    check_choice,
+    check_device,
+    check_finite,
+    check_integer,
+    check_rewards,
+    check_tensor,
+)
 from leafkernels._core.ops import register
 from leafkernels.credit.nodes import nodes_of_table
-from leafkernels.rows.find import build_layout
-from leafkernels.rows.layout import Layout
+from leafkernels.rows.find import build_layout, with_prompts
+from leafkernels.rows.layout import Layout, to_int32
 
 TERMS = ("both", "global", "local")
 NORMALIZE = ("span", "batch", "reward_std", "none")
@@ -119,8 +126,7 @@ def check_value_options(terms: str, multiplicity_power: float, leave_one_out: bo
     """Raise unless the options of the credit are what they must be."""
     check_choice("terms", terms, TERMS)
     check_choice("normalize", normalize, NORMALIZE)
-    if isinstance(multiplicity_power, bool) or not isinstance(multiplicity_power, (int, float)):
-        raise TypeError(f"multiplicity_power must be a number, got {type(multiplicity_power).__name__}")
+    check_finite("multiplicity_power", multiplicity_power)
     if not isinstance(leave_one_out, bool):
         raise TypeError(f"leave_one_out must be a bool, got {type(leave_one_out).__name__}")
 
@@ -199,9 +205,9 @@ def span_values(
     backend = resolve_backend(backend, device)
 
     group, num_boundaries = row_shape[-1], boundaries.shape[-1]
-    of_rows = prefix_lengths.reshape(rewards.shape[0], group).to(torch.int32)
-    layout = build_layout(of_rows, None, group, None)
-    boundaries = boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries).to(torch.int32)
+    of_rows = to_int32(prefix_lengths.reshape(rewards.shape[0], group))
+    layout = with_prompts(build_layout(of_rows, None, group, None), row_shape)
+    boundaries = to_int32(boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries))
     # A row without a reward takes part in nothing, as if it were empty.
     is_out = rewards.isnan()
     layout = layout._replace(row_lengths=lengths.reshape(-1).to(torch.int64).masked_fill(is_out, 0))

@@ -55,6 +55,7 @@ def check_layout(
             f"groups must be None where {name} is (prompts, rows, tokens), each prompt being a group; "
             f"got {name} of shape {tuple(tensor.shape)} and groups={_brief(groups)}"
         )
+    is_one_or_batch = groups is None
     if groups is None:
         groups = row_shape[-1]
     elif isinstance(groups, Tensor):
@@ -66,7 +67,16 @@ def check_layout(
             raise ValueError(f"groups must be a positive divisor of the number of rows, {num_rows}, got {groups}")
     rows = as_rows(tensor)
     mask_rows = None if mask is None else as_rows(mask)
-    return build_layout(rows, mask_rows, groups, cu_seqlens, backend), mask_rows, row_shape
+    layout = build_layout(rows, mask_rows, groups, cu_seqlens, backend)
+    return (with_prompts(layout, row_shape) if is_one_or_batch else layout), mask_rows, row_shape
+
+
+def with_prompts(layout: Layout, row_shape: tuple[int, ...]) -> Layout:
+    """The layout of one prompt or of a batch of them, counted also where no prompt has a row."""
+    if row_shape[-1]:
+        return layout
+    num_prompts = row_shape[0] if len(row_shape) == 2 else 1
+    return layout._replace(group_starts=layout.group_starts.new_zeros(num_prompts + 1))
 
 
 def _brief(groups: Any) -> str:

@@ -52,6 +52,13 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
+def to_int32(positions: Tensor) -> Tensor:
+    """Positions of any integer dtype as int32; what lies beyond int32 is as far as that goes."""
+    if positions.dtype == torch.int64:
+        positions = positions.clamp(-1, torch.iinfo(torch.int32).max)
+    return positions.to(torch.int32)
+
+
 def group_members(
     rows_by_group: Tensor, group_starts: Tensor, group_of_row: Tensor, max_group: int
 ) -> tuple[Tensor, Tensor]:
