@@ -184,8 +184,8 @@ def _first_true(table: Tensor) -> Tensor:
 
 def _flat(token_ids: Tensor, row_starts: Tensor) -> tuple[Tensor, Tensor]:
     """The storage of the tokens as one dimension, and where each row starts in it."""
-    if token_ids.dim() == 1:
-        return token_ids, row_starts
+    if token_ids.dim() == 1 or token_ids.numel() == 0:
+        return token_ids.view(-1), row_starts
     num_rows, width = token_ids.shape
     stride = token_ids.stride(0)
     extent = (num_rows - 1) * stride + width

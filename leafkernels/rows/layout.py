@@ -53,9 +53,9 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def to_int32(positions: Tensor) -> Tensor:
-    """Positions of any integer dtype as int32; what lies beyond int32 is as far as that goes."""
-    if positions.dtype == torch.int64:
-        positions = positions.clamp(-1, torch.iinfo(torch.int32).max)
+    """Positions of any integer dtype as int32; what lies beyond is far: one less than the largest, which marks none."""
+    if positions.dtype in (torch.int64, torch.int32):
+        positions = positions.clamp(-1, torch.iinfo(torch.int32).max - 1)
     return positions.to(torch.int32)
 
 
