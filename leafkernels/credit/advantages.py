@@ -104,8 +104,8 @@ def span_advantages(
             ``cu_seqlens``. float32, bfloat16 or float16, nats: log-probabilities of the sampled tokens. Boundaries are
             ranked by their negative; no gradient flows to them. NaN: never a boundary.
         token_ids: the same shape; any integer dtype.
-        rewards: one for each row: (G,), (B, G) or (N,); finite floating point or integers. NaN (unscorable) leaves the
-            row out of every mean and gives it 0.
+        rewards: one for each row: (G,), (B, G) or (N,); finite floating point, or integers, which are taken as float64.
+            NaN (unscorable) leaves the row out of every mean and gives it 0.
         response_mask: the same shape; nonzero where a token counts, with holes and padding anywhere; None: all.
         groups: an int (consecutive runs of that many rows are a prompt) or an integer tensor (N,) that names each
             row's prompt, in any order and with unequal sizes (``group_index`` makes it from uid strings); None: all

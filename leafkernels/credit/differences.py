@@ -35,7 +35,8 @@ def tempo(
 
     The values of ``logprobs`` do not matter. All arguments, layouts and errors as in ``span_advantages``; holes of the
     mask count in a prefix, and what differs at a hole is credited to no token. A row has up to 2 G spans, G the size of
-    a prompt (of the whole call where ``groups`` is a CUDA tensor), and a few tables of that size are float64.
+    a prompt (of the whole call where ``groups`` is a CUDA tensor): beside its prefix lengths, values and ends of that
+    size are float64 and int32.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
