@@ -58,7 +58,8 @@ def dense_compiled(
     mask = None if batch.mask is None else as_rows(batch.mask)
     scores, rewards, shape = as_rows(batch.logprobs), batch.rewards.flatten(), batch.token_ids.shape
     layout = build_layout(as_rows(batch.token_ids), mask, batch.shape.group, None)
-    select, values, scatter = map(compiled, (eager.select_boundaries, eager.span_values, eager.scatter_spans))
+    select, nodes_of = map(compiled, (eager.select_boundaries, eager.nodes_of_prefix_lengths))
+    values, scatter = map(compiled, (eager.span_values, eager.scatter_spans))
     prefixes = dense_by_chunks(batch, compiled(dense))
     groups = (layout.rows_by_group, layout.group_starts, layout.group_of_row)
     slots = (layout.slot_starts, layout.slot_ends, layout.row_starts)
@@ -68,8 +69,8 @@ def dense_compiled(
         boundaries = select(
             scores, mask, layout.row_starts, layout.row_lengths, *groups, layout.max_length, count, None, True
         )
-        prefix_lengths = prefixes().flatten(0, 1)
-        normalized, _, ends, _, _ = values(rewards, prefix_lengths, boundaries, layout.row_lengths, *groups, *credit)
+        nodes = nodes_of(prefixes().flatten(0, 1), boundaries, layout.row_lengths, *groups)
+        normalized, _, ends, _, _ = values(rewards, nodes, boundaries, layout.row_lengths, *groups, *credit)
         return scatter(finish(normalized), ends, mask, *slots, size, torch.float32).view(shape)
 
     return call

@@ -48,14 +48,18 @@ def backend_of_package(backend: str) -> Prepare:
 
 
 def eager_compiled(batch: Batch) -> Call:
-    """The PyTorch backend's own function: the compiler sees into it, and the layout is made before."""
+    """The PyTorch backend's own functions: the compiler sees into them, and the layout is made before."""
     prefix_lengths, boundaries, rewards, lengths = arguments(batch)
-    function = compiled(eager.span_values)
+    nodes_of, values = compiled(eager.nodes_of_prefix_lengths), compiled(eager.span_values)
     of_rows = prefix_lengths.flatten(0, 1)
     layout = build_layout(of_rows, None, batch.shape.group, None)
-    tensors = (rewards.flatten(), of_rows, boundaries, lengths.flatten())
-    groups = (layout.rows_by_group, layout.group_starts, layout.group_of_row)
-    return lambda: function(*tensors, *groups, "both", 0.5, False, "span")[0].view(*rewards.shape, -1)
+    tensors = (boundaries, lengths.flatten(), layout.rows_by_group, layout.group_starts, layout.group_of_row)
+
+    def call() -> Tensor:
+        nodes = nodes_of(of_rows, *tensors)
+        return values(rewards.flatten(), nodes, *tensors, "both", 0.5, False, "span")[0].view(*rewards.shape, -1)
+
+    return call
 
 
 PREPARES = {

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from leafkernels.kernels import (
     boundaries,
     find,
+    nodes,
     policy_loss_from_logits,
     prefix_lengths,
     scatter,
@@ -124,9 +125,16 @@ CASES = [
         False,
     ),
     Case(
+        "prefix_nodes",
+        nodes._prefix_nodes_kernel,
+        "*i64 *i32 *i32 *i64 *i64 *i64 *i64 i32",
+        {"NUM_BOUNDARIES": 4, "BLOCK_B": 4, "BLOCK": 32, "num_warps": 1},
+        False,
+    ),
+    Case(
         "span_values",
         values._span_values_kernel,
-        "*fp64 *i32 *i32 *fp64 *fp64 *fp32 *i32 *i32 *i64 *i64 *i64 *i64 i32",
+        "*fp64 *i32 *i32 *fp64 *fp64 *fp32 *i64 *i32 *i64 *i64 *i64 *i64",
         {
             "NUM_SLOTS": 5,
             "USE_GLOBAL": True,

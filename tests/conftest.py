@@ -45,9 +45,10 @@ def poisoned_memory() -> Iterator[None]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels cross several blocks, and the PyTorch backend refines, already on small inputs."""
     from leafkernels.eager import boundaries as eager_boundaries
+    from leafkernels.eager import nodes as eager_nodes
     from leafkernels.eager import prefix_lengths as eager_prefix_lengths
     from leafkernels.eager import surprisal as eager_surprisal
-    from leafkernels.kernels import boundaries, find, prefix_lengths, scatter, surprisal, values
+    from leafkernels.kernels import boundaries, find, nodes, prefix_lengths, scatter, surprisal, values
 
     monkeypatch.setattr(boundaries, "BLOCK", 4)
     monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)
@@ -57,9 +58,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find, "BLOCK", 4)
     monkeypatch.setattr(surprisal, "BLOCK", 8)
     monkeypatch.setattr(values, "BLOCK", 2)
+    monkeypatch.setattr(nodes, "BLOCK", 2)
     monkeypatch.setattr(eager_boundaries, "_CHUNK", 0)
     monkeypatch.setattr(eager_boundaries, "_COLUMNS", 3)
     monkeypatch.setattr(eager_prefix_lengths, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(eager_prefix_lengths, "_CHUNK", 4)
+    monkeypatch.setattr(eager_nodes, "_CHUNK", 4)
     monkeypatch.setattr(eager_surprisal, "_CHUNK", 64)
 
 

@@ -130,6 +130,27 @@ def rollouts(draw: st.DrawFn, longest: int = 7) -> Rollouts:
     return case
 
 
+@st.composite
+def unequal_prompts(draw: st.DrawFn) -> Rollouts:
+    """Two to four prompts of one to seven rows, shuffled. Some are dead: no reward, an infinite one, or no token."""
+    case = Rollouts([], [], [], [], [], draw(options()))
+    for group in range(draw(st.integers(2, 4))):
+        kind = draw(st.sampled_from(["alive", "alive", "no reward", "infinite", "no token"]))
+        for row in draw(token_rows(draw(st.integers(1, 7)), 5)):
+            case.token_ids.append(row)
+            case.logprobs.append(draw(st.lists(st.sampled_from(LOGPROBS), min_size=len(row), max_size=len(row))))
+            case.mask.append([kind != "no token"] * len(row))
+            case.rewards.append(math.nan if kind == "no reward" else draw(st.sampled_from(REWARDS)))
+            case.groups.append(group)
+        if kind == "infinite":
+            case.rewards[-1] = draw(st.sampled_from([math.inf, -math.inf]))
+    order = draw(st.permutations(range(len(case.groups))))
+    for name in ("token_ids", "logprobs", "mask", "rewards", "groups"):
+        values = getattr(case, name)
+        setattr(case, name, [values[i] for i in order])
+    return case
+
+
 def random_group(rows: int, tokens: int, seed: int, vocabulary: int = 50_000) -> dict[str, torch.Tensor]:
     """One prompt's rollouts (rows, tokens) that branch off each other at random places; distinct log-probabilities."""
     rng = random.Random(seed)

@@ -78,6 +78,22 @@ def test_shapes(backend: str) -> None:
     names = torch.tensor([5, 5, 5, -1, -1, -1], device=DEVICE)
     assert torch.equal(halves.repeat_interleave(3, 0), leafkernels.select_boundaries(scores, groups=names, **call))
     assert leafkernels.select_boundaries(scores, num_boundaries=0, backend=backend).shape == (0,)
+    far = leafkernels.select_boundaries(scores, num_boundaries=2, min_separation=2**63 - 1, backend=backend)
+    assert far.tolist() == [int(scores[:, 1:].amax(0).argmax()) + 1, -1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prompts_without_a_row_have_no_boundary(backend: str) -> None:
+    for shape in ((0, 5), (2, 0, 5), (0, 3, 5)):
+        found = leafkernels.select_boundaries(torch.zeros(shape, device=DEVICE), backend=backend)
+        assert found.tolist() == torch.full((*shape[:-2], 2), -1).tolist()
+        assert found.dtype == torch.int32
+    nothing = torch.zeros(0, 5, device=DEVICE)
+    assert leafkernels.select_boundaries(nothing, group_size=4, backend=backend).shape == (0, 2)
+    named = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    assert leafkernels.select_boundaries(nothing, groups=named, backend=backend).shape == (0, 2)
+    bounds = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    assert leafkernels.select_boundaries(nothing[:, 0], cu_seqlens=bounds, backend=backend).tolist() == [-1, -1]
 
 
 @given(st.integers(1, 3), st.integers(0, 12), st.data())

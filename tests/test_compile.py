@@ -28,9 +28,10 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     slots = layout.slot_starts, layout.slot_ends, layout.row_starts
     boundaries = OPS.select_boundaries(group["logprobs"], mask, *rows, layout.max_length, 2, None, True, backend)
     limit = boundaries.amax(1)
+    nodes = OPS.prefix_nodes(ids, *rows, boundaries, layout.max_group, backend)
     start = torch.tensor([0, 1], device=DEVICE)
     shared = OPS.common_prefix_lengths(ids, *rows, limit, None, layout.max_group, backend)
-    credit = group["rewards"], shared, boundaries, layout.row_lengths, *groups, "both", 0.5, True, "span"
+    credit = group["rewards"], nodes, boundaries, layout.row_lengths, *groups, "both", 0.5, True, "span"
     values, raw, ends, *_ = OPS.span_values(*credit, backend)
     logits = torch.randn(4, 9, device=DEVICE)
     tokens, live = torch.tensor([3, 0, 8, 2], device=DEVICE), torch.tensor([1, 0, 1, 1], device=DEVICE).bool()
@@ -49,6 +50,11 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
             (group["logprobs"], mask, *rows, layout.max_length, 2, None, True, backend),
         ),
         "common_prefix_lengths": (OPS.common_prefix_lengths, (ids, *rows, limit, start, layout.max_group, backend)),
+        "prefix_nodes": (OPS.prefix_nodes, (ids, *rows, boundaries, layout.max_group, backend)),
+        "nodes_of_prefix_lengths": (
+            OPS.nodes_of_prefix_lengths,
+            (shared, boundaries, layout.row_lengths, *groups, backend),
+        ),
         "span_values": (OPS.span_values, (*credit, backend)),
         "span_values_backward": (OPS.span_values_backward, (values, raw, raw, *credit)),
         "scatter_spans": (OPS.scatter_spans, (values, ends, mask, *slots, [4, 10], torch.float32, backend)),

@@ -155,6 +155,11 @@ def test_options() -> None:
     check_refuses(ValueError, "num_boundaries must be at least 0, got -1", num_boundaries=-1)
     check_refuses(ValueError, "multiplicity_power must be finite, got nan", multiplicity_power=float("nan"))
     check_refuses(ValueError, "min_separation must be at least 1, got 0", min_separation=0)
+    most = 2**63 - 1
+    check_refuses(ValueError, f"min_separation must be at most {most}, got {2**70}", min_separation=2**70)
+    check_refuses(ValueError, f"num_boundaries must be at most {most}, got {2**70}", num_boundaries=2**70)
+    for power in (float("nan"), float("inf"), 10**400):
+        check_refuses(ValueError, f"multiplicity_power must be finite, got {power}", multiplicity_power=power)
 
 
 def test_devices() -> None:

@@ -101,7 +101,7 @@ def test_they_compile() -> None:
     ids = group["token_ids"].to(torch.uint32)
 
     def step(logprobs: torch.Tensor, ids: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-        return leafkernels.span_advantages(logprobs, ids, rewards, groups=3)
+        return leafkernels.span_advantages(logprobs, ids, rewards, group_size=3)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

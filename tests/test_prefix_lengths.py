@@ -346,6 +346,17 @@ def test_shapes(backend: str) -> None:
     assert (table[:3, 3:] == -1).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (0, 3, 5), (3, 0), (2, 3, 0)])
+def test_empty_inputs_have_an_answer(backend: str, shape: tuple[int, ...]) -> None:
+    ids = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+    of_prompts = torch.full(shape[:-2], 3, dtype=torch.int64, device=DEVICE)
+    for count in (None, 3, of_prompts):
+        lengths = leafkernels.common_prefix_lengths(ids, limit=count, start=count, backend=backend)
+        assert lengths.shape == (*shape[:-1], shape[-2])
+        assert not lengths.any()
+
+
 @pytest.mark.parametrize("ids", [torch.int64, torch.int32, torch.int16, torch.uint8])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_reads_every_integer(backend: str, ids: torch.dtype) -> None:

@@ -95,6 +95,14 @@ def test_adjoint_identity(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("far", [2**31 - 1, 2**31, 2**32 + 1, 2**63 - 1])
+def test_ends_beyond_int32(backend: str, far: int) -> None:
+    values = torch.tensor([[1.0, 2.0]], device=DEVICE)
+    tokens = leafkernels.scatter_spans(values, torch.tensor([[2, far]], device=DEVICE), 4, backend=backend)
+    assert tokens.tolist() == [[1.0, 1.0, 2.0, 2.0]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes(backend: str) -> None:
     values = torch.randn(2, 3, 4, device=DEVICE)
     ends = torch.arange(1, 5, device=DEVICE).expand(2, 3, 4)

@@ -77,6 +77,40 @@ def test_agrees_with_the_reference(backend: str, small_blocks: None) -> None:
     check()
 
 
+@pytest.mark.parametrize("normalize", ["span", "batch", "reward_std", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+def test_prompts_without_a_row_have_an_answer(backend: str, shape: tuple[int, ...], normalize: str) -> None:
+    rewards = torch.zeros(shape, device=DEVICE)
+    spans = leafkernels.span_values(
+        torch.zeros((*shape, shape[-1]), dtype=torch.int32, device=DEVICE),
+        torch.ones((*shape[:-1], 2), dtype=torch.int32, device=DEVICE),
+        rewards,
+        rewards.int(),
+        normalize=normalize,
+        backend=backend,
+    )
+    assert all(field.shape == (*shape, 3) for field in spans)
+    tokens = torch.zeros((*shape, 5), device=DEVICE)
+    tree = leafkernels.span_tree(tokens, tokens.int(), rewards, normalize=normalize, backend=backend)
+    assert tree.boundaries.tolist() == torch.full((*shape[:-1], 2), -1).tolist()
+    assert tree.nodes.shape == (*shape, 2)
+    assert tree.spans.values.shape == (*shape, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_positions_beyond_int32(backend: str) -> None:
+    """A boundary that far lies after every row, and is shared by identical rows alone."""
+    shared = torch.tensor([[3, 3, 1], [3, 3, 1], [1, 1, 3]], device=DEVICE)
+    lengths, rewards = torch.tensor([3, 3, 3], device=DEVICE), torch.tensor([1.0, 0.0, 0.5], device=DEVICE)
+    for far in (2**31 - 1, 2**31, 2**32 + 2, 2**40):
+        boundaries = torch.tensor([1, far], device=DEVICE)
+        spans = leafkernels.span_values(shared, boundaries, rewards, lengths, backend=backend)
+        nearer = leafkernels.span_values(shared, boundaries.clamp_max(10), rewards, lengths, backend=backend)
+        assert torch.equal(spans.node_sizes, nearer.node_sizes)
+        assert torch.equal(spans.raw, nearer.raw)
+
+
 CREDITS = [(terms, leave_one_out) for terms in ("both", "global", "local") for leave_one_out in (False, True)]
 
 

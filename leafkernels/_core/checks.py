@@ -3,7 +3,7 @@
 Shapes, dtypes and devices are read always; values only of tensors that lie on the CPU.
 """
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -72,19 +72,21 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless ``value`` is an int of at least ``least``."""
+def check_count(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raise unless ``value`` is an int of at least ``least`` and, where that is given, at most ``most``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a finite number."""
+    """Raise unless ``value`` is a number that float64 holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not abs(value) < math.inf:
+    if not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
@@ -121,7 +123,7 @@ def check_mask(response_mask: Any, name: str, shape: torch.Size, device: torch.d
 
 
 def check_rewards(rewards: Any, name: str, row_shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The rewards as a floating-point tensor (N,)."""
+    """The rewards as a floating-point tensor (N,); integers become float64, which holds all up to 2**53."""
     check_tensor("rewards", rewards)
     if rewards.dtype.is_complex or rewards.dtype == torch.bool:
         raise TypeError(f"rewards must be floating point or integers, got {rewards.dtype}")
@@ -131,4 +133,4 @@ def check_rewards(rewards: Any, name: str, row_shape: tuple[int, ...], device: t
         )
     check_device("rewards", rewards, name, device)
     rewards = rewards.reshape(-1)
-    return rewards if rewards.dtype.is_floating_point else rewards.to(torch.float32)
+    return rewards if rewards.dtype.is_floating_point else rewards.to(torch.float64)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from leafkernels._core.checks import check_like, check_real
 from leafkernels.credit.boundaries import boundaries_of_groups
+from leafkernels.credit.nodes import nodes_of_groups
 from leafkernels.credit.options import CreditOptions
-from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
 from leafkernels.credit.scatter import scatter_to_tokens
 from leafkernels.credit.values import SpanValues, values_of_groups
 from leafkernels.rows.layout import as_rows
@@ -20,7 +20,7 @@ class Credit(NamedTuple):
 
     rollouts: Rollouts
     boundaries: Tensor
-    prefix_lengths: Tensor
+    nodes: Tensor
     spans: SpanValues
 
 
@@ -41,10 +41,9 @@ def credit_spans(
         boundary_scores is None,
         backend,
     )
-    last = boundaries.amax(1) if options.num_boundaries else boundaries.new_zeros(boundaries.shape[0])
-    prefix_lengths = prefix_lengths_of_groups(as_rows(token_ids), layout, last, backend)
-    spans = values_of_groups(rollouts.rewards, prefix_lengths, boundaries, layout.row_lengths, layout, options, backend)
-    return Credit(rollouts, boundaries, prefix_lengths, spans)
+    nodes = nodes_of_groups(as_rows(token_ids), layout, boundaries, backend)
+    spans = values_of_groups(rollouts.rewards, nodes, boundaries, layout, options, backend)
+    return Credit(rollouts, boundaries, nodes, spans)
 
 
 def span_advantages(
@@ -85,8 +84,8 @@ def span_advantages(
             ``cu_seqlens``. float32, bfloat16 or float16, nats: log-probabilities of the sampled tokens. Boundaries are
             ranked by their negative; no gradient flows to them. NaN: never a boundary.
         token_ids: the same shape; any integer dtype.
-        rewards: one for each row: (G,), (P, G) or (N,); finite floating point or integers. NaN (unscorable) leaves the
-            row out of every mean and gives it 0.
+        rewards: one for each row: (G,), (P, G) or (N,); finite floating point, or integers, which are taken as float64.
+            NaN (unscorable) leaves the row out of every mean and gives it 0.
         response_mask: the same shape; nonzero where a token counts, with holes and padding anywhere; None: all.
         groups: integers (N,) that name each row's prompt, in any order and with unequal sizes (``group_index`` makes
             them from uid strings). A CUDA tensor costs N * N int32 of temporary memory, because counting its groups

@@ -102,4 +102,4 @@ def select_boundaries(
     backend = resolve_backend(backend, scores.device)
     rows = find_rows("scores", scores, response_mask, groups, group_size, cu_seqlens, backend)
     found = boundaries_of_groups(as_rows(scores), rows, num_boundaries, min_separation, False, backend)
-    return rows.per_prompt(found, missing=-1)
+    return rows.per_prompt(found)

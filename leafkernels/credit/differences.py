@@ -8,8 +8,11 @@ from leafkernels.credit.advantages import credit_spans
 from leafkernels.credit.options import CreditOptions
 from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
 from leafkernels.credit.scatter import scatter_to_tokens
-from leafkernels.rows.layout import as_rows, group_members
+from leafkernels.rows.layout import Layout, as_rows, group_members
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
+
+# Pairs of rows whose lines are worked on together.
+_CHUNK = 1 << 18
 
 
 def tempo(
@@ -35,7 +38,8 @@ def tempo(
     The values of ``logprobs`` do not matter. The arguments are those of ``span_advantages`` but for the options of its
     tree (rollouts part where they part, and no boundary is selected), and so are layouts and errors; holes of the mask
     count in a prefix, and what differs at a hole is credited to no token. A row has up to 2 G spans, G the size of a
-    prompt (of the whole call where ``groups`` is a CUDA tensor), and a few tables of that size are float64.
+    prompt (of the whole call where ``groups`` is a CUDA tensor): beside its prefix lengths, values and ends of that
+    size are float64 and int32.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
@@ -60,18 +64,39 @@ def _tempo_spans(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     One number for each pair of rows, and so PyTorch on every backend, without a synchronisation.
     """
     layout, is_out = rollouts.layout, rollouts.rewards.isnan()
-    members, is_member = group_members(layout.rows_by_group, layout.group_starts, layout.group_of_row, layout.max_group)
+    shared = prefix_lengths_of_groups(as_rows(rollouts.token_ids), layout, None, rollouts.backend)
+    num_rows, group = shared.shape
+    values = rollouts.rewards.new_empty((num_rows, 2 * group), dtype=torch.float64)
+    ends = shared.new_empty((num_rows, 2 * group))
+    # A row needs the table's line of no other, so that what is made of a line need not lie there for all. A compiler
+    # would unroll the loop.
+    step = num_rows if torch.compiler.is_compiling() else max(1, _CHUNK // group)
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        values[rows], ends[rows] = _spans_of_rows(rollouts.rewards.to(torch.float64), is_out, shared, layout, rows)
+    return values, ends
+
+
+def _spans_of_rows(
+    rewards: Tensor, is_out: Tensor, shared: Tensor, layout: Layout, rows: slice
+) -> tuple[Tensor, Tensor]:
+    group = shared.shape[1]
+    itself = torch.arange(shared.shape[0], device=shared.device)[rows, None]
+    members, is_member = group_members(
+        layout.rows_by_group, layout.group_starts, layout.group_of_row[rows], layout.max_group
+    )
     is_other = ~is_member | is_out[members]
-    rewards = rollouts.rewards.to(torch.float64)
+    # In place of what takes no part stands the row: nothing of another prompt is read.
+    members = torch.where(is_other, itself, members)
     # Above the least of the prompt, so that equal rewards are exactly 0.
-    least = rewards.detach()[members].masked_fill(is_other, torch.inf).amin(1)
-    rewards = (rewards - least).masked_fill(is_out, 0.0)
+    of_members = rewards[members]
+    least = of_members.detach().masked_fill(is_other, torch.inf).amin(1, keepdim=True)
+    of_members = (of_members - least).masked_fill(is_out[rows, None], 0.0)
+    own = (rewards[rows, None] - least).masked_fill(is_out[rows, None], 0.0)
 
     # Members in the order in which they leave the row; what takes no part comes first.
-    shared = prefix_lengths_of_groups(as_rows(rollouts.token_ids), layout, None, rollouts.backend)
-    shared, order = shared.masked_fill(is_other, -1).sort(dim=1, stable=True)
-    of_members = rewards[members.gather(1, order)]
-    group = shared.shape[1]
+    shared, order = shared[rows].masked_fill(is_other, -1).sort(dim=1, stable=True)
+    of_members = of_members.gather(1, order)
     first = is_other.sum(1, keepdim=True).clamp_max(group - 1)
 
     # Mean of a member and those that leave no sooner, less that of those that leave later (ties leave together).
@@ -84,10 +109,10 @@ def _tempo_spans(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     # The slope of the root is infinite at 0, and would make NaN of gradients that are 0.
     is_flat = variance == 0.0
     std = variance.masked_fill(is_flat, 1.0).sqrt().masked_fill(is_flat, 0.0)
-    own = (rewards[:, None] - mean).expand_as(difference)
+    own = (own - mean).expand_as(difference)
     values = torch.stack([own, own + difference], dim=2).flatten(1) / (std + 1e-6)
 
-    lengths = layout.row_lengths[:, None].to(torch.int32)
+    lengths = layout.row_lengths[rows, None].to(torch.int32)
     ends = torch.stack([shared, shared + 1], dim=2).flatten(1).clamp_min(0).minimum(lengths)
     return values, ends.cummax(1).values
 

@@ -25,15 +25,14 @@ from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
 
 def _one_for_each_row(rollouts: Rollouts, leave_one_out: bool, normalize: str) -> Tensor:
-    """The credit of a tree without boundaries, in which every row is a tail: what it shares does not matter."""
+    """The credit of a tree without boundaries: it has no nodes, and every row is a tail."""
     layout = rollouts.layout
+    nodes = layout.row_lengths.new_empty((layout.row_lengths.shape[0], 0))
     boundaries = layout.group_starts.new_empty((layout.group_starts.shape[0] - 1, 0), dtype=torch.int32)
-    prefix_lengths = layout.row_lengths.new_zeros((rollouts.rewards.shape[0], layout.max_group), dtype=torch.int32)
     spans = values_of_groups(
         rollouts.rewards,
-        prefix_lengths,
+        nodes,
         boundaries,
-        layout.row_lengths,
         layout,
         CreditOptions(terms="global", multiplicity_power=0.0, leave_one_out=leave_one_out, normalize=normalize),
         rollouts.backend,

@@ -5,6 +5,8 @@ from typing import NamedTuple, TypedDict
 from leafkernels._core.checks import check_choice, check_count, check_finite
 
 TERMS = ("both", "global", "local")
+# What an operation takes as an int.
+_MOST = 2**63 - 1
 NORMALIZE = ("span", "batch", "reward_std", "none")
 
 # Options that belong together, by name: ``--preset`` of the command and ``preset=`` of ``LeafGRPOConfig``.
@@ -49,6 +51,6 @@ class CreditFields(TypedDict, total=False):
 
 def check_boundary_options(num_boundaries: int, min_separation: int | None) -> None:
     """Raise unless both are counts that make sense."""
-    check_count("num_boundaries", num_boundaries, 0)
+    check_count("num_boundaries", num_boundaries, 0, _MOST)
     if min_separation is not None:
-        check_count("min_separation", min_separation, 1)
+        check_count("min_separation", min_separation, 1, _MOST)

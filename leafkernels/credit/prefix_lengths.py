@@ -152,5 +152,5 @@ def _between_all_rows(lengths: Tensor, layout: Layout) -> Tensor:
     by_group = layout.group_of_row[layout.rows_by_group]
     every_row = torch.arange(num_rows, device=lengths.device)
     ranks[layout.rows_by_group] = every_row - layout.group_starts[by_group]
-    same = layout.group_of_row[:, None] == layout.group_of_row
-    return lengths.gather(1, ranks.expand(num_rows, num_rows)).masked_fill(~same, -1)
+    is_other = layout.group_of_row[:, None] != layout.group_of_row
+    return lengths.gather(1, ranks.expand(num_rows, num_rows)).masked_fill_(is_other, -1)

@@ -10,6 +10,7 @@ from leafkernels._core.checks import check_count, check_device, check_integer, c
 from leafkernels._core.derivatives import refuse_forward_mode
 from leafkernels._core.ops import register
 from leafkernels.rows.find import Rows, find_rows
+from leafkernels.rows.layout import to_int32
 
 _SPANS = "Tensor span_ends, Tensor? mask, Tensor slot_starts, Tensor slot_ends, Tensor row_starts"
 
@@ -127,7 +128,7 @@ def scatter_spans(
         )
     return scatter_to_tokens(
         values.reshape(num_rows, values.shape[-1]),
-        span_ends.reshape(num_rows, values.shape[-1]).to(torch.int32),
+        to_int32(span_ends.reshape(num_rows, values.shape[-1])),
         rows,
         size,
         values.dtype,

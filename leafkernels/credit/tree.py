@@ -9,7 +9,6 @@ from typing_extensions import Unpack
 from leafkernels.credit.advantages import credit_spans
 from leafkernels.credit.options import CreditFields, CreditOptions
 from leafkernels.credit.values import SpanValues, finish
-from leafkernels.rows.layout import Layout, group_members
 from leafkernels.rows.rollouts import read_rollouts
 
 
@@ -54,26 +53,13 @@ def span_tree(
     rows, layout = rollouts.rows, rollouts.layout
     of_rows = credit.boundaries[layout.group_of_row]
     spans = finish(credit.spans, of_rows, rows.row_shape)
-    has_node = spans.node_sizes.reshape(of_rows.shape[0], of_rows.shape[1] + 1)[:, 1:] > 0
-    nodes = _node_names(credit.prefix_lengths, of_rows, layout).masked_fill_(~has_node, -1)
+    has_node = spans.node_sizes.flatten(0, -2)[:, 1:] > 0
+    nodes = credit.nodes.masked_fill(~has_node, -1)
     if rows.prompt_shape is not None:
         nodes = torch.where(nodes < 0, nodes, nodes % max(layout.max_group, 1))
     return SpanTree(
-        boundaries=rows.per_prompt(credit.boundaries, missing=-1),
+        boundaries=rows.per_prompt(credit.boundaries),
         lengths=layout.row_lengths.reshape(rows.row_shape),
         nodes=nodes.to(torch.int32).reshape(*rows.row_shape, nodes.shape[-1]),
         spans=spans,
     )
-
-
-def _node_names(prefix_lengths: Tensor, boundaries_of_rows: Tensor, layout: Layout) -> Tensor:
-    """(N, B) the smallest row that shares each row's prefix at each boundary."""
-    num_rows = prefix_lengths.shape[0]
-    members, is_member = group_members(layout.rows_by_group, layout.group_starts, layout.group_of_row, layout.max_group)
-    lengths = layout.row_lengths[:, None]
-    identical = (prefix_lengths == lengths) & (layout.row_lengths[members] == lengths)
-    names = torch.full_like(boundaries_of_rows, num_rows, dtype=torch.int64)
-    for k in range(boundaries_of_rows.shape[1]):
-        shares = (identical | (prefix_lengths >= boundaries_of_rows[:, k, None])) & is_member & (lengths > 0)
-        names[:, k] = members.masked_fill(~shares, num_rows).amin(1) if num_rows else num_rows
-    return names

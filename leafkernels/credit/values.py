@@ -9,12 +9,13 @@ from leafkernels._core.backend import implementation, resolve_backend
 from leafkernels._core.checks import check_device, check_integer, check_rewards, check_tensor
 from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
 from leafkernels._core.ops import register
+from leafkernels.credit.nodes import nodes_of_table
 from leafkernels.credit.options import CreditOptions
-from leafkernels.rows.find import build_layout
-from leafkernels.rows.layout import Layout
+from leafkernels.rows.find import build_layout, with_prompts
+from leafkernels.rows.layout import Layout, to_int32
 
 _INPUTS = (
-    "Tensor rewards, Tensor prefix_lengths, Tensor boundaries, Tensor row_lengths, "
+    "Tensor rewards, Tensor nodes, Tensor boundaries, Tensor row_lengths, "
     "Tensor rows_by_group, Tensor group_starts, Tensor group_of_row, "
     "str terms, float multiplicity_power, bool leave_one_out, str normalize"
 )
@@ -47,7 +48,7 @@ def _impl(rewards: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return implementation(str(backend)).span_values(rewards, *arguments)
 
 
-def _fake(rewards: Tensor, prefix_lengths: Tensor, boundaries: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _fake(rewards: Tensor, nodes: Tensor, boundaries: Tensor, *_: Any) -> tuple[Tensor, ...]:
     dtypes = (torch.float64, torch.float64, torch.int32, torch.int32, torch.float64)
     return tuple(rewards.new_empty((rewards.shape[0], boundaries.shape[1] + 1), dtype=dtype) for dtype in dtypes)
 
@@ -84,19 +85,18 @@ class _SpanValues(torch.autograd.Function):
 
 def values_of_groups(
     rewards: Tensor,
-    prefix_lengths: Tensor,
+    nodes: Tensor,
     boundaries: Tensor,
-    row_lengths: Tensor,
     layout: Layout,
     options: CreditOptions,
     backend: str,
 ) -> SpanValues:
     """Spans of the N rows of a layout; the arguments have been checked.
 
-    ``prefix_lengths`` is (N, max_group) by rank within the group, ``boundaries`` (P, B), ``rewards`` (N,).
+    ``nodes`` is (N, B) as by ``nodes_of_groups``, ``boundaries`` (P, B), ``rewards`` (N,).
     """
     refuse_forward_mode("span_values", rewards)
-    constants = (prefix_lengths, boundaries, row_lengths, *layout.groups)
+    constants = (nodes, boundaries, layout.row_lengths, *layout.groups)
     of_values = options.terms, options.multiplicity_power, options.leave_one_out, options.normalize
     # Rewards are constants in training, and then an autograd function would only cost time.
     if rewards.requires_grad:
@@ -187,16 +187,16 @@ def span_values(
     backend = resolve_backend(backend, device)
 
     group, num_boundaries = row_shape[-1], boundaries.shape[-1]
-    of_rows = prefix_lengths.reshape(rewards.shape[0], group).to(torch.int32)
-    layout = build_layout(of_rows, None, group, None)
-    boundaries = boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries).to(torch.int32)
+    of_rows = to_int32(prefix_lengths.reshape(rewards.shape[0], group))
+    layout = with_prompts(build_layout(of_rows, None, group, None), row_shape)
+    boundaries = to_int32(boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries))
     # A row without a reward takes part in nothing, as if it were empty.
     is_out = rewards.isnan()
+    layout = layout._replace(row_lengths=lengths.reshape(-1).to(torch.int64).masked_fill(is_out, 0))
     spans = values_of_groups(
         rewards,
-        of_rows.masked_fill(is_out[:, None], 0),
+        nodes_of_table(of_rows, layout, boundaries, backend),
         boundaries,
-        lengths.reshape(-1).to(torch.int64).masked_fill(is_out, 0),
         layout,
         options,
         backend,

@@ -1,11 +1,12 @@
 """Every operation in vectorised PyTorch: what runs on the CPU, and what ``backend="torch"`` runs anywhere.
 
-Memory stays proportional to the tokens plus, for each row, the size of its group. On CUDA tensors these functions read
-sizes back from the device; the Triton kernels never do.
+Memory stays proportional to the tokens plus, for each row, the number of boundaries; where a table of prefix lengths is
+asked for, to the pairs. On CUDA tensors these functions read sizes back from the device; the Triton kernels never do.
 """
 
 from leafkernels.eager.boundaries import select_boundaries
 from leafkernels.eager.find import mask_stretches
+from leafkernels.eager.nodes import nodes_of_prefix_lengths, prefix_nodes
 from leafkernels.eager.policy_loss_from_logits import policy_loss, scale_gradient
 from leafkernels.eager.prefix_lengths import common_prefix_lengths
 from leafkernels.eager.scatter import gather_spans, scatter_spans
@@ -23,7 +24,9 @@ __all__ = [
     "gather_spans",
     "mask_stretches",
     "merge_surprisal_states",
+    "nodes_of_prefix_lengths",
     "policy_loss",
+    "prefix_nodes",
     "scale_gradient",
     "scatter_spans",
     "select_boundaries",

@@ -28,6 +28,11 @@ _HEAD = 32
 _BLOCK = 8192
 _STEP = 1 << 18
 
+# Pairs whose lines of the table are made together.
+_CHUNK = 1 << 16
+
+_FAR = torch.iinfo(torch.int32).max
+
 # What a test counts with, int64 (2,): ids read, and how often a row was compared with a representative.
 counts: Tensor | None = None
 
@@ -53,18 +58,21 @@ def common_prefix_lengths(
     caps = row_lengths
     if limit is not None:
         caps = torch.minimum(row_lengths, limit.to(torch.int64)[group_of_row].clamp_min(0))
-    members, is_member = group_members(rows_by_group, group_starts, group_of_row, max_group)
-    width = int(caps.max())
-    if start is None and num_rows * max_group * width <= _FEW_TOKENS:
-        return _all_pairs(aligned_rows(token_ids, row_starts, width), caps, members, is_member)
+    if start is None and are_few(num_rows * max_group, int(caps.max())):
+        members, is_member = group_members(rows_by_group, group_starts, group_of_row, max_group)
+        return all_pairs(aligned_rows(token_ids, row_starts, int(caps.max())), caps, members, is_member)
     starts = torch.zeros_like(caps) if start is None else start.to(torch.int64)[group_of_row]
-    places, order, left_at = _refine(
-        *_flat(token_ids, row_starts), caps, starts, rows_by_group, group_starts[group_of_row]
-    )
-    return _least_between(places, order, left_at, caps, members, is_member, group_starts[group_of_row])
+    first_of_row = group_starts[group_of_row]
+    order, left_at = refine(token_ids, row_starts, caps, starts, rows_by_group, first_of_row)
+    return _least_between(order, left_at, caps, rows_by_group, group_starts, group_of_row, max_group)
 
 
-def _all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:
+def are_few(num_pairs: int, width: int) -> bool:
+    """Whether pairs of rows of so many tokens are compared all, and not refined."""
+    return num_pairs * width <= _FEW_TOKENS
+
+
+def all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:
     """Compare every row (N, width) with every row of its group: first where most pairs part, then behind it."""
     num_pairs, width = members.numel(), tokens.shape[1]
     head = width if num_pairs * width <= _HARDLY_ANY_TOKENS else min(_HEAD, width)
@@ -80,13 +88,20 @@ def _all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor)
     return torch.minimum(shared, ends).to(torch.int32)
 
 
-def _refine(
-    tokens: Tensor, offsets: Tensor, caps: Tensor, starts: Tensor, rows_by_group: Tensor, first_of_row: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The place of every row in the sorted order, the row at every place, and what it shares with the one before.
+def refine(
+    token_ids: Tensor,
+    row_starts: Tensor,
+    caps: Tensor,
+    starts: Tensor,
+    rows_by_group: Tensor,
+    first_of_row: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The rows in their sorted order, and what each shares with the one before, both (N,) int64.
 
-    The rows begin at ``offsets`` in ``tokens``; groups keep their places, from ``first_of_row`` on.
+    Groups keep their places, from ``first_of_row`` on. Of rows that share some prefix the smallest comes first, and
+    identical rows that are not cut are side by side.
     """
+    tokens, offsets = _flat(token_ids, row_starts)
     order = rows_by_group.clone()
     left_at = torch.zeros_like(order)
     every_place = torch.arange(order.shape[0], device=order.device)
@@ -102,10 +117,11 @@ def _refine(
         is_done = shared == caps[rows]
         token = tokens[(offsets[rows] + shared).clamp_max_(tokens.shape[0] - 1)]
         # A representative may end before the start, where all tokens count as equal.
-        token.masked_fill_(shared < starts[rows], 0)
+        token.masked_fill_((shared < starts[rows]).logical_or_(is_done), 0)
 
-        # Within its class first who left last; then, of those that can still tie, equal tokens side by side.
-        key = (head * most + (most - 1 - shared)) * 2 + is_done
+        # Within its class first who left last, and first who ends there, so that identical rows are side by side; then,
+        # of those that can still tie, equal tokens side by side.
+        key = (head * most + (most - 1 - shared)) * 2 + is_done.logical_not()
         by_token = token.argsort(stable=True)
         sort = by_token[key[by_token].argsort(stable=True)]
         key, token, shared, is_done = key[sort], token[sort], shared[sort], is_done[sort]
@@ -116,35 +132,40 @@ def _refine(
         head = at.masked_fill(ties, 0).cummax(0).values[ties]
         at, shared = at[ties], shared[ties] + 1
         shared = torch.maximum(shared, starts[order[at]])
-    places = torch.empty_like(order)
-    places[order] = every_place
-    return places, order, left_at
+    return order, left_at
 
 
 def _least_between(
-    places: Tensor,
     order: Tensor,
     left_at: Tensor,
     caps: Tensor,
-    members: Tensor,
-    is_member: Tensor,
-    first_of_row: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    max_group: int,
 ) -> Tensor:
     """(N, max_group) int32 by rank: the least of ``left_at`` behind the earlier row and up to the later one."""
-    num_rows, max_group = members.shape
-    every_rank = torch.arange(max_group, device=members.device)
-    own = places - first_of_row
-    between = left_at.to(torch.int32)[(first_of_row[:, None] + every_rank).clamp_max_(num_rows - 1)]
-    between.masked_fill_(every_rank <= own[:, None], torch.iinfo(torch.int32).max)
-    least = between.cummin(1).values
-    theirs = own[members]
-    is_later = theirs > own[:, None]
-    every_row = torch.arange(num_rows, device=members.device)[:, None]
-    earlier = torch.where(is_later, every_row, members)
-    later = torch.where(is_later, theirs, own[:, None])
-    lengths = least.view(-1)[earlier * max_group + later]
-    lengths = torch.where(members == every_row, caps.to(torch.int32)[:, None], lengths)
-    return lengths.masked_fill_(~is_member, 0)
+    num_rows = order.shape[0]
+    every_rank = torch.arange(max_group, device=order.device)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(num_rows, device=order.device)
+    left_at, caps = left_at.to(torch.int32), caps.to(torch.int32)
+    lengths = left_at.new_empty((num_rows, max_group))
+    # A line of the table needs no other, so that what is beside it stays small.
+    step = max(1, _CHUNK // max_group)
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        first = group_starts[group_of_row[rows]][:, None]
+        own = places[rows, None] - first
+        between = left_at[(first + every_rank).clamp_max_(num_rows - 1)]
+        later = between.masked_fill(every_rank <= own, _FAR).cummin(1).values
+        # Backwards from the row: what stands at a place is between it and the place before.
+        earlier = between.roll(-1, 1).masked_fill_(every_rank >= own, _FAR).flip(1).cummin(1).values.flip(1)
+        members, is_member = group_members(rows_by_group, group_starts, group_of_row[rows], max_group)
+        theirs = (places[members] - first).masked_fill_(is_member.logical_not(), 0)
+        shared = torch.minimum(later, earlier).gather(1, theirs)
+        torch.where(theirs == own, caps[rows, None], shared, out=lengths[rows]).masked_fill_(~is_member, 0)
+    return lengths
 
 
 def _first_true(table: Tensor) -> Tensor:
@@ -163,8 +184,8 @@ def _first_true(table: Tensor) -> Tensor:
 
 def _flat(token_ids: Tensor, row_starts: Tensor) -> tuple[Tensor, Tensor]:
     """The storage of the tokens as one dimension, and where each row starts in it."""
-    if token_ids.dim() == 1:
-        return token_ids, row_starts
+    if token_ids.dim() == 1 or token_ids.numel() == 0:
+        return token_ids.view(-1), row_starts
     num_rows, width = token_ids.shape
     stride = token_ids.stride(0)
     extent = (num_rows - 1) * stride + width
@@ -185,7 +206,7 @@ def _first_mismatch(tokens: Tensor, a: Tensor, b: Tensor, start: Tensor, end: Te
         counts[0] += start.shape[0]  # the token behind, which the caller reads
     while going.numel():
         begin, left = shared[going], end[going]
-        block = min(block * 4, _BLOCK // 2, max(_STEP // (2 * going.shape[0]), 64))
+        block = min(block * 4, _BLOCK // 2, max(_STEP // (2 * going.shape[0]), 16))
         block = min(block, int((left - begin).max()), tokens.shape[0])
         if counts is not None:
             counts[0] += 2 * block * going.shape[0]

@@ -172,7 +172,7 @@ def launch_select_boundaries(
         row_lengths,
         rows_by_group,
         group_starts,
-        min_separation or 0,
+        min(min_separation or 0, max(max_length, 1)),  # none are farther apart
         NUM_BOUNDARIES=num_boundaries,
         BLOCK_B=triton.next_power_of_2(num_boundaries),
         BLOCK=BLOCK,

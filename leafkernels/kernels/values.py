@@ -1,5 +1,5 @@
-"""Span values: a program for each row averages the rewards of the rows that share its prefixes and credits its spans; a
-second kernel z-scores them over the group (or the call).
+"""Span values: a program for each row averages the rewards of the rows of its nodes and credits its spans; a second
+kernel z-scores them over the group (or the call).
 
     A_k = [w_g (V_k - V_0) + w_l (V_k - V_{k-1})] * n_k ** -power,  the tail: w_g (r - V_0) + w_l (r - V_R)
 
@@ -13,10 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 32  # rows of a group at a time
-FAR = tl.constexpr(2147483647)
 
 
-@triton.jit(do_not_specialize=["max_group"])
+@triton.jit
 def _span_values_kernel(
     raw_ptr,
     span_ends_ptr,
@@ -24,13 +23,12 @@ def _span_values_kernel(
     node_values_ptr,
     reward_std_ptr,
     rewards_ptr,
-    prefix_lengths_ptr,
+    nodes_ptr,
     boundaries_ptr,
     row_lengths_ptr,
     rows_by_group_ptr,
     group_starts_ptr,
     group_of_row_ptr,
-    max_group,
     NUM_SLOTS: tl.constexpr,
     USE_GLOBAL: tl.constexpr,
     USE_LOCAL: tl.constexpr,
@@ -45,15 +43,13 @@ def _span_values_kernel(
     size = tl.load(group_starts_ptr + group + 1) - first
     length = tl.load(row_lengths_ptr + row).to(tl.int32)
 
-    # Slot s ends at boundary s, its parent at the boundary before; the group itself counts as boundary -1.
+    # Slot s ends at the node of boundary s. Its parent is the node of the boundary before; the first one's, the group.
     slot = tl.arange(0, BLOCK_S)
-    has_end = slot < NUM_SLOTS - 1
-    at = tl.load(boundaries_ptr + group * (NUM_SLOTS - 1) + slot, mask=has_end, other=-1)
-    is_boundary = at >= 0
-    at = tl.where(is_boundary, at, FAR)
+    has_node = slot < NUM_SLOTS - 1
     has_parent = (slot > 0) & (slot < NUM_SLOTS)
-    parent_at = tl.load(boundaries_ptr + group * (NUM_SLOTS - 1) + slot - 1, mask=has_parent, other=-1)
-    parent_at = tl.where((slot > 0) & (parent_at < 0), FAR, parent_at)
+    at = tl.load(boundaries_ptr + group * (NUM_SLOTS - 1) + slot, mask=has_node, other=-1)
+    node = tl.load(nodes_ptr + row * (NUM_SLOTS - 1) + slot, mask=has_node, other=-1)
+    parent = tl.load(nodes_ptr + row * (NUM_SLOTS - 1) + slot - 1, mask=has_parent, other=-1)
 
     least = tl.full([BLOCK], float("inf"), tl.float64)
     for block in range(0, tl.cdiv(size, BLOCK)):
@@ -71,18 +67,17 @@ def _span_values_kernel(
         rank = block * BLOCK + tl.arange(0, BLOCK)
         member = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
         reward = tl.load(rewards_ptr + member, mask=rank < size, other=float("nan")).to(tl.float64)
-        other_length = tl.load(row_lengths_ptr + member, mask=rank < size, other=0).to(tl.int32)
-        shared = tl.load(prefix_lengths_ptr + row * max_group + rank, mask=rank < size, other=0)
-        # Identical rows go together beyond every boundary; rows without a reward are not even of the group.
-        shared = tl.where((shared == length) & (other_length == length) & (length > 0), FAR, shared)
-        shared = tl.where(reward == reward, shared, -2)
-        centred = tl.where(reward == reward, reward - lowest, 0.0)
-        same = (shared[:, None] >= at[None, :]).to(tl.float64)
+        is_in = (reward == reward)[:, None]
+        centred = tl.where(reward == reward, reward - lowest, 0.0)[:, None]
+        offs = member[:, None] * (NUM_SLOTS - 1) + slot[None, :]
+        other = tl.load(nodes_ptr + offs, mask=is_in & has_node[None, :], other=-2)
+        same = (other == node[None, :]).to(tl.float64)
         sizes += tl.sum(same, axis=0)
-        sums += tl.sum(same * centred[:, None], axis=0)
-        same = (shared[:, None] >= parent_at[None, :]).to(tl.float64)
+        sums += tl.sum(same * centred, axis=0)
+        other = tl.load(nodes_ptr + offs - 1, mask=is_in & has_parent[None, :], other=-2)
+        same = (((slot == 0)[None, :] & is_in) | (other == parent[None, :])).to(tl.float64)
         parent_sizes += tl.sum(same, axis=0)
-        parent_sums += tl.sum(same * centred[:, None], axis=0)
+        parent_sums += tl.sum(same * centred, axis=0)
 
     group_size = tl.sum(tl.where(slot == 0, parent_sizes, 0.0), axis=0)
     group_value = tl.sum(tl.where(slot == 0, parent_sums, 0.0), axis=0) / tl.maximum(group_size, 1.0)
@@ -98,7 +93,7 @@ def _span_values_kernel(
         spread += distance * distance
     reward_std = tl.sqrt(tl.sum(spread, axis=0) / tl.maximum(group_size - 1.0, 1.0))
 
-    is_retained = is_boundary & (sizes >= 2.0)
+    is_retained = sizes >= 2.0
     num_retained = tl.sum(is_retained.to(tl.int32), axis=0)
     last = tl.max(tl.where(is_retained, at, 0), axis=0)
     is_tail = (slot == num_retained) & (length > last)
@@ -209,7 +204,7 @@ def _normalize_spans_kernel(
 
 def launch_span_values(
     rewards: Tensor,
-    prefix_lengths: Tensor,
+    nodes_of_rows: Tensor,
     boundaries: Tensor,
     row_lengths: Tensor,
     rows_by_group: Tensor,
@@ -238,13 +233,12 @@ def launch_span_values(
         node_values,
         reward_std,
         rewards.contiguous(),
-        prefix_lengths.contiguous(),
+        nodes_of_rows.contiguous(),
         boundaries.contiguous(),
         row_lengths,
         rows_by_group,
         group_starts,
         group_of_row,
-        prefix_lengths.shape[1],
         NUM_SLOTS=num_slots,
         USE_GLOBAL=terms != "local",
         USE_LOCAL=terms != "global",

@@ -5,12 +5,12 @@ from torch import Tensor
 
 import python_ref
 from leafkernels.reference._lists import rows_of_groups
-from python_ref.values import nodes_from_prefix_lengths
+from python_ref.values import credit, mean
 
 
 def span_values(
     rewards: Tensor,
-    prefix_lengths: Tensor,
+    nodes_of_rows: Tensor,
     boundaries: Tensor,
     row_lengths: Tensor,
     rows_by_group: Tensor,
@@ -21,9 +21,9 @@ def span_values(
     leave_one_out: bool,
     normalize: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See ``python_ref.span_values`` and ``normalize_spans``; arguments and results as the PyTorch implementation."""
+    """See ``python_ref.values.credit`` and ``normalize_spans``; arguments and results as the PyTorch implementation."""
     num_rows, num_slots = rewards.shape[0], boundaries.shape[1] + 1
-    all_rewards, all_lengths = rewards.tolist(), row_lengths.tolist()
+    all_rewards, all_lengths, all_names = rewards.tolist(), row_lengths.tolist(), nodes_of_rows.tolist()
     values = torch.zeros((num_rows, num_slots), dtype=torch.float64)
     raw = torch.zeros_like(values)
     ends = torch.zeros((num_rows, num_slots), dtype=torch.int32)
@@ -34,28 +34,28 @@ def span_values(
     group_rewards = [[all_rewards[i] for i in rows] for rows in groups]
     raw_spans = []
     for g, rows in enumerate(groups):
-        shared = [row[: len(rows)] for row in prefix_lengths[rows].tolist()]
-        lengths = [all_lengths[i] for i in rows]
         positions = [p for p in boundaries[g].tolist() if p >= 0]
+        nodes: list[list[list[int]]] = []
+        for k in range(len(positions)):
+            names = [all_names[i][k] for i in rows]
+            nodes.append([[j for j, name in enumerate(names) if name == own] for own in names])
         raw_spans.append(
-            python_ref.span_values(
-                shared,
+            credit(
+                nodes,
                 positions,
                 group_rewards[g],
-                lengths,
+                [all_lengths[i] for i in rows],
                 terms=terms,
                 multiplicity_power=multiplicity_power,
                 leave_one_out=leave_one_out,
             )
         )
         scored = [r for r in group_rewards[g] if r == r]
-        taking_part = [length > 0 and r == r for length, r in zip(lengths, group_rewards[g], strict=True)]
-        nodes = [nodes_from_prefix_lengths(shared, lengths, p, taking_part) for p in positions]
         for rank, i in enumerate(rows):
-            sizes[i, 0], node_values[i, 0] = len(scored), sum(scored) / max(len(scored), 1)
-            for k, members_of_row in enumerate(nodes):
-                members = [group_rewards[g][j] for j in members_of_row[rank]]
-                sizes[i, k + 1], node_values[i, k + 1] = len(members), sum(members) / max(len(members), 1)
+            sizes[i, 0], node_values[i, 0] = len(scored), mean(scored)
+            for k, members_of_rows in enumerate(nodes):
+                members = [group_rewards[g][j] for j in members_of_rows[rank]]
+                sizes[i, k + 1], node_values[i, k + 1] = len(members), mean(members)
 
     normalized = python_ref.normalize_spans(raw_spans, group_rewards, normalize)
     for rows, raw_rows, rows_of_spans in zip(groups, raw_spans, normalized, strict=True):

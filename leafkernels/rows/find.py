@@ -27,12 +27,11 @@ class Rows(NamedTuple):
     prompt_shape: tuple[int, ...] | None
     """Shape of one entry for each prompt; None: prompts are named by a tensor, and each row holds its prompt's."""
 
-    def per_prompt(self, of_groups: Tensor, missing: float) -> Tensor:
-        """What holds a line for each group, as the caller counts prompts; ``missing`` where a prompt has no row."""
+    def per_prompt(self, of_groups: Tensor) -> Tensor:
+        """What holds a line for each group, as the caller counts prompts."""
         if self.prompt_shape is None:
             return of_groups[self.layout.group_of_row]
-        shape = *self.prompt_shape, *of_groups.shape[1:]
-        return of_groups.reshape(shape) if self.layout.row_starts.shape[0] else of_groups.new_full(shape, missing)
+        return of_groups.reshape(*self.prompt_shape, *of_groups.shape[1:])
 
 
 def check_named_groups(groups: Any, num_rows: int, name: str, device: torch.device) -> Tensor:
@@ -99,7 +98,18 @@ def find_rows(
         prompt_shape, prompts = row_shape[:-1], row_shape[-1]
     rows = as_rows(tensor)
     mask_rows = None if mask is None else as_rows(mask)
-    return Rows(build_layout(rows, mask_rows, prompts, cu_seqlens, backend), mask_rows, row_shape, prompt_shape)
+    layout = build_layout(rows, mask_rows, prompts, cu_seqlens, backend)
+    if groups is None and group_size is None:
+        layout = with_prompts(layout, row_shape)
+    return Rows(layout, mask_rows, row_shape, prompt_shape)
+
+
+def with_prompts(layout: Layout, row_shape: tuple[int, ...]) -> Layout:
+    """The layout of one prompt or of a batch of them, counted also where no prompt has a row."""
+    if row_shape[-1]:
+        return layout
+    num_prompts = row_shape[0] if len(row_shape) == 2 else 1
+    return layout._replace(group_starts=layout.group_starts.new_zeros(num_prompts + 1))
 
 
 def _brief(value: Any) -> str:

@@ -57,6 +57,13 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
+def to_int32(positions: Tensor) -> Tensor:
+    """Positions of any integer dtype as int32; what lies beyond is far: one less than the largest, which marks none."""
+    if positions.dtype in (torch.int64, torch.int32):
+        positions = positions.clamp(-1, torch.iinfo(torch.int32).max - 1)
+    return positions.to(torch.int32)
+
+
 def group_members(
     rows_by_group: Tensor, group_starts: Tensor, group_of_row: Tensor, max_group: int
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,98 @@
+"""Nodes of the prefix tree, from the tokens or from a table of prefix lengths. A node is named by its smallest row.
+
+Refinement leaves the rows sorted, and in that order every node is a run: it begins where a row shares less than the
+boundary with the row before. No table of all pairs is needed.
+"""
+
+import torch
+from torch import Tensor
+
+from leafkernels.eager import prefix_lengths as pairs
+from leafkernels.eager._rows import aligned_rows
+from leafkernels.rows.layout import group_members
+
+# A boundary that there is not is beyond what identical rows share, and that is beyond every boundary.
+_NOWHERE = torch.iinfo(torch.int32).max
+_IDENTICAL = _NOWHERE - 1
+
+# All pairs are compared where they are few: a pair costs as much memory as a few tokens.
+_TOKENS_OF_PAIR = 16
+
+# Pairs that are looked at together in a table, times boundaries.
+_CHUNK = 1 << 16
+
+
+def prefix_nodes(
+    token_ids: Tensor,
+    row_starts: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    boundaries: Tensor,
+    max_group: int,
+) -> Tensor:
+    """(N, B) int64: the smallest row of each row's node at the B boundaries of its group, ``boundaries`` (P, B).
+
+    Two rows are of one node where they share the tokens before the boundary, or are identical. A row without a token,
+    and every row at a boundary of -1, is alone.
+    """
+    num_rows, num_boundaries = row_starts.shape[0], boundaries.shape[1]
+    if num_rows * num_boundaries == 0:
+        return row_starts.new_empty((num_rows, num_boundaries))
+    # No prefix matters after the last boundary.
+    caps = torch.minimum(row_lengths, boundaries.amax(1).clamp_min(0)[group_of_row])
+    at = boundaries.masked_fill(boundaries < 0, _NOWHERE)
+    width = int(caps.max())
+    if pairs.are_few(num_rows * max_group, max(width, _TOKENS_OF_PAIR)):
+        members, is_member = group_members(rows_by_group, group_starts, group_of_row, max_group)
+        table = pairs.all_pairs(aligned_rows(token_ids, row_starts, width), caps, members, is_member)
+        return _smallest(table, members, row_lengths, at[group_of_row], slice(None))
+
+    order, left_at = pairs.refine(
+        token_ids, row_starts, caps, torch.zeros_like(caps), rows_by_group, group_starts[group_of_row]
+    )
+    lengths = row_lengths[order]
+    is_identical = (left_at == lengths).logical_and_(lengths > 0)
+    is_identical[1:].logical_and_(lengths[1:] == lengths[:-1])
+    shared = left_at.masked_fill_(is_identical, _IDENTICAL)[:, None]
+    place = torch.arange(num_rows, device=order.device)[:, None]
+    first = torch.where(shared < at[group_of_row[order]], place, 0).cummax(0).values
+    nodes = torch.empty_like(first)
+    nodes[order] = order[first]
+    return nodes
+
+
+def nodes_of_prefix_lengths(
+    prefix_lengths: Tensor,
+    boundaries: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+) -> Tensor:
+    """The same from ``prefix_lengths`` (N, G) by rank within the group, cut at the last boundary or not."""
+    num_rows, max_group = prefix_lengths.shape
+    num_boundaries = boundaries.shape[1]
+    nodes = row_lengths.new_empty((num_rows, num_boundaries))
+    at = boundaries.masked_fill(boundaries < 0, _NOWHERE)
+    step = max(1, _CHUNK // max(max_group * num_boundaries, 1))
+    for start in range(0, num_rows if num_boundaries else 0, step):
+        rows = slice(start, start + step)
+        members, is_member = group_members(rows_by_group, group_starts, group_of_row[rows], max_group)
+        is_member = is_member.logical_and_(row_lengths[members] > 0).logical_and_(row_lengths[rows, None] > 0)
+        shared = prefix_lengths[rows].masked_fill(is_member.logical_not_(), 0)
+        nodes[rows] = _smallest(shared, members, row_lengths, at[group_of_row[rows]], rows)
+    return nodes
+
+
+def _smallest(shared: Tensor, members: Tensor, row_lengths: Tensor, at: Tensor, rows: slice) -> Tensor:
+    """(n, B) for some rows the smallest of their members (n, G) that shares as much as ``at`` (n, B), or themselves.
+
+    ``shared`` (n, G) is 0 with what is no member, and with rows without a token.
+    """
+    own = row_lengths[rows, None]
+    is_identical = (shared == own).logical_and_(row_lengths[members] == own).logical_and_(own > 0)
+    shared = shared.masked_fill(is_identical, _IDENTICAL)
+    itself = torch.arange(row_lengths.shape[0], device=at.device)[rows, None, None]
+    return torch.where(shared[:, None, :] >= at[:, :, None], members[:, None, :], itself).amin(2)

@@ -1,0 +1,102 @@
+"""Nodes of the prefix tree from a table of prefix lengths: a program for each row looks for the smallest row of its
+group that shares the prefix at each boundary, and names the node by it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leafkernels.kernels.prefix_lengths import launch_common_prefix_lengths
+
+BLOCK = 32  # rows of a group at a time
+FAR = tl.constexpr(2147483647)
+
+
+@triton.jit(do_not_specialize=["max_group"])
+def _prefix_nodes_kernel(
+    nodes_ptr,
+    prefix_lengths_ptr,
+    boundaries_ptr,
+    row_lengths_ptr,
+    rows_by_group_ptr,
+    group_starts_ptr,
+    group_of_row_ptr,
+    max_group,
+    NUM_BOUNDARIES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.load(group_of_row_ptr + row)
+    first = tl.load(group_starts_ptr + group)
+    size = tl.load(group_starts_ptr + group + 1) - first
+    length = tl.load(row_lengths_ptr + row)
+    offs_b = tl.arange(0, BLOCK_B)
+    in_table = offs_b < NUM_BOUNDARIES
+    at = tl.load(boundaries_ptr + group * NUM_BOUNDARIES + offs_b, mask=in_table, other=-1)
+
+    # Rows ascend with their rank, so the smallest rank that shares the prefix is the smallest row.
+    smallest = tl.full([BLOCK_B], FAR, tl.int32)
+    for block in range(0, tl.cdiv(size, BLOCK)):
+        rank = block * BLOCK + tl.arange(0, BLOCK)
+        member = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
+        other_length = tl.load(row_lengths_ptr + member, mask=rank < size, other=0)
+        shared = tl.load(prefix_lengths_ptr + row * max_group + rank, mask=rank < size, other=0)
+        # Identical rows go together beyond every boundary; rows without a token, with none.
+        shared = tl.where((shared == length) & (other_length == length), FAR, shared)
+        shared = tl.where((other_length > 0) & (length > 0), shared, -1)
+        ranks = tl.where(shared[:, None] >= at[None, :], rank[:, None].to(tl.int32), FAR)
+        smallest = tl.minimum(smallest, tl.min(ranks, axis=0))
+    is_shared = (at >= 0) & (smallest < FAR)
+    node = tl.load(rows_by_group_ptr + first + smallest, mask=is_shared, other=0)
+    tl.store(nodes_ptr + row * NUM_BOUNDARIES + offs_b, tl.where(is_shared, node, row), mask=in_table)
+
+
+def launch_nodes_of_prefix_lengths(
+    prefix_lengths: Tensor,
+    boundaries: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+) -> Tensor:
+    """(N, B) int64: see ``leafkernels.eager.nodes.nodes_of_prefix_lengths``."""
+    num_rows, num_boundaries = prefix_lengths.shape[0], boundaries.shape[1]
+    nodes = torch.empty((num_rows, num_boundaries), dtype=torch.int64, device=prefix_lengths.device)
+    if nodes.numel():
+        _prefix_nodes_kernel[(num_rows,)](
+            nodes,
+            prefix_lengths.contiguous(),
+            boundaries.contiguous(),
+            row_lengths,
+            rows_by_group,
+            group_starts,
+            group_of_row,
+            prefix_lengths.shape[1],
+            NUM_BOUNDARIES=num_boundaries,
+            BLOCK_B=triton.next_power_of_2(num_boundaries),
+            BLOCK=BLOCK,
+            num_warps=1,
+        )
+    return nodes
+
+
+def launch_prefix_nodes(
+    token_ids: Tensor,
+    row_starts: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    boundaries: Tensor,
+    max_group: int,
+) -> Tensor:
+    """(N, B) int64: see ``leafkernels.eager.nodes.prefix_nodes``."""
+    if boundaries.shape[1] == 0:
+        return row_starts.new_empty((row_starts.shape[0], 0))
+    groups = (rows_by_group, group_starts, group_of_row)
+    # No prefix matters after the last boundary.
+    last = boundaries.amax(1)
+    table = launch_common_prefix_lengths(token_ids, row_starts, row_lengths, *groups, last, None, max_group)
+    return launch_nodes_of_prefix_lengths(table, boundaries, row_lengths, *groups)
