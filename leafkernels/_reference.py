@@ -212,8 +212,8 @@ def surprisal_states(
 ) -> tuple[Tensor, Tensor]:
     """See ``python_ref.surprisal_state``; arguments and results as the PyTorch implementation."""
     rows, tokens, temperatures = logits.tolist(), token_ids.tolist(), temperature.tolist()
-    states = torch.zeros((4, len(rows), 1), dtype=compute_dtype(logits.dtype))
-    states[0] = -torch.inf
+    states = torch.zeros((3, len(rows), 1), dtype=compute_dtype(logits.dtype))
+    states[0], states[1] = torch.finfo(states.dtype).min, -1.0
     picked = torch.full((len(rows),), torch.nan, dtype=states.dtype)
     for i in _live_rows(mask, len(rows)):
         states[:, i, 0] = torch.tensor(python_ref.surprisal_state(rows[i], temperatures[i]), dtype=states.dtype)
@@ -238,6 +238,7 @@ def surprisal_entropy_backward(
     gradients: Tensor,
     surprisal_gradients: Tensor,
     entropy_gradients: Tensor | None,
+    surprisal: Tensor,
     entropy: Tensor,
     tops: Tensor,
     log_totals: Tensor,
@@ -262,8 +263,7 @@ def surprisal_entropy_backward(
             [rows[i]],
             [tokens[i]],
             temperature=temperatures[i],
-            log_sums=[float(tops[i]) / temperatures[i] + float(log_totals[i])],
-            entropies=[float(entropy[i])],
+            of_rows=[[float(vector[i])] for vector in (surprisal, entropy, tops, log_totals)],
         )
         if softcap is not None:
             gradient = [g * (1 - (x / softcap) ** 2) for g, x in zip(gradient, rows[i], strict=True)]

@@ -117,8 +117,7 @@ _linear_surprisal_entropy = register(
 
 
 def _backward_impl(of_surprisal: Tensor, of_entropy: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    entropy, tops, log_totals, hidden, weight, bias, token_ids, temperature, mask, softcap, *options, needs = args
-    num_live, chunk, dtype, backend = options
+    *of_rows, hidden, weight, bias, token_ids, temperature, mask, softcap, num_live, chunk, dtype, backend, needs = args
     if backend == "reference":
         return _reference.linear_surprisal_entropy_backward(
             of_surprisal, of_entropy, hidden, weight, bias, token_ids, temperature, mask, softcap, needs
@@ -126,8 +125,7 @@ def _backward_impl(of_surprisal: Tensor, of_entropy: Tensor | None, *args: Any) 
     module = implementation(backend)
     widest = compute_dtype(dtype)
     of_hidden, of_weight, of_bias = _new_gradients(hidden, weight, bias, needs, widest)
-    vectors = (of_surprisal, entropy, tops, log_totals, token_ids)
-    of_surprisal, entropy, tops, log_totals, ids = (pad(vector, (0, 1)) for vector in vectors)
+    of_surprisal, *of_rows, ids = (pad(vector, (0, 1)) for vector in (of_surprisal, *of_rows, token_ids))
     of_entropy = None if of_entropy is None else pad(of_entropy, (0, 1))
     temperatures = pad(temperature, (0, 1), value=1.0)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -139,9 +137,7 @@ def _backward_impl(of_surprisal: Tensor, of_entropy: Tensor | None, *args: Any) 
                 logits,
                 of_surprisal[rows],
                 None if of_entropy is None else of_entropy[rows],
-                entropy[rows],
-                tops[rows],
-                log_totals[rows],
+                *(vector[rows] for vector in of_rows),
                 logits,
                 ids[rows],
                 temperatures[rows],
@@ -185,7 +181,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias, needs = args[5], args[6], args[7], args[-1]
+    hidden, weight, bias, needs = args[6], args[7], args[8], args[-1]
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
@@ -194,8 +190,8 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _linear_surprisal_entropy_backward = register(
-    "linear_surprisal_entropy_backward(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor entropy, "
-    f"Tensor tops, Tensor log_totals, {_INPUTS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    "linear_surprisal_entropy_backward(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor surprisal, "
+    f"Tensor entropy, Tensor tops, Tensor log_totals, {_INPUTS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )
@@ -205,7 +201,7 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         surprisal, entropy, tops, log_totals = _linear_surprisal_entropy(*args)
-        ctx.save_for_backward(entropy, tops, log_totals, *args[:6])
+        ctx.save_for_backward(surprisal, entropy, tops, log_totals, *args[:6])
         ctx.options = args[6:]
         ctx.set_materialize_grads(False)
         return surprisal, entropy

@@ -42,20 +42,20 @@ _surprisal_entropy = register(f"surprisal_entropy({_INPUTS}) -> (Tensor, Tensor,
 
 def _backward_impl(surprisal_gradients: Tensor, *args: Any) -> Tensor:
     *arguments, softcap, backend = args
-    logits = arguments[4]
+    logits = arguments[5]
     gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     implementation(backend).surprisal_entropy_backward(gradients, surprisal_gradients, *arguments, softcap)
     return gradients
 
 
 def _backward_fake(*args: Any) -> Tensor:
-    logits = args[5]
+    logits = args[6]
     return logits.new_empty(logits.shape)
 
 
 _BACKWARD = (
-    "(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor entropy, Tensor tops, Tensor log_totals, {logits}, "
-    "Tensor token_ids, Tensor temperature, Tensor? mask, float? softcap, str backend) -> "
+    "(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor surprisal, Tensor entropy, Tensor tops, "
+    "Tensor log_totals, {logits}, Tensor token_ids, Tensor temperature, Tensor? mask, float? softcap, str backend) -> "
 )
 _surprisal_entropy_backward = register(
     f"surprisal_entropy_backward{_BACKWARD.format(logits='Tensor logits')}Tensor", _backward_impl, _backward_fake
@@ -64,7 +64,7 @@ _surprisal_entropy_backward = register(
 
 def _backward_in_place_impl(surprisal_gradients: Tensor, *args: Any) -> None:
     *arguments, softcap, backend = args
-    implementation(backend).surprisal_entropy_backward(arguments[4], surprisal_gradients, *arguments, softcap)
+    implementation(backend).surprisal_entropy_backward(arguments[5], surprisal_gradients, *arguments, softcap)
 
 
 _surprisal_entropy_backward_ = register(
@@ -95,7 +95,7 @@ class _SurprisalEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         *arguments, backend, _, ctx.in_place = args
         surprisal, entropy, tops, log_totals = _of_rows(logits, *args[:-1])
-        ctx.save_for_backward(entropy, tops, log_totals, logits, *arguments)
+        ctx.save_for_backward(surprisal, entropy, tops, log_totals, logits, *arguments)
         ctx.backend = backend
         # A gradient that nobody asks for stays None, and the backward pass then leaves its terms out.
         ctx.set_materialize_grads(False)
@@ -103,10 +103,10 @@ class _SurprisalEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_surprisal: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        entropy, tops, log_totals, logits, *arguments = ctx.saved_tensors
+        *of_rows, logits, token_ids, temperature, mask = ctx.saved_tensors
         if of_surprisal is None:
-            of_surprisal = torch.zeros_like(entropy)
-        everything = (of_surprisal, of_entropy, entropy, tops, log_totals, logits, *arguments, None, ctx.backend)
+            of_surprisal = torch.zeros_like(of_rows[0])
+        everything = (of_surprisal, of_entropy, *of_rows, logits, token_ids, temperature, mask, None, ctx.backend)
         if not ctx.in_place:
             return _surprisal_entropy_backward(*everything), *[None] * 6
         _surprisal_entropy_backward_(*everything)
@@ -134,7 +134,7 @@ def surprisal_entropy(
     Nothing cancels: rows shifted by 1e4 lose no digit, and a row whose top logit leads by 60 has its entropy of 1e-25
     with a relative error of about 1e-6, where ``lse - E[x]`` gives 0 or noise. A banned id (-inf) adds nothing; sampled
     all the same, it has surprisal inf. A row that holds NaN or +inf, or -inf alone, gives NaN, for that row only. An id
-    outside the vocabulary is not read and gives a surprisal of NaN.
+    outside the vocabulary is not read and gives a surprisal of NaN, and NaN gradients where that surprisal counts.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64 (computed in float32, float64 for float64; the Triton

@@ -174,7 +174,12 @@ CASES = [
             f"surprisal_states {logits}",
             surprisal._surprisal_states_kernel,
             f"*fp32 *fp32 {logits} *i64 *fp64 *i1 i32 i32 i32 i32 i32",
-            {"HAS_MASK": True, "BLOCK": surprisal.BLOCK, "num_warps": surprisal.NUM_WARPS},
+            {
+                "HAS_MASK": True,
+                "BLOCK": surprisal.BLOCK,
+                "THREADS": surprisal.THREADS,
+                "num_warps": surprisal.num_warps(),
+            },
             True,
         )
         for logits in ("*fp32", "*bf16", "*fp16")
@@ -190,13 +195,13 @@ CASES = [
         Case(
             f"surprisal_entropy_backward {logits}{'' if with_entropy else ' no entropy'}",
             surprisal._surprisal_entropy_backward_kernel,
-            f"{logits} *fp32 *fp32 *fp32 *fp32 *fp32 {logits} *i64 *fp64 *i1 fp32 i32 i32 i32 i32",
+            f"{logits} *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 {logits} *i64 *fp64 *i1 fp32 i32 i32 i32 i32",
             {
                 "HAS_ENTROPY": with_entropy,
                 "HAS_MASK": True,
                 "HAS_SOFTCAP": False,
                 "BLOCK": surprisal.BLOCK,
-                "num_warps": surprisal.NUM_WARPS,
+                "num_warps": surprisal.num_warps(),
             },
             True,
         )
@@ -214,7 +219,8 @@ CASES = [
                 "ENTROPY": True,
                 "GRADIENT": True,
                 "BLOCK": surprisal.BLOCK,
-                "num_warps": surprisal.NUM_WARPS,
+                "THREADS": surprisal.THREADS,
+                "num_warps": surprisal.num_warps(),
             },
             True,
         )

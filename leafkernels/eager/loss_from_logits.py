@@ -54,10 +54,18 @@ def policy_loss(
         moved = log_ratio.expm1() - log_ratio
         terms[:, rows] = torch.stack((weights[rows] * loss, is_clipped.to(dtype), moved, ratio, kl, entropy))
         if with_gradient:
-            factor = weights[rows] * scale[rows]
-            of_entropy = -entropy_coef * factor if entropy_coef else None
+            of_entropy = -entropy_coef * weights[rows] if entropy_coef else None
             gradients[rows] = logit_gradient(
-                x, token_ids[rows], tops, log_totals, entropy, -of_logprob * factor, of_entropy, scale[rows], room
+                x,
+                token_ids[rows],
+                surprisal,
+                entropy,
+                tops,
+                log_totals,
+                -of_logprob * weights[rows],
+                of_entropy,
+                scale[rows],
+                room,
             ).to(logits.dtype)
     return terms, gradients
 
