@@ -196,6 +196,27 @@ def test_shapes_strides_and_temperatures(backend: str) -> None:
     assert nothing.entropy.shape == (0, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [80, 83])
+def test_rows_that_begin_anywhere(stride: int, dtype: torch.dtype, small_blocks: None) -> None:
+    """Rows before whose first word others lie, and gradients whose words are not those of the logits."""
+    generator = torch.Generator().manual_seed(8)
+    wide = (torch.randn(4, stride, generator=generator) * 4).to(dtype).to(DEVICE)
+    wide[:, 71:] = math.nan  # behind the rows
+    ids = torch.randint(0, 71, (4,), generator=generator).to(DEVICE)
+    check_exact(wide[:, :71], ids, "triton")
+    gradients = []
+    for backend in FAST:
+        leaf = wide.clone().requires_grad_()
+        # The gradient in place has the rows' stride, a new one that of 71 elements.
+        for in_place in (False, True):
+            logits = leaf * 1.0
+            found = leafkernels.surprisal_entropy(logits[:, :71], ids, inplace_backward=in_place, backend=backend)
+            gradients += torch.autograd.grad((found.surprisal + 2 * found.entropy).sum(), leaf)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_vocabulary_has_no_distribution(backend: str) -> None:
     logits, ids = torch.zeros(3, 0, device=DEVICE), torch.zeros(3, dtype=torch.int64, device=DEVICE)
