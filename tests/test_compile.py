@@ -35,7 +35,7 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     tokens, live = torch.tensor([3, 0, 8, 2], device=DEVICE), torch.tensor([1, 0, 1, 1], device=DEVICE).bool()
     temperature = torch.full((4,), 0.5, dtype=torch.float64, device=DEVICE)
     surprisal, *results = OPS.surprisal_entropy(logits, tokens, temperature, live, backend)
-    results.insert(0, results[0])  # the entropy stands for its own gradient
+    results[:0] = results[0], surprisal  # surprisal and entropy stand for their own gradients, too
     hidden, weight, bias = torch.randn(4, 5, device=DEVICE), torch.randn(9, 5, device=DEVICE), logits[0]
     head = hidden, weight, bias, tokens, temperature, live, 3.0, None, 2, torch.float32, backend
     shares, old = torch.rand(2, 4, device=DEVICE)

@@ -108,7 +108,10 @@ def merge_surprisal_states(
     entropy = log_total - t * scale / (1.0 + r)
     surprisal = log_total - (picked - top) * scale
     results = surprisal, entropy, top, log_total
-    return results if mask is None else tuple(result.masked_fill(~mask, 0.0) for result in results)
+    if mask is not None:
+        for result in results:
+            result.masked_fill_(~mask, 0.0)
+    return results
 
 
 def surprisal_sums(states: Tensor, tops: Tensor, temperature: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ any logit above -inf is (the least finite number, -1, 0): its 1 + r is 0.
 
 The loop keeps a state for each thread and, of r, only the plain sum s = 1 + r. That loses r in one place: in the thread
 that holds the row's top, if nothing else there comes near. Therefore the program looks at that thread's logits a second
-time, a few hundred of them, and sums them without the top. All others enter as e^(f_i) s_i.
+time, a few hundred of them, and sums them without the top. All others have r = s - 1: what that loses is small beside
+their own top, which counts.
 
     d surprisal / d x_j = (p_j - [j = id]) / T               d entropy / d x_j = -p_j (log p_j + entropy) / T
 
@@ -58,17 +59,11 @@ FLOOR = tl.constexpr(-1e4)
 def merge(m, r, t, top, inv_temperature, axis: tl.constexpr):
     """r and t of all states along an axis, of which ``top`` is the largest m."""
     is_top = m == top
-    drop = _drop(m, top, inv_temperature)
+    drop = tl.maximum(m - top, FLOOR / inv_temperature, propagate_nan=tl.PropagateNan.ALL)
     fade = tl.exp2(drop * (inv_temperature * LOG2_E))
     ones = tl.sum(tl.where(is_top, 1.0, 0.0), axis=axis)
     r_of_all = ones - 1.0 + tl.sum(tl.where(is_top, r, fade * (1.0 + r)), axis=axis)
     return r_of_all, tl.sum(fade * (t + drop * (1.0 + r)), axis=axis)
-
-
-@triton.jit
-def _drop(x, top, inv_temperature):
-    """How far x lies below the top, in logits, bounded so that the exponential of no more is 0; NaN for NaN."""
-    return tl.maximum(x - top, FLOOR / inv_temperature, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -114,7 +109,7 @@ def row_state(logits_ptr, base, length, first, last, inv_temperature, BLOCK: tl.
         m, s, t = _fold(m, s, t, x, floor, log2_scale, THREADS, WORD)
 
     top, thread = tl.max(m, axis=0, return_indices=True)
-    # Of that thread: a state for each of its logits.
+    # The logits of that thread once more, a word for each of all threads.
     NEXT: tl.constexpr = THREADS * WORD
     ones = tl.zeros([THREADS, WORD], tl.float32)
     r = tl.zeros([THREADS, WORD], tl.float32)
@@ -126,11 +121,9 @@ def row_state(logits_ptr, base, length, first, last, inv_temperature, BLOCK: tl.
         d = tl.maximum(x - top, floor, propagate_nan=tl.PropagateNan.ALL)
         ones += tl.where(d == 0.0, 1.0, 0.0)
         r += tl.where(d == 0.0, 0.0, tl.exp2(d * log2_scale))
-    drop = tl.maximum(m - top, floor)
-    fade = tl.exp2(drop * log2_scale)
-    others = tl.where(tl.arange(0, THREADS) == thread, 0.0, fade * s)
-    r_of_all = (tl.sum(ones) - 1.0) + tl.sum(r) + tl.sum(others, axis=0)
-    return top, r_of_all, tl.sum(fade * (t + drop * s), axis=0)
+    beside = tl.where(tl.arange(0, THREADS) == thread, tl.sum(ones) - 1.0 + tl.sum(r), s - 1.0)
+    r_of_all, t_of_all = merge(m, beside, t, top, inv_temperature, 0)
+    return top, r_of_all, t_of_all
 
 
 @triton.jit
