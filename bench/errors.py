@@ -80,9 +80,11 @@ def truth(logits: Tensor, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
     ties, rest = top.sum(1, keepdim=True).double(), z.exp().masked_fill(top, 0.0).sum(1, keepdim=True)
     logp = z - ties.log() - (rest / ties).log1p()
     p = logp.exp()
-    gradient = weights[0, :, None] * (p - torch.nn.functional.one_hot(ids, x.shape[1]))
+    of_surprisal = torch.tensor(surprisal, dtype=torch.float64)
+    # p - 1 of the sampled id, where p may be 1 to within rounding.
+    gradient = weights[0, :, None] * p.scatter(1, ids[:, None], (-of_surprisal).expm1()[:, None])
     gradient -= weights[1, :, None] * torch.where(p == 0, 0.0, p * (logp + h[:, None]))
-    return {"surprisal": torch.tensor(surprisal, dtype=torch.float64), "entropy": h, "gradient": gradient}
+    return {"surprisal": of_surprisal, "entropy": h, "gradient": gradient}
 
 
 def through_hidden(function: peers.Function) -> peers.Function:

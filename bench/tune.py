@@ -26,13 +26,14 @@ if not torch.cuda.is_available():
 
 from bench import report  # noqa: E402
 from bench.harness import DEVICE, best_of, copy_bandwidth, describe_machine, graph_of, median_of_events  # noqa: E402
-from leafkernels.kernels import policy_loss_from_logits, surprisal  # noqa: E402
+from leafkernels import kernels  # noqa: E402
+from leafkernels.kernels import surprisal  # noqa: E402
 
 SHAPES = tuple(itertools.product((64, 8192), (151_936, 128_256)))
 TINY_SHAPES = ((2, 300),)
 BLOCKS = (1024, 2048, 4096, 8192, 16_384)
 WARPS = (4, 8, 16)
-TINY_SETTINGS = ((128, 4), (256, 4))
+TINY_SETTINGS = ((256, 1), (512, 1))
 ELEMENTS = range(8, 65)  # of a thread in a block: at least a 16-byte load, and not more than registers hold
 ROUNDS = 15
 
@@ -44,12 +45,12 @@ def settings() -> list[tuple[int, int]]:
 @contextmanager
 def constants(block: int, warps: int) -> Iterator[None]:
     """The kernels with this block and these warps."""
-    before = surprisal.BLOCK, surprisal.NUM_WARPS
-    surprisal.BLOCK, surprisal.NUM_WARPS = block, warps
+    before = surprisal.BLOCK, surprisal.THREADS
+    surprisal.BLOCK, surprisal.THREADS = block, 32 * warps
     try:
         yield
     finally:
-        surprisal.BLOCK, surprisal.NUM_WARPS = before
+        surprisal.BLOCK, surprisal.THREADS = before
 
 
 class Case:
@@ -88,7 +89,7 @@ class Case:
     def loss(self) -> tuple[Tensor, ...]:
         options = (0.2, 0.2, 0.0, 0.01, True)
         inputs = (self.logits, self.ids, self.ones, self.mask, self.ones, -self.of_rows[0], self.ones, None)
-        return policy_loss_from_logits.launch_policy_loss(*inputs, *options)
+        return kernels.policy_loss_from_logits(*inputs, *options)
 
     def kernels(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         return {"states": self.states, "backward": self.backward, "loss and gradient": self.loss}
@@ -113,7 +114,7 @@ def measure(shapes: Any, tried: list[tuple[int, int]], deadline: float) -> tuple
     rows, left_out = [], []
     all_cases = [Case(*shape) for shape in shapes]
     expected = [{kernel: few(call()) for kernel, call in case.kernels().items()} for case in all_cases]
-    shipped = (surprisal.BLOCK, surprisal.NUM_WARPS)
+    shipped = (surprisal.BLOCK, surprisal.num_warps())
     for setting in dict.fromkeys([*([shipped] if DEVICE == "cuda" else []), *tried]):
         if time.monotonic() > deadline:
             left_out.append(f"{setting}: the time is spent")

@@ -66,39 +66,44 @@ def surprisal_entropy_backward(
             log_p = (x - top) / t - log_total
             p = math.exp(log_p)
             of_entropy = -p * (log_p + entropy) if p > 0 or math.isnan(p) else 0.0
-            gradient.append((of_surprisal * (p - (j == token)) + b * of_entropy) / t)
+            gradient.append((of_surprisal * (math.expm1(log_p) if j == token else p) + b * of_entropy) / t)
         result.append(gradient)
     return result
 
 
-def surprisal_state(logits: Sequence[float], temperature: float = 1.0) -> tuple[float, float, float, float]:
-    """What a slice of a row knows: its top logit m, how many ids have it, and over the others, with z = (x - m) /
-    temperature, sum e^z and sum z e^z. A banned id (-inf) adds nothing."""
+def surprisal_state(logits: Sequence[float], temperature: float = 1.0) -> tuple[float, float, float]:
+    """What a slice of a row knows: its top logit m, and over all ids but one at the top, with z = (x - m) /
+    temperature, r = sum e^z and t = sum (x - m) e^z. A banned id (-inf) adds nothing; of them alone, r is -1."""
     if any(math.isnan(x) or x == math.inf for x in logits):
-        return math.nan, math.nan, math.nan, math.nan
-    top = max(logits, default=-math.inf)
-    rest = [(x - top) / temperature for x in logits if -math.inf < x < top]
-    ties = float(sum(x == top for x in logits if x > -math.inf))
-    return top, ties, math.fsum(map(math.exp, rest)), math.fsum(z * math.exp(z) for z in rest)
+        return math.nan, math.nan, math.nan
+    shown = sorted(x for x in logits if x > -math.inf)
+    if not shown:
+        return -math.inf, -1.0, 0.0
+    top = shown.pop()
+    weights = {x: math.exp((x - top) / temperature) for x in shown}
+    return top, math.fsum(weights[x] for x in shown), math.fsum((x - top) * weights[x] for x in shown if weights[x] > 0)
 
 
 def merge_surprisal_states(
     states: Sequence[Sequence[float]], picked: float, temperature: float = 1.0
 ) -> tuple[float, float, float, float]:
-    """Surprisal and entropy of a row, its top, and log sum e^(x - top), from its slices' states and its id's logit.
+    """Surprisal and entropy of a row, its top, and log sum e^((x - top) / temperature), from its slices' states and its
+    id's logit.
 
-    A slice whose top lies d below the row's counts e^-d as much, and each of its ids lies d lower.
+    A slice whose top lies d below the row's counts e^(-d / temperature) as much, and each of its ids lies d lower.
     """
-    top = max((state[0] for state in states), default=-math.inf)
+    top = max((m for m, r, _ in states if r != -1), default=-math.inf)
     if any(math.isnan(number) for state in states for number in state) or math.isinf(top):
         return math.nan, math.nan, top, math.nan
-    ties = math.fsum(state[1] for state in states if state[0] == top)
-    rest, moments = [], []
-    for m, n, r, t in states:
-        z = (m - top) / temperature
-        below = r if m == top else r + n
-        rest.append(math.exp(z) * below)
-        moments.append(math.exp(z) * (t + (z * below if z > -math.inf else 0.0)))
-    log_total = math.log(ties) + math.log1p(math.fsum(rest) / ties)
-    entropy = log_total - math.fsum(moments) / (ties + math.fsum(rest))
+    # One of the slices at the top keeps an id out, as each does; the ids that the others kept out count 1 each.
+    beside, moments = [-1.0], []
+    for m, r, t in states:
+        fade = math.exp((m - top) / temperature)
+        if r == -1 or fade == 0:
+            continue
+        beside += [fade, fade * r]
+        moments.append(fade * (t + (m - top) * (1 + r)))
+    rest = math.fsum(beside)
+    log_total = math.log1p(rest)
+    entropy = log_total - math.fsum(moments) / (1 + rest) / temperature
     return log_total - (picked - top) / temperature, entropy, top, log_total

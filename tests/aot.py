@@ -1,6 +1,15 @@
 """Compile every kernel for real GPUs, without one, and read what the compiler made of it.
 
-    python tests/aot.py            prints the table: registers, spills, stack, width of the widest access, exponentials
+    python tests/aot.py [NAME]     prints the table, of the kernels whose names begin so
+
+Registers, spills, stack, width of the widest access, exponentials, programs that a multiprocessor's registers allow;
+and for each hot loop the instructions and the bytes of one element, and a prediction for four GPUs. A multiprocessor
+issues at most 128 lane-instructions a clock, of which three quarters is what to count on, so that beside
+
+    memory time = bytes / copy bandwidth       stands       issue time = slots / (3/4 * 128 * processors * clock)
+
+and the longer of the two decides: "memory" where it is the first, else the share of the copy's rate that is left. It is
+a prediction from counts and data sheets, not a measurement: of latency, caches and occupancy it knows nothing.
 
 Triton's interpreter must be off (the kernels of an interpreted process cannot be compiled), so tests run this as a
 program.
@@ -12,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +35,37 @@ from leafkernels.kernels import (
     boundaries,
     find,
     nodes,
-    policy_loss_from_logits,
     prefix_lengths,
     scatter,
     surprisal,
     values,
 )
+from leafkernels.kernels.policy_loss_from_logits import (
+    SCALE_BLOCK,
+    _policy_loss_from_logits_kernel,
+    _scale_gradient_kernel,
+)
 
 ARCHITECTURES = (80, 90, 100)
+
+
+class GPU(NamedTuple):
+    """Multiprocessors, clock (Hz) and copy bandwidth (bytes a second) that such cards are reported to reach."""
+
+    name: str
+    arch: int
+    processors: int
+    clock: float
+    copy: float
+
+
+GPUS = (
+    GPU("A100", 80, 108, 1.41e9, 1.8e12),
+    GPU("H100", 90, 132, 1.75e9, 3.0e12),
+    GPU("H200", 90, 132, 1.75e9, 4.3e12),
+    GPU("B200", 100, 148, 1.85e9, 7.0e12),
+)
+ISSUED = 0.75  # of the clocks, in a loop that waits for nothing
 
 
 class Case(NamedTuple):
@@ -179,7 +212,12 @@ CASES = [
             f"surprisal_states {logits}",
             surprisal._surprisal_states_kernel,
             f"*fp32 *fp32 {logits} *i64 *fp64 *i1 i32 i32 i32 i32 i32",
-            {"HAS_MASK": True, "BLOCK": surprisal.BLOCK, "num_warps": surprisal.NUM_WARPS},
+            {
+                "HAS_MASK": True,
+                "BLOCK": surprisal.BLOCK,
+                "THREADS": surprisal.THREADS,
+                "num_warps": surprisal.num_warps(),
+            },
             True,
         )
         for logits in ("*fp32", "*bf16", "*fp16")
@@ -195,13 +233,13 @@ CASES = [
         Case(
             f"surprisal_entropy_backward {logits}{'' if with_entropy else ' no entropy'}",
             surprisal._surprisal_entropy_backward_kernel,
-            f"{logits} *fp32 *fp32 *fp32 *fp32 *fp32 {logits} *i64 *fp64 *i1 fp32 i32 i32 i32 i32",
+            f"{logits} *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 {logits} *i64 *fp64 *i1 fp32 i32 i32 i32 i32",
             {
                 "HAS_ENTROPY": with_entropy,
                 "HAS_MASK": True,
                 "HAS_SOFTCAP": False,
                 "BLOCK": surprisal.BLOCK,
-                "num_warps": surprisal.NUM_WARPS,
+                "num_warps": surprisal.num_warps(),
             },
             True,
         )
@@ -210,8 +248,8 @@ CASES = [
     ),
     *(
         Case(
-            f"policy_loss {logits}",
-            policy_loss_from_logits._policy_loss_kernel,
+            f"policy_loss_from_logits {logits}",
+            _policy_loss_from_logits_kernel,
             f"*fp32 {logits} {logits} *i64 *fp64 *i1 *fp32 *fp32 *fp32 *fp32 fp32 fp32 fp32 fp32 i32 i32 i32",
             {
                 "HAS_OLD": True,
@@ -219,7 +257,8 @@ CASES = [
                 "ENTROPY": True,
                 "GRADIENT": True,
                 "BLOCK": surprisal.BLOCK,
-                "num_warps": surprisal.NUM_WARPS,
+                "THREADS": surprisal.THREADS,
+                "num_warps": surprisal.num_warps(),
             },
             True,
         )
@@ -227,9 +266,9 @@ CASES = [
     ),
     Case(
         "scale_gradient",
-        policy_loss_from_logits._scale_gradient_kernel,
+        _scale_gradient_kernel,
         "*bf16 *fp32 i32",
-        {"BLOCK": policy_loss_from_logits.SCALE_BLOCK, "num_warps": 8},
+        {"BLOCK": SCALE_BLOCK, "num_warps": 8},
         True,
     ),
     Case(
@@ -248,6 +287,8 @@ class Compiled(NamedTuple):
     name: str
     arch: int
     registers: int
+    programs: int
+    """That fit on a multiprocessor at a time, as far as its registers and warps go."""
     spills: int
     stack: int
     widest: int
@@ -256,11 +297,64 @@ class Compiled(NamedTuple):
     specialised: list[str]
     """Integer arguments whose value may compile the kernel anew."""
     exponentials: float
-    """Exponentials for each element of a block; what a row costs once adds one part in elements a thread."""
+    """Exponentials for each element, in all hot loops together."""
+    waits: int
+    """Barriers and exchanges between threads in the hot loops."""
+    loops: list[tuple[float, float]]
+    """Of each hot loop: issue slots, and bytes of global memory accessed, for each element of a block."""
 
 
-def compile_case(case: Case, arch: int) -> Compiled:
-    """Compile one kernel for ``sm_<arch>`` and read its resources and machine code."""
+def hot_loops(sass: str) -> list[list[str]]:
+    """The instructions of each loop, along the shortest way from its head back to it: the fast branch where two are."""
+    code = [(int(at, 16), text.strip()) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    line_of = {at: i for i, (at, _) in enumerate(code)}
+    next_lines: list[list[int]] = []
+    for i, (_, text) in enumerate(code):
+        # Who is predicated may do nothing; a branch may name its predicate behind the operation too.
+        predicate, operation = re.match(r"(@!?U?P\w+ )?(.*)", text).groups()  # type: ignore[union-attr]
+        may_pass = bool(predicate) or re.match(r"BRA(\.\w+)* !?U?P\d", operation)
+        jump = re.match(r"BR[AX]\b.*?0x([0-9a-f]+)", operation)
+        leaves = operation.startswith(("BRA", "BRX", "EXIT", "RET"))
+        ways = [line_of[int(jump[1], 16)]] if jump and int(jump[1], 16) in line_of else []
+        if (may_pass or not leaves) and i + 1 < len(code):
+            ways.append(i + 1)
+        next_lines.append(ways)
+    found = []
+    for end, ways in enumerate(next_lines):
+        head = ways[0] if ways else end + 1
+        if head > end - 12:  # forward, or waiting for something
+            continue
+        came_from = {head: head}
+        queue = deque([head])
+        while queue and end not in came_from:
+            at = queue.popleft()
+            for line in next_lines[at]:
+                if head < line <= end and line not in came_from:
+                    came_from[line] = at
+                    queue.append(line)
+        if end in came_from:
+            way = [end]
+            while way[-1] != head:
+                way.append(came_from[way[-1]])
+            found.append([code[i][1] for i in reversed(way)])
+    return found
+
+
+def _accesses(instructions: list[str] | str) -> list[int]:
+    """Bytes of each access of a thread to global memory."""
+    text = instructions if isinstance(instructions, str) else "\n".join(instructions)
+    widths = re.findall(r"\b(?:LDG|STG)\.E(?:\.(?!U8|S8|U16|S16|64|128)\w+)*(?:\.(U8|S8|U16|S16|64|128)\b)?", text)
+    return [{"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}.get(width, 4) for width in widths]
+
+
+def predicted_share(slots: float, bytes_moved: float, gpu: GPU) -> float:
+    """Of the copy bandwidth, by issue slots and bytes of an element; 1 where memory is the bound."""
+    budget = gpu.processors * 128 * gpu.clock * bytes_moved / gpu.copy
+    return min(1.0, ISSUED * budget / slots)
+
+
+def assemble(case: Case, arch: int) -> tuple[str, str, list[str]]:
+    """The assembler's account of a kernel's resources, its machine code, and its specialised integer arguments."""
     constants = dict(case.constants)
     options = {"num_warps": constants.pop("num_warps", 4)}
     names = case.kernel.arg_names
@@ -282,13 +376,36 @@ def compile_case(case: Case, arch: int) -> Compiled:
         usage = _cuobjdump("-res-usage", cubin)
         sass = _cuobjdump("-sass", cubin)
     is_integer = {name for name, kind in signature.items() if kind in ("i32", "i64")}
-    specialised = [p.name for p in case.kernel.params if p.name in is_integer and not p.do_not_specialize]
+    return usage, sass, [p.name for p in case.kernel.params if p.name in is_integer and not p.do_not_specialize]
+
+
+def compile_case(case: Case, arch: int) -> Compiled:
+    """Compile one kernel for ``sm_<arch>`` and read its resources and machine code."""
+    usage, sass, specialised = assemble(case, arch)
     registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    widths = [int(width or 32) // 8 for width in re.findall(r"\b(?:LDG|STG)\.E(?:\.\w+)*?(?:\.(64|128))?\b", sass)]
-    per_thread = max(1, constants.get("BLOCK", 1) // (32 * options["num_warps"]))
-    exponentials = len(re.findall(r"\bMUFU\.EX2\b", sass)) / per_thread
-    return Compiled(case.name, arch, registers, spills, stack, max(widths), case.contiguous, specialised, exponentials)
+    warps = case.constants.get("num_warps", 4)
+    # Registers are given to warps, 8 for each thread at a time.
+    programs = min(32, 64 // warps, 65_536 // (32 * 8 * -(-registers // 8) * warps))
+    # The loops over tokens are those with the widest accesses: what others there are see to ragged ends.
+    per_thread = max(1, case.constants.get("BLOCK", 1) // (32 * warps))
+    ways = hot_loops(sass) if case.contiguous else []
+    widest_of_loops = max((width for way in ways for width in _accesses(way)), default=0)
+    ways = [way for way in ways if widest_of_loops in _accesses(way)]
+    exponentials = sum(line.split()[0] == "MUFU.EX2" for way in ways for line in way) / per_thread
+    return Compiled(
+        name=case.name,
+        arch=arch,
+        registers=registers,
+        programs=programs,
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        stack=stack,
+        widest=max(_accesses(sass)),
+        contiguous=case.contiguous,
+        specialised=specialised,
+        exponentials=exponentials,
+        waits=sum(line.split()[0].split(".")[0] in ("BAR", "SHFL", "REDUX") for way in ways for line in way),
+        loops=[(round(len(way) / per_thread, 2), sum(_accesses(way)) / per_thread) for way in ways],
+    )
 
 
 def _cuobjdump(flag: str, cubin: Path) -> str:
@@ -299,18 +416,27 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
 def main() -> None:
     """Print the table, or one JSON object for each line of it with --json."""
     as_json = "--json" in sys.argv[1:]
+    names = tuple(argument for argument in sys.argv[1:] if argument != "--json")
     if not as_json:
-        print(f"{'kernel':46} {'arch':>6} registers spills stack widest access exp2/element")
+        print(f"{'kernel':46} {'arch':>6} registers programs spills stack widest access exp2/element")
     for case in CASES:
+        if names and not case.name.startswith(names):
+            continue
         for arch in ARCHITECTURES:
             row = compile_case(case, arch)
             if as_json:
                 print(json.dumps(row._asdict()), flush=True)
-            else:
+                continue
+            print(
+                f"{row.name:46} sm_{row.arch:<3} {row.registers:9} {row.programs:8} {row.spills:6} {row.stack:5} "
+                f"{row.widest:11} B {row.exponentials:12.2f}",
+                flush=True,
+            )
+            for slots, bytes_moved in row.loops:
+                print(f"{'':12}loop: {slots:.1f} slots and {bytes_moved:g} bytes an element;", end=" predicted: ")
+                shares = ((gpu, predicted_share(slots, bytes_moved, gpu)) for gpu in GPUS if gpu.arch == arch)
                 print(
-                    f"{row.name:46} sm_{row.arch:<3} {row.registers:9} {row.spills:6} {row.stack:5} {row.widest:11} B "
-                    f"{row.exponentials:12.2f}",
-                    flush=True,
+                    *(f"{gpu.name} {'memory' if x == 1 else f'instructions, {x:.0%}'}" for gpu, x in shares), sep="; "
                 )
 
 

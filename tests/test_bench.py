@@ -231,6 +231,6 @@ def test_tuning_runs_on_a_tiny_shape(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("*-tune-tiny.json")
     found = json.loads(path.read_text())
     assert not found["left_out"]
-    tried = {(row["kernel"], row["block"]) for row in found["rows"] if row["num_warps"] == 4}
-    assert tried >= {(kernel, block) for kernel in ("states", "backward", "loss and gradient") for block in (128, 256)}
+    tried = {(row["kernel"], row["block"]) for row in found["rows"] if row["num_warps"] == 1}
+    assert tried >= {(kernel, block) for kernel in ("states", "backward", "loss and gradient") for block in (256, 512)}
     assert all(row["seconds"] > 0 for row in found["rows"])

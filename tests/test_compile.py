@@ -72,7 +72,7 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
             OPS.linear_surprisal_entropy_backward,
             (surprisal, *results, *head, [True, True, True]),
         ),
-        "policy_loss": (OPS.policy_loss, loss),
+        "policy_loss_from_logits": (OPS.policy_loss_from_logits, loss),
         "scale_gradient": (OPS.scale_gradient, (logits, old[0], backend)),
         "gather_spans": (OPS.gather_spans, (group["logprobs"], ends, mask, *slots, backend)),
     }

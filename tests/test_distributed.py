@@ -410,7 +410,8 @@ def surprisal_of_rank(
 ) -> tuple[torch.Tensor, ...]:
     """On each rank: surprisal, entropy and the gradient of its slice; in small blocks, so that a slice has several."""
     leaf = logits.clone().requires_grad_()
-    with mock.patch("leafkernels.eager.surprisal._CHUNK", 8), mock.patch("leafkernels.kernels.surprisal.BLOCK", 4):
+    small = mock.patch.multiple("leafkernels.kernels.surprisal", BLOCK=8, THREADS=1)
+    with mock.patch("leafkernels.eager.surprisal._CHUNK", 8), small:
         found = leafkernels.surprisal_entropy(leaf * 1.0, ids, vocab_group=process_group(world), **options)
         (gradient,) = torch.autograd.grad(found[: len(weights)], leaf, [w.to(found.entropy.dtype) for w in weights])
     with torch.no_grad():

@@ -328,7 +328,7 @@ def test_the_buffer_is_no_larger_than_the_tokens_need() -> None:
     assert sum(rows.shape[0] for rows in head.chunks()) == 4  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_id_outside_the_vocabulary_has_a_gradient_of_nan(backend: str) -> None:
     """As its surprisal; where that is not asked for, the entropy's gradient is what it is."""
     tensors = inputs(14, (3,), 4, 9, torch.float32)

@@ -175,6 +175,30 @@ def test_banned_ids_and_peaked_rows(backend: str, small_blocks: None) -> None:
     torch.testing.assert_close(gradient.double(), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_a_confident_token_is_not_rounded_away(backend: str, small_blocks: None) -> None:
+    """1 - p of the sampled id is the sum of all other p, also where p itself is 1 to within rounding."""
+    logits = torch.linspace(-1, 0, 40, device=DEVICE).repeat(1, 2, 1)
+    logits[..., 30] = 40.0
+    others = (logits.double()[0, 0] - 40.0).exp()
+    others[30] = 0.0
+    ones = torch.ones(1, 2, device=DEVICE)
+    ids = torch.full((1, 2), 30, device=DEVICE)
+    _, gradient = loss_and_gradient(
+        leafkernels.policy_loss_from_logits,
+        logits,
+        token_ids=ids,
+        old_logprobs=None,
+        advantages=ones,
+        response_mask=ones,
+        aggregate="sum",
+        backend=backend,
+    )
+    others[30] = -others.sum()
+    torch.testing.assert_close(gradient[0, 0].double(), others, rtol=1e-5, atol=0)
+    assert torch.equal(gradient[0, 0], gradient[0, 1])
+
+
 def test_small_moves_of_the_policy_are_measured() -> None:
     """e^x - 1 - x of a log-ratio of 1e-3 is 5e-7: written down so, float32 gives noise."""
     tensors = inputs(5, 1, 4, 9)

@@ -10,7 +10,7 @@ from leafkernels._core.precision import compute_dtype
 from leafkernels.eager.surprisal import chunks, fold, logit_gradient, merge_surprisal_states, pick
 
 
-def policy_loss(
+def policy_loss_from_logits(
     logits: Tensor,
     token_ids: Tensor,
     temperature: Tensor,
@@ -25,7 +25,7 @@ def policy_loss(
     entropy_coef: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Terms (6, N) of each row: weighted loss, clipped, k3 of the old policy, ratio, k3 of the reference, entropy.
+    """Terms (6, N) of each row, in the order of ``PolicyLoss``, the first times its weight.
 
     And the gradient (N, V) of the sum of the first, in the dtype of the logits; empty if unwanted.
     """
@@ -59,10 +59,18 @@ def policy_loss(
         moved = log_ratio.expm1() - log_ratio
         terms[:, rows] = torch.stack((weights[rows] * loss, is_clipped.to(dtype), moved, ratio, kl, entropy))
         if with_gradient:
-            factor = weights[rows] * scale[rows]
-            of_entropy = -entropy_coef * factor if entropy_coef else None
+            of_entropy = -entropy_coef * weights[rows] if entropy_coef else None
             gradients[rows] = logit_gradient(
-                x, token_ids[rows], tops, log_totals, entropy, -of_logprob * factor, of_entropy, scale[rows], room
+                x,
+                token_ids[rows],
+                surprisal,
+                entropy,
+                tops,
+                log_totals,
+                -of_logprob * weights[rows],
+                of_entropy,
+                scale[rows],
+                room,
             ).to(logits.dtype)
     return terms, gradients
 

@@ -19,7 +19,7 @@ _FLOOR = -1e4
 
 
 def chunks(logits: Tensor, mask: Tensor | None) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
-    """Rows that count, a chunk at a time; their logits, as computed with; and room for three more such tensors.
+    """Rows that count, a chunk at a time; their logits, as computed with; and room for two more such tensors.
 
     Masked rows are not read. The room is the same for all chunks: memory that is given back after each comes from the
     system again, page by page, which takes as long as the exponentials.
@@ -27,7 +27,7 @@ def chunks(logits: Tensor, mask: Tensor | None) -> Iterator[tuple[slice | Tensor
     num_rows, vocab_size = logits.shape
     dtype = compute_dtype(logits.dtype)
     step = max(1, min(_CHUNK // max(vocab_size, 1), num_rows))
-    room = torch.empty((4, step, vocab_size), dtype=dtype, device=logits.device)
+    room = torch.empty((3, step, vocab_size), dtype=dtype, device=logits.device)
     live: Iterable[slice | Tensor]
     if mask is None:
         live = (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
@@ -36,7 +36,7 @@ def chunks(logits: Tensor, mask: Tensor | None) -> Iterator[tuple[slice | Tensor
     for rows in live if vocab_size else ():
         x = logits[rows]
         of_chunk = room[:, : x.shape[0]]
-        yield rows, x if x.dtype == dtype else of_chunk[3].copy_(x), of_chunk[:3]
+        yield rows, x if x.dtype == dtype else of_chunk[2].copy_(x), of_chunk[:2]
 
 
 def _run(rows: Tensor) -> slice | Tensor:
@@ -48,14 +48,14 @@ def _run(rows: Tensor) -> slice | Tensor:
 def surprisal_states(
     logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """State (4, N, 1) m, n, r, t of each row, and the logit of its id, (N,); NaN where the id lies outside.
+    """State (3, N, 1) m, r, t of each row, and the logit of its id, (N,); NaN where the id lies outside.
 
     float32, or float64 for float64 logits; masked rows are not read and empty.
     """
     num_rows = logits.shape[0]
     dtype = compute_dtype(logits.dtype)
-    states = torch.zeros((4, num_rows, 1), dtype=dtype, device=logits.device)
-    states[0] = -torch.inf
+    states = torch.zeros((3, num_rows, 1), dtype=dtype, device=logits.device)
+    states[0], states[1] = torch.finfo(dtype).min, -1.0
     picked = torch.full((num_rows,), torch.nan, dtype=dtype, device=logits.device)
     scale = temperature.to(dtype).reciprocal()
     for rows, x, room in chunks(logits, mask):
@@ -65,17 +65,16 @@ def surprisal_states(
 
 
 def fold(x: Tensor, scale: Tensor, room: Tensor) -> Tensor:
-    """State (4, n) of whole rows ``x`` (n, V); ``room`` (3, n, V) is written over."""
-    top = x.amax(1, keepdim=True)
-    # Of banned ids only, nothing is known; -inf - -inf must not be asked for.
-    z = torch.sub(x, top.clamp_min(torch.finfo(x.dtype).min), out=room[0])
+    """State (3, n) of whole rows ``x`` (n, V); ``room`` (2, n, V) is written over."""
+    top, at = x.max(1, keepdim=True)
+    m = top.clamp_min(torch.finfo(x.dtype).min)
+    z = torch.sub(x, m, out=room[0])
     z.mul_(scale[:, None]).clamp_min_(_FLOOR)
     e = torch.exp(z, out=room[1])
-    # 0 at the top and 1 below it: what is added there may be far below the rounding of 1.
-    is_rest = torch.mul(z, -torch.finfo(x.dtype).max, out=room[2]).clamp_max_(1.0)
-    ties = x.shape[1] - is_rest.sum(1)
-    rest = e.mul_(is_rest).sum(1)
-    return torch.stack((top.squeeze(1), ties, rest, z.mul_(e).sum(1)))
+    t = z.mul_(e).sum(1) / scale
+    # One logit at the top is left out: what stands beside it may be far below the rounding of 1.
+    r = e.scatter_(1, at, 0.0).sum(1)
+    return torch.stack((m.squeeze(1), r.masked_fill_(top.squeeze(1) == -torch.inf, -1.0), t))
 
 
 def pick(x: Tensor, token_ids: Tensor) -> Tensor:
@@ -100,30 +99,33 @@ def surprisal_entropy(
 def merge_surprisal_states(
     states: Tensor, picked: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``surprisal_entropy`` gives, from any number of partial states of each row, (4, N, states)."""
+    """What ``surprisal_entropy`` gives, from any number of partial states of each row, (3, N, states)."""
     scale = temperature.to(states.dtype).reciprocal()
-    if states.shape[2] == 1:
-        top, ties, rest, moment = states.squeeze(2)
-    else:
-        top = states[0].amax(1)
-        ties, rest, moment = surprisal_sums(states, top, temperature)
-    is_bad = top.isinf()
-    log_total = (ties.log() + (rest / ties).log1p_()).masked_fill_(is_bad, torch.nan)
-    entropy = log_total - moment / (ties + rest)
+    top = states[0].amax(1)
+    ones, r, t = surprisal_sums(states, top, temperature)
+    r += ones - 1.0
+    log_total = r.log1p().masked_fill_((r < 0) | ~top.isfinite(), torch.nan)
+    entropy = log_total - t * scale / (1.0 + r)
     surprisal = log_total - (picked - top) * scale
     results = surprisal, entropy, top, log_total
-    return results if mask is None else tuple(result.masked_fill(~mask, 0.0) for result in results)
+    if mask is not None:
+        for result in results:
+            result.masked_fill_(~mask, 0.0)
+    return results
 
 
 def surprisal_sums(states: Tensor, tops: Tensor, temperature: Tensor) -> Tensor:
-    """n, r, t (3, N) of rows whose top logit is ``tops`` (N,), as far as partial states (4, N, states) of them go."""
-    m, n, r, t = states
-    scale = temperature.to(states.dtype).reciprocal()
-    drop = ((m - tops[:, None]) * scale[:, None]).clamp_min(_FLOOR)
+    """The sums of the rule of merging (3, N), counted from ``tops`` (N,), over partial states (3, N, states):
+
+    how many lie at the top, all that counts beside the one that each of these leaves out, and t.
+    """
+    m, r, t = states
+    scale = temperature.to(states.dtype).reciprocal()[:, None]
+    drop = (m - tops[:, None]).mul_(scale).clamp_min_(_FLOOR)
     fade = drop.exp()
-    # At the top nothing fades, and what was at the top of a lower part is among the rest now.
-    below = torch.where(m == tops[:, None], 0.0, n)
-    return torch.stack((n - below, fade * (r + below), fade * (t + drop * (r + below)))).sum(2)
+    is_top = m == tops[:, None]
+    beside = torch.where(is_top, r, fade * (1.0 + r))
+    return torch.stack((is_top.to(r.dtype), beside, fade * (t + drop / scale * (1.0 + r)))).sum(2)
 
 
 def surprisal_entropy_backward(
@@ -143,15 +145,16 @@ def surprisal_entropy_backward(
     """Write the gradient of the logits, 0 in masked rows, into ``gradients`` (N, V), which may be ``logits``."""
     dtype = compute_dtype(logits.dtype)
     scale = temperature.to(dtype).reciprocal()
-    of_surprisal = surprisal_gradients.to(dtype) * scale
-    of_entropy = None if entropy_gradients is None else entropy_gradients.to(dtype) * scale
+    of_surprisal = surprisal_gradients.to(dtype)
+    of_entropy = None if entropy_gradients is None else entropy_gradients.to(dtype)
     for rows, x, room in chunks(logits, mask):
         gradient = logit_gradient(
             x,
             token_ids[rows],
+            surprisal[rows],
+            entropy[rows],
             tops[rows],
             log_totals[rows],
-            entropy[rows],
             of_surprisal[rows],
             None if of_entropy is None else of_entropy[rows],
             scale[rows],
@@ -167,25 +170,34 @@ def surprisal_entropy_backward(
 def logit_gradient(
     x: Tensor,
     token_ids: Tensor,
+    surprisal: Tensor,
+    entropy: Tensor,
     tops: Tensor,
     log_totals: Tensor,
-    entropy: Tensor,
     of_surprisal: Tensor,
     of_entropy: Tensor | None,
     scale: Tensor,
     room: Tensor,
 ) -> Tensor:
-    """Gradient of whole rows from those of their surprisal and entropy, already over the temperature.
+    """Gradient of whole rows from those of their surprisal and entropy; in ``room[0]``, and all of it is written over.
 
-    It lies in ``room[0]``; all of ``room`` (3, n, V) is written over.
+    The ids are those of the whole vocabulary, of which ``x`` may be a slice.
     """
-    log_p = torch.sub(x, tops[:, None], out=room[1])
-    log_p.mul_(scale[:, None]).sub_(log_totals[:, None]).clamp_min_(_FLOOR)
-    p = torch.exp(log_p, out=room[2])
-    gradient = torch.mul(p, of_surprisal[:, None], out=room[0])
-    tokens = token_ids.to(torch.int64)
+    # An id outside of the vocabulary has no surprisal, and a loss that counts it no gradient.
+    of_surprisal = torch.where(surprisal.isnan() & (of_surprisal != 0), surprisal, of_surprisal) * scale
+    of_entropy = None if of_entropy is None else of_entropy * scale
+    gradient = torch.sub(x, tops[:, None], out=room[0])
+    gradient.mul_(scale[:, None]).clamp_min_(_FLOOR)
+    p = torch.sub(gradient, log_totals[:, None], out=room[1]).exp_()
+    at_token = of_surprisal * (-surprisal).expm1()
+    if of_entropy is None:
+        torch.mul(p, of_surprisal[:, None], out=gradient)
+    else:
+        a = of_surprisal + of_entropy * (log_totals - entropy)
+        gradient.mul_(-of_entropy[:, None]).add_(a[:, None]).mul_(p)
+        p_token = (-surprisal).exp()
+        at_token += (of_entropy * p_token * (surprisal - entropy)).masked_fill_(p_token == 0, 0.0)
+    tokens = token_ids.to(torch.int64)[:, None]
     in_row = (tokens >= 0) & (tokens < x.shape[1])
-    gradient.scatter_add_(1, tokens.clamp(0, x.shape[1] - 1)[:, None], -(of_surprisal * in_row)[:, None])
-    if of_entropy is not None:
-        gradient.sub_(log_p.add_(entropy[:, None]).mul_(p).mul_(of_entropy[:, None]))
-    return gradient
+    tokens = tokens.clamp(0, x.shape[1] - 1)
+    return gradient.scatter_(1, tokens, torch.where(in_row, at_token[:, None], gradient.gather(1, tokens)))

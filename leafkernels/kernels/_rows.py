@@ -5,6 +5,26 @@ import triton.language as tl
 
 
 @triton.jit
+def aligned_row(ptr, base):
+    """Pointer to the 16-byte word in which the row at ``ptr + base`` begins, and the elements before the row in it.
+
+    Only the division tells the compiler that the pointer is aligned: it knows nothing of a number read from memory.
+    """
+    WORD: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    return ptr + base // WORD * WORD, (base % WORD).to(tl.int32)
+
+
+@triton.jit
+def whole_blocks(first, last, before, length, BLOCK: tl.constexpr):
+    """Blocks [low, high) among [first, last) that lie inside of a row, which are all but its first and last at most.
+
+    Blocks are counted from the word that ``aligned_row`` finds, ``before`` elements before the row.
+    """
+    low = tl.minimum(tl.maximum(first, tl.cdiv(before, BLOCK)), last)
+    return low, tl.maximum(low, tl.minimum(last, (before + length) // BLOCK))
+
+
+@triton.jit
 def load_block(ptr, base, start, length, other, BLOCK: tl.constexpr):
     """Elements [start, start + BLOCK) of the row that begins at ``ptr + base``; ``other`` at and behind ``length``.
 

@@ -14,23 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from leafkernels.kernels import surprisal
+from leafkernels.kernels._math import exp_tail
 from leafkernels.kernels._rows import load_block, store_block
-from leafkernels.kernels.surprisal import fold, log_total_entropy, logit_gradient, pick
+from leafkernels.kernels.surprisal import blocks_of, log_total_entropy, pick, row_state, write_gradient
 
 TERMS = 6  # weighted loss, clipped, e^x - 1 - x of the log-ratio, ratio, k3, entropy
 SCALE_BLOCK = 8192
 
 
-@triton.jit
-def _k3(x):
-    """e^x - 1 - x, by its series where the difference would cancel."""
-    series = 1.0 + x / 7 * (1.0 + x / 8 * (1.0 + x / 9 * (1.0 + x / 10)))
-    series = x * x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6 * series))))
-    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0 - x)
-
-
 @triton.jit(do_not_specialize=["stride_logits_row", "vocab_size", "num_rows"])
-def _policy_loss_kernel(
+def _policy_loss_from_logits_kernel(
     terms_ptr,
     gradients_ptr,
     logits_ptr,
@@ -53,22 +46,17 @@ def _policy_loss_kernel(
     ENTROPY: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     plane = num_rows.to(tl.int64)
+    base = row * stride_logits_row
     out = row * vocab_size
-    num_blocks = tl.cdiv(vocab_size, BLOCK)
+    first, last = blocks_of(logits_ptr, base, vocab_size, 0, tl.cdiv(vocab_size, BLOCK) + 1, BLOCK)
     if tl.load(mask_ptr + row) != 0:
         inv_temperature = 1.0 / tl.load(temperature_ptr + row).to(tl.float32)
-        base = row * stride_logits_row
-        m = tl.full([], float("-inf"), tl.float32)
-        n = tl.zeros([BLOCK], tl.float32)
-        r = tl.zeros([BLOCK], tl.float32)
-        t = tl.zeros([BLOCK], tl.float32)
-        for block in range(0, num_blocks):
-            x = load_block(logits_ptr, base, block * BLOCK, vocab_size, float("-inf"), BLOCK).to(tl.float32)
-            m, n, r, t = fold(m, n, r, t, x, inv_temperature)
-        log_total, entropy = log_total_entropy(m, tl.sum(n, axis=0), tl.sum(r, axis=0), tl.sum(t, axis=0))
+        m, r, t = row_state(logits_ptr, base, vocab_size, first, last, inv_temperature, BLOCK, THREADS)
+        log_total, entropy = log_total_entropy(m, r, t, inv_temperature)
         token = tl.load(token_ids_ptr + row).to(tl.int64)
         logprob = (pick(logits_ptr, base, token, vocab_size) - m) * inv_temperature - log_total
 
@@ -87,33 +75,44 @@ def _policy_loss_kernel(
         kl = 0.0
         if HAS_REF:
             distance = tl.load(ref_logprobs_ptr + row) - logprob
-            kl = _k3(distance)
+            kl = exp_tail(distance)
             loss += tl.where(kl_coef == 0.0, 0.0, kl_coef * kl)
             of_logprob -= tl.where(kl_coef == 0.0, 0.0, kl_coef * (kl + distance))
         if ENTROPY:
             loss -= entropy_coef * entropy
         tl.store(terms_ptr + row, weight * loss)
         tl.store(terms_ptr + plane + row, is_clipped.to(tl.float32))
-        tl.store(terms_ptr + 2 * plane + row, _k3(log_ratio))
+        tl.store(terms_ptr + 2 * plane + row, exp_tail(log_ratio))
         tl.store(terms_ptr + 3 * plane + row, ratio)
         tl.store(terms_ptr + 4 * plane + row, kl)
         tl.store(terms_ptr + 5 * plane + row, entropy)
         if GRADIENT:
-            of_surprisal = -of_logprob * weight * inv_temperature
-            of_entropy = -entropy_coef * weight * inv_temperature
-            for done in range(0, num_blocks):
-                start = (num_blocks - 1 - done) * BLOCK
-                is_token = start + tl.arange(0, BLOCK) == token
-                x = load_block(logits_ptr, base, start, vocab_size, float("-inf"), BLOCK).to(tl.float32)
-                gradient = logit_gradient(
-                    x, is_token, m, log_total, entropy, of_surprisal, of_entropy, inv_temperature, ENTROPY
-                )
-                store_block(gradients_ptr, out, start, vocab_size, gradient.to(gradients_ptr.dtype.element_ty), BLOCK)
+            write_gradient(
+                gradients_ptr,
+                out,
+                logits_ptr,
+                base,
+                vocab_size,
+                first,
+                last,
+                token,
+                -logprob,
+                entropy,
+                m,
+                log_total,
+                -of_logprob * weight,
+                -entropy_coef * weight,
+                inv_temperature,
+                1.0,
+                ENTROPY,
+                False,
+                BLOCK,
+            )
     else:
         for k in range(0, 6):
             tl.store(terms_ptr + k * plane + row, 0.0)
         if GRADIENT:
-            for block in range(0, num_blocks):
+            for block in range(first, last):
                 zero = tl.zeros([BLOCK], gradients_ptr.dtype.element_ty)
                 store_block(gradients_ptr, out, block * BLOCK, vocab_size, zero, BLOCK)
 
@@ -128,7 +127,7 @@ def _scale_gradient_kernel(gradients_ptr, factor_ptr, size, BLOCK: tl.constexpr)
         store_block(gradients_ptr, start * 0, start, size, (block.to(tl.float32) * factor).to(block.dtype), BLOCK)
 
 
-def launch_policy_loss(
+def launch_policy_loss_from_logits(
     logits: Tensor,
     token_ids: Tensor,
     temperature: Tensor,
@@ -143,12 +142,15 @@ def launch_policy_loss(
     entropy_coef: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Terms (6, N) float32 of each row's token, and the gradient (N, V) of the sum of the first; empty if unwanted."""
+    """Terms (6, N) float32 of each row, in the order of ``PolicyLoss``, and the gradient (N, V) of the first's sum.
+
+    The gradient is empty if unwanted.
+    """
     num_rows, vocab_size = logits.shape
     terms = torch.empty((TERMS, num_rows), dtype=torch.float32, device=logits.device)
     gradients = torch.empty(logits.shape if with_gradient else (0,), dtype=logits.dtype, device=logits.device)
     if num_rows:
-        _policy_loss_kernel[(num_rows,)](
+        _policy_loss_from_logits_kernel[(num_rows,)](
             terms,
             gradients,
             logits,
@@ -171,7 +173,8 @@ def launch_policy_loss(
             ENTROPY=entropy_coef != 0,
             GRADIENT=with_gradient,
             BLOCK=surprisal.BLOCK,
-            num_warps=surprisal.NUM_WARPS,
+            THREADS=surprisal.THREADS,
+            num_warps=surprisal.num_warps(),
         )
     return terms, gradients
 

@@ -1,15 +1,37 @@
 """Surprisal of the sampled id and entropy over the vocabulary, in one pass over the logits; and their gradient.
 
-With x = logits / temperature, m = max x, n the number of ids at m, and over the others r = sum e^(x - m) and
-t = sum (x - m) e^(x - m):
+A set of logits x of one row, at temperature T, is summed up in a state (m, r, t): m is their maximum, one logit at the
+maximum counts 1 and is left out, and over the others
 
-    surprisal = log n + log1p(r / n) - (x_id - m)            entropy = log n + log1p(r / n) - t / (n + r)
+    r = sum e^((x - m) / T)                     t = sum (x - m) e^((x - m) / T), in logits
 
-All terms of the entropy are >= 0, so nothing cancels, however peaked or shifted the row. When m rises by d, what was at
-the old m joins the rest: r becomes (r + n) e^-d, and t becomes (t - d (r + n)) e^-d. Partial states of one row, of
-blocks, of programs or of tensor-parallel ranks, merge by the same rule in any order.
+so that, of the whole row,
 
-    d surprisal / d x_j = p_j - [j = id]                     d entropy / d x_j = -p_j (log p_j + entropy)
+    surprisal = log1p(r) - (x_id - m) / T       entropy = log1p(r) - t / (T (1 + r))
+
+All terms of the entropy are >= 0, so nothing cancels, however peaked or shifted the row; what is left beside a top that
+leads by far stands in r, where no 1 rounds it away.
+
+**The one rule of merging.** Let states i be of disjoint sets of one row, and m the largest m_i. Set i counts 1 + r_i
+from its own top. Counted from m, each of its terms is e^(f_i) times as large with f_i = (m_i - m) / T, and each of its
+logits m_i - m lower:
+
+    r = k - 1 + sum over the k sets with m_i = m of r_i + sum over the others of e^(f_i) (1 + r_i)
+    t = sum of e^(f_i) (t_i + (m_i - m) (1 + r_i))
+
+of the k ones at the top, one is left out. Where k = 1, as in a peaked row, no 1 is added to r and taken away again. The
+rule is associative; threads, programs that share a row, and ranks that share a vocabulary merge by it. A set without
+any logit above -inf is (the least finite number, -1, 0): its 1 + r is 0.
+
+The loop keeps a state for each thread and, of r, only the plain sum s = 1 + r. That loses r in one place: in the thread
+that holds the row's top, if nothing else there comes near. Therefore the program looks at that thread's logits a second
+time, a few hundred of them, and sums them without the top. All others have r = s - 1: what that loses is small beside
+their own top, which counts.
+
+    d surprisal / d x_j = (p_j - [j = id]) / T               d entropy / d x_j = -p_j (log p_j + entropy) / T
+
+which are p_j (a + b (x_j - m)) with numbers a and b of the row, but for the sampled id: it is written afterwards, with
+e^-surprisal - 1 for p - 1, which is exact where p is 1 to within rounding.
 """
 
 import torch
@@ -17,72 +39,98 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import load_block, num_splits, store_block
+from leafkernels.kernels._math import LOG2_E, expm1, log1p
+from leafkernels.kernels._rows import aligned_row, num_splits, store_block, whole_blocks
 
 BLOCK = 4096  # ids at a time; tests shrink it to cross blocks with small vocabularies
-NUM_WARPS = 8  # of a program with such a block; bench/tune.py tries others
+THREADS = 256  # that share a block; bench/tune.py tries others
 MAX_SPLITS = 64  # programs that share a row at most; as many states are merged at once
 ROWS = 4  # rows whose states one program merges
-LOG2_E = tl.constexpr(1.4426950408889634)
 
-# e^-10,000 is 0 in every dtype. What lies further below the top adds nothing, not -inf * 0: banned ids are -inf, or the
-# least finite number, which a temperature below 1 takes to -inf.
+# Where tops begin. The least finite number itself is a logit: what masks write who do without -inf.
+LEAST = tl.constexpr(-3.4028234663852886e38)
+
+# e^-10,000 is 0 in every dtype. What lies further below the top is brought there: it adds 0 and not -inf * 0. Such are
+# banned ids, -inf, or the least finite number, which a temperature below 1 takes to -inf.
 FLOOR = tl.constexpr(-1e4)
 
 
 @triton.jit
-def fold(m, n, r, t, x, inv_temperature):
-    """Take a block of logits into the running state: m a scalar, the others one for each lane."""
-    top = tl.maximum(m, tl.max(x, axis=0))
-    rises = top > m
-    # Of a row that begins with banned ids only, nothing is known yet; -inf - -inf must not be asked for.
-    anchor = tl.where(top == float("-inf"), 0.0, top)
-    fade, drop = _fade(m, anchor, inv_temperature)
-    # What was at the old top is among the rest now.
-    t = tl.where(rises, fade * (t + drop * (r + n)), t)
-    r = tl.where(rises, fade * (r + n), r)
-    n = tl.where(rises, 0.0, n)
-
-    z = (x - anchor) * inv_temperature
-    e = tl.exp2(z * LOG2_E)
-    is_top = x == anchor
-    n += tl.where(is_top, 1.0, 0.0)
-    r += tl.where(is_top, 0.0, e)
-    t += tl.where(z < FLOOR, 0.0, z * e)
-    return top, n, r, t
+def merge(m, r, t, top, inv_temperature, axis: tl.constexpr):
+    """r and t of all states along an axis, of which ``top`` is the largest m."""
+    is_top = m == top
+    drop = tl.maximum(m - top, FLOOR / inv_temperature, propagate_nan=tl.PropagateNan.ALL)
+    fade = tl.exp2(drop * (inv_temperature * LOG2_E))
+    ones = tl.sum(tl.where(is_top, 1.0, 0.0), axis=axis)
+    r_of_all = ones - 1.0 + tl.sum(tl.where(is_top, r, fade * (1.0 + r)), axis=axis)
+    return r_of_all, tl.sum(fade * (t + drop * (1.0 + r)), axis=axis)
 
 
 @triton.jit
-def _fade(m, top, inv_temperature):
-    """e^(m - top) and m - top, both 0 where the former is: nothing of a state so far below counts."""
-    drop = (m - top) * inv_temperature
-    is_far = drop < FLOOR
-    return tl.where(is_far, 0.0, tl.exp2(drop * LOG2_E)), tl.where(is_far, 0.0, drop)
+def blocks_of(logits_ptr, base, vocab_size, split, split_blocks, BLOCK: tl.constexpr):
+    """Blocks [first, last) of a row that fall to a program, counted from the word in which the row begins."""
+    _, before = aligned_row(logits_ptr, base)
+    first = split * split_blocks
+    return first, tl.minimum(first + split_blocks, tl.cdiv(before + vocab_size, BLOCK))
 
 
 @triton.jit
-def log_total_entropy(m, n, r, t):
-    """log sum e^(x - m) and the entropy, of a whole row's sums; NaN where there is no distribution."""
-    # log1p, which Triton has not: exact where r / n rounds away beside 1, and where it does not.
-    ratio = r / n
-    one_plus = 1.0 + ratio
-    log1p = tl.where(one_plus == 1.0, ratio, tl.log(one_plus) * (ratio / (one_plus - 1.0)))
-    is_bad = (m == float("-inf")) | (m == float("inf"))
-    log_total = tl.where(is_bad, float("nan"), tl.log(n) + log1p)
-    return log_total, log_total - t / (n + r)
+def _fold(m, s, t, x, floor, log2_scale, THREADS: tl.constexpr, WORD: tl.constexpr):
+    """Take a block into the states of the threads, each of which has whole words of it."""
+    x = tl.reshape(x.to(tl.float32), [x.shape[0] // (THREADS * WORD), THREADS, WORD])
+    top = tl.maximum(m, tl.max(tl.max(x, axis=2), axis=0))
+    drop = tl.maximum(m - top, floor)
+    fade = tl.exp2(drop * log2_scale)
+    d = tl.maximum(x - top[None, :, None], floor, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(d * log2_scale)
+    t = fade * (t + drop * s) + tl.sum(tl.sum(d * e, axis=2), axis=0)
+    s = fade * s + tl.sum(tl.sum(e, axis=2), axis=0)
+    return top, s, t
 
 
 @triton.jit
-def logit_gradient(
-    x, is_token, top, log_total, entropy, of_surprisal, of_entropy, inv_temperature, ENTROPY: tl.constexpr
-):
-    """Gradient of a block of logits from those of the row's surprisal and entropy, already over the temperature."""
-    log_p = (x - top) * inv_temperature - log_total
-    p = tl.exp2(log_p * LOG2_E)
-    gradient = of_surprisal * tl.where(is_token, p - 1.0, p)
-    if ENTROPY:
-        gradient -= of_entropy * tl.where(log_p < FLOOR, 0.0, p * (log_p + entropy))
-    return gradient
+def row_state(logits_ptr, base, length, first, last, inv_temperature, BLOCK: tl.constexpr, THREADS: tl.constexpr):
+    """The state m, r, t of a row's blocks [first, last), counted from the word in which the row begins."""
+    WORD: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth
+    floor = FLOOR / inv_temperature
+    log2_scale = inv_temperature * LOG2_E
+    row_ptr, before = aligned_row(logits_ptr, base)
+    low, high = whole_blocks(first, last, before, length, BLOCK)
+    m = tl.full([THREADS], LEAST, tl.float32)
+    s = tl.zeros([THREADS], tl.float32)
+    t = tl.zeros([THREADS], tl.float32)
+    for block in range(low, high):
+        x = tl.load(row_ptr + block * BLOCK + tl.arange(0, BLOCK))
+        m, s, t = _fold(m, s, t, x, floor, log2_scale, THREADS, WORD)
+    for k in range(first, last - (high - low)):
+        offs = tl.where(k < low, k, k + high - low) * BLOCK + tl.arange(0, BLOCK)
+        in_row = (offs >= before) & (offs < before + length)
+        x = tl.load(row_ptr + offs, mask=in_row, other=float("-inf"))
+        m, s, t = _fold(m, s, t, x, floor, log2_scale, THREADS, WORD)
+
+    top, thread = tl.max(m, axis=0, return_indices=True)
+    # The logits of that thread once more, a word for each of all threads.
+    NEXT: tl.constexpr = THREADS * WORD
+    ones = tl.zeros([THREADS, WORD], tl.float32)
+    r = tl.zeros([THREADS, WORD], tl.float32)
+    for word in range(first * (BLOCK // NEXT), last * (BLOCK // NEXT), THREADS):
+        words = word + tl.arange(0, THREADS)
+        offs = words[:, None] * NEXT + thread * WORD + tl.arange(0, WORD)
+        in_row = (words[:, None] < last * (BLOCK // NEXT)) & (offs >= before) & (offs < before + length)
+        x = tl.load(row_ptr + offs, mask=in_row, other=float("-inf")).to(tl.float32)
+        d = tl.maximum(x - top, floor, propagate_nan=tl.PropagateNan.ALL)
+        ones += tl.where(d == 0.0, 1.0, 0.0)
+        r += tl.where(d == 0.0, 0.0, tl.exp2(d * log2_scale))
+    beside = tl.where(tl.arange(0, THREADS) == thread, tl.sum(ones) - 1.0 + tl.sum(r), s - 1.0)
+    r_of_all, t_of_all = merge(m, beside, t, top, inv_temperature, 0)
+    return top, r_of_all, t_of_all
+
+
+@triton.jit
+def log_total_entropy(m, r, t, inv_temperature):
+    """log sum e^((x - m) / T) and the entropy, of a whole row's state; NaN where there is no distribution."""
+    log_total = tl.where((r < 0.0) | (m == float("inf")), float("nan"), log1p(r))
+    return log_total, log_total - t * inv_temperature / (1.0 + r)
 
 
 @triton.jit
@@ -90,6 +138,88 @@ def pick(logits_ptr, base, token, vocab_size):
     """The logit of the sampled id; NaN, and nothing read, where it lies outside the row."""
     in_row = (token >= 0) & (token < vocab_size)
     return tl.load(logits_ptr + base + token, mask=in_row, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _gradient(x, top, a, b, log2_total, floor, log2_scale, inv_softcap, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr):
+    x = x.to(tl.float32)
+    d = tl.maximum(x - top, floor, propagate_nan=tl.PropagateNan.ALL)
+    p = tl.exp2(d * log2_scale - log2_total)
+    if ENTROPY:
+        gradient = p * (a + b * d)
+    else:
+        gradient = p * a
+    if SOFTCAP:
+        # Capped logits c tanh(y / c) were given: their own derivative in y.
+        capped = x * inv_softcap
+        gradient *= 1.0 - capped * capped
+    return gradient
+
+
+@triton.jit
+def write_gradient(
+    gradients_ptr,
+    out,
+    logits_ptr,
+    base,
+    length,
+    first,
+    last,
+    token,
+    surprisal,
+    entropy,
+    top,
+    log_total,
+    of_surprisal,
+    of_entropy,
+    inv_temperature,
+    inv_softcap,
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the gradient of a row's blocks [first, last) from those of its surprisal and entropy.
+
+    The last block comes first: after a fold it is the likeliest to be in a cache still.
+    """
+    # An id outside of the vocabulary has no surprisal, and a loss that counts it no gradient.
+    of_surprisal = tl.where((surprisal != surprisal) & (of_surprisal != 0.0), surprisal, of_surprisal)
+    of_surprisal *= inv_temperature
+    of_entropy *= inv_temperature
+    a = of_surprisal + of_entropy * (log_total - entropy)
+    b = -of_entropy * inv_temperature
+    log2_total = log_total * LOG2_E
+    log2_scale = inv_temperature * LOG2_E
+    floor = FLOOR / inv_temperature
+    row_ptr, before = aligned_row(logits_ptr, base)
+    out_ptr, out_before = aligned_row(gradients_ptr, out)
+    low, high = whole_blocks(first, last, before, length, BLOCK)
+    if before != out_before:
+        high = low  # the two rows do not share their words, so that no block is whole in both
+    offs = tl.arange(0, BLOCK)
+    for done in range(low, high):
+        start = (low + high - 1 - done) * BLOCK
+        x = tl.load(row_ptr + start + offs)
+        gradient = _gradient(x, top, a, b, log2_total, floor, log2_scale, inv_softcap, ENTROPY, SOFTCAP)
+        tl.store(out_ptr + start + offs, gradient.to(gradients_ptr.dtype.element_ty))
+    for k in range(first, last - (high - low)):
+        at = tl.where(k < low, k, k + high - low) * BLOCK + offs
+        in_row = (at >= before) & (at < before + length)
+        x = tl.load(row_ptr + at, mask=in_row, other=0.0)
+        gradient = _gradient(x, top, a, b, log2_total, floor, log2_scale, inv_softcap, ENTROPY, SOFTCAP)
+        tl.store(gradients_ptr + out - before + at, gradient.to(gradients_ptr.dtype.element_ty), mask=in_row)
+
+    if (token >= 0) & (token < length) & (token + before >= first * BLOCK) & (token + before < last * BLOCK):
+        p = tl.exp(-surprisal)
+        gradient = of_surprisal * expm1(-surprisal)
+        if ENTROPY:
+            gradient += tl.where(p == 0.0, 0.0, of_entropy * p * (surprisal - entropy))
+        if SOFTCAP:
+            capped = (top + (log_total - surprisal) / inv_temperature) * inv_softcap
+            gradient *= 1.0 - capped * capped
+        # After the block that holds it was written, by another thread.
+        tl.debug_barrier()
+        tl.store(gradients_ptr + out + token, gradient.to(gradients_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["stride_logits_row", "vocab_size", "num_rows", "num_splits", "split_blocks"])
@@ -107,24 +237,21 @@ def _surprisal_states_kernel(
     split_blocks,
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    m = tl.full([], float("-inf"), tl.float32)
-    n = tl.zeros([BLOCK], tl.float32)
-    r = tl.zeros([BLOCK], tl.float32)
-    t = tl.zeros([BLOCK], tl.float32)
+    m = tl.full([], LEAST, tl.float32)
+    r = tl.full([], -1.0, tl.float32)
+    t = tl.full([], 0.0, tl.float32)
     is_live = vocab_size > 0
     if HAS_MASK:
         is_live = tl.load(mask_ptr + row) != 0
     if is_live:
         inv_temperature = 1.0 / tl.load(temperature_ptr + row).to(tl.float32)
         base = row * stride_logits_row
-        first = split * split_blocks
-        last = tl.minimum(first + split_blocks, tl.cdiv(vocab_size, BLOCK))
-        for block in range(first, last):
-            x = load_block(logits_ptr, base, block * BLOCK, vocab_size, float("-inf"), BLOCK).to(tl.float32)
-            m, n, r, t = fold(m, n, r, t, x, inv_temperature)
+        first, last = blocks_of(logits_ptr, base, vocab_size, split, split_blocks, BLOCK)
+        m, r, t = row_state(logits_ptr, base, vocab_size, first, last, inv_temperature, BLOCK, THREADS)
         if split == 0:
             tl.store(picked_ptr + row, pick(logits_ptr, base, tl.load(token_ids_ptr + row).to(tl.int64), vocab_size))
     elif split == 0:
@@ -132,9 +259,8 @@ def _surprisal_states_kernel(
     plane = num_rows.to(tl.int64) * num_splits
     state_ptr = states_ptr + row * num_splits + split
     tl.store(state_ptr, m)
-    tl.store(state_ptr + plane, tl.sum(n, axis=0))
-    tl.store(state_ptr + 2 * plane, tl.sum(r, axis=0))
-    tl.store(state_ptr + 3 * plane, tl.sum(t, axis=0))
+    tl.store(state_ptr + plane, r)
+    tl.store(state_ptr + 2 * plane, t)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
@@ -159,22 +285,14 @@ def _merge_surprisal_states_kernel(
     state_ptrs = states_ptr + rows[:, None] * num_splits + splits
     is_state = in_rows[:, None] & (splits < num_splits)
     plane = num_rows.to(tl.int64) * num_splits
-    m = tl.load(state_ptrs, mask=is_state, other=float("-inf"))
-    n = tl.load(state_ptrs + plane, mask=is_state, other=0.0)
-    r = tl.load(state_ptrs + 2 * plane, mask=is_state, other=0.0)
-    t = tl.load(state_ptrs + 3 * plane, mask=is_state, other=0.0)
+    m = tl.load(state_ptrs, mask=is_state, other=LEAST)
+    r = tl.load(state_ptrs + plane, mask=is_state, other=-1.0)
+    t = tl.load(state_ptrs + 2 * plane, mask=is_state, other=0.0)
     inv_temperature = 1.0 / tl.load(temperature_ptr + rows, mask=in_rows, other=1.0).to(tl.float32)
 
     top = tl.max(m, axis=1)
-    anchor = tl.where(top == float("-inf"), 0.0, top)[:, None]
-    is_top = m == anchor
-    fade, drop = _fade(m, anchor, inv_temperature[:, None])
-    log_total, entropy = log_total_entropy(
-        top,
-        tl.sum(tl.where(is_top, n, 0.0), axis=1),
-        tl.sum(tl.where(is_top, r, fade * (r + n)), axis=1),
-        tl.sum(tl.where(is_top, t, fade * (t + drop * (r + n))), axis=1),
-    )
+    r, t = merge(m, r, t, top[:, None], inv_temperature[:, None], 1)
+    log_total, entropy = log_total_entropy(top, r, t, inv_temperature)
     picked = tl.load(picked_ptr + rows, mask=in_rows, other=0.0)
     surprisal = log_total - (picked - top) * inv_temperature
     if HAS_MASK:
@@ -194,6 +312,7 @@ def _surprisal_entropy_backward_kernel(
     gradients_ptr,
     surprisal_gradients_ptr,
     entropy_gradients_ptr,
+    surprisal_ptr,
     entropy_ptr,
     tops_ptr,
     log_totals_ptr,
@@ -212,55 +331,62 @@ def _surprisal_entropy_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * split_blocks
-    last = tl.minimum(first + split_blocks, tl.cdiv(vocab_size, BLOCK))
-    out = row * stride_gradients_row
+    first, last = blocks_of(logits_ptr, row * stride_logits_row, vocab_size, tl.program_id(1), split_blocks, BLOCK)
     is_live = vocab_size > 0
     if HAS_MASK:
         is_live = tl.load(mask_ptr + row) != 0
     if is_live:
-        inv_temperature = 1.0 / tl.load(temperature_ptr + row).to(tl.float32)
-        base = row * stride_logits_row
-        top = tl.load(tops_ptr + row)
-        log_total = tl.load(log_totals_ptr + row)
-        token = tl.load(token_ids_ptr + row).to(tl.int64)
-        of_surprisal = tl.load(surprisal_gradients_ptr + row).to(tl.float32) * inv_temperature
         of_entropy = 0.0
         entropy = 0.0
         if HAS_ENTROPY:
-            of_entropy = tl.load(entropy_gradients_ptr + row).to(tl.float32) * inv_temperature
+            of_entropy = tl.load(entropy_gradients_ptr + row).to(tl.float32)
             entropy = tl.load(entropy_ptr + row)
-        for block in range(first, last):
-            start = block * BLOCK
-            is_token = start + tl.arange(0, BLOCK) == token
-            x = load_block(logits_ptr, base, start, vocab_size, float("-inf"), BLOCK).to(tl.float32)
-            gradient = logit_gradient(
-                x, is_token, top, log_total, entropy, of_surprisal, of_entropy, inv_temperature, HAS_ENTROPY
-            )
-            if HAS_SOFTCAP:
-                # Capped logits c tanh(y / c) were given: their own derivative in y.
-                capped = x * inv_softcap
-                gradient *= 1.0 - capped * capped
-            store_block(gradients_ptr, out, start, vocab_size, gradient.to(gradients_ptr.dtype.element_ty), BLOCK)
+        write_gradient(
+            gradients_ptr,
+            row * stride_gradients_row,
+            logits_ptr,
+            row * stride_logits_row,
+            vocab_size,
+            first,
+            last,
+            tl.load(token_ids_ptr + row).to(tl.int64),
+            tl.load(surprisal_ptr + row),
+            entropy,
+            tl.load(tops_ptr + row),
+            tl.load(log_totals_ptr + row),
+            tl.load(surprisal_gradients_ptr + row).to(tl.float32),
+            of_entropy,
+            1.0 / tl.load(temperature_ptr + row).to(tl.float32),
+            inv_softcap,
+            HAS_ENTROPY,
+            HAS_SOFTCAP,
+            BLOCK,
+        )
     else:
         for block in range(first, last):
             zero = tl.zeros([BLOCK], gradients_ptr.dtype.element_ty)
-            store_block(gradients_ptr, out, block * BLOCK, vocab_size, zero, BLOCK)
+            store_block(gradients_ptr, row * stride_gradients_row, block * BLOCK, vocab_size, zero, BLOCK)
+
+
+def num_warps() -> int:
+    return max(1, THREADS // 32)
 
 
 def _splits(num_rows: int, vocab_size: int) -> tuple[int, int]:
     """Programs for each row, and blocks for each of them: several where there are too few rows to fill a device."""
-    splits = min(MAX_SPLITS, num_splits(vocab_size, BLOCK, num_rows))
-    return splits, triton.cdiv(triton.cdiv(vocab_size, BLOCK), splits)
+    # Blocks are counted from the word in which a row begins, which may be 7 elements before it.
+    most = vocab_size + 7
+    splits = min(MAX_SPLITS, num_splits(most, BLOCK, num_rows))
+    return splits, triton.cdiv(triton.cdiv(most, BLOCK), splits)
 
 
 def launch_surprisal_states(
     logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Partial states (4, N, splits) m, n, r, t of each row's stretches, and the logit of its id, (N,); float32."""
+    """Partial states (3, N, splits) m, r, t of each row's stretches, and the logit of its id, (N,); float32."""
     num_rows, vocab_size = logits.shape
     splits, split_blocks = _splits(num_rows, vocab_size)
-    states = torch.empty((4, num_rows, splits), dtype=torch.float32, device=logits.device)
+    states = torch.empty((3, num_rows, splits), dtype=torch.float32, device=logits.device)
     picked = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     if num_rows:
         _surprisal_states_kernel[(num_rows, splits)](
@@ -277,7 +403,8 @@ def launch_surprisal_states(
             split_blocks,
             HAS_MASK=mask is not None,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            THREADS=THREADS,
+            num_warps=num_warps(),
         )
     return states, picked
 
@@ -285,7 +412,7 @@ def launch_surprisal_states(
 def launch_merge_surprisal_states(
     states: Tensor, picked: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``launch_surprisal_entropy`` gives, from ``states`` (4, N, at most MAX_SPLITS), contiguous."""
+    """What ``launch_surprisal_entropy`` gives, from ``states`` (3, N, at most MAX_SPLITS), contiguous."""
     _, num_rows, splits = states.shape
     outputs = tuple(torch.empty(num_rows, dtype=torch.float32, device=states.device) for _ in range(4))
     if num_rows:
@@ -336,6 +463,7 @@ def launch_surprisal_entropy_backward(
         gradients,
         surprisal_gradients.contiguous(),
         None if entropy_gradients is None else entropy_gradients.contiguous(),
+        surprisal,
         entropy,
         tops,
         log_totals,
@@ -352,5 +480,5 @@ def launch_surprisal_entropy_backward(
         HAS_MASK=mask is not None,
         HAS_SOFTCAP=softcap is not None,
         BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        num_warps=num_warps(),
     )

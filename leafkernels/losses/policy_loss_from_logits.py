@@ -27,8 +27,8 @@ def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return terms, logits.new_empty(logits.shape if with_gradient else (0,))
 
 
-_policy_loss = register(
-    "policy_loss(Tensor logits, Tensor token_ids, Tensor temperature, Tensor mask, Tensor weights, "
+_policy_loss_from_logits = register(
+    "policy_loss_from_logits(Tensor logits, Tensor token_ids, Tensor temperature, Tensor mask, Tensor weights, "
     "Tensor? old_logprobs, Tensor advantages, Tensor? ref_logprobs, float clip_low, float clip_high, float kl_coef, "
     "float entropy_coef, bool with_gradient, str backend) -> (Tensor, Tensor)",
     _fake,
@@ -38,10 +38,10 @@ _policy_loss = register(
 _scale_gradient = register("scale_gradient(Tensor(a!) gradients, Tensor factor, str backend) -> ()", lambda *_: None)
 
 
-class _PolicyLoss(torch.autograd.Function):
+class _PolicyLossFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        terms, gradients = _policy_loss(*args)
+        terms, gradients = _policy_loss_from_logits(*args)
         ctx.save_for_backward(gradients)
         ctx.backend = args[-1]
         ctx.mark_non_differentiable(terms)
@@ -124,7 +124,7 @@ def policy_loss_from_logits(
     refuse_forward_mode("policy_loss_from_logits", logits)
     dtype = compute_dtype(logits.dtype)
     rows = logits.flatten(0, 1)
-    loss, terms = _PolicyLoss.apply(
+    loss, terms = _PolicyLossFromLogits.apply(
         rows if rows.stride(-1) == 1 else rows.contiguous(),
         token_ids.flatten().contiguous(),
         temperatures.flatten().contiguous(),

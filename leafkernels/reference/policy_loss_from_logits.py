@@ -8,7 +8,7 @@ from leafkernels._core.precision import compute_dtype
 from leafkernels.reference._lists import live_rows
 
 
-def policy_loss(
+def policy_loss_from_logits(
     logits: Tensor,
     token_ids: Tensor,
     temperature: Tensor,

@@ -34,8 +34,8 @@ def surprisal_states(
 ) -> tuple[Tensor, Tensor]:
     """See ``python_ref.surprisal_state``; arguments and results as the PyTorch implementation."""
     rows, tokens, temperatures = logits.tolist(), token_ids.tolist(), temperature.tolist()
-    states = torch.zeros((4, len(rows), 1), dtype=compute_dtype(logits.dtype))
-    states[0] = -torch.inf
+    states = torch.zeros((3, len(rows), 1), dtype=compute_dtype(logits.dtype))
+    states[0], states[1] = torch.finfo(states.dtype).min, -1.0
     picked = torch.full((len(rows),), torch.nan, dtype=states.dtype)
     for i in live_rows(mask, len(rows)):
         states[:, i, 0] = torch.tensor(python_ref.surprisal_state(rows[i], temperatures[i]), dtype=states.dtype)

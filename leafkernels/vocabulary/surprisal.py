@@ -146,7 +146,7 @@ def surprisal_entropy(
     Nothing cancels: rows shifted by 1e4 lose no digit, and a row whose top logit leads by 60 has its entropy of 1e-25
     with a relative error of about 1e-6, where ``lse - E[x]`` gives 0 or noise. A banned id (-inf) adds nothing; sampled
     all the same, it has surprisal inf. A row that holds NaN or +inf, or -inf alone, gives NaN, for that row only. An id
-    outside the vocabulary is not read and gives a surprisal of NaN.
+    outside the vocabulary is not read and gives a surprisal of NaN, and NaN gradients where that surprisal counts.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64 (computed in float32, float64 for float64; the Triton
