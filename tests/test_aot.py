@@ -104,7 +104,8 @@ spec = importlib.util.spec_from_file_location("issue_slots", sys.argv[1])
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 for case in aot.CASES:
-    if case.name.startswith(("surprisal_states *bf16", "policy_loss_from_logits *fp32", "column_maxima *fp16 mask", "refine_ties")):
+    checked = ("surprisal_states *bf16", "policy_loss_from_logits *fp32", "column_maxima *fp16 mask", "refine_ties")
+    if case.name.startswith(checked):
         for arch in aot.ARCHITECTURES:
             _, sass, _ = aot.assemble(case, arch)
             ours, theirs = [len(way) for way in aot.hot_loops(sass)], [len(way) for way in tool.loops(sass)]
