@@ -41,7 +41,8 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     hidden, weight, bias = torch.randn(4, 5, device=DEVICE), torch.randn(9, 5, device=DEVICE), logits[0]
     head = hidden, weight, bias, tokens, temperature, live, 3.0, None, 2, torch.float32, backend
     shares, old = torch.rand(2, 4, device=DEVICE)
-    loss = logits, tokens, temperature, live, shares, -old, old, None, 0.2, 0.3, 0.0, 0.1, True, backend
+    numbers = -group["logprobs"], group["logprobs"], group["logprobs"], mask, None, group["logprobs"]
+    loss = logits, tokens, temperature, live, shares, -old, old, None, 0.2, 0.3, 3.0, 20.0, 0.0, 0.1, True, backend
     return {
         "regular_layout": (OPS.regular_layout, (ids, 4, 10, 2)),
         "mask_stretches": (OPS.mask_stretches, (mask, layout.slot_starts, layout.slot_ends, backend)),
@@ -72,6 +73,7 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
             OPS.linear_surprisal_entropy_backward,
             (surprisal, *results, *head, [True, True, True]),
         ),
+        "policy_loss": (OPS.policy_loss, (*numbers, 0.2, 0.3, 3.0, 20.0, 0.0, 0.1, False, True, backend)),
         "policy_loss_from_logits": (OPS.policy_loss_from_logits, loss),
         "scale_gradient": (OPS.scale_gradient, (logits, old[0], backend)),
         "gather_spans": (OPS.gather_spans, (group["logprobs"], ends, mask, *slots, backend)),
