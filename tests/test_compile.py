@@ -276,7 +276,9 @@ def test_nothing_synchronises_and_a_graph_captures_it(
 
 
 @on_gpu
-@pytest.mark.parametrize("function", ["surprisal_entropy", "linear_surprisal_entropy", "policy_loss_from_logits"])
+@pytest.mark.parametrize(
+    "function", ["surprisal_entropy", "linear_surprisal_entropy", "policy_loss_from_logits", "policy_loss"]
+)
 def test_vocabulary_functions_synchronise_nothing_and_a_graph_captures_them(function: str) -> None:
     generator = torch.Generator(DEVICE).manual_seed(8)
     hidden = torch.randn(2, 50, 64, device=DEVICE, generator=generator, dtype=torch.bfloat16)
@@ -291,6 +293,10 @@ def test_vocabulary_functions_synchronise_nothing_and_a_graph_captures_them(func
             )
         elif function == "surprisal_entropy":
             found = leafkernels.surprisal_entropy(hidden @ weight.T, ids, response_mask=mask, inplace_backward=True)
+        elif function == "policy_loss":
+            policy = (hidden @ weight.T)[..., 0]
+            loss = leafkernels.policy_loss(policy, policy.detach(), hidden[..., 1], mask, importance="sequence").loss
+            return torch.autograd.grad(loss, weight)[0]
         else:
             logits = hidden @ weight.T
             loss = leafkernels.policy_loss_from_logits(logits, ids, None, hidden[..., 0], mask, entropy_coef=0.1).loss

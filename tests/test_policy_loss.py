@@ -346,13 +346,22 @@ def test_no_token_at_all(backend: str) -> None:
         assert all(float(value) == 0 for value in result)
 
 
-def test_half_precision_is_computed_in_float32_and_compiles() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_half_precision_is_computed_in_float32_and_compiles(backend: str) -> None:
     tensors = inputs(7, dtype=torch.bfloat16)
-    result = leafkernels.policy_loss(**tensors)
-    assert result.loss.dtype == torch.float32
+
+    def loss(**arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(leafkernels.policy_loss(**arguments, kl_coef=0.1, dual_clip=1.5, backend=backend))
+
     torch._dynamo.reset()
-    compiled = torch.compile(lambda **t: tuple(leafkernels.policy_loss(**t)), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**tensors), tuple(result))
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = tensors["logprobs"].clone().requires_grad_()
+        result = function(**{**tensors, "logprobs": leaf})
+        assert result[0].dtype == torch.float32
+        results.append((*result, torch.autograd.grad(result[0], leaf)[0]))
+    torch.testing.assert_close(*results)
+    assert results[0][-1].dtype == torch.bfloat16
 
 
 def test_errors() -> None:
