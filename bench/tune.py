@@ -87,7 +87,7 @@ class Case:
         return (self.gradients,)
 
     def loss(self) -> tuple[Tensor, ...]:
-        options = (0.2, 0.2, 0.0, 0.01, True)
+        options = (0.2, 0.2, math.inf, math.inf, 0.0, 0.01, True)
         inputs = (self.logits, self.ids, self.ones, self.mask, self.ones, -self.of_rows[0], self.ones, None)
         return kernels.policy_loss_from_logits(*inputs, *options)
 

@@ -9,7 +9,7 @@ from python_ref.boundaries import select_boundaries
 from python_ref.differences import tempo, treerl
 from python_ref.estimators import dr_grpo, grpo, rloo
 from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
-from python_ref.policy_loss import policy_loss
+from python_ref.policy_loss import policy_loss, policy_loss_slopes
 from python_ref.policy_loss_from_logits import policy_loss_from_logits
 from python_ref.prefix_lengths import common_prefix_lengths
 from python_ref.scatter import gather_spans, scatter_spans
@@ -34,6 +34,7 @@ __all__ = [
     "normalize_spans",
     "policy_loss",
     "policy_loss_from_logits",
+    "policy_loss_slopes",
     "rloo",
     "scatter_spans",
     "select_boundaries",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from python_ref.values import mean
 
@@ -15,6 +16,8 @@ def policy_loss(
     response_mask: Sequence[Sequence[bool]],
     *,
     clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    max_log_ratio: float | None = None,
     ref_logprobs: Table | None = None,
     kl_coef: float = 0.0,
     entropy: Table | None = None,
@@ -34,9 +37,8 @@ def policy_loss(
             log_ratio = log_ratios[t]
             if importance == "sequence":
                 log_ratio = math.fsum(log_ratios.values()) / len(live)
-            ratio = exp(log_ratio)
-            gain, bounded_gain = gains(ratio, advantages[i][t], clip)
-            loss = -min(gain, bounded_gain)
+            of_token = surrogate(log_ratio, advantages[i][t], clip, dual_clip, max_log_ratio)
+            loss = of_token.loss
             if ref_logprobs is not None:
                 distance = ref_logprobs[i][t] - logprobs[i][t]
                 kls.append(expm1(distance) - distance)
@@ -48,9 +50,9 @@ def policy_loss(
                 if entropy_coef != 0:
                     loss -= entropy_coef * entropy[i][t]
             losses.append(loss)
-            clipped.append(float(bounded_gain < gain))
+            clipped.append(float(of_token.is_clipped))
             moved.append(expm1(log_ratios[t]) - log_ratios[t])
-            ratios.append(ratio)
+            ratios.append(of_token.ratio)
         rows.append(losses)
 
     tokens = [loss for losses in rows for loss in losses]
@@ -72,6 +74,71 @@ def policy_loss(
     }
 
 
+def policy_loss_slopes(
+    logprobs: Table,
+    old_logprobs: Table,
+    advantages: Table,
+    response_mask: Sequence[Sequence[bool]],
+    *,
+    clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    max_log_ratio: float | None = None,
+    ref_logprobs: Table | None = None,
+    kl_coef: float = 0.0,
+    importance: str = "token",
+) -> list[list[float]]:
+    """The derivative of each token's loss in its log-probability, 0 where the mask is False.
+
+    With importance="sequence" the row's ratio is taken to move with the token's log-ratio (GSPO-token).
+    """
+    slopes = []
+    for i, mask in enumerate(response_mask):
+        live = [t for t, m in enumerate(mask) if m]
+        of_row = [0.0] * len(mask)
+        for t in live:
+            log_ratio = logprobs[i][t] - old_logprobs[i][t]
+            if importance == "sequence":
+                log_ratio = math.fsum(logprobs[i][u] - old_logprobs[i][u] for u in live) / len(live)
+            of_row[t] = surrogate(log_ratio, advantages[i][t], clip, dual_clip, max_log_ratio).slope
+            if ref_logprobs is not None and kl_coef != 0:
+                of_row[t] -= kl_coef * expm1(ref_logprobs[i][t] - logprobs[i][t])
+        slopes.append(of_row)
+    return slopes
+
+
+class Surrogate(NamedTuple):
+    """What a token loses by its ratio, and the derivative of that in the log-ratio."""
+
+    loss: float
+    slope: float
+    ratio: float
+    is_clipped: bool
+
+
+def surrogate(
+    log_ratio: float,
+    advantage: float,
+    clip: tuple[float, float],
+    dual_clip: float | None = None,
+    max_log_ratio: float | None = None,
+) -> Surrogate:
+    """The clipped loss of one token, without KL and entropy."""
+    moves = True
+    if max_log_ratio is not None and abs(log_ratio) > max_log_ratio:
+        log_ratio, moves = math.copysign(max_log_ratio, log_ratio), False
+    ratio = exp(log_ratio)
+    if advantage == 0 and not math.isnan(ratio):
+        # Nothing is gained, also where the ratio is infinite.
+        return Surrogate(0.0, 0.0, ratio, False)
+    gain = ratio * advantage
+    bounded = min(max(ratio, 1 - clip[0]), 1 + clip[1]) * advantage
+    if bounded < gain:
+        return Surrogate(-bounded, 0.0, ratio, True)
+    if dual_clip is not None and advantage < 0 and gain < dual_clip * advantage:
+        return Surrogate(-dual_clip * advantage, 0.0, ratio, True)
+    return Surrogate(-gain, -gain if moves else 0.0, ratio, False)
+
+
 def exp(x: float) -> float:
     """e^x, inf where it is too large for a float."""
     return math.exp(x) if not x > 709.7 else math.inf
@@ -80,10 +147,3 @@ def exp(x: float) -> float:
 def expm1(x: float) -> float:
     """e^x - 1, inf where it is too large for a float."""
     return math.expm1(x) if not x > 709.7 else math.inf
-
-
-def gains(ratio: float, advantage: float, clip: tuple[float, float]) -> tuple[float, float]:
-    """The advantage times the ratio, and times the ratio within the clip range; an advantage of 0 gains nothing."""
-    if advantage == 0 and not math.isnan(ratio):
-        return 0.0, 0.0
-    return ratio * advantage, min(max(ratio, 1 - clip[0]), 1 + clip[1]) * advantage

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from python_ref.policy_loss import Table, exp, expm1, gains, policy_loss
+from python_ref.policy_loss import Table, policy_loss, policy_loss_slopes
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
 
 
@@ -16,6 +16,8 @@ def policy_loss_from_logits(
     *,
     temperature: Table | None = None,
     clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    max_log_ratio: float | None = None,
     ref_logprobs: Table | None = None,
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
@@ -29,45 +31,42 @@ def policy_loss_from_logits(
     logprobs, entropies, gradients = [], [], []
     number = sum(map(sum, response_mask))
     rows_with_any = sum(map(any, response_mask))
-    for i, mask in enumerate(response_mask):
-        temperatures = [1.0] * len(mask) if temperature is None else temperature[i]
-        surprisals, of_row = surprisal_entropy(logits[i], token_ids[i], temperature=temperatures)
+    temperatures = [[1.0] * len(mask) for mask in response_mask] if temperature is None else temperature
+    for i in range(len(response_mask)):
+        surprisals, of_row = surprisal_entropy(logits[i], token_ids[i], temperature=temperatures[i])
         logprobs.append([-s for s in surprisals])
         entropies.append(of_row)
-        of_logprobs, of_entropies = [], []
-        for t, live in enumerate(mask):
-            if not live:
-                of_logprobs.append(0.0)
-                of_entropies.append(0.0)
-                continue
-            weight = {
-                "token_mean": 1 / max(number, 1),
-                "sequence_mean": 1 / (max(sum(mask), 1) * max(rows_with_any, 1)),
-                "sum": 1.0,
-                "constant": 1 / (constant or 1.0),
-            }[aggregate]
-            ratio = 1.0 if old_logprobs is None else exp(logprobs[i][t] - old_logprobs[i][t])
-            gain, bounded = gains(ratio, advantages[i][t], clip)
-            slope = 0.0 if bounded < gain else -gain
-            if ref_logprobs is not None and kl_coef != 0:
-                slope -= kl_coef * expm1(ref_logprobs[i][t] - logprobs[i][t])
-            of_logprobs.append(weight * slope)
-            of_entropies.append(-weight * entropy_coef)
+    policies = logprobs, logprobs if old_logprobs is None else old_logprobs
+    options: dict[str, Any] = {
+        "clip": clip,
+        "dual_clip": dual_clip,
+        "max_log_ratio": max_log_ratio,
+        "ref_logprobs": ref_logprobs,
+        "kl_coef": kl_coef,
+    }
+    slopes = policy_loss_slopes(*policies, advantages, response_mask, **options)
+    for i, mask in enumerate(response_mask):
+        weight = {
+            "token_mean": 1 / max(number, 1),
+            "sequence_mean": 1 / (max(sum(mask), 1) * max(rows_with_any, 1)),
+            "sum": 1.0,
+            "constant": 1 / (constant or 1.0),
+        }[aggregate]
+        of_surprisals = [-weight * slope for slope in slopes[i]]
+        of_entropies = [-weight * entropy_coef if live else 0.0 for live in mask]
         # A masked token is not looked at, whatever its logits.
         shown = [row if live else [0.0] * len(row) for row, live in zip(logits[i], mask, strict=True)]
-        of_surprisals = [-g for g in of_logprobs]
         gradients.append(
-            surprisal_entropy_backward(of_surprisals, of_entropies, shown, token_ids[i], temperature=temperatures)
+            surprisal_entropy_backward(of_surprisals, of_entropies, shown, token_ids[i], temperature=temperatures[i])
         )
-    options: dict[str, Any] = {"clip": clip, "kl_coef": kl_coef, "aggregate": aggregate, "constant": constant}
     found = policy_loss(
-        logprobs,
-        logprobs if old_logprobs is None else old_logprobs,
+        *policies,
         advantages,
         response_mask,
-        ref_logprobs=ref_logprobs,
         entropy=entropies,
         entropy_coef=entropy_coef,
+        aggregate=aggregate,
+        constant=constant,
         **options,
     )
     return found, gradients

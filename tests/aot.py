@@ -40,6 +40,9 @@ from leafkernels.kernels import (
     surprisal,
     values,
 )
+from leafkernels.kernels.policy_loss import BLOCK as LOSS_BLOCK
+from leafkernels.kernels.policy_loss import NUM_WARPS as LOSS_WARPS
+from leafkernels.kernels.policy_loss import _policy_loss_kernel
 from leafkernels.kernels.policy_loss_from_logits import (
     SCALE_BLOCK,
     _policy_loss_from_logits_kernel,
@@ -248,9 +251,27 @@ CASES = [
     ),
     *(
         Case(
+            f"policy_loss {logprobs} {'sequence' if of_sequence else 'token'}",
+            _policy_loss_kernel,
+            f"*fp32 *fp32 {logprobs} {logprobs} *fp32 *i1 {logprobs} {logprobs} {'fp32 ' * 6} {'i32 ' * 8}",
+            {
+                "HAS_REF": True,
+                "HAS_ENTROPY": True,
+                "OF_SEQUENCE": of_sequence,
+                "GRADIENT": True,
+                "BLOCK": LOSS_BLOCK,
+                "num_warps": LOSS_WARPS,
+            },
+            True,
+        )
+        for logprobs in ("*fp32", "*bf16")
+        for of_sequence in (False, True)
+    ),
+    *(
+        Case(
             f"policy_loss_from_logits {logits}",
             _policy_loss_from_logits_kernel,
-            f"*fp32 {logits} {logits} *i64 *fp64 *i1 *fp32 *fp32 *fp32 *fp32 fp32 fp32 fp32 fp32 i32 i32 i32",
+            f"*fp32 {logits} {logits} *i64 *fp64 *i1 *fp32 *fp32 *fp32 *fp32 fp32 fp32 fp32 fp32 fp32 fp32 i32 i32 i32",
             {
                 "HAS_OLD": True,
                 "HAS_REF": True,

@@ -1,5 +1,6 @@
 """Triton's interpreter where there is no GPU, and uninitialised memory that cannot pass for a result."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surprisal, "BLOCK", 16)
     monkeypatch.setattr(surprisal, "THREADS", 2)
     monkeypatch.setattr(values, "BLOCK", 2)
+    # As an attribute of the package the name is the function's.
+    monkeypatch.setattr(importlib.import_module("leafkernels.kernels.policy_loss"), "BLOCK", 4)
     monkeypatch.setattr(nodes, "BLOCK", 2)
     monkeypatch.setattr(eager_boundaries, "_CHUNK", 0)
     monkeypatch.setattr(eager_boundaries, "_COLUMNS", 3)

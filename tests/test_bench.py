@@ -28,6 +28,7 @@ OPERATIONS = NOT_LITERAL | {
     "common_prefix_lengths",
     "span_values",
     "scatter_spans",
+    "policy_loss with gradient",
     "span_advantages",
     "grpo",
     "dr_grpo",

@@ -41,7 +41,8 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     hidden, weight, bias = torch.randn(4, 5, device=DEVICE), torch.randn(9, 5, device=DEVICE), logits[0]
     head = hidden, weight, bias, tokens, temperature, live, 3.0, None, 2, torch.float32, backend
     shares, old = torch.rand(2, 4, device=DEVICE)
-    loss = logits, tokens, temperature, live, shares, -old, old, None, 0.2, 0.3, 0.0, 0.1, True, backend
+    numbers = -group["logprobs"], group["logprobs"], group["logprobs"], mask, None, group["logprobs"]
+    loss = logits, tokens, temperature, live, shares, -old, old, None, 0.2, 0.3, 3.0, 20.0, 0.0, 0.1, True, backend
     return {
         "regular_layout": (OPS.regular_layout, (ids, 4, 10, 2)),
         "mask_stretches": (OPS.mask_stretches, (mask, layout.slot_starts, layout.slot_ends, backend)),
@@ -72,6 +73,7 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
             OPS.linear_surprisal_entropy_backward,
             (surprisal, *results, *head, [True, True, True]),
         ),
+        "policy_loss": (OPS.policy_loss, (*numbers, 0.2, 0.3, 3.0, 20.0, 0.0, 0.1, False, True, backend)),
         "policy_loss_from_logits": (OPS.policy_loss_from_logits, loss),
         "scale_gradient": (OPS.scale_gradient, (logits, old[0], backend)),
         "gather_spans": (OPS.gather_spans, (group["logprobs"], ends, mask, *slots, backend)),
@@ -274,7 +276,9 @@ def test_nothing_synchronises_and_a_graph_captures_it(
 
 
 @on_gpu
-@pytest.mark.parametrize("function", ["surprisal_entropy", "linear_surprisal_entropy", "policy_loss_from_logits"])
+@pytest.mark.parametrize(
+    "function", ["surprisal_entropy", "linear_surprisal_entropy", "policy_loss_from_logits", "policy_loss"]
+)
 def test_vocabulary_functions_synchronise_nothing_and_a_graph_captures_them(function: str) -> None:
     generator = torch.Generator(DEVICE).manual_seed(8)
     hidden = torch.randn(2, 50, 64, device=DEVICE, generator=generator, dtype=torch.bfloat16)
@@ -289,6 +293,10 @@ def test_vocabulary_functions_synchronise_nothing_and_a_graph_captures_them(func
             )
         elif function == "surprisal_entropy":
             found = leafkernels.surprisal_entropy(hidden @ weight.T, ids, response_mask=mask, inplace_backward=True)
+        elif function == "policy_loss":
+            policy = (hidden @ weight.T)[..., 0]
+            loss = leafkernels.policy_loss(policy, policy.detach(), hidden[..., 1], mask, importance="sequence").loss
+            return torch.autograd.grad(loss, weight)[0]
         else:
             logits = hidden @ weight.T
             loss = leafkernels.policy_loss_from_logits(logits, ids, None, hidden[..., 0], mask, entropy_coef=0.1).loss

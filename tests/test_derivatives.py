@@ -43,6 +43,12 @@ FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ..
         (3, 5),
         "policy_loss_from_logits",
     ),
+    "policy_loss": (lambda x: leafkernels.policy_loss(x, -ONES, ONES, ONES).loss, (1, 3), "policy_loss"),
+    "entropy": (
+        lambda x: leafkernels.policy_loss(-ONES, -ONES, ONES, ONES, entropy=x, entropy_coef=0.1).loss,
+        (1, 3),
+        "policy_loss",
+    ),
     "span_advantages": (
         lambda x: leafkernels.span_advantages(GROUP["logprobs"], GROUP["token_ids"], x),
         (4,),

@@ -87,6 +87,22 @@ def test_number_of_launches(is_large: bool, layout: str, monkeypatch: pytest.Mon
     assert len(launches.names) == LAYOUTS[layout], launches.names
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what Triton's interpreter launches")
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_number_of_launches_of_a_loss(importance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel over the tokens forward, and in PyTorch a product of them backward; all else is a number for a row."""
+    logprobs = torch.zeros(4, 40, requires_grad=True)
+    mask = torch.ones(4, 40, dtype=torch.bool)
+    kernels = kernels_launched(monkeypatch)
+    with _Launches() as launches:
+        loss = leafkernels.policy_loss(
+            logprobs, -torch.ones(4, 40), -torch.ones(4, 40), mask, importance=importance, backend="triton"
+        ).loss
+        torch.autograd.grad(loss, logprobs)
+    assert kernels == ["policy_loss"]
+    assert len(launches.names) <= 20, launches.names
+
+
 # Of a process of its own: its peak before and after. Memory that is only asked for counts, because it is filled.
 # What the kernels compute does not matter here, and under the interpreter would take minutes.
 MEMORY = """

@@ -16,6 +16,8 @@ import python_ref
 OPTIONS = st.fixed_dictionaries(
     {
         "clip": st.sampled_from([(0.2, 0.2), (0.2, 0.28), (0.0, 0.0), (1.0, math.inf)]),
+        "dual_clip": st.sampled_from([None, 1.1, 3.0]),
+        "max_log_ratio": st.sampled_from([None, 0.2, 20.0]),
         "kl_coef": st.sampled_from([0.0, 0.1]),
         "entropy_coef": st.sampled_from([0.0, 0.01]),
         "aggregate": st.sampled_from(["token_mean", "sequence_mean", "sum", "constant"]),
@@ -263,6 +265,8 @@ def test_errors() -> None:
         advantages=tensors["advantages"][:, 0],
     )
     check_refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=tensors["advantages"])
+    check_refuses(ValueError, "dual_clip must be greater than 1, got 1", dual_clip=1)
+    check_refuses(ValueError, "max_log_ratio must be positive, got -20", max_log_ratio=-20)
     check_refuses(ValueError, "constant must be positive, got 0", aggregate="constant", constant=0)
     check_refuses(ValueError, "entropy_coef must be finite, got nan", entropy_coef=math.nan)
     check_refuses(TypeError, "response_mask must be a torch.Tensor, got NoneType", response_mask=None)

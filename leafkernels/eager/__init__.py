@@ -7,6 +7,7 @@ asked for, to the pairs. On CUDA tensors these functions read sizes back from th
 from leafkernels.eager.boundaries import select_boundaries
 from leafkernels.eager.find import mask_stretches
 from leafkernels.eager.nodes import nodes_of_prefix_lengths, prefix_nodes
+from leafkernels.eager.policy_loss import policy_loss
 from leafkernels.eager.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
 from leafkernels.eager.prefix_lengths import common_prefix_lengths
 from leafkernels.eager.scatter import gather_spans, scatter_spans
@@ -25,6 +26,7 @@ __all__ = [
     "mask_stretches",
     "merge_surprisal_states",
     "nodes_of_prefix_lengths",
+    "policy_loss",
     "policy_loss_from_logits",
     "prefix_nodes",
     "scale_gradient",

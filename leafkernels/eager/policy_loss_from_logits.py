@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from leafkernels._core.precision import compute_dtype
+from leafkernels.eager.policy_loss import surrogate
 from leafkernels.eager.surprisal import chunks, fold, logit_gradient, merge_surprisal_states, pick
 
 
@@ -21,6 +22,8 @@ def policy_loss_from_logits(
     ref_logprobs: Tensor | None,
     clip_low: float,
     clip_high: float,
+    dual_clip: float,
+    max_log_ratio: float,
     kl_coef: float,
     entropy_coef: float,
     with_gradient: bool,
@@ -39,16 +42,11 @@ def policy_loss_from_logits(
             states, pick(x, token_ids[rows]), temperature[rows], None
         )
         log_ratio = surprisal * 0 if old_logprobs is None else -surprisal - old_logprobs[rows]
-        ratio = log_ratio.exp()
-        advantage = advantages[rows]
-        # An advantage of 0 gains nothing, also of a ratio that has overflowed.
-        gain = (ratio * advantage).masked_fill((advantage == 0.0) & ratio.isinf(), 0.0)
-        bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
-        is_clipped = bounded < gain
-        loss = -torch.where(is_clipped, bounded, gain)
+        loss, of_logprob, ratio, is_clipped = surrogate(
+            log_ratio, advantages[rows], clip_low, clip_high, dual_clip, max_log_ratio
+        )
         if entropy_coef:
             loss -= entropy_coef * entropy
-        of_logprob = -gain.masked_fill(is_clipped, 0.0)
         kl = torch.zeros_like(loss)
         if ref_logprobs is not None:
             distance = ref_logprobs[rows] + surprisal

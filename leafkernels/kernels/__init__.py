@@ -9,6 +9,7 @@ from leafkernels.kernels.find import launch_mask_stretches as mask_stretches
 from leafkernels.kernels.find import launch_regular_layout as regular_layout
 from leafkernels.kernels.nodes import launch_nodes_of_prefix_lengths as nodes_of_prefix_lengths
 from leafkernels.kernels.nodes import launch_prefix_nodes as prefix_nodes
+from leafkernels.kernels.policy_loss import launch_policy_loss as policy_loss
 from leafkernels.kernels.policy_loss_from_logits import launch_policy_loss_from_logits as policy_loss_from_logits
 from leafkernels.kernels.policy_loss_from_logits import launch_scale_gradient as scale_gradient
 from leafkernels.kernels.prefix_lengths import launch_common_prefix_lengths as common_prefix_lengths
@@ -26,6 +27,7 @@ __all__ = [
     "mask_stretches",
     "merge_surprisal_states",
     "nodes_of_prefix_lengths",
+    "policy_loss",
     "policy_loss_from_logits",
     "prefix_nodes",
     "regular_layout",

@@ -4,8 +4,7 @@ A program folds its row as ``surprisal_entropy`` does, and so knows the token's 
 follow the token's loss and what it loses with each. It then writes the row's gradient from a second look at the row,
 last block first: what was read last is the likeliest to be in a cache still. From memory the logits are read once.
 
-    ratio = e^(logprob - old)      loss = -min(ratio A, clamp(ratio) A) + kl_coef k3(ref - logprob) - entropy_coef H
-    d loss / d logprob = -ratio A [unless the clamp decides] - kl_coef (e^(ref - logprob) - 1)
+    d loss / d logprob = what ``policy_loss`` gives; d loss / d entropy = -entropy_coef
 """
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from leafkernels.kernels import surprisal
 from leafkernels.kernels._math import exp_tail
 from leafkernels.kernels._rows import load_block, store_block
+from leafkernels.kernels.policy_loss import surrogate
 from leafkernels.kernels.surprisal import blocks_of, log_total_entropy, pick, row_state, write_gradient
 
 TERMS = 6  # weighted loss, clipped, e^x - 1 - x of the log-ratio, ratio, k3, entropy
@@ -36,6 +36,8 @@ def _policy_loss_from_logits_kernel(
     ref_logprobs_ptr,
     clip_low,
     clip_high,
+    dual_clip,
+    max_log_ratio,
     kl_coef,
     entropy_coef,
     stride_logits_row,
@@ -65,13 +67,9 @@ def _policy_loss_from_logits_kernel(
         log_ratio = logprob * 0.0  # on policy: 0, and NaN where there is no distribution
         if HAS_OLD:
             log_ratio = logprob - tl.load(old_logprobs_ptr + row)
-        ratio = tl.exp(log_ratio)
-        # An advantage of 0 gains nothing, also of a ratio that has overflowed; a weight of 0 leaves a statistic.
-        gain = tl.where((advantage == 0.0) & (ratio == float("inf")), 0.0, ratio * advantage)
-        bounded = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * advantage
-        is_clipped = bounded < gain
-        loss = tl.where(is_clipped, -bounded, -gain)
-        of_logprob = tl.where(is_clipped, 0.0, -gain)
+        loss, of_logprob, ratio, is_clipped = surrogate(
+            log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio
+        )
         kl = 0.0
         if HAS_REF:
             distance = tl.load(ref_logprobs_ptr + row) - logprob
@@ -138,6 +136,8 @@ def launch_policy_loss_from_logits(
     ref_logprobs: Tensor | None,
     clip_low: float,
     clip_high: float,
+    dual_clip: float,
+    max_log_ratio: float,
     kl_coef: float,
     entropy_coef: float,
     with_gradient: bool,
@@ -163,6 +163,8 @@ def launch_policy_loss_from_logits(
             ref_logprobs,
             float(clip_low),
             float(clip_high),
+            float(dual_clip),
+            float(max_log_ratio),
             float(kl_coef),
             float(entropy_coef),
             logits.stride(0),

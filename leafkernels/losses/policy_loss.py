@@ -1,19 +1,24 @@
 """The clipped policy loss with one advantage for each token, and the statistics that people watch."""
 
+import math
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import (
     check_choice,
     check_finite,
+    check_kernel_dtype,
     check_like,
     check_mask,
     check_positive,
     check_real,
     check_tensor,
 )
+from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
+from leafkernels._core.ops import register
 from leafkernels._core.precision import compute_dtype
 
 AGGREGATES = ("token_mean", "sequence_mean", "sum", "constant")
@@ -26,15 +31,60 @@ class PolicyLoss(NamedTuple):
     loss: Tensor
     """To be minimised; differentiable in ``logprobs`` and ``entropy``."""
     clip_fraction: Tensor
-    """Share of tokens whose ratio lies beyond the clip range on the side where the clipped term decides."""
+    """Share of tokens whose loss a bound decides: the clip range, where the ratio lies beyond it on the side where the
+    clipped term is the smaller, or ``dual_clip``."""
     approx_kl: Tensor
-    """Mean of ratio - 1 - log(ratio) of the tokens, never negative: how far the policy has moved from the old one."""
+    """Mean of ratio - 1 - log(ratio) of the tokens, never negative: how far the policy has moved from the old one; no
+    option of the loss changes it."""
     mean_ratio: Tensor
-    """Mean importance ratio; 1 on policy."""
+    """Mean importance ratio, within ``max_log_ratio``; 1 on policy."""
     mean_kl: Tensor
     """Mean k3 estimate of the KL divergence to the reference policy; 0 without one."""
     mean_entropy: Tensor
     """Mean of ``entropy``; 0 without it."""
+
+
+def _fake(logprobs: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(logprobs.dtype)
+    with_gradient = args[-2]
+    sums = logprobs.new_empty((7, logprobs.shape[0]), dtype=dtype)
+    return sums, logprobs.new_empty(logprobs.shape if with_gradient else (0,), dtype=dtype)
+
+
+_policy_loss = register(
+    "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+    "Tensor? entropy, float clip_low, float clip_high, float dual_clip, float max_log_ratio, float kl_coef, "
+    "float entropy_coef, bool of_sequence, bool with_gradient, str backend) -> (Tensor, Tensor)",
+    _fake,
+)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """The sum of each row's losses, and all sums; what a row weighs is left to PyTorch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logprobs: Tensor, entropy: Tensor | None, places: tuple[Tensor | None, ...], *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        old_logprobs, advantages, mask, ref_logprobs = places
+        sums, gradients = _policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, *options)
+        ctx.save_for_backward(gradients, mask)
+        ctx.dtypes = logprobs.dtype, None if entropy is None else entropy.dtype
+        ctx.entropy_coef = options[5]
+        ctx.mark_non_differentiable(sums)
+        return sums[0].clone(), sums
+
+    @staticmethod
+    def backward(ctx: Any, of_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("policy_loss")
+        gradients, mask = ctx.saved_tensors
+        of_rows = of_rows[:, None]
+        of_logprobs = of_entropy = None
+        if ctx.needs_input_grad[0]:
+            of_logprobs = (gradients * of_rows).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            of_entropy = torch.where(mask, -ctx.entropy_coef * of_rows, 0.0).to(ctx.dtypes[1])
+        return of_logprobs, of_entropy, *[None] * 10
 
 
 def policy_loss(
@@ -44,6 +94,8 @@ def policy_loss(
     response_mask: Tensor,
     *,
     clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    max_log_ratio: float | None = None,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     entropy: Tensor | None = None,
@@ -51,6 +103,7 @@ def policy_loss(
     importance: str = "token",
     aggregate: str = "token_mean",
     constant: float | None = None,
+    backend: str = "auto",
 ) -> PolicyLoss:
     """Clipped surrogate loss with per-token advantages, an optional KL penalty and an optional entropy bonus.
 
@@ -61,7 +114,8 @@ def policy_loss(
 
     (PPO, arXiv 1707.06347; k3: DeepSeekMath, arXiv 2402.03300; two clip sides: DAPO, arXiv 2503.14476). Where the mask
     is False nothing is read into any sum, and the gradient is exactly 0, also where NaN stands there. No value is read
-    back to the host.
+    back to the host. The gradient is written in the same pass, one number for each token, and kept until the loss is
+    forgotten.
 
     Example:
         >>> old, advantages = torch.tensor([[-1.0, -2.0]]), torch.tensor([[1.0, -1.0]])
@@ -75,6 +129,11 @@ def policy_loss(
         advantages: (N, T), as from ``span_advantages``; a constant.
         response_mask: (N, T), nonzero where a token counts.
         clip: how far the ratio may fall below, and rise above, 1; the second may be ``math.inf``.
+        dual_clip: above 1; where the advantage is negative, the clipped term loses at most -dual_clip * A, and there it
+            has no gradient (arXiv 1912.09729; 3 is usual). None: no such bound.
+        max_log_ratio: positive; the log-ratio, or a row's mean of them with importance="sequence", is clamped to
+            [-max_log_ratio, max_log_ratio] before the exponential, and has no gradient where it is (verl: 20). None: no
+            bound. k3 is not clamped.
         ref_logprobs: (N, T) under a reference policy; needed where ``kl_coef`` is not 0.
         kl_coef: weight of k3; at 0 it is a statistic alone, and may be anything.
         entropy: (N, T), as from ``surprisal_entropy``; needed where ``entropy_coef`` is not 0.
@@ -85,6 +144,7 @@ def policy_loss(
             over the rows that have any (GRPO), "sum", or "constant": the sum over ``constant`` (Dr. GRPO, arXiv
             2503.20783).
         constant: what the sum is divided by with aggregate="constant", positive: rows times the longest response, say.
+        backend: "auto", "triton", "torch" or "reference". Triton takes no float64, for which "auto" is "torch".
     """
     check_real("logprobs", logprobs)
     shape, device = logprobs.shape, logprobs.device
@@ -99,86 +159,73 @@ def policy_loss(
         check_like(name, tensor, "logprobs", shape, device)
     mask = cast(Tensor, check_mask(check_tensor("response_mask", response_mask), "logprobs", shape, device))
     check_choice("importance", importance, IMPORTANCE)
-    low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef, entropy_coef)
+    bounds = check_loss_options(
+        clip, dual_clip, max_log_ratio, aggregate, constant, ref_logprobs, kl_coef, entropy_coef
+    )
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy must be given where entropy_coef is not 0, got entropy_coef={entropy_coef}")
+    if backend == "auto" and logprobs.dtype == torch.float64:
+        backend = "torch"
+    backend = resolve_backend(backend, device)
+    check_kernel_dtype("logprobs", logprobs.dtype, backend)
 
-    dtype = compute_dtype(logprobs.dtype)
-
-    def live(tensor: Tensor) -> Tensor:
-        # Filled before anything is computed from it: 0 * NaN would bring NaN back through the gradient.
-        return tensor.to(dtype).masked_fill(~mask, 0.0)
-
-    policy, advantage = live(logprobs), live(advantages.detach())
-    log_ratio = token_log_ratio = policy - live(old_logprobs.detach())
-    counts = mask.sum(1, keepdim=True)
-    if importance == "sequence":
-        mean_log_ratio = log_ratio.sum(1, keepdim=True) / counts.clamp_min(1)
-        # Each token carries the row's ratio as its value, and its own log-probability as its gradient.
-        log_ratio = mean_log_ratio.detach() + policy - policy.detach()
-    ratio = log_ratio.detach().exp()
-    bounded = ratio.clamp(1 - low, 1 + high) * advantage
-    is_clipped = bounded < ratio * advantage
-    # Where the bound decides, or the advantage is 0, the ratio has no say: of one that has overflowed, 0 * inf would
-    # make NaN, in the loss or in the gradient.
-    has_no_say = is_clipped | ((advantage == 0.0) & ratio.isinf())
-    gain = log_ratio.masked_fill(has_no_say, 0.0).exp() * advantage
-    losses = -torch.where(is_clipped, bounded, gain)
-    zero = losses.new_zeros(())
-    kl = bonus = None
-    if ref_logprobs is not None:
-        distance = live(ref_logprobs.detach()) - policy
-        kl = distance.expm1() - distance
-        if kl_coef != 0:
-            losses = losses + kl_coef * kl
-    if entropy is not None:
-        bonus = live(entropy)
-        if entropy_coef != 0:
-            losses = losses - entropy_coef * bonus
-    losses = losses.masked_fill(~mask, 0.0)
-
-    loss = (losses * token_weights(mask, aggregate, constant, dtype)).sum()
-    number = counts.sum().clamp_min(1)
-
-    def mean(values: Tensor) -> Tensor:
-        return values.detach().masked_fill(~mask, 0.0).sum() / number
-
-    return PolicyLoss(
-        loss=loss,
-        clip_fraction=mean(is_clipped.to(dtype)),
-        approx_kl=mean(token_log_ratio.expm1() - token_log_ratio),
-        mean_ratio=mean(ratio),
-        mean_kl=zero if kl is None else mean(kl),
-        mean_entropy=zero if bonus is None else mean(bonus),
+    refuse_forward_mode("policy_loss", logprobs, entropy)
+    losses, sums = _PolicyLoss.apply(
+        logprobs,
+        entropy,
+        (old_logprobs.detach(), advantages.detach(), mask, None if ref_logprobs is None else ref_logprobs.detach()),
+        *bounds,
+        float(kl_coef),
+        float(entropy_coef),
+        importance == "sequence",
+        logprobs.requires_grad and torch.is_grad_enabled(),
+        backend,
     )
+    counts = sums[6]
+    means = sums[1:6].sum(1) / counts.sum().clamp_min(1)
+    return PolicyLoss((losses * row_weights(counts, aggregate, constant)).sum(), *means.unbind())
+
+
+def row_weights(counts: Tensor, aggregate: str, constant: float | None) -> Tensor:
+    """The share that a token's loss has in the whole loss, for each row, from the numbers of tokens that count (N,)."""
+    if aggregate == "token_mean":
+        return counts.sum().clamp_min(1).reciprocal().expand_as(counts)
+    if aggregate == "sequence_mean":
+        return (counts.clamp_min(1) * (counts > 0).sum().clamp_min(1)).reciprocal()
+    return torch.full_like(counts, 1.0 if constant is None else 1.0 / constant)
 
 
 def token_weights(mask: Tensor, aggregate: str, constant: float | None, dtype: torch.dtype) -> Tensor:
     """(N, T): the share that each token's loss has in the whole loss."""
-    weights = mask.to(dtype)
-    if aggregate == "token_mean":
-        return weights / mask.sum().clamp_min(1)
-    if aggregate == "sequence_mean":
-        counts = mask.sum(1, keepdim=True)
-        return weights / (counts.clamp_min(1) * (counts > 0).sum().clamp_min(1))
-    return weights if constant is None else weights / constant
+    return mask * row_weights(mask.sum(1).to(dtype), aggregate, constant)[:, None]
 
 
 def check_loss_options(
     clip: Any,
+    dual_clip: float | None,
+    max_log_ratio: float | None,
     aggregate: str,
     constant: float | None,
     ref_logprobs: Tensor | None,
     kl_coef: float,
     entropy_coef: float,
-) -> tuple[float, float]:
-    """The two sides of ``clip``; raises where the options of a loss are not what they must be."""
+) -> tuple[float, float, float, float]:
+    """The two sides of ``clip``, and the two bounds, infinite where they are None.
+
+    Raises where the options of a loss are not what they must be.
+    """
     check_choice("aggregate", aggregate, AGGREGATES)
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip must be a pair (below, above), got {clip!r}")
     low, high = clip
     if not (0 <= low <= 1 and high >= 0):
         raise ValueError(f"clip must be (below, above) with 0 <= below <= 1 and above >= 0, got {clip!r}")
+    if dual_clip is not None:
+        check_finite("dual_clip", dual_clip)
+        if dual_clip <= 1:
+            raise ValueError(f"dual_clip must be greater than 1, got {dual_clip}")
+    if max_log_ratio is not None:
+        check_positive("max_log_ratio", max_log_ratio)
     check_finite("kl_coef", kl_coef)
     check_finite("entropy_coef", entropy_coef)
     if kl_coef != 0 and ref_logprobs is None:
@@ -190,4 +237,5 @@ def check_loss_options(
         )
     if constant is not None:
         check_positive("constant", constant)
-    return float(low), float(high)
+    most, bound = (math.inf if option is None else float(option) for option in (dual_clip, max_log_ratio))
+    return float(low), float(high), most, bound

@@ -29,8 +29,8 @@ def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 _policy_loss_from_logits = register(
     "policy_loss_from_logits(Tensor logits, Tensor token_ids, Tensor temperature, Tensor mask, Tensor weights, "
-    "Tensor? old_logprobs, Tensor advantages, Tensor? ref_logprobs, float clip_low, float clip_high, float kl_coef, "
-    "float entropy_coef, bool with_gradient, str backend) -> (Tensor, Tensor)",
+    "Tensor? old_logprobs, Tensor advantages, Tensor? ref_logprobs, float clip_low, float clip_high, float dual_clip, "
+    "float max_log_ratio, float kl_coef, float entropy_coef, bool with_gradient, str backend) -> (Tensor, Tensor)",
     _fake,
 )
 
@@ -53,7 +53,7 @@ class _PolicyLossFromLogits(torch.autograd.Function):
         refuse_second_pass(ctx, "policy_loss_from_logits")
         (gradients,) = ctx.saved_tensors
         _scale_gradient(gradients, of_loss, ctx.backend)
-        return gradients, *[None] * 13
+        return gradients, *[None] * 15
 
 
 def policy_loss_from_logits(
@@ -65,6 +65,8 @@ def policy_loss_from_logits(
     *,
     temperature: float | Tensor = 1.0,
     clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    max_log_ratio: float | None = None,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
@@ -88,7 +90,8 @@ def policy_loss_from_logits(
         advantages: (N, T), as from ``span_advantages``; a constant.
         response_mask: (N, T), nonzero where a token counts; the logits of others are not read.
         temperature: positive; a float, or one for each token, (N, T).
-        clip, ref_logprobs, kl_coef, entropy_coef, aggregate, constant: as ``policy_loss`` has them.
+        clip, dual_clip, max_log_ratio, ref_logprobs, kl_coef, entropy_coef, aggregate, constant: as ``policy_loss`` has
+            them.
         backend: "auto", "triton", "torch" or "reference".
 
     Example:
@@ -117,7 +120,9 @@ def policy_loss_from_logits(
         check_device(name, tensor, "logits", device)
     mask = cast(Tensor, check_mask(check_tensor("response_mask", response_mask), "token_ids", shape, device))
     temperatures = check_temperature(temperature, token_ids, mask)
-    low, high = check_loss_options(clip, aggregate, constant, ref_logprobs, kl_coef, entropy_coef)
+    bounds = check_loss_options(
+        clip, dual_clip, max_log_ratio, aggregate, constant, ref_logprobs, kl_coef, entropy_coef
+    )
     backend = resolve_backend(backend, device)
     check_kernel_dtype("logits", logits.dtype, backend)
 
@@ -133,8 +138,7 @@ def policy_loss_from_logits(
         None if old_logprobs is None else _flat_constant(old_logprobs, dtype),
         _flat_constant(advantages, dtype),
         None if ref_logprobs is None else _flat_constant(ref_logprobs, dtype),
-        low,
-        high,
+        *bounds,
         float(kl_coef),
         float(entropy_coef),
         logits.requires_grad and torch.is_grad_enabled(),

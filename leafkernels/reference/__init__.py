@@ -4,6 +4,7 @@ from leafkernels.reference.boundaries import select_boundaries
 from leafkernels.reference.find import mask_stretches
 from leafkernels.reference.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
 from leafkernels.reference.nodes import nodes_of_prefix_lengths, prefix_nodes
+from leafkernels.reference.policy_loss import policy_loss
 from leafkernels.reference.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
 from leafkernels.reference.prefix_lengths import common_prefix_lengths
 from leafkernels.reference.scatter import gather_spans, scatter_spans
@@ -23,6 +24,7 @@ __all__ = [
     "mask_stretches",
     "merge_surprisal_states",
     "nodes_of_prefix_lengths",
+    "policy_loss",
     "policy_loss_from_logits",
     "prefix_nodes",
     "scale_gradient",
