@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import PAIR, WORLDS, Ranks, process_group
 from rollouts import BACKENDS, DEVICE, Rollouts, random_group, rollouts
+from test_linear_surprisal import tolerance as linear_tolerance
+from test_policy_loss_from_logits import inputs as loss_inputs
 from test_surprisal import tolerance
 
 import leafkernels
@@ -511,6 +514,259 @@ def test_ranks_whose_rows_do_not_fit_together(ranks: Ranks) -> None:
         leafkernels.surprisal_entropy(torch.zeros(3, 4), torch.zeros(3).long(), vocab_group=object())
 
 
+# Heads whose rows are split over the ranks, and the loss from slices of the logits.
+
+HEAD = ("hidden", "lm_head_weight", "bias")
+
+
+class Head(NamedTuple):
+    """Hidden states, of which every rank has all, a head whose rows lie on the ranks, and weights of both results."""
+
+    tensors: dict[str, Any]
+    sizes: list[int]
+    weights: torch.Tensor
+
+    @classmethod
+    def random(cls, seed: int, sizes: list[int], dtype: torch.dtype, rows: int = 7, width: int = 5) -> "Head":
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator).to(dtype)
+
+        vocabulary = sum(sizes)
+        tensors = {
+            "hidden": normal(rows, width),
+            "lm_head_weight": normal(vocabulary, width),
+            "token_ids": torch.randint(0, vocabulary, (rows,), generator=generator),
+            "bias": normal(vocabulary),
+            "temperature": torch.rand(rows, generator=generator) + 0.5,
+            "response_mask": torch.arange(rows) % 3 != 1,
+        }
+        return cls(tensors, sizes, torch.rand(2, rows, generator=generator, dtype=torch.float64))
+
+    def calls(self, frozen: tuple[str, ...] = (), **options: Any) -> list[tuple]:
+        """On rank i the chunks are i + 1 tokens long, which no rank needs to know of another."""
+        calls = []
+        for rank, parts in enumerate(
+            zip(*(self.tensors[name].split(self.sizes) for name in HEAD[1:]), strict=True), start=1
+        ):
+            tensors = {**self.tensors, **dict(zip(HEAD[1:], parts, strict=True))}
+            calls.append((tensors, self.weights, frozen, {"chunk_tokens": rank, **options}, len(self.sizes)))
+        return calls
+
+
+def head_of_rank(
+    tensors: dict[str, Any], weights: torch.Tensor, frozen: tuple[str, ...], options: dict[str, Any], world: int | None
+) -> list[torch.Tensor]:
+    """Surprisal, entropy, and the gradients of what is not frozen; in small blocks, and every run the same bits."""
+    group = None if world is None else process_group(world)
+    small = mock.patch.multiple("leafkernels.kernels.surprisal", BLOCK=8, THREADS=1)
+    runs = []
+    with mock.patch("leafkernels.eager.surprisal._CHUNK", 8), small:
+        for _ in range(2):
+            leaves = {k: tensors[k].detach().clone().requires_grad_(k not in frozen) for k in HEAD}
+            found = leafkernels.linear_surprisal_entropy(**{**tensors, **leaves}, vocab_group=group, **options)
+            (weights[0] * found.surprisal + weights[1] * found.entropy).sum().backward()
+            runs.append([*(f.detach() for f in found), *(t.grad for t in leaves.values() if t.grad is not None)])
+    for first, second in zip(*runs, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    return runs[0]
+
+
+def joined(answers: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """What every rank has alike (surprisal, entropy, the gradient of hidden), and the slices one after another."""
+    alike, slices = [of_rank[:3] for of_rank in answers], [of_rank[3:] for of_rank in answers]
+    for of_rank in alike:
+        torch.testing.assert_close(of_rank, alike[0], rtol=0, atol=0, equal_nan=True)
+    return alike[0] + [torch.cat(parts) for parts in zip(*slices, strict=True)]
+
+
+HEADS = {2: [[4, 9], [13, 0]], 4: [[6, 1, 4, 9], [0, 7, 0, 13]]}
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_split_head_gives_what_the_whole_one_gives(
+    world: int, backend: str, softcap: float | None, ranks: Ranks
+) -> None:
+    """Against one process in float64: uneven slices, and some without any row."""
+    if backend == "triton" and DEVICE == "cuda":
+        pytest.skip("the processes compute on the CPU, where the kernels need the interpreter")
+    few = backend == "triton"  # the interpreter is slow
+    dtypes = [torch.float32] if few else [torch.float32, torch.float64]
+    for seed, (sizes, dtype) in enumerate(itertools.product(HEADS[world][few:], dtypes)):
+        case = Head.random(seed, sizes, dtype)
+        wide = {k: v.double() if v.is_floating_point() and k != "temperature" else v for k, v in case.tensors.items()}
+        options = {"logit_softcap": softcap}
+        expected = head_of_rank(wide, case.weights, (), {**options, "backend": "torch"}, None)
+        found = joined(ranks.call(head_of_rank, case.calls(**options, backend=backend)))
+        for actual, want in zip(found, expected, strict=True):
+            assert actual.dtype == dtype
+            atol = linear_tolerance(5, sum(sizes), dtype, max(10.0, 4 * float(want.abs().max())))
+            torch.testing.assert_close(actual.double(), want, rtol=0, atol=atol)
+
+
+def test_a_split_head_keeps_peaked_rows_and_banned_ids(ranks: Ranks) -> None:
+    """The entropy of 1e-24 of a row whose top leads by 61; a slice that its bias bans as a whole; NaN in one row."""
+    weight = torch.tensor([[61.0, 1.0, 1.0, 0.5, 1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0, -2.0, 3.0, 0.0, 0.0]]).T
+    tensors = {
+        "hidden": torch.tensor([[1.0, 0.0], [0.0, 1.0], [math.nan, 0.0], [0.0, 1.0]]).double(),
+        "lm_head_weight": weight.double(),
+        "bias": torch.tensor([0.0] * 6 + [-INF] * 2).double(),
+        "token_ids": torch.tensor([0, 7, 1, 9]),
+    }
+    case = Head(tensors, [2, 2, 2, 2], torch.ones(2, 4, dtype=torch.float64))
+    expected = head_of_rank(tensors, case.weights, (), {}, None)
+    assert 0 < expected[1][0] < 1e-22
+    assert expected[0][1] == INF
+    assert expected[0].isnan().tolist() == [False, False, True, True]
+    found = joined(ranks.call(head_of_rank, case.calls()))
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0, equal_nan=True)
+
+
+def test_masked_tokens_and_bounds_of_the_live_ones_of_a_split_head(ranks: Ranks) -> None:
+    """Masked tokens are not read; a bound changes nothing, and what a bound too small leaves out is NaN."""
+    case = Head.random(3, [6, 3], torch.float64)
+    clean = joined(ranks.call(head_of_rank, case.calls()))
+    mask = case.tensors["response_mask"]
+    case.tensors["hidden"][~mask], case.tensors["token_ids"][~mask] = math.nan, 1000
+    assert mask.sum() == 5
+    for bound in (None, 5, 7):
+        found = joined(ranks.call(head_of_rank, case.calls(num_live=bound)))
+        torch.testing.assert_close(found, clean, rtol=0, atol=0)
+    found = joined(ranks.call(head_of_rank, case.calls(num_live=4)))
+    last = int(mask.nonzero()[-1])
+    for result in found[:2]:
+        assert result.isnan().nonzero().flatten().tolist() == [last]
+    case.tensors["response_mask"][:] = False
+    for result in joined(ranks.call(head_of_rank, case.calls())):
+        assert not result.any()
+
+
+def test_a_split_head_in_half_precision(ranks: Ranks) -> None:
+    """The gradient of hidden is a sum of four products, each rounded, with three sums of them: no more is lost."""
+    sizes = [40, 30, 10, 20]
+    case = Head.random(4, sizes, torch.bfloat16, rows=32, width=16)
+    found = joined(ranks.call(head_of_rank, case.calls(backend="torch")))
+    whole = head_of_rank(case.tensors, case.weights, (), {"backend": "torch"}, None)
+    wide = {k: v.double() if k in HEAD else v for k, v in case.tensors.items()}
+    exact = head_of_rank(wide, case.weights, (), {}, None)
+    unit = torch.finfo(torch.bfloat16).eps / 2
+    for number, (ours, unsplit, want) in enumerate(zip(found, whole, exact, strict=True)):
+        assert ours.dtype == unsplit.dtype
+        roundings = 7 if number == 2 else 1
+        assert (ours.double() - want).norm() <= (unsplit.double() - want).norm() + roundings * unit * want.norm()
+
+
+def head_traffic_of_rank(*arguments: Any) -> tuple[int, list[int]]:
+    """How many results came back, and the bytes of each collective of two passes forward and back."""
+    with (
+        mock.patch("leafkernels.vocabulary.linear_surprisal._add_product", side_effect=AssertionError),
+        counted_collectives() as sent,
+    ):
+        found = head_of_rank(*arguments)
+    return len(found), sent
+
+
+@pytest.mark.parametrize("frozen", [HEAD[1:], HEAD[:2]])
+def test_what_a_split_head_sends(frozen: tuple[str, ...], ranks: Ranks) -> None:
+    """However many chunks: the two sizes, a maximum and five sums for each row, and back the gradient of hidden,
+    where it has one; a frozen weight costs no product."""
+    case = Head.random(5, [6, 3], torch.float32)
+    back = [7 * 5 * 4] if "hidden" not in frozen else []
+    for answer in ranks.call(head_traffic_of_rank, case.calls(frozen)):
+        assert answer == (3, 2 * ([16, 7 * 4, 7 * 5 * 4] + back))
+
+
+def test_a_split_head_under_autocast_and_without_a_gradient(ranks: Ranks) -> None:
+    case = Head.random(6, [6, 3], torch.float32)
+    answers = ranks.call(autocast_of_rank, case.calls())
+    rounded = {k: v.bfloat16() if k in HEAD else v for k, v in case.tensors.items()}
+    expected = leafkernels.linear_surprisal_entropy(**rounded)
+    for of_rank in answers:
+        torch.testing.assert_close(of_rank, tuple(expected), rtol=1e-5, atol=1e-6)
+
+
+def autocast_of_rank(
+    tensors: dict[str, Any], _weights: torch.Tensor, _frozen: tuple[str, ...], options: dict[str, Any], world: int
+) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        return tuple(leafkernels.linear_surprisal_entropy(**tensors, vocab_group=process_group(world), **options))
+
+
+def loss_of_rank(logits: torch.Tensor, tensors: dict[str, Any], options: dict[str, Any], world: int | None) -> tuple:
+    """The fields of the loss, and the gradient of this rank's slice of the logits."""
+    leaf = logits.clone().requires_grad_()
+    options = options if world is None else {**options, "vocab_group": process_group(world)}
+    result = leafkernels.policy_loss_from_logits(leaf, **tensors, **options)
+    result.loss.backward()
+    assert not any(statistic.requires_grad for statistic in result[1:])
+    with torch.no_grad():
+        again = leafkernels.policy_loss_from_logits(leaf, **tensors, **options)
+    torch.testing.assert_close(tuple(again), tuple(f.detach() for f in result), rtol=1e-6, atol=1e-7)
+    return tuple(f.detach() for f in result), leaf.grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_loss_from_slices_is_that_from_whole_rows(world: int, backend: str, ranks: Ranks) -> None:
+    """In float64 to its rounding; in float32, of numbers of order 1, no rounding leaves 2e-5."""
+    if backend == "triton" and DEVICE == "cuda":
+        pytest.skip("the processes compute on the CPU, where the kernels need the interpreter")
+    dtype, error = (torch.float32, 2e-5) if backend == "triton" else (torch.float64, 1e-10)
+    every = {"kl_coef": 0.1, "entropy_coef": 0.01, "clip": (0.1, 0.15), "aggregate": "constant", "constant": 7.0}
+    few = backend == "triton"  # the interpreter is slow
+    for seed, options in enumerate(
+        (every, {"entropy_coef": 0.01, "aggregate": "sequence_mean"}, {})[: 1 if few else 3]
+    ):
+        tensors = loss_inputs(seed, 3, 4, sum(HEADS[world][0]), dtype)
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        out = ~tensors["response_mask"]
+        for name in ("logits", "advantages", "old_logprobs"):
+            tensors[name][out] = math.nan
+        if seed == 1:
+            tensors["old_logprobs"] = None
+        logits = tensors.pop("logits")
+        expected, gradient = loss_of_rank(logits, tensors, {**options, "backend": "torch"}, None)
+        for sizes in HEADS[world][few:]:
+            calls = [(part, tensors, {**options, "backend": backend}, world) for part in logits.split(sizes, dim=2)]
+            answers = ranks.call(loss_of_rank, calls)
+            for found, _ in answers:
+                torch.testing.assert_close(found, answers[0][0], rtol=0, atol=0)
+                torch.testing.assert_close(found, expected, rtol=error, atol=error)
+            found_gradient = torch.cat([of_slice for _, of_slice in answers], dim=2)
+            torch.testing.assert_close(found_gradient, gradient, rtol=error, atol=error)
+
+
+def vocabulary_refusal_of_rank(name: str, rows: int, world: int) -> str:
+    """What a function of a split vocabulary says, with so many rows, to a group of that size."""
+    ids, group = torch.zeros(1, rows, dtype=torch.int64), process_group(world)
+    try:
+        if name == "linear_surprisal_entropy":
+            leafkernels.linear_surprisal_entropy(torch.zeros(1, rows, 3), torch.zeros(4, 3), ids, vocab_group=group)
+        else:
+            ones, logits = torch.ones(1, rows), torch.zeros(1, rows, 4)
+            leafkernels.policy_loss_from_logits(logits, ids, None, ones, ones, vocab_group=group)
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+@pytest.mark.parametrize("name", ["linear_surprisal_entropy", "policy_loss_from_logits"])
+def test_what_every_function_of_a_split_vocabulary_refuses(name: str, ranks: Ranks) -> None:
+    message = "token_ids must be the same on every rank of vocab_group, got [3, 5] of them by rank"
+    assert ranks.call(vocabulary_refusal_of_rank, [(name, 3, 2), (name, 5, 2)]) == [message] * 2
+    for rank, answer in enumerate(ranks.call(vocabulary_refusal_of_rank, [(name, 3, 2)] * 4)):
+        outside = f"vocab_group must contain the calling rank, got one without rank {rank}"
+        assert answer == ("nothing was refused" if rank in PAIR else outside)
+    with (
+        mock.patch.object(sys.modules[__name__], "process_group", lambda _: object()),
+        pytest.raises(RuntimeError, match="torch.distributed must be initialised"),
+    ):
+        vocabulary_refusal_of_rank(name, 3, 2)
+
+
 def both_of_rank(backend: str, device: str, rows: dict[str, Any], logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """On each of a pair of ranks, joined by ``backend``: advantages, and surprisal, entropy and gradient."""
     pair = dist.new_group(list(PAIR), backend=backend, use_local_synchronization=True)
@@ -523,11 +779,16 @@ def both_of_rank(backend: str, device: str, rows: dict[str, Any], logits: torch.
     ids = torch.arange(len(logits), device=device)
     found = leafkernels.surprisal_entropy(leaf, ids, vocab_group=pair)
     (found.surprisal + found.entropy).sum().backward()
+    assert leaf.grad is not None
+    states = torch.eye(len(logits), device=device)  # of which a head with the logits as its columns makes the logits
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
-        leafkernels.surprisal_entropy(leaf, ids, vocab_group=pair)
+    leafkernels.surprisal_entropy(leaf, ids, vocab_group=pair)
+    from_states = leafkernels.linear_surprisal_entropy(states, leaf.T, ids, vocab_group=pair)
+    (of_slice,) = torch.autograd.grad((from_states.surprisal + from_states.entropy).sum(), leaf)
+    if device == "cuda":
         torch.cuda.set_sync_debug_mode("default")
-    assert leaf.grad is not None
+    torch.testing.assert_close((*from_states, of_slice), (*found, leaf.grad), rtol=1e-5, atol=1e-6)
     return tuple(t.detach().cpu() for t in (advantages, *found, leaf.grad))
 
 
@@ -569,7 +830,7 @@ def snippet_of_rank(snippet: str, names: dict[str, Any], result: str) -> torch.T
 
 
 def test_the_snippets_of_the_documentation(ranks: Ranks) -> None:
-    rows, vocabulary = (block.text for block in pages.blocks(pages.read("distributed.md"), "python"))
+    rows, vocabulary, head, from_logits = (block.text for block in pages.blocks(pages.read("distributed.md"), "python"))
     group = {name: tensor.cpu() for name, tensor in random_group(8, 9, seed=3, vocabulary=2).items()}
     group["response_mask"] = torch.ones(8, 9)
     uids = list("aaabbbba")
@@ -584,3 +845,20 @@ def test_the_snippets_of_the_documentation(ranks: Ranks) -> None:
     found = leafkernels.surprisal_entropy(logits, ids, temperature=0.9)
     for loss in losses:
         torch.testing.assert_close(loss, (found.surprisal + 0.01 * found.entropy).mean(), rtol=1e-5, atol=0)
+
+    hidden, weight, bias = torch.randn(2, 9, 5), torch.randn(24, 5), torch.randn(24)
+    logits = hidden @ weight.T + bias
+    shared = {"token_ids": ids, "response_mask": torch.ones(2, 9), "old_logprobs": -torch.ones(2, 9)}
+    shared |= {"advantages": torch.randn(2, 9)}
+    expected = leafkernels.policy_loss_from_logits(logits, **shared).loss
+    for snippet, slices in (
+        (head, zip(weight.split(6), bias.split(6), strict=True)),
+        (from_logits, logits.split(6, dim=2)),
+    ):
+        names = []
+        for part in slices:
+            own = {"logits_slice": part} if snippet is from_logits else {"weight_slice": part[0], "bias_slice": part[1]}
+            own = {name: tensor.clone().requires_grad_() for name, tensor in own.items()}
+            names.append({"hidden": hidden.clone().requires_grad_(), **own, **shared})
+        for loss in ranks.call(snippet_of_rank, [(snippet, of_rank, "loss") for of_rank in names]):
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

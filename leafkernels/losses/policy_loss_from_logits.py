@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from leafkernels._core.backend import resolve_backend
@@ -17,8 +18,9 @@ from leafkernels._core.checks import (
 from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative, refuse_second_pass
 from leafkernels._core.ops import register
 from leafkernels._core.precision import compute_dtype
-from leafkernels.losses.policy_loss import PolicyLoss, check_loss_options, token_weights
+from leafkernels.losses.policy_loss import PolicyLoss, check_loss_options, policy_loss, token_weights
 from leafkernels.vocabulary.inputs import check_temperature
+from leafkernels.vocabulary.surprisal import surprisal_entropy
 
 
 def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -72,6 +74,7 @@ def policy_loss_from_logits(
     entropy_coef: float = 0.0,
     aggregate: str = "token_mean",
     constant: float | None = None,
+    vocab_group: "dist.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> PolicyLoss:
     """``policy_loss`` of the log-probabilities and entropies of ``surprisal_entropy``, in one pass over the logits.
@@ -92,6 +95,10 @@ def policy_loss_from_logits(
         temperature: positive; a float, or one for each token, (N, T).
         clip, dual_clip, max_log_ratio, ref_logprobs, kl_coef, entropy_coef, aggregate, constant: as ``policy_loss`` has
             them.
+        vocab_group: the tensor-parallel ranks, if each has a slice of the vocabulary, as ``surprisal_entropy`` takes
+            it. The gradient then waits for what the other ranks hold, so this is ``surprisal_entropy`` followed by
+            ``policy_loss``: the logits are read twice, and what is said above of one pass does not hold. The results
+            are the same on every rank, and each gets the gradient of its slice.
         backend: "auto", "triton", "torch" or "reference".
 
     Example:
@@ -127,6 +134,31 @@ def policy_loss_from_logits(
     check_kernel_dtype("logits", logits.dtype, backend)
 
     refuse_forward_mode("policy_loss_from_logits", logits)
+    if vocab_group is not None:
+        found = surprisal_entropy(
+            logits,
+            token_ids,
+            temperature=temperature,
+            response_mask=mask,
+            vocab_group=vocab_group,
+            backend=backend,
+        )
+        return policy_loss(
+            found.logprobs,
+            found.logprobs.detach() if old_logprobs is None else old_logprobs,
+            advantages,
+            mask,
+            clip=clip,
+            dual_clip=dual_clip,
+            max_log_ratio=max_log_ratio,
+            ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef,
+            entropy=found.entropy,
+            entropy_coef=entropy_coef,
+            aggregate=aggregate,
+            constant=constant,
+            backend=backend,
+        )
     dtype = compute_dtype(logits.dtype)
     rows = logits.flatten(0, 1)
     loss, terms = _PolicyLossFromLogits.apply(

@@ -41,6 +41,7 @@ def surprisal_states(
         states[:, i, 0] = torch.tensor(python_ref.surprisal_state(rows[i], temperatures[i]), dtype=states.dtype)
         if 0 <= tokens[i] < len(rows[i]):
             picked[i] = rows[i][tokens[i]]
+    states[0].clamp_min_(torch.finfo(states.dtype).min)  # a state of banned ids alone has -inf there
     return states.to(logits.device), picked.to(logits.device)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -21,6 +22,7 @@ from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_der
 from leafkernels._core.ops import register
 from leafkernels._core.precision import compute_dtype
 from leafkernels.vocabulary.inputs import check_temperature
+from leafkernels.vocabulary.slices import ids_in_slice, join_states, merge_slices
 from leafkernels.vocabulary.surprisal import SurprisalEntropy
 
 # What a chunk's logits may take. Chunks must be long: after each, the float32 gradient of the weight is read and
@@ -120,12 +122,39 @@ _linear_surprisal_entropy = register(
 )
 
 
+def _of_rows(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """Surprisal, entropy, top and log sum e^(x - top) of rows, of whose logits the head may make a slice."""
+    *arguments, vocab_group = args
+    if vocab_group is None:
+        return _linear_surprisal_entropy(hidden, *arguments)
+    weight, bias, token_ids, temperature, mask, softcap, num_live, chunk, dtype, backend = arguments
+    module = implementation(backend)
+    size, widest = hidden.shape[0] + 1, compute_dtype(dtype)
+    # A row that no chunk reaches has an empty state, which is merged to NaN.
+    states = hidden.new_zeros((3, size, 1), dtype=widest)
+    states[0], states[1] = torch.finfo(widest).min, -1.0
+    picked = hidden.new_full((size,), torch.nan, dtype=widest)
+    ids, temperatures = pad(token_ids, (0, 1)), pad(temperature, (0, 1), value=1.0)
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+        head = _Head(hidden, weight, bias, mask, softcap, num_live, chunk, dtype)
+        for rows in head.chunks():
+            logits = head.logits(head.states(rows))
+            of_chunk, picked[rows] = module.surprisal_states(logits, ids[rows], temperatures[rows], None)
+            states[:, rows] = join_states(of_chunk, temperatures[rows])
+        return merge_slices(states[:, :-1], picked[:-1], temperature, mask, backend, vocab_group)
+
+
 def _backward_impl(of_surprisal: Tensor, of_entropy: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *of_rows, hidden, weight, bias, token_ids, temperature, mask, softcap, num_live, chunk, dtype, backend, needs = args
+    *_, hidden, weight, bias, token_ids, temperature, mask, softcap, _, _, _, backend, needs = args
     if backend == "reference":
         return implementation(backend).linear_surprisal_entropy_backward(
             of_surprisal, of_entropy, hidden, weight, bias, token_ids, temperature, mask, softcap, needs
         )
+    return _backward_in_chunks(of_surprisal, of_entropy, *args)
+
+
+def _backward_in_chunks(of_surprisal: Tensor, of_entropy: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *of_rows, hidden, weight, bias, token_ids, temperature, mask, softcap, num_live, chunk, dtype, backend, needs = args
     module = implementation(backend)
     widest = compute_dtype(dtype)
     of_hidden, of_weight, of_bias = _new_gradients(hidden, weight, bias, needs, widest)
@@ -204,7 +233,7 @@ _linear_surprisal_entropy_backward = register(
 class _LinearSurprisalEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        surprisal, entropy, tops, log_totals = _linear_surprisal_entropy(*args)
+        surprisal, entropy, tops, log_totals = _of_rows(*args)
         ctx.save_for_backward(surprisal, entropy, tops, log_totals, *args[:6])
         ctx.options = args[6:]
         ctx.set_materialize_grads(False)
@@ -217,8 +246,16 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
         if of_surprisal is None:
             of_surprisal = torch.zeros_like(saved[0])
         needs = ctx.needs_input_grad[:3]
-        gradients = _linear_surprisal_entropy_backward(of_surprisal, of_entropy, *saved, *ctx.options, needs)
-        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 8
+        *options, vocab_group = ctx.options
+        arguments = (of_surprisal, of_entropy, *saved, *options, needs)
+        if vocab_group is None:
+            gradients = _linear_surprisal_entropy_backward(*arguments)
+        else:
+            with torch.cuda.device_of(of_surprisal):
+                gradients = _backward_in_chunks(*arguments)
+                if needs[0]:
+                    dist.all_reduce(gradients[0], group=vocab_group)
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 9
 
 
 def _dtype_of_products(tensor: Tensor) -> torch.dtype:
@@ -239,6 +276,7 @@ def linear_surprisal_entropy(
     response_mask: Tensor | None = None,
     num_live: int | None = None,
     chunk_tokens: int | None = None,
+    vocab_group: "dist.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> SurprisalEntropy:
     """``surprisal_entropy`` of ``hidden @ lm_head_weight.T + bias``, without ever holding those logits.
@@ -263,6 +301,12 @@ def linear_surprisal_entropy(
         num_live: tokens that are unmasked, or a bound of them; more than that give NaN. None counts them, which on a
             GPU waits for the device once a pass; a loop that builds its masks on the host knows the number.
         chunk_tokens: tokens at a time; None: as many as take 960 MiB.
+        vocab_group: the tensor-parallel ranks, if each has a slice of the head's rows: V is then the number of ids of
+            this rank's; the slices follow each other in the order of the ranks and may differ in size, as
+            ``chunk_tokens`` may, and all else is the same on every rank. So are the results. For one loss that every
+            rank computes from them, each rank gets the gradients of its slice and the whole gradient of hidden, which
+            the backward pass sums over the ranks, in hidden's dtype, as a column-parallel linear layer does: sum it
+            nowhere else. Not for ``torch.compile(fullgraph=True)``.
         backend: "auto", "triton", "torch" or "reference", for what follows the products.
 
     Example:
@@ -310,11 +354,14 @@ def linear_surprisal_entropy(
 
     refuse_forward_mode("linear_surprisal_entropy", hidden, lm_head_weight, bias)
     num_rows = token_ids.numel()
+    ids = token_ids.reshape(num_rows).contiguous()
+    if vocab_group is not None:
+        ids = ids_in_slice(ids, lm_head_weight.shape[0], vocab_group)
     arguments = (
         hidden.reshape(num_rows, hidden.shape[-1]),
         lm_head_weight,
         bias,
-        token_ids.reshape(num_rows).contiguous(),
+        ids,
         temperatures.reshape(num_rows).contiguous(),
         None if mask is None else mask.reshape(num_rows).contiguous(),
         None if logit_softcap is None else float(logit_softcap),
@@ -322,6 +369,7 @@ def linear_surprisal_entropy(
         chunk_tokens,
         dtype,
         backend,
+        vocab_group,
     )
     surprisal, entropy = _LinearSurprisalEntropy.apply(*arguments)
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))

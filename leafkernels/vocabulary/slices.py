@@ -1,4 +1,4 @@
-"""A vocabulary that is split over ranks: three collectives of a few numbers for each row, none in the backward pass."""
+"""A vocabulary that is split over ranks: three collectives of a few numbers for each row in the forward pass."""
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,13 @@ def ids_in_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessG
             f"token_ids must be the same on every rank of vocab_group, got {num_rows.tolist()} of them by rank"
         )
     return token_ids.to(torch.int64) - sizes[:rank].sum()
+
+
+def join_states(states: Tensor, temperature: Tensor) -> Tensor:
+    """One state (3, N, 1) of each row from its partial states (3, N, any number), by the same rule as below."""
+    tops = states[0].amax(1)
+    ones, r, t = implementation("torch").surprisal_sums(states, tops, temperature)
+    return torch.stack((tops, ones - 1.0 + r, t)).unsqueeze(2)
 
 
 def merge_slices(
