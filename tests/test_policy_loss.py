@@ -43,7 +43,8 @@ def loss_and_gradients(**arguments: Any) -> tuple[leafkernels.PolicyLoss, torch.
     """The result, and the gradients of the log-probabilities and of the entropy."""
     leaves = {name: arguments[name].detach().clone().requires_grad_() for name in ("logprobs", "entropy")}
     result = leafkernels.policy_loss(**{**arguments, **leaves})
-    return result, *torch.autograd.grad(result.loss, tuple(leaves.values()), materialize_grads=True)
+    gradients = torch.autograd.grad(result.loss, tuple(leaves.values()), materialize_grads=True)
+    return result, *gradients
 
 
 def shares(mask: list[list[bool]], aggregate: str) -> list[float]:
@@ -193,6 +194,7 @@ def test_only_what_is_asked_for_has_a_gradient(backend: str) -> None:
     tensors = inputs(11, dtype=torch.float32)
     assert leafkernels.policy_loss(**tensors, backend=backend).loss.grad_fn is None
     entropy = tensors.pop("entropy").requires_grad_()
+    assert leafkernels.policy_loss(**tensors, entropy=entropy, backend=backend).loss.grad_fn is None
     result = leafkernels.policy_loss(**tensors, entropy=entropy, entropy_coef=0.5, aggregate="sum", backend=backend)
     result.loss.backward(retain_graph=True)
     assert torch.equal(entropy.grad, -0.5 * tensors["response_mask"])  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def policy_loss(
     dtype = compute_dtype(logprobs.dtype)
 
     def live(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype).masked_fill(~mask, 0.0)
+        return torch.where(mask, tensor.to(dtype), 0.0)
 
     policy = live(logprobs)
     token_log_ratio = log_ratio = policy - live(old_logprobs)
@@ -66,5 +66,6 @@ def policy_loss(
         if entropy_coef:
             loss = loss - entropy_coef * bonus
     moved = token_log_ratio.expm1() - token_log_ratio
-    sums = [live(term).sum(1) for term in (loss, is_clipped, moved, ratio, kl, bonus)]
+    # Of inputs that are 0 where the mask is False, all else is 0 too; a slope may be 0 * NaN, of its row's ratio.
+    sums = [term.sum(1).to(dtype) for term in (loss, is_clipped, moved, live(ratio), kl, bonus)]
     return torch.stack((*sums, counts)), live(slope) if with_gradient else policy.new_empty(0)

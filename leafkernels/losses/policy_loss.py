@@ -68,7 +68,7 @@ class _PolicyLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         old_logprobs, advantages, mask, ref_logprobs = places
         sums, gradients = _policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, *options)
-        ctx.save_for_backward(gradients, mask)
+        ctx.save_for_backward(gradients, mask if ctx.needs_input_grad[1] else None)
         ctx.dtypes = logprobs.dtype, None if entropy is None else entropy.dtype
         ctx.entropy_coef = options[5]
         ctx.mark_non_differentiable(sums)
@@ -169,6 +169,9 @@ def policy_loss(
     backend = resolve_backend(backend, device)
     check_kernel_dtype("logprobs", logprobs.dtype, backend)
 
+    if entropy is not None and entropy_coef == 0:
+        # A statistic: what computed it is to get no gradient, which is less work than one of zeros.
+        entropy = entropy.detach()
     refuse_forward_mode("policy_loss", logprobs, entropy)
     losses, sums = _PolicyLoss.apply(
         logprobs,
