@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from browser import Browser, browsing, find_browser
+from support import run_python
 from test_command import GOOD, check_fails_with, completion, random_prompts, save, start
 
 import leafkernels
@@ -355,8 +355,7 @@ def test_without_jinja2(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 
 def test_importing_the_package_loads_neither_rich_nor_jinja2() -> None:
     code = "import sys, leafkernels; assert not {'rich', 'jinja2'} & set(sys.modules); assert leafkernels.report"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    run_python("-c", code)
 
 
 def test_the_page_is_written_where_nobody_reads_the_screen(tmp_path: Path) -> None:
