@@ -469,13 +469,13 @@ def test_the_snippets_of_the_page_of_docs_run(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"groups": 4}, TypeError, "groups must be an integer tensor, got int; runs of rows are group_size="),
-        ({"group_size": 5}, ValueError, "group_size must be a positive divisor of the number of rows, 12, got 5"),
+        ({"groups": 4}, TypeError, "for prompts of 4 consecutive rows pass group_size=4"),
+        ({"group_size": 5}, ValueError, "group_size must divide the number of rows, 12, got 5"),
         ({"group_size": True}, TypeError, "group_size must be an int, got bool"),
         (
             {"group_size": 4, "groups": torch.zeros(12).long()},
             ValueError,
-            "groups and group_size must not be given together",
+            "group_size must be None where groups names the prompts, got 4",
         ),
         ({"group_size": 4, "prompts": ["x"]}, ValueError, "prompts must have one text for each of 3 prompts, got 1"),
         ({"max_prompts": 0}, ValueError, "max_prompts must be an int of at least 1, got 0"),
