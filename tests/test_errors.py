@@ -211,7 +211,7 @@ def test_steps() -> None:
     )
     check_refuses(
         ValueError,
-        "boundaries must hold one list for each prompt of prefix_lengths, shape ('K',), got shape (1, 1)",
+        "boundaries must hold one list for each prompt of prefix_lengths, shape ('B',), got shape (1, 1)",
         values,
         **{**good, "boundaries": bounds(1)[None]},
     )
