@@ -20,7 +20,8 @@ from bench.harness import Bench, Call, Prepare, compiled
 from bench.rollouts import Batch, Shape
 
 INPUTS = ("sampled", "ragged")
-NAMES = ("grpo", "dr_grpo", "rloo", "tempo", "treerl")
+# LEAF has a bench of its own.
+NAMES = [name for name in leafkernels.ESTIMATORS if name != "leaf"]
 
 
 def options(name: str, batch: Batch) -> dict[str, Any]:

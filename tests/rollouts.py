@@ -82,6 +82,18 @@ class Rollouts:
         return [row[len(row) - n :] for row, n in zip(rows, lengths, strict=True)]
 
 
+def unmasked(rows: list[list[int]], rewards: list[float]) -> Rollouts:
+    """One prompt without padding or holes."""
+    return Rollouts(
+        rows,
+        [[-0.5 * (t % 3) for t in range(len(row))] for row in rows],
+        [[True] * len(row) for row in rows],
+        rewards,
+        [0] * len(rows),
+        {"num_boundaries": 2, "min_separation": 1},
+    )
+
+
 @st.composite
 def token_rows(draw: st.DrawFn, count: int, longest: int = 7, vocabulary: int = 2) -> list[list[int]]:
     """Rows that share prefixes: copies, strict prefixes, branches, and fresh ones; some empty."""
@@ -111,7 +123,7 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def rollouts(draw: st.DrawFn, longest: int = 7) -> Rollouts:
-    """One to three prompts of one to five rows each, shuffled, with masked tokens in, before and behind the rows."""
+    """One to three prompts of one to five rows each, shuffled, with masked tokens in, before and after the rows."""
     case = Rollouts([], [], [], [], [], draw(options()))
     for group in draw(st.lists(st.integers(-3, 9), min_size=1, max_size=3, unique=True)):
         for row in draw(token_rows(draw(st.integers(1, 5)), longest)):

@@ -1,58 +1,16 @@
-"""The whole function: against the reference on generated rollouts, in every layout, and the laws without an oracle."""
+"""LEAF: what is special to it, and its laws by the names of docs/leaf.md; tests/test_laws.py has the laws of all."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rollouts import BACKENDS, DEVICE, Rollouts, assert_rows_close, random_group, rollouts
+from support import examples
 
 import leafkernels
 import python_ref
-
-# A case takes the interpreter a third of a second.
-EXAMPLES = {"torch": 150, "triton": 150 if DEVICE == "cuda" else 15, "reference": 60}
-
-IDENTICAL_WITH_LATE_BOUNDARY = Rollouts(
-    # Rows 0 and 1 are identical and keep a boundary beyond their end, which another row's surprisal put there.
-    token_ids=[[0, 1], [0, 1], [1, 1, 0, 1, 1, 0]],
-    logprobs=[[-1.0, -0.5], [-1.0, -0.5], [-0.5, -0.5, -0.5, -0.5, -7.0, -0.5]],
-    mask=[[True] * 2, [True] * 2, [True] * 6],
-    rewards=[1.0, 0.0, 0.5],
-    groups=[0, 0, 0],
-    options={"num_boundaries": 2},
-)
-EQUAL_REWARDS = Rollouts(
-    token_ids=[[0, 1, 1], [0, 1, 0], [1, 0, 0]] * 2,
-    logprobs=[[-1.0, -2.5, -0.5]] * 6,
-    mask=[[True] * 3] * 6,
-    rewards=[0.30000001192092896] * 6,
-    groups=[0] * 6,
-)
-ONLY_UNSCORABLE = Rollouts([[0, 1], [0, 1]], [[-1.0, -1.0]] * 2, [[True] * 2] * 2, [math.nan] * 2, [3, 3])
-NO_TOKENS = Rollouts([[], [0]], [[], [-1.0]], [[], [False]], [1.0, 0.0], [0, 0])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("layout", ["right", "left", "packed"])
-def test_agrees_with_the_reference(backend: str, layout: str, small_blocks: None) -> None:
-    @settings(max_examples=EXAMPLES[backend])
-    @example(IDENTICAL_WITH_LATE_BOUNDARY)
-    @example(EQUAL_REWARDS)
-    @example(ONLY_UNSCORABLE)
-    @example(NO_TOKENS)
-    @given(rollouts())
-    def check(case: Rollouts) -> None:
-        inputs = case.packed() if layout == "packed" else case.padded(layout, extra=2)
-        advantages = leafkernels.span_advantages(**inputs, **case.options, backend=backend)
-        assert advantages.dtype == torch.float32
-        assert advantages.shape == inputs["token_ids"].shape
-        assert_rows_close(case.rows_of(advantages, layout), case.expected())
-        if layout != "packed":
-            assert not advantages[~inputs["response_mask"]].any()
-
-    check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -68,80 +26,7 @@ def test_reads_every_dtype_as_it_comes(backend: str, dtype: torch.dtype, ids: to
     assert_rows_close(advantages.tolist(), expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_batches_of_prompts_and_runs_of_rows(backend: str) -> None:
-    groups = [random_group(4, 12, seed) for seed in range(3)]
-    stacked = {name: torch.stack([g[name] for g in groups]) for name in groups[0]}
-    expected = torch.stack([leafkernels.span_advantages(**g, backend=backend) for g in groups])
-    torch.testing.assert_close(leafkernels.span_advantages(**stacked, backend=backend), expected, rtol=0, atol=0)
-    flat = {name: t.flatten(0, 1) for name, t in stacked.items()}
-    runs = leafkernels.span_advantages(**flat, group_size=4, backend=backend)
-    torch.testing.assert_close(runs, expected.flatten(0, 1), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_strided_views_are_read_in_place(backend: str) -> None:
-    """Responses cut out of prompt-and-response tensors, transposed batches, and expanded masks."""
-    group = random_group(5, 24, seed=3)
-    expected = leafkernels.span_advantages(**group, backend="reference")
-    wide_ids = torch.full((5, 40), -1, device=DEVICE)
-    wide_ids[:, 9:33] = group["token_ids"]
-    wide_logprobs = torch.full((5, 40), -50.0, device=DEVICE)
-    wide_logprobs[:, 9:33] = group["logprobs"]
-    views = wide_logprobs[:, 9:33], wide_ids[:, 9:33], group["rewards"]
-    mask = torch.ones(1, 1, dtype=torch.bool, device=DEVICE).expand(5, 24)
-    for response_mask in (None, mask):
-        advantages = leafkernels.span_advantages(*views, response_mask=response_mask, backend=backend)
-        torch.testing.assert_close(advantages, expected, rtol=2e-7, atol=1e-8)
-    transposed = group["logprobs"].T.contiguous().T, group["token_ids"].T.contiguous().T, group["rewards"]
-    advantages = leafkernels.span_advantages(*transposed, backend=backend)
-    torch.testing.assert_close(advantages, expected, rtol=2e-7, atol=1e-8)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (2, 0, 4), (2, 3, 0)])
-def test_empty_inputs_have_an_answer(backend: str, shape: tuple[int, ...]) -> None:
-    tokens = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
-    advantages = leafkernels.span_advantages(
-        torch.zeros(shape, device=DEVICE), tokens, torch.zeros(shape[:-1], device=DEVICE), backend=backend
-    )
-    assert advantages.shape == shape
-    assert advantages.dtype == torch.float32
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_packed_rows_at_all(backend: str) -> None:
-    nothing = torch.zeros(0, device=DEVICE)
-    bounds = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    advantages = leafkernels.span_advantages(nothing, nothing.long(), nothing, cu_seqlens=bounds, backend=backend)
-    assert advantages.shape == (0,)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_integer_rewards_and_masks(backend: str) -> None:
-    group = random_group(4, 10, seed=5)
-    rewards = torch.tensor([1, 0, 0, 1], device=DEVICE)
-    mask = torch.ones(4, 10, device=DEVICE)
-    mask[2, 6:] = 0
-    expected = leafkernels.span_advantages(
-        group["logprobs"], group["token_ids"], rewards.float(), response_mask=mask.bool(), backend=backend
-    )
-    for dtype in (torch.float32, torch.int64, torch.uint8):
-        advantages = leafkernels.span_advantages(
-            group["logprobs"], group["token_ids"], rewards, response_mask=mask.to(dtype), backend=backend
-        )
-        torch.testing.assert_close(advantages, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_repeats_bit_for_bit(backend: str) -> None:
-    group = random_group(8, 64, seed=6)
-    first = leafkernels.span_advantages(**group, backend=backend)
-    for _ in range(3):
-        assert torch.equal(first, leafkernels.span_advantages(**group, backend=backend))
-
-
-# The laws, by the names of docs/leaf.md. They hold for any backend; the fast one can afford many cases.
+# The laws that LEAF alone has, by the names of docs/leaf.md. They hold for any backend; the fast one can afford many.
 
 
 def tree_of(case: Rollouts, **options: object) -> tuple[leafkernels.SpanTree, dict[str, torch.Tensor]]:
@@ -150,7 +35,7 @@ def tree_of(case: Rollouts, **options: object) -> tuple[leafkernels.SpanTree, di
 
 
 def spans_of(tree: leafkernels.SpanTree) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which slots hold a span, and which of them is the tail (it ends at the row's length, behind the last node)."""
+    """Which slots hold a span, and which of them is the tail (it ends at the row's length, after the last node)."""
     ends = tree.spans.span_ends
     exists = ends > torch.nn.functional.pad(ends[:, :-1], (1, 0))
     is_node = torch.nn.functional.pad(tree.spans.node_sizes[:, 1:] >= 2, (0, 1))
@@ -158,7 +43,7 @@ def spans_of(tree: leafkernels.SpanTree) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @given(rollouts())
-@settings(max_examples=150)
+@examples(torch=150)
 def test_telescoping(case: Rollouts) -> None:
     """The local terms of a row that has a tail sum to r - V_0."""
     tree, inputs = tree_of(case, terms="local", multiplicity_power=0.0, normalize="none", leave_one_out=False)
@@ -169,7 +54,7 @@ def test_telescoping(case: Rollouts) -> None:
 
 
 @given(rollouts())
-@settings(max_examples=150)
+@examples(torch=150)
 def test_conservation(case: Rollouts) -> None:
     """The global terms of a node's rows sum to what r - V_0 sums to over them."""
     tree, inputs = tree_of(case, terms="global", multiplicity_power=0.0, normalize="none", leave_one_out=False)
@@ -206,70 +91,8 @@ def test_reduction(rewards: list[float], tokens: int, num_boundaries: int) -> No
         torch.testing.assert_close(loo, rloo, rtol=1e-5, atol=1e-6)
 
 
-@given(rollouts(), st.sampled_from([2.0, 0.25]), st.sampled_from([-5.0, 8.0]))
-@settings(max_examples=150)
-def test_equivariance(case: Rollouts, scale: float, shift: float) -> None:
-    """Rewards shifted, scaled and flipped."""
-    inputs = case.padded()
-    rewards = inputs.pop("rewards").double()
-
-    def advantages(r: torch.Tensor) -> torch.Tensor:
-        return leafkernels.span_advantages(**inputs, rewards=r, **case.options)
-
-    before = advantages(rewards)
-    if case.options["normalize"] == "reward_std":  # the one mode with an absolute constant beside the deviation
-        torch.testing.assert_close(advantages(rewards + shift), before, rtol=1e-6, atol=1e-6)
-        return
-    torch.testing.assert_close(advantages(rewards + shift), before, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(advantages(-rewards), -before, rtol=1e-5, atol=1e-6)
-    grown = before * scale if case.options["normalize"] == "none" else before
-    torch.testing.assert_close(advantages(rewards * scale), grown, rtol=1e-5, atol=1e-6)
-
-
-@given(rollouts(), st.integers(0, 4), st.randoms(use_true_random=False))
-@settings(max_examples=150)
-def test_layout_invariance(case: Rollouts, extra: int, rng: object) -> None:
-    """Layout, padding and the names of tokens change nothing."""
-    expected = case.rows_of(leafkernels.span_advantages(**case.padded(), **case.options))
-    for side in ("right", "left"):
-        inputs = case.padded(side, extra)
-        assert case.rows_of(leafkernels.span_advantages(**inputs, **case.options), side) == expected
-    assert case.rows_of(leafkernels.span_advantages(**case.packed(), **case.options)) == expected
-    inputs = case.padded()
-    names = {i: n for n, i in enumerate(sorted(range(9), key=lambda _: rng.random()))}  # type: ignore[attr-defined]
-    renamed = [[names[t] * 10**15 - 3 for t in row] for row in inputs["token_ids"].tolist()]
-    inputs["token_ids"] = torch.tensor(renamed, dtype=torch.int64, device=DEVICE).reshape(inputs["token_ids"].shape)
-    assert case.rows_of(leafkernels.span_advantages(**inputs, **case.options)) == expected
-
-
 @given(rollouts())
-@settings(max_examples=100)
-def test_prompt_independence(case: Rollouts) -> None:
-    """Other prompts of the call change nothing."""
-    options = {**case.options}
-    if options["normalize"] == "batch":
-        options["normalize"] = "span"
-    together = leafkernels.span_advantages(**case.padded(), **options)
-    for prompt in set(case.groups):
-        inputs = case.padded()
-        rows = inputs.pop("groups") == prompt
-        alone = leafkernels.span_advantages(**{k: v[rows] for k, v in inputs.items()}, **options)
-        torch.testing.assert_close(alone, together[rows], rtol=0, atol=0)
-
-
-@given(st.integers(0, 10**6), st.randoms(use_true_random=False))
-@settings(max_examples=50)
-def test_row_order_invariance(seed: int, rng: object) -> None:
-    """The order of rows changes nothing where scores are distinct."""
-    group = random_group(5, 9, seed, vocabulary=2)
-    order = sorted(range(5), key=lambda _: rng.random())  # type: ignore[attr-defined]
-    expected = leafkernels.span_advantages(**group)[order]
-    shuffled = leafkernels.span_advantages(**{k: v[order] for k, v in group.items()})
-    torch.testing.assert_close(shuffled, expected, rtol=1e-6, atol=1e-8)
-
-
-@given(rollouts())
-@settings(max_examples=100)
+@examples(torch=100)
 def test_rank_invariance(case: Rollouts) -> None:
     """Strictly increasing maps of the scores change nothing."""
     inputs = case.padded()
@@ -282,7 +105,7 @@ def test_rank_invariance(case: Rollouts) -> None:
 
 
 @given(rollouts())
-@settings(max_examples=150)
+@examples(torch=150)
 def test_bounds(case: Rollouts) -> None:
     """Raw values and node values stay inside the rewards, and a node's value is the mean over its children."""
     tree, inputs = tree_of(case, terms="both", leave_one_out=False, multiplicity_power=0.5)
@@ -308,7 +131,7 @@ def test_bounds(case: Rollouts) -> None:
 
 
 @given(rollouts())
-@settings(max_examples=100)
+@examples(torch=100)
 def test_sharing(case: Rollouts) -> None:
     """Rows that share a node share its advantages."""
     tree, inputs = tree_of(case)

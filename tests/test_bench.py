@@ -1,22 +1,22 @@
 """The benches run, on tiny shapes, and their report is written: JSON and Markdown."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT, run_python
 
 from bench import memory, peers
 from bench.harness import Session
 from bench.plot import draw, panels
 from bench.report import markdown
+from leafkernels import ESTIMATORS
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
 # The literal gradient of the entropy takes V passes over V logits, and is not timed; nor is what needs it.
 NOT_LITERAL = {
     "surprisal_entropy with gradient",
@@ -29,13 +29,8 @@ OPERATIONS = NOT_LITERAL | {
     "span_values",
     "scatter_spans",
     "policy_loss with gradient",
-    "span_advantages",
-    "grpo",
-    "dr_grpo",
-    "rloo",
-    "tempo",
-    "treerl",
     "surprisal_entropy",
+    *(estimator.__name__ for estimator in ESTIMATORS.values()),
 }
 
 
@@ -43,16 +38,7 @@ OPERATIONS = NOT_LITERAL | {
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that one tiny run of the report wrote."""
     folder = tmp_path_factory.mktemp("results")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "report.py"), "--tiny", "--out", str(folder), "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_python(ROOT / "bench" / "report.py", "--tiny", "--out", folder, "-p", "no:cacheprovider")
     return folder
 
 
@@ -132,28 +118,15 @@ def test_the_picture_shows_the_largest_shape(results: Path, tmp_path: Path) -> N
 
 
 def test_the_interpreter_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(ROOT / "bench"), "--tiny", "-q", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    arguments = "-m", "pytest", ROOT / "bench", "--tiny", "-q", "-p", "no:cacheprovider"
+    done = run_python(*arguments, check=False, TRITON_INTERPRET="1")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "unset TRITON_INTERPRET: timing Triton's interpreter means nothing" in done.stderr
 
 
 def test_errors_are_measured_and_written(tmp_path: Path) -> None:
     """Ours, the usual way, and every peer that is installed and runs here, each within what its formula loses."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "errors.py"), "--tiny", "--out", str(tmp_path)],
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python(ROOT / "bench" / "errors.py", "--tiny", "--out", tmp_path)
     (path,) = tmp_path.glob("*-errors-tiny.json")
     found = json.loads(path.read_text())
     assert {"lead 60", "-inf: all but one", "shifted by 1e4"} <= {result["case"] for result in found["results"]}

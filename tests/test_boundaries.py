@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rollouts import BACKENDS, DEVICE, Rollouts, rollouts
+from support import examples
 
 import leafkernels
 import python_ref
-
-EXAMPLES = {"torch": 150, "triton": 150 if DEVICE == "cuda" else 20, "reference": 40}
 
 
 def expected_of_row(case: Rollouts, row: int) -> list[int]:
@@ -30,7 +29,7 @@ def expected_of_row(case: Rollouts, row: int) -> list[int]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_agrees_with_the_reference(backend: str, layout: str, small_blocks: None) -> None:
-    @settings(max_examples=EXAMPLES[backend])
+    @examples(backend, triton=20)
     @given(rollouts(longest=12))
     def check(case: Rollouts) -> None:
         inputs = case.packed() if layout == "packed" else case.padded(layout, extra=1)
@@ -97,7 +96,7 @@ def test_prompts_without_a_row_have_no_boundary(backend: str) -> None:
 
 
 @given(st.integers(1, 3), st.integers(0, 12), st.data())
-@settings(max_examples=100)
+@examples(torch=100)
 @example(1, 0, None)
 def test_boundaries_are_apart_and_inside(rows: int, tokens: int, data: st.DataObject | None) -> None:
     """Laws without an oracle: ascending, apart, inside the longest row, and the best position among them."""

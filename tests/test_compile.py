@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 from rollouts import DEVICE, random_group
+from support import compare_with_compiled, every_estimator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import leafkernels
+from leafkernels import ESTIMATORS
 from leafkernels.rows.find import build_layout
 from leafkernels.rows.layout import as_rows
 
 on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 OPS = torch.ops.leafkernels
-ESTIMATORS = ("grpo", "dr_grpo", "rloo", "tempo", "treerl")
 
 
 def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
@@ -88,10 +90,29 @@ def test_opcheck(backend: str, name: str) -> None:
     assert set(result.values()) == {"SUCCESS"}, result
 
 
+@every_estimator
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_every_operation_of_an_estimator_is_checked_above(backend: str, name: str) -> None:
+    called = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "leafkernels":
+                called.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    group = random_group(4, 10, seed=2, vocabulary=2)
+    with Seen():
+        rewards = group.pop("rewards").requires_grad_()
+        ESTIMATORS[name](**group, rewards=rewards, backend=backend).sum().backward()
+    assert "scatter_spans" in called
+    assert called <= set(op_calls("torch"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("layout", ["padded", "groups", "packed"])
-def test_torch_compile_fullgraph(backend: str, layout: str) -> None:
+def test_torch_compile_of_every_layout(backend: str, layout: str) -> None:
     group = random_group(6, 20, seed=3, vocabulary=2)
     options: dict[str, Any] = {"backend": backend, "response_mask": torch.ones(6, 20, device=DEVICE)}
     if layout == "groups":
@@ -102,34 +123,11 @@ def test_torch_compile_fullgraph(backend: str, layout: str) -> None:
         options["response_mask"] = None
         group["logprobs"], group["token_ids"] = group["logprobs"].flatten(), group["token_ids"].flatten()
 
-    def step(logprobs: torch.Tensor, token_ids: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-        advantages = leafkernels.span_advantages(logprobs, token_ids, rewards, **options)
+    def loss(logprobs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+        advantages = leafkernels.span_advantages(logprobs.detach(), group["token_ids"], rewards, **options)
         return (advantages * logprobs.exp()).sum()
 
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    arguments = group["logprobs"], group["token_ids"], group["rewards"]
-    torch.testing.assert_close(compiled(*arguments), step(*arguments), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_torch_compile_with_gradients() -> None:
-    group = random_group(6, 20, seed=4, vocabulary=2)
-
-    def loss(logprobs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-        advantages = leafkernels.span_advantages(logprobs.detach(), group["token_ids"], rewards)
-        return (advantages * logprobs).sum()
-
-    torch._dynamo.reset()
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        logprobs = group["logprobs"].clone().requires_grad_()
-        rewards = group["rewards"].clone().requires_grad_()
-        function(logprobs, rewards).backward()
-        assert rewards.grad is not None
-        assert rewards.grad.any()
-        results.append((logprobs.grad, rewards.grad))
-    torch.testing.assert_close(results[1], results[0])
+    compare_with_compiled(loss, group["logprobs"], group["rewards"])
 
 
 @pytest.mark.slow
@@ -159,29 +157,6 @@ def test_vocabulary_functions_compile_with_gradients(function: str, backend: str
         step(hidden).backward()
         gradients.append(hidden.grad)
     torch.testing.assert_close(gradients[1], gradients[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ESTIMATORS)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_torch_compile_of_other_estimators(backend: str, name: str) -> None:
-    group = random_group(6, 20, seed=4, vocabulary=2)
-    estimator = getattr(leafkernels, name)
-
-    def loss(logprobs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-        advantages = estimator(logprobs.detach(), group["token_ids"], rewards, group_size=3, backend=backend)
-        return (advantages * logprobs).sum()
-
-    torch._dynamo.reset()
-    results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        logprobs = group["logprobs"].clone().requires_grad_()
-        rewards = group["rewards"].clone().requires_grad_()
-        function(logprobs, rewards).backward()
-        assert rewards.grad is not None
-        assert rewards.grad.any()
-        results.append((logprobs.grad, rewards.grad))
-    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.slow
@@ -244,7 +219,7 @@ def captured_in_graph(step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, t
 
 
 @on_gpu
-@pytest.mark.parametrize("name", ["span_advantages", *ESTIMATORS])
+@every_estimator
 @pytest.mark.parametrize("layout", ["padded", "groups", "packed"])
 @pytest.mark.parametrize("refines", [False, True])
 def test_nothing_synchronises_and_a_graph_captures_it(
@@ -264,7 +239,7 @@ def test_nothing_synchronises_and_a_graph_captures_it(
         group["logprobs"], group["token_ids"] = group["logprobs"].flatten(), group["token_ids"].flatten()
 
     def step() -> torch.Tensor:
-        return getattr(leafkernels, name)(**group, **options)
+        return ESTIMATORS[name](**group, **options)
 
     expected, captured, graph = captured_in_graph(step)
     group["rewards"].copy_(group["rewards"].flip(0))

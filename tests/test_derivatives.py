@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rollouts import BACKENDS, DEVICE, random_group
+from support import examples
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -199,7 +200,7 @@ def views(draw: st.DrawFn) -> tuple[int, Callable[[torch.Tensor], torch.Tensor]]
 def test_gradient_in_place_of_any_view(backend: str, small_blocks: None) -> None:
     """The gradient of the same view not in place, or a refusal, and that where two entries lie at one place only."""
 
-    @settings(max_examples=100 if backend == "torch" else 20)
+    @examples(backend, torch=100, triton=20, reference=20)
     @given(views())
     def run(case: tuple[int, Callable[[torch.Tensor], torch.Tensor]]) -> None:
         seed, view = case

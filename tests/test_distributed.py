@@ -12,10 +12,11 @@ import pages
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ranks import PAIR, WORLDS, Ranks, process_group
 from rollouts import BACKENDS, DEVICE, Rollouts, random_group, rollouts
+from support import examples
 from test_linear_surprisal import tolerance as linear_tolerance
 from test_policy_loss_from_logits import inputs as loss_inputs
 from test_surprisal import tolerance
@@ -75,7 +76,7 @@ def splits(draw: st.DrawFn, world: int) -> tuple[Rollouts, Shares, str | int | N
 def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks: Ranks) -> None:
     """Bit for bit: uneven rows, none, other lengths and paddings on each rank, NaN rewards, any naming of groups."""
 
-    @settings(max_examples=100)
+    @examples(torch=100)
     @given(splits(world))
     def check(drawn: tuple[Rollouts, Shares, str | int | None]) -> None:
         case, split, groups = drawn
@@ -462,7 +463,6 @@ def check_split(case: Split, answers: list[tuple[torch.Tensor, ...]]) -> None:
         assert (expected.isnan() | (error <= bound)).all(), (error, bound)
 
 
-EXAMPLES = {"torch": 100, "triton": 10, "reference": 40}
 PEAKED = torch.tensor([[61.0, 1.0, 1.0, 0.5, 1.0, -INF, -INF, 0.0], [0.0, 0.0, -INF, -INF, -INF, -INF, 61.0, 61.0]])
 
 
@@ -475,7 +475,7 @@ def test_a_split_vocabulary_gives_what_the_whole_one_gives(world: int, backend: 
         pytest.skip("the processes compute on the CPU, where the kernels need the interpreter")
     dtypes = (torch.float32, torch.bfloat16) if backend == "triton" else (torch.float32, torch.bfloat16, torch.float64)
 
-    @settings(max_examples=EXAMPLES[backend])
+    @examples(backend, torch=100, triton=10)
     @given(vocabularies(world, dtypes), st.booleans())
     def check(case: Split, in_place: bool) -> None:
         options = case.options(backend, inplace_backward=in_place)

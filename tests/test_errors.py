@@ -1,13 +1,12 @@
 """Every error by its text: the argument, what it must be, what came."""
 
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from rollouts import DEVICE
+from support import run_python
 
 import leafkernels
 
@@ -212,7 +211,7 @@ def test_steps() -> None:
     )
     check_refuses(
         ValueError,
-        "boundaries must hold one list for each prompt of prefix_lengths, shape ('K',), got shape (1, 1)",
+        "boundaries must hold one list for each prompt of prefix_lengths, shape ('B',), got shape (1, 1)",
         values,
         **{**good, "boundaries": bounds(1)[None]},
     )
@@ -319,9 +318,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment()
-    )
+    run = run_python("-c", code)
     assert run.stdout.strip() == (
         "backend='triton' runs tensors on cpu only under Triton's interpreter: set TRITON_INTERPRET=1 before Python "
         "starts, or pass backend='torch'"
@@ -343,17 +340,9 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean_environment()
-    )
+    run = run_python("-c", code)
     assert run.stdout.splitlines() == [
         "torch.Size([2, 3])",
         "backend='triton' (the default for cuda tensors, yours are on cpu) needs the package triton, which is not "
         "installed: install it, or pass backend='torch'",
     ]
-
-
-def clean_environment() -> dict[str, str]:
-    import os
-
-    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

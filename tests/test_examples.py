@@ -2,31 +2,19 @@
 
 import gzip
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT, run_python
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("transformers")
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_example(*arguments: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT / "examples",
-        env={**environment, "PYTHONPATH": str(ROOT)},
-        timeout=280,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    return run_python(*arguments, cwd=ROOT / "examples", timeout=280).stdout
 
 
 @pytest.mark.parametrize("advantages", ["leaf", "grpo"])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rollouts import BACKENDS, DEVICE
+from support import examples
 
 from leafkernels.kernels import find as kernels
 from leafkernels.rows.find import mask_stretches
@@ -17,7 +18,7 @@ def test_agrees_with_the_reference(backend: str, layout: str, monkeypatch: pytes
     monkeypatch.setattr(kernels, "BLOCK", 4)
 
     @given(st.lists(st.lists(st.sampled_from([0, 0, 1]), max_size=19), min_size=1, max_size=5))
-    @settings(max_examples=40 if backend == "triton" and DEVICE == "cpu" else 100)
+    @examples(backend, torch=100, triton=40, reference=100)
     def check(rows: list[list[int]]) -> None:
         width = max(map(len, rows))
         if layout == "packed":

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from browser import Browser, browsing, find_browser
+from support import run_python
 from test_command import GOOD, check_fails_with, completion, random_prompts, save, start
 
 import leafkernels
@@ -355,8 +355,7 @@ def test_without_jinja2(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
 
 def test_importing_the_package_loads_neither_rich_nor_jinja2() -> None:
     code = "import sys, leafkernels; assert not {'rich', 'jinja2'} & set(sys.modules); assert leafkernels.report"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    run_python("-c", code)
 
 
 def test_the_page_is_written_where_nobody_reads_the_screen(tmp_path: Path) -> None:
@@ -470,13 +469,13 @@ def test_the_snippets_of_the_page_of_docs_run(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"groups": 4}, TypeError, "groups must be an integer tensor, got int; runs of rows are group_size="),
-        ({"group_size": 5}, ValueError, "group_size must be a positive divisor of the number of rows, 12, got 5"),
+        ({"groups": 4}, TypeError, "for prompts of 4 consecutive rows pass group_size=4"),
+        ({"group_size": 5}, ValueError, "group_size must divide the number of rows, 12, got 5"),
         ({"group_size": True}, TypeError, "group_size must be an int, got bool"),
         (
             {"group_size": 4, "groups": torch.zeros(12).long()},
             ValueError,
-            "groups and group_size must not be given together",
+            "group_size must be None where groups names the prompts, got 4",
         ),
         ({"group_size": 4, "prompts": ["x"]}, ValueError, "prompts must have one text for each of 3 prompts, got 1"),
         ({"max_prompts": 0}, ValueError, "max_prompts must be an int of at least 1, got 0"),

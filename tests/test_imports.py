@@ -1,13 +1,12 @@
 """Who imports whom: the rooms of the package, read from its source, and what a fresh process loads."""
 
 import ast
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("leafkernels", "python_ref")
@@ -139,6 +138,4 @@ def test_a_fresh_process_loads_little() -> None:
     unwanted = ["python_ref", "rich", "jinja2", "transformers", "trl", "verl", "accelerate", "triton.compiler"]
     unwanted += [f"leafkernels.{name}" for name in (*BACKENDS, "integrations", "command", "lookahead")]
     code = f"import sys, leafkernels; print(sorted(set({unwanted}) & set(sys.modules)))"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert run.stdout.strip() == "[]"
+    assert run_python("-c", code).stdout.strip() == "[]"

@@ -1,8 +1,5 @@
 """What the whole pipeline takes beside its result: launches, and memory for each token."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from rollouts import DEVICE, random_group
+from support import run_python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import leafkernels
 from leafkernels.kernels import prefix_lengths
-
-ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = ["compare_pairs"]
 LARGE = ["represent", *["first_mismatch", "refine_ties"] * 2, "prefix_table"]
@@ -192,14 +188,7 @@ def check_memory(most: int, *arguments: str | int) -> None:
     """The least of up to three processes: where the system puts their memory, and what it keeps of it, differs."""
     tried: list[float] = []
     while len(tried) < 3 and not any(taken < most + 4 for taken in tried):
-        run = subprocess.run(
-            [sys.executable, "-c", MEMORY, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
-        assert run.returncode == 0, run.stderr
-        tried.append(float(run.stdout))
+        tried.append(float(run_python("-c", MEMORY, *arguments, OMP_NUM_THREADS="1").stdout))
     assert 3 < min(tried) < most + 4, f"{tried} bytes a token"
 
 

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rollouts import DEVICE
+from support import examples
 
 from leafkernels.rows.find import build_layout
 
 
 @given(st.lists(st.integers(-9, 40), min_size=1, max_size=6), st.integers(0, 30))
-@settings(max_examples=200)
+@examples(torch=200)
 @example([0, 30, 0, 30, 0], 30)
 def test_broken_cu_seqlens_give_rows_inside_the_tokens_that_do_not_overlap(bounds: list[int], total: int) -> None:
     """On a GPU nobody looks at the values; the kernels rely on this instead."""

@@ -7,9 +7,10 @@ from typing import Any
 import pages
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rollouts import DEVICE, Rollouts, rollouts
+from support import examples
 
 from leafkernels import span_advantages
 from leafkernels.integrations.layouts import next_tokens, pack, response_tokens, rolled_tokens, unpack
@@ -59,7 +60,7 @@ def common(case: Rollouts) -> dict[str, Any]:
 
 
 @given(case=with_prompts())
-@settings(max_examples=60)
+@examples(torch=60)
 def test_prompt_included(case: tuple[Rollouts, list[int]]) -> None:
     """NeMo-RL: nothing to do but to pass the mask."""
     rollouts, prompts = case
@@ -67,7 +68,7 @@ def test_prompt_included(case: tuple[Rollouts, list[int]]) -> None:
 
 
 @given(case=with_prompts())
-@settings(max_examples=60)
+@examples(torch=60)
 def test_next_token(case: tuple[Rollouts, list[int]]) -> None:
     """OpenRLHF: the log-probabilities that the logits of each place give to the token behind it."""
     rollouts, prompts = case
@@ -82,7 +83,7 @@ def test_next_token(case: tuple[Rollouts, list[int]]) -> None:
 
 
 @given(case=with_prompts())
-@settings(max_examples=60)
+@examples(torch=60)
 def test_rolled(case: tuple[Rollouts, list[int]]) -> None:
     """AReaL: log-probabilities and mask rolled by -1."""
     rollouts, prompts = case
@@ -97,7 +98,7 @@ def test_rolled(case: tuple[Rollouts, list[int]]) -> None:
 
 
 @given(case=with_prompts())
-@settings(max_examples=60)
+@examples(torch=60)
 def test_lists_of_responses(case: tuple[Rollouts, list[int]]) -> None:
     """slime: log-probabilities and masks of responses, token ids with the prompt, row by row."""
     rollouts, prompts = case

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rollouts import BACKENDS, DEVICE, token_rows
+from support import examples
 
 import leafkernels
 from leafkernels.credit.nodes import nodes_of_groups, nodes_of_table
@@ -14,7 +15,6 @@ from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
 from leafkernels.rows.find import build_layout
 from leafkernels.rows.layout import Layout
 
-EXAMPLES = {"torch": 200, "triton": 200 if DEVICE == "cuda" else 20, "reference": 40}
 Packed = tuple[torch.Tensor, Layout, torch.Tensor]
 
 
@@ -61,7 +61,7 @@ def test_smallest_rows_that_share_a_prefix(backend: str, few: bool, request: pyt
     if not few:  # chunks of a few pairs, and no problem is small enough to compare all
         request.getfixturevalue("small_blocks")
 
-    @settings(max_examples=EXAMPLES[backend])
+    @examples(backend, torch=200, triton=20)
     @given(prompts())
     # A row that another goes on from, between two that are identical, and a boundary after their end.
     @example(([[1, 1], [1, 1, 0], [1, 1]], [0, 0, 0], [[3]]))
@@ -79,7 +79,7 @@ def test_smallest_rows_that_share_a_prefix(backend: str, few: bool, request: pyt
 
 
 @given(st.lists(st.integers(1, 2500), min_size=1, max_size=3), st.integers(1, 6), st.integers(0, 10**6))
-@settings(max_examples=15)
+@examples(torch=15)
 @example([2500, 1, 1500], 6, 0)
 def test_groups_of_thousands(sizes: list[int], longest: int, seed: int) -> None:
     """Short rows of two tokens: nodes of hundreds of rows, and many rows that are identical."""

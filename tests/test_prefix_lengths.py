@@ -3,14 +3,16 @@
 import mmap
 import os
 import random
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rollouts import BACKENDS, DEVICE, Rollouts, random_group, rollouts, token_rows
+from support import examples
 
 import leafkernels
 import python_ref
@@ -18,9 +20,8 @@ from leafkernels.eager import prefix_lengths as eager
 from leafkernels.kernels import prefix_lengths as kernels
 
 IMPLEMENTATIONS = {"torch": eager, "triton": kernels}
-EXAMPLES = {"torch": 150, "triton": 150 if DEVICE == "cuda" else 20, "reference": 40}
 # Of tests that call an operation many times for each of them, and whose laws a refinement hardly breaks by halves.
-FEWER_EXAMPLES = {"torch": 60, "triton": 60 if DEVICE == "cuda" else 6}
+fewer_examples = partial(examples, torch=60, triton=6)
 
 
 def lengths_of(rows: list[list[int]], backend: str = "torch", **options: Any) -> torch.Tensor:
@@ -39,7 +40,7 @@ def refine_always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_agrees_with_the_reference(backend: str, layout: str, small_blocks: None) -> None:
-    @settings(max_examples=EXAMPLES[backend])
+    @examples(backend, triton=20)
     @given(rollouts(longest=12))
     def check(case: Rollouts) -> None:
         inputs = case.packed() if layout == "packed" else case.padded(layout, extra=1)
@@ -61,7 +62,7 @@ def test_all_ways_of_the_pytorch_backend(few: int, hardly_any: int, monkeypatch:
     monkeypatch.setattr(eager, "_HEAD", 3)
 
     @given(rows=token_rows(6, longest=40, vocabulary=2))
-    @settings(max_examples=100)
+    @examples(torch=100)
     def check(rows: list[list[int]]) -> None:
         assert lengths_of(rows).tolist() == python_ref.common_prefix_lengths(rows)
 
@@ -105,7 +106,7 @@ def test_limit_and_start(backend: str, small_blocks: None) -> None:
     )
     # The representative ends before the start, and the others go on with the same token.
     @example(rows=[[1, 0, 0], [1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 1, 0, 1, 1, 1]], limit=None, start=5)
-    @settings(max_examples=EXAMPLES[backend])
+    @examples(backend, triton=20)
     def check(rows: list[list[int]], limit: int | None, start: int | None) -> None:
         found = lengths_of(rows, backend, limit=limit, start=start)
         assert found.tolist() == python_ref.common_prefix_lengths(rows, limit=limit, start=start or 0)
@@ -142,7 +143,7 @@ def test_the_number_of_turns_changes_nothing(small_blocks: None, monkeypatch: py
     """Of the whole GPU, before every group goes on by itself."""
 
     @given(rows=token_rows(7, longest=16, vocabulary=2), start=st.sampled_from([None, 2]))
-    @settings(max_examples=FEWER_EXAMPLES["triton"])
+    @fewer_examples("triton")
     def check(rows: list[list[int]], start: int | None) -> None:
         expected = python_ref.common_prefix_lengths(rows, start=start or 0)
         for rounds in (0, 1, 2, 3):
@@ -204,7 +205,7 @@ def test_ids_of_any_tree_are_read_about_twice(backend: str, monkeypatch: pytest.
     block = set_blocks(backend, monkeypatch, 8)
 
     @given(rows=token_rows(9, longest=100, vocabulary=2), limit=st.integers(0, 120))
-    @settings(max_examples=FEWER_EXAMPLES[backend])
+    @fewer_examples(backend)
     def check(rows: list[list[int]], limit: int) -> None:
         if rows:
             assert_reads_little(rows, backend, block, monkeypatch, limit=limit)
@@ -283,7 +284,7 @@ def test_more_elements_than_int32_counts(
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_laws(backend: str, small_blocks: None) -> None:
     @given(token_rows(5, longest=20, vocabulary=2), st.randoms(use_true_random=False))
-    @settings(max_examples=FEWER_EXAMPLES[backend])
+    @fewer_examples(backend)
     def check(rows: list[list[int]], rng: random.Random) -> None:
         check_laws(rows, rng, backend)
 
@@ -321,7 +322,7 @@ def check_laws(rows: list[list[int]], rng: random.Random, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_changing_a_shared_token_ends_the_prefix_there(backend: str, small_blocks: None) -> None:
     @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.data())
-    @settings(max_examples=EXAMPLES[backend])
+    @examples(backend, triton=20)
     def check(row: list[int], data: st.DataObject) -> None:
         t = data.draw(st.integers(0, len(row) - 1))
         changed = [*row[:t], row[t] + 1, *row[t + 1 :]]

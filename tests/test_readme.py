@@ -1,11 +1,8 @@
 """README and the pages of docs/: their Python runs, their commands run, and what they show is what comes out."""
 
 import inspect
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pages
 import pytest
 import torch
 from pages import PAGES, ROOT
+from support import run_python
 
 import leafkernels
 import leafkernels.distributed
@@ -40,11 +38,6 @@ EXTRA: dict[str, str | None] = {
 PUBLIC = {name: getattr(leafkernels, name) for name in leafkernels.__all__}
 for module in (leafkernels.distributed, leafkernels.integrations.layouts):
     PUBLIC |= {name: getattr(module, name) for name in module.__all__}
-
-
-def without_interpreter(**changes: str) -> dict[str, str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return environment | {"PYTHONPATH": str(ROOT)} | changes
 
 
 def commands(*names: str) -> list[str]:
@@ -83,14 +76,7 @@ def test_the_first_snippet_has_six_lines_and_the_result_beside_it() -> None:
 
 
 def test_the_tree_in_readme_is_what_the_command_prints() -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "leafkernels"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=without_interpreter(COLUMNS="80", PYTHONIOENCODING="utf-8"),
-    )
-    shown = [line.rstrip() for line in run.stdout.splitlines()]
+    shown = [line.rstrip() for line in run_python("-m", "leafkernels", COLUMNS="80").stdout.splitlines()]
     (tree,) = pages.blocks(README, "text")
     assert [line for line in tree.text.splitlines() if line.rstrip() not in shown] == []
 
@@ -111,11 +97,7 @@ def test_commands(command: str, tmp_path: Path) -> None:
     if arguments[0].startswith("examples/"):
         pytest.importorskip("peft")
         pytest.importorskip("transformers")
-    run = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=without_interpreter(), timeout=240
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout
+    assert run_python(*arguments, timeout=240).stdout
 
 
 def test_every_public_name_and_argument_is_on_a_page() -> None:
@@ -143,7 +125,7 @@ def test_what_a_page_points_at_exists(page: Path) -> None:
 def test_every_law_has_its_test() -> None:
     laws = re.findall(r"^- \*\*([a-z -]+)\*\*: ", pages.read("leaf.md").partition("## Laws")[2], re.M)
     assert len(laws) >= 9
-    tests = (ROOT / "tests" / "test_advantages.py").read_text(encoding="utf-8")
+    tests = "".join((ROOT / "tests" / f"test_{of}.py").read_text(encoding="utf-8") for of in ("laws", "advantages"))
     assert [law for law in laws if f"def test_{law.replace(' ', '_')}(" not in tests] == []
 
 

@@ -5,8 +5,9 @@ import os.path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from rollouts import Rollouts, rollouts, token_rows
+from support import examples
 
 import python_ref
 
@@ -118,7 +119,7 @@ def test_scatter_and_its_adjoint_by_hand() -> None:
 
 
 @given(token_rows(4, longest=6, vocabulary=2))
-@settings(max_examples=60)
+@examples(torch=60)
 def test_prefix_lengths_equal_commonprefix(rows: list[list[int]]) -> None:
     expected = [[len(os.path.commonprefix([a, b])) for b in rows] for a in rows]
     assert python_ref.common_prefix_lengths(rows) == expected
@@ -133,7 +134,7 @@ def test_prefix_lengths_between_start_and_limit() -> None:
 
 
 @given(rollouts())
-@settings(max_examples=100)
+@examples(torch=100)
 def test_prefix_lengths_and_keys_find_the_same_spans(case: Rollouts) -> None:
     """The step function works from prefix lengths, the whole function from keys: two roads to one result."""
     credit = {k: case.options[k] for k in ("terms", "multiplicity_power", "leave_one_out")}

@@ -4,16 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rollouts import BACKENDS, DEVICE
+from support import examples
 
 import leafkernels
 import python_ref
 from leafkernels._core.backend import implementation
 from leafkernels.rows.find import build_layout
-
-EXAMPLES = {"torch": 150, "triton": 150 if DEVICE == "cuda" else 30, "reference": 40}
 
 
 @st.composite
@@ -31,7 +30,7 @@ def spans(draw: st.DrawFn) -> dict[str, Any]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_agrees_with_the_reference(backend: str, layout: str, small_blocks: None) -> None:
-    @settings(max_examples=EXAMPLES[backend])
+    @examples(backend, triton=30)
     @given(spans())
     def check(case: dict[str, Any]) -> None:
         expected = python_ref.scatter_spans(case["values"], case["ends"], case["mask"])

@@ -5,38 +5,35 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rollouts import DEVICE, Rollouts, unequal_prompts
+from support import every_estimator, examples, options_of
 
 import leafkernels
+from leafkernels import ESTIMATORS
 
-ESTIMATORS = ("span_advantages", "grpo", "dr_grpo", "rloo", "tempo", "treerl")
-EXAMPLES = {"torch": 150, "triton": 150 if DEVICE == "cuda" else 8}
 IDS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 
 
 def with_gradient(name: str, inputs: dict[str, Any], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages, and what their weighted sum, each prompt's on its own scale, gives the rewards."""
     rewards = inputs["rewards"].double().requires_grad_()
-    result = getattr(leafkernels, name)(**{**inputs, "rewards": rewards}, **options)
+    result = ESTIMATORS[name](**{**inputs, "rewards": rewards}, **options)
     weights = torch.linspace(1, 2, result.shape[1], device=DEVICE) * (1 + inputs["token_ids"])
     (gradient,) = torch.autograd.grad((result * weights).sum(), rewards)
     return result.detach(), gradient
 
 
-@pytest.mark.parametrize("backend", EXAMPLES)
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@every_estimator
 def test_a_prompt_is_what_it_is_alone(name: str, backend: str) -> None:
-    @settings(max_examples=EXAMPLES[backend])
+    @examples(backend)
     @given(unequal_prompts(), st.sampled_from(IDS))
     def check(case: Rollouts, ids: torch.dtype) -> None:
-        options: dict[str, Any] = {"backend": backend}
-        if name in ("span_advantages", "treerl"):
-            options |= {key: case.options[key] for key in ("num_boundaries", "min_separation")}
-        if name == "span_advantages":
-            options |= {key: case.options[key] for key in ("terms", "multiplicity_power", "leave_one_out")}
-            options["normalize"] = case.options["normalize"].replace("batch", "span")  # of the call, by definition
+        options: dict[str, Any] = {"backend": backend, **options_of(name, case.options)}
+        if options.get("normalize") == "batch":  # of the call, by definition
+            options["normalize"] = "span"
         inputs = case.padded(ids=ids)
         groups = inputs.pop("groups")
         together = with_gradient(name, inputs, groups=groups, **options)
@@ -53,7 +50,7 @@ def test_a_prompt_is_what_it_is_alone(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dead", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ESTIMATORS)
+@every_estimator
 def test_a_dead_prompt_between_two(name: str, dead: float, backend: str) -> None:
     inputs = {
         "token_ids": torch.tensor([[1, 2], [1, 3], [1, 2], [1, 2], [1, 3], [1, 4]], device=DEVICE),

@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rollouts import BACKENDS, DEVICE, options, random_group, token_rows
+from support import examples
 
 import leafkernels
 import python_ref
 from python_ref.values import nodes_from_prefix_lengths
-
-EXAMPLES = {"torch": 150, "triton": 150 if DEVICE == "cuda" else 25, "reference": 40}
 
 
 @st.composite
@@ -30,7 +29,7 @@ def trees(draw: st.DrawFn) -> dict:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_agrees_with_the_reference(backend: str, small_blocks: None) -> None:
-    @settings(max_examples=EXAMPLES[backend])
+    @examples(backend, triton=25)
     @given(trees(), st.integers(0, 2))
     def check(tree: dict, unused_slots: int) -> None:
         shared, positions, rewards, lengths = (tree[k] for k in ("prefix_lengths", "boundaries", "rewards", "lengths"))

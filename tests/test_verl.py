@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from rollouts import Rollouts, assert_rows_close, rollouts
+from support import examples
 
 MODULE = "leafkernels.integrations.verl"
 
@@ -95,7 +96,7 @@ def data_of(plug: types.ModuleType, data: Batch) -> Any:
 
 
 @given(case=rollouts())
-@settings(max_examples=40)
+@examples(torch=40)
 def test_compute_advantage(plug: types.ModuleType, case: Rollouts) -> None:
     """Through verl's own dispatch by name: the reference's advantages, and returns."""
     data = plug.compute_advantage(data_of(plug, as_verl(case)), adv_estimator="leaf", config={"leaf": case.options})

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from support import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("leafkernels", "python_ref")
@@ -56,17 +57,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(installed: Path, *arguments: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=installed.parent,
-        env={**environment, "PYTHONPATH": str(installed), "PYTHONIOENCODING": "utf-8"},
-        timeout=240,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+    return run_python(*arguments, cwd=installed.parent, timeout=240, PYTHONPATH=str(installed)).stdout
 
 
 @pytest.mark.slow

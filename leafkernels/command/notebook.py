@@ -57,12 +57,12 @@ def report(
         raise ValueError(f"max_prompts must be an int of at least 1, got {max_prompts!r}")
     named: dict[str, Any] = {"boundary_scores": None, **options}
     tensors = {"logprobs": logprobs, "token_ids": token_ids, "rewards": rewards, "response_mask": response_mask}
-    tensors |= {"cu_seqlens": cu_seqlens, "boundary_scores": named.pop("boundary_scores")}
+    tensors |= {"groups": groups, "cu_seqlens": cu_seqlens, "boundary_scores": named.pop("boundary_scores")}
     calls: dict[str, Any] = {
         name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in tensors.items()
     }
     scores = calls.pop("boundary_scores")
-    calls["groups"] = _groups(groups, group_size, rewards)
+    calls["group_size"] = group_size
 
     tree = leafkernels.span_tree(**calls, **named, boundary_scores=scores)
     forking = {name: named[name] for name in ("num_boundaries", "min_separation") if name in named}
@@ -108,24 +108,6 @@ def report(
     return page
 
 
-def _groups(groups: Any, group_size: int | None, rewards: Any) -> Tensor | None:
-    """The caller's groups, runs of rows among them, as one number for each row; None: as the shapes say."""
-    if group_size is None:
-        if groups is not None and not isinstance(groups, Tensor):
-            raise TypeError(
-                f"groups must be an integer tensor, got {type(groups).__name__}; runs of rows are group_size="
-            )
-        return None if groups is None else groups.detach().cpu()
-    if groups is not None:
-        raise ValueError("groups and group_size must not be given together")
-    if isinstance(group_size, bool) or not isinstance(group_size, int):
-        raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
-    count = rewards.numel() if isinstance(rewards, Tensor) else 0
-    if group_size < 1 or count % group_size:
-        raise ValueError(f"group_size must be a positive divisor of the number of rows, {count}, got {group_size}")
-    return torch.arange(count) // group_size
-
-
 def _rows(calls: dict[str, Any]) -> list[slice]:
     """Where the tokens of every row lie, from its first to its last unmasked one, in the flattened tensors."""
     token_ids, mask, cu_seqlens = calls["token_ids"], calls["response_mask"], calls["cu_seqlens"]
@@ -146,6 +128,8 @@ def _rows(calls: dict[str, Any]) -> list[slice]:
 def _group_of_row(calls: dict[str, Any], num_rows: int) -> Tensor:
     if calls["groups"] is not None:
         return calls["groups"]
+    if calls["group_size"] is not None:
+        return torch.arange(num_rows) // calls["group_size"]
     if calls["token_ids"].dim() == 3:
         return torch.arange(num_rows) // max(calls["token_ids"].shape[1], 1)
     return torch.zeros(num_rows, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""LEAF span advantages: boundaries, shared prefixes, span values, scatter, in one call."""
+"""LEAF span advantages: boundaries, nodes, span values, scatter, in one call."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Credit(NamedTuple):
 def credit_spans(
     rollouts: Rollouts, logprobs: Tensor, boundary_scores: Tensor | None, options: CreditOptions
 ) -> Credit:
-    """Boundaries, shared prefixes and span values; arguments as ``span_advantages``."""
+    """Boundaries, nodes and span values; arguments as ``span_advantages``."""
     options = options.checked()
     token_ids, layout, backend = rollouts.token_ids, rollouts.layout, rollouts.backend
     if boundary_scores is not None:
@@ -88,8 +88,8 @@ def span_advantages(
             NaN (unscorable) leaves the row out of every mean and gives it 0.
         response_mask: the same shape; nonzero where a token counts, with holes and padding anywhere; None: all.
         groups: integers (N,) that name each row's prompt, in any order and with unequal sizes (``group_index`` makes
-            them from uid strings). A CUDA tensor costs N * N int32 of temporary memory, because counting its groups
-            would synchronise; ``group_size`` costs N * group_size.
+            them from uid strings). Triton takes a temporary int32 table: N * N for a CUDA tensor, because counting its
+            groups would synchronise, N * group_size otherwise. PyTorch takes none.
         group_size: consecutive runs of that many rows are a prompt. None, with ``groups`` None too: all rows are one.
         cu_seqlens: (N + 1,) int32, offsets of packed rows: 0, ascending, the total.
         num_boundaries: boundaries of a prompt at most (B of the paper).

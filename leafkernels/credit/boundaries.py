@@ -44,7 +44,7 @@ def boundaries_of_groups(
     negate: bool,
     backend: str,
 ) -> Tensor:
-    """(P, num_boundaries) int32 for the P groups of the rows; the arguments have been checked."""
+    """(P, B) int32, B boundaries of each of P prompts; the arguments have been checked."""
     return _select_boundaries(
         scores.detach(),
         rows.mask,
@@ -89,9 +89,9 @@ def select_boundaries(
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        int32, ascending, -1 behind the last where fewer were found: (num_boundaries,) for one prompt,
-        (B, num_boundaries) for a batch or with ``group_size``, (N, num_boundaries), each row its prompt's, where
-        ``groups`` is a tensor (counting its prompts would synchronise a GPU).
+        int32, ascending, -1 after the last where fewer were found, B being ``num_boundaries``: (B,) for one prompt,
+        (P, B) for a batch or with ``group_size``, (N, B), each row its prompt's, where ``groups`` is a tensor
+        (counting its prompts would synchronise a GPU).
 
     Example:
         >>> leafkernels.select_boundaries(torch.tensor([[0.1, 0.1, 5.0, 0.1, 3.0, 0.1]]))

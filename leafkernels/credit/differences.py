@@ -171,6 +171,6 @@ def treerl(
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     options = CreditOptions(num_boundaries, min_separation, "global", 0.5, leave_one_out=True, normalize="none")
     spans = credit_spans(rollouts, logprobs, boundary_scores, options).spans
-    # The global term is K / (K - 1) * (mean of r over the node - mean) / sqrt(n), and that is V / sqrt(n).
+    # The global term is G / (G - 1) * (mean of r over the node - mean) / sqrt(n), and that is V / sqrt(n).
     values = 2.0 * spans.values - pad(spans.values[:, :-1], (1, 0))
     return scatter_to_tokens(values, spans.span_ends, rollouts.rows, token_ids.shape, torch.float32, rollouts.backend)

@@ -3,15 +3,15 @@
 Options of ``span_advantages``'s tree (``num_boundaries`` and the like) are taken by those that have such a tree only:
 here ``treerl`` takes ``num_boundaries``, ``min_separation`` and ``boundary_scores``, the others none.
 
-With r the reward of a row, mean, std (ddof 1) and K those of its prompt:
+With r the reward of a row, mean, std (ddof 1) and G, the number of rows, those of its prompt:
 
     grpo       (r - mean) / (std + 1e-6)
     dr_grpo    r - mean
-    rloo       K / (K - 1) * (r - mean)
+    rloo       G / (G - 1) * (r - mean)
     tempo      (r - mean + V(s_{t+1}) - V(s_t)) / (std + 1e-6), V the mean reward of the rows that share a prefix
     treerl     2 V_k / sqrt(n_k) - V_{k-1} / sqrt(n_{k-1}), on the nodes at the boundaries of ``span_advantages``
 
-As there, a row whose reward is NaN takes no part in anything and gets 0, an empty row counts in mean, std and K, and a
+As there, a row whose reward is NaN takes no part in anything and gets 0, an empty row counts in mean, std and G, and a
 prompt of one row, or one whose rewards are all equal, gets exactly 0.0.
 """
 
@@ -115,7 +115,7 @@ def rloo(
 ) -> Tensor:
     """r minus the mean of the prompt's other rewards, at every token of a rollout (RLOO, arXiv 2402.14740).
 
-    That is K / (K - 1) * (r - mean). Of ``logprobs`` and ``token_ids`` only the shape matters. The arguments
+    That is G / (G - 1) * (r - mean). Of ``logprobs`` and ``token_ids`` only the shape matters. The arguments
     are those of ``span_advantages`` but for the options of its tree, and so are layouts and errors.
 
     Returns:

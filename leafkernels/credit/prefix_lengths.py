@@ -73,8 +73,8 @@ def common_prefix_lengths(
         response_mask: shaped like ``token_ids``; the row is the stretch from its first to its last nonzero entry.
         groups, group_size: rows of each prompt; see ``span_advantages``.
         cu_seqlens: (N + 1,) int32, the offsets of packed rows.
-        limit: tokens of a row that count at most, at least 0: the result is that of rows cut there, and no token
-            behind is compared. An int for all prompts, or integers: () for one prompt, (B,) for a batch or with
+        limit: how many tokens of a row count, at least 0: the result is that of rows cut there, and no later token
+            is compared. An int for all prompts, or integers: () for one prompt, (P,) for a batch or with
             ``group_size``, (N,), the same for all rows of a prompt, with ``groups``. None: all tokens.
         start: tokens at the front of every row that are known to be equal to the other rows' of its prompt, at least
             0: they are not compared. Rows that are shorter share all they have, and what is in fact different there
@@ -82,7 +82,7 @@ def common_prefix_lengths(
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
-        int32: (G, G) for one prompt; (B, G, G) for a batch or with ``group_size``; (N, N), -1 between rows of different
+        int32: (G, G) for one prompt; (P, G, G) for a batch or with ``group_size``; (N, N), -1 between rows of different
         prompts, with ``groups``.
 
     Raises:

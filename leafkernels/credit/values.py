@@ -178,7 +178,7 @@ def span_values(
         )
     if tuple(boundaries.shape[:-1]) != row_shape[:-1] or boundaries.dim() != len(row_shape):
         raise ValueError(
-            f"boundaries must hold one list for each prompt of prefix_lengths, shape {(*row_shape[:-1], 'K')}, "
+            f"boundaries must hold one list for each prompt of prefix_lengths, shape {(*row_shape[:-1], 'B')}, "
             f"got shape {tuple(boundaries.shape)}"
         )
     check_device("boundaries", boundaries, "prefix_lengths", device)

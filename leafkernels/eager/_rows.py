@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def aligned_rows(tensor: Tensor, row_starts: Tensor, end: int, start: int = 0) -> Tensor:
-    """(N, end - start): tokens [start, end) of every row; what lies behind a row's end is arbitrary.
+    """(N, end - start): tokens [start, end) of every row; after a row's end anything may stand.
 
     A view where the rows already start in column 0, else a gathered copy.
     """

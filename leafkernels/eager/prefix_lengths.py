@@ -6,7 +6,7 @@ share exactly that many. Only rows that left it at the same place with the same 
 their own and from that place on: every row is read about once, however many rows share its prefix. Exact; nothing is
 hashed.
 
-The rows are sorted as they part: behind a representative come those that left it last. Then one number between
+The rows are sorted as they part: after a representative come those that left it last. Then one number between
 neighbours says all, and two rows share the least number that stands between them.
 """
 
@@ -73,7 +73,7 @@ def are_few(num_pairs: int, width: int) -> bool:
 
 
 def all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:
-    """Compare every row (N, width) with every row of its group: first where most pairs part, then behind it."""
+    """Compare every row (N, width) with every row of its group: first where most pairs part, then the rest."""
     num_pairs, width = members.numel(), tokens.shape[1]
     head = width if num_pairs * width <= _HARDLY_ANY_TOKENS else min(_HEAD, width)
     start = tokens[:, :head]
@@ -144,7 +144,7 @@ def _least_between(
     group_of_row: Tensor,
     max_group: int,
 ) -> Tensor:
-    """(N, max_group) int32 by rank: the least of ``left_at`` behind the earlier row and up to the later one."""
+    """(N, max_group) int32 by rank: the least of ``left_at`` after the earlier row, up to the later one."""
     num_rows = order.shape[0]
     every_rank = torch.arange(max_group, device=order.device)
     places = torch.empty_like(order)
@@ -203,7 +203,7 @@ def _first_mismatch(tokens: Tensor, a: Tensor, b: Tensor, start: Tensor, end: Te
     block = 16
     if counts is not None:
         counts[1] += start.shape[0]
-        counts[0] += start.shape[0]  # the token behind, which the caller reads
+        counts[0] += start.shape[0]  # the next token, which the caller reads
     while going.numel():
         begin, left = shared[going], end[going]
         block = min(block * 4, _BLOCK // 2, max(_STEP // (2 * going.shape[0]), 16))
@@ -211,7 +211,7 @@ def _first_mismatch(tokens: Tensor, a: Tensor, b: Tensor, start: Tensor, end: Te
         if counts is not None:
             counts[0] += 2 * block * going.shape[0]
         first = _first_true(_block(tokens, a[going] + begin, block) != _block(tokens, b[going] + begin, block))
-        # What lies behind the end may differ or not.
+        # Tokens after the end may differ or not.
         reached = torch.minimum(begin + first, left)
         shared[going] = reached
         going = going[(first == block) & (reached < left)]

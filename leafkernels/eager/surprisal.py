@@ -19,10 +19,10 @@ _FLOOR = -1e4
 
 
 def chunks(logits: Tensor, mask: Tensor | None) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
-    """Rows that count, a chunk at a time; their logits, as computed with; and room for two more such tensors.
+    """Rows that count, a chunk at a time; their logits in the dtype of computing; scratch for two more such tensors.
 
-    Masked rows are not read. The room is the same for all chunks: memory that is given back after each comes from the
-    system again, page by page, which takes as long as the exponentials.
+    Masked rows are not read. All chunks share the scratch: memory given back after each comes from the system again,
+    page by page, which takes as long as the exponentials.
     """
     num_rows, vocab_size = logits.shape
     dtype = compute_dtype(logits.dtype)
@@ -65,7 +65,7 @@ def surprisal_states(
 
 
 def fold(x: Tensor, scale: Tensor, room: Tensor) -> Tensor:
-    """State (3, n) of whole rows ``x`` (n, V); ``room`` (2, n, V) is written over."""
+    """State (3, n) of whole rows ``x`` (n, V); ``room`` (2, n, V) is scratch."""
     top, at = x.max(1, keepdim=True)
     m = top.clamp_min(torch.finfo(x.dtype).min)
     z = torch.sub(x, m, out=room[0])

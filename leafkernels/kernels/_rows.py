@@ -26,7 +26,7 @@ def whole_blocks(first, last, before, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_block(ptr, base, start, length, other, BLOCK: tl.constexpr):
-    """Elements [start, start + BLOCK) of the row that begins at ``ptr + base``; ``other`` at and behind ``length``.
+    """Elements [start, start + BLOCK) of the row that begins at ``ptr + base``; ``other`` from ``length`` on.
 
     ``base`` is int64, ``start`` a multiple of BLOCK. A row may begin and end anywhere, and then its elements are read
     one by one; whole blocks of rows that begin on a multiple of 16, the rule with padded batches, take wide loads. Only
@@ -42,7 +42,7 @@ def load_block(ptr, base, start, length, other, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_block(ptr, base, start, length, block, BLOCK: tl.constexpr):
-    """Write elements [start, start + BLOCK) of the row that begins at ``ptr + base``, none at or behind ``length``."""
+    """Write elements [start, start + BLOCK) of the row that begins at ``ptr + base``, none from ``length`` on."""
     offs = start + tl.arange(0, BLOCK)
     if (base % 16 == 0) & (start + BLOCK <= length):
         tl.store(ptr + base // 16 * 16 + offs, block)

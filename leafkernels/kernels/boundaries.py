@@ -34,10 +34,12 @@ def _column_maxima_kernel(
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # columns: int64, a group's from column_starts on, at least as many as its longest row has tokens.
     group = tl.program_id(0).to(tl.int64)
     first = tl.load(group_starts_ptr + group)
     last = tl.load(group_starts_ptr + group + 1)
     column_start = tl.load(column_starts_ptr + group)
+    # An int64 zero: what a loop changes must keep its type.
     longest = first * 0
     for j in range(first, last):
         longest = tl.maximum(longest, tl.load(row_lengths_ptr + tl.load(rows_by_group_ptr + j)))
@@ -45,6 +47,7 @@ def _column_maxima_kernel(
     for block in range(tl.program_id(1), tl.cdiv(longest, BLOCK), tl.num_programs(1)):
         start = block * BLOCK
         offs = start + tl.arange(0, BLOCK)
+        # offs, best, score, key: (BLOCK,), one for each column.
         best = tl.full([BLOCK], NEVER, tl.int64)
         for j in range(first, last):
             row = tl.load(rows_by_group_ptr + j)
@@ -61,6 +64,7 @@ def _column_maxima_kernel(
                     live = load_block(mask_ptr, row * stride_mask_row + row_start, start, length, 0, BLOCK)
                     candidate = candidate & (live != 0)
                 score = tl.where(score == 0.0, 0.0, score)  # -0 and 0 tie
+                # Negative floats fall as their bits rise. The low half settles equal scores: the smaller row wins.
                 bits = score.to(tl.int32, bitcast=True)
                 bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
                 key = bits.to(tl.int64) * 4294967296 + (4294967295 - row)
@@ -95,14 +99,16 @@ def _select_boundaries_kernel(
     separation = tl.where(min_separation > 0, min_separation, separation)
 
     offs_b = tl.arange(0, BLOCK_B)
+    # offs_b, accepted: (BLOCK_B,), in the order of their scores.
     accepted = tl.full([BLOCK_B], 2147483647, tl.int32)
     for k in range(NUM_BOUNDARIES):
+        # Each of (BLOCK,) lanes keeps the best of its own columns, and lanes meet once, after all blocks.
         best = tl.full([BLOCK], NEVER, tl.int64)
         where = tl.full([BLOCK], 0, tl.int32)
         for block in range(0, tl.cdiv(longest, BLOCK)):
             offs = block * BLOCK + tl.arange(0, BLOCK)
             key = load_block(columns_ptr, column_start, block * BLOCK, longest, NEVER, BLOCK)
-            # An unused entry of accepted is so large that the distance to it, taken in int64, always suffices.
+            # (BLOCK, BLOCK_B). An unused entry is so large that the distance to it, taken in int64, always suffices.
             distance = tl.abs(accepted[None, :].to(tl.int64) - offs[:, None])
             blanked = tl.min(distance, axis=1) < separation
             key = tl.where(blanked, NEVER, key)
@@ -135,7 +141,7 @@ def launch_select_boundaries(
     min_separation: int | None,
     negate: bool,
 ) -> Tensor:
-    """(P, num_boundaries) int32, ascending, -1 where there are fewer; ``negate`` ranks by -scores."""
+    """(P, B) int32, ascending, -1 after the last where there are fewer; ``negate`` ranks by -scores."""
     num_groups = group_starts.shape[0] - 1
     boundaries = torch.empty((num_groups, num_boundaries), dtype=torch.int32, device=scores.device)
     if boundaries.numel() == 0:

@@ -30,9 +30,11 @@ def _mask_stretches_kernel(
     base = row * stride_mask_row + slot_start
 
     first = size
+    # An int64 zero: what a loop changes must keep its type.
     block = size * 0
     while block * BLOCK < first:
         live = load_block(mask_ptr, base, block * BLOCK, size, 0, BLOCK)
+        # live, offs: (BLOCK,), counted from the start of the row's storage.
         offs = block * BLOCK + tl.arange(0, BLOCK)
         first = tl.minimum(first, tl.min(tl.where(live != 0, offs, size), axis=0))
         block += 1
@@ -73,6 +75,7 @@ def _regular_layout_kernel(
     group,
     BLOCK: tl.constexpr,
 ):
+    # (BLOCK,) rows. group_starts has one entry more than there are groups, hence the last mask.
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_row = row < num_rows
     tl.store(slot_starts_ptr + row, row * 0, mask=is_row)

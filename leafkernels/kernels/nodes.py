@@ -32,6 +32,7 @@ def _prefix_nodes_kernel(
     first = tl.load(group_starts_ptr + group)
     size = tl.load(group_starts_ptr + group + 1) - first
     length = tl.load(row_lengths_ptr + row)
+    # offs_b, at, smallest, node: (BLOCK_B,), one for each boundary. boundaries: (P, B); nodes: (N, B).
     offs_b = tl.arange(0, BLOCK_B)
     in_table = offs_b < NUM_BOUNDARIES
     at = tl.load(boundaries_ptr + group * NUM_BOUNDARIES + offs_b, mask=in_table, other=-1)
@@ -39,6 +40,7 @@ def _prefix_nodes_kernel(
     # Rows ascend with their rank, so the smallest rank that shares the prefix is the smallest row.
     smallest = tl.full([BLOCK_B], FAR, tl.int32)
     for block in range(0, tl.cdiv(size, BLOCK)):
+        # rank, member, shared: (BLOCK,), rows of the group; ranks: (BLOCK, BLOCK_B). prefix_lengths: (N, max_group).
         rank = block * BLOCK + tl.arange(0, BLOCK)
         member = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
         other_length = tl.load(row_lengths_ptr + member, mask=rank < size, other=0)

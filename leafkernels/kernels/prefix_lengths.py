@@ -66,6 +66,7 @@ def _compare_pairs_kernel(
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # lengths: (N, max_group), row by rank of the other row; a program for each entry.
     pair = tl.program_id(0).to(tl.int64)
     left = pair // max_group
     right_rank = pair % max_group
@@ -84,6 +85,7 @@ def _compare_pairs_kernel(
     if right != left:
         left_base = left * stride_tokens_row + tl.load(row_starts_ptr + left)
         right_base = right * stride_tokens_row + tl.load(row_starts_ptr + right)
+        # An int64 zero: what a loop changes must keep its type.
         begin = end * 0
         if HAS_START:
             begin = tl.maximum(tl.load(start_ptr + group).to(tl.int64), 0)
@@ -127,6 +129,7 @@ def _represent_kernel(
     in_table = row < num_rows
     group = tl.load(group_of_row_ptr + row, mask=in_table, other=0)
     first = tl.load(rows_by_group_ptr + tl.load(group_starts_ptr + group), mask=in_table, other=0)
+    # All (BLOCK,) rows; parents, tied_to, shared: (N,) int32.
     start = tl.zeros([BLOCK], tl.int32)
     if HAS_START:
         start = tl.minimum(tl.maximum(tl.load(start_ptr + group), 0), FAR - 1).to(tl.int32)
@@ -152,6 +155,7 @@ def _first_mismatch_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    # parents, tied_to, shared: (N,); a settled row, whose tied_to is -1, costs this one load.
     tied_to = tl.load(tied_to_ptr + row).to(tl.int64)
     if tied_to < 0:
         return
@@ -197,6 +201,7 @@ def _compare_with_parents(
 ):
     """Store what each tied row of a group shares with its representative."""
     for tile in range(0, tl.cdiv(size, BLOCK_ROWS)):
+        # rank, row, at, parent, end, found: (BLOCK_ROWS,).
         rank = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         row = tl.load(rows_ptr + rank, mask=rank < size, other=0)
         at = tl.load(tied_to_ptr + row, mask=rank < size, other=-1).to(tl.int64)
@@ -215,6 +220,7 @@ def _compare_with_parents(
             if COUNT:
                 tl.atomic_add(counts_ptr + 1, tl.sum(is_tied.to(tl.int64), axis=0))
             while tl.max(is_going.to(tl.int32), axis=0) > 0:
+                # offs, a, b: (BLOCK_ROWS, BLOCK_TOKENS). Rows go on from places of their own, so no load is aligned.
                 offs = found[:, None] + tl.arange(0, BLOCK_TOKENS)[None, :]
                 is_read = is_going[:, None] & (offs < end[:, None])
                 a = tl.load(token_ids_ptr + base[:, None] + offs, mask=is_read, other=0)
@@ -222,6 +228,7 @@ def _compare_with_parents(
                 if COUNT:
                     tl.atomic_add(counts_ptr, 2 * tl.sum(tl.sum(is_read.to(tl.int64), axis=1), axis=0))
                 next_at = tl.minimum(found + BLOCK_TOKENS, end)
+                # Where the whole block agrees, its end.
                 found_now = tl.min(tl.where(a != b, offs, next_at[:, None]), axis=1)
                 is_over = (found_now < next_at) | (next_at == end)
                 found = tl.where(is_going, found_now, found)
@@ -249,6 +256,7 @@ def _load_next_ids(
 ):
     """Prepare the tie search: store each open row's next token, and settle the rows that end."""
     for tile in range(0, tl.cdiv(size, BLOCK_TIES)):
+        # All (BLOCK_TIES,) rows of the group.
         rank = tile * BLOCK_TIES + tl.arange(0, BLOCK_TIES)
         row = tl.load(rows_ptr + rank, mask=rank < size, other=0)
         is_tied = tl.load(tied_to_ptr + row, mask=rank < size, other=-1) >= 0
@@ -292,6 +300,7 @@ def _represent_ties(
             parent = tl.load(parents_ptr + row, mask=is_tied, other=-1)
             shared = tl.load(shared_ptr + row, mask=is_tied, other=-1)
             next_id = tl.load(next_ids_ptr + row, mask=is_tied, other=0)
+            # smallest: (BLOCK_TIES,), the least of the rows before that ties with each, FAR where none does.
             smallest = tl.full([BLOCK_TIES], FAR, tl.int32)
             for other_tile in range(0, tile + 1):
                 other_rank = other_tile * BLOCK_TIES + tl.arange(0, BLOCK_TIES)
@@ -301,12 +310,14 @@ def _represent_ties(
                     other_parent = tl.load(parents_ptr + other, mask=other_tied, other=-2)
                     other_shared = tl.load(shared_ptr + other, mask=other_tied, other=-2)
                     other_id = tl.load(next_ids_ptr + other, mask=other_tied, other=0)
+                    # (BLOCK_TIES, BLOCK_TIES). Rows that are settled hold -1 and -2, which are never equal.
                     ties = (parent[:, None] == other_parent[None, :]) & (shared[:, None] == other_shared[None, :])
                     ties = ties & (next_id[:, None] == other_id[None, :])
                     of_tile = tl.min(tl.where(ties, other.to(tl.int32)[None, :], FAR), axis=1)
                     smallest = tl.minimum(smallest, of_tile)
             tl.debug_barrier()
             ties = is_tied & (smallest < row)
+            # They agree on the token where they left, so up to one after it.
             tied_to = tl.maximum(shared.to(tl.int64) + 1, group_start).to(tl.int32)
             tl.store(tied_to_ptr + row, tl.where(ties, tied_to, -1), mask=is_tied)
             tl.store(parents_ptr + row, smallest, mask=ties)
@@ -349,6 +360,7 @@ def _refine_ties_kernel(
     with as many: about G * G / (2 * BLOCK_ROWS) steps of the first and G ** 3 / (6 * BLOCK_TIES ** 2) of the second,
     one after another: 33 and 44 thousand for G = 1,024. Rows that leave one line, a comb, take one round.
     """
+    # One program for a group, so that barriers keep its rounds apart; rows_ptr: its rows, ascending.
     group = tl.program_id(0).to(tl.int64)
     first = tl.load(group_starts_ptr + group)
     size = tl.load(group_starts_ptr + group + 1) - first
@@ -406,6 +418,7 @@ def _refine_ties_kernel(
         tl.debug_barrier()
         goes_on = num_ties > 0
         if not TO_THE_END:
+            # Never, in a form that keeps the type of the condition.
             goes_on = num_ties < 0
 
 
@@ -433,6 +446,7 @@ def _prefix_table_kernel(
         is_member = rank < size
         other = tl.load(rows_by_group_ptr + first + rank, mask=is_member, other=row)
         # A parent is a smaller row: of two different rows the larger one takes the next step on the way.
+        # here, there, least: (BLOCK,), one way for each entry of the line.
         here = tl.zeros([BLOCK], tl.int64) + row
         there = other
         least = tl.zeros([BLOCK], tl.int32) + own_length.to(tl.int32)

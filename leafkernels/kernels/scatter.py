@@ -31,14 +31,17 @@ def _scatter_spans_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    # tokens, mask: rows of storage, padding included; values, span_ends: (N, S).
     slot_start = tl.load(slot_starts_ptr + row)
     size = tl.load(slot_ends_ptr + row) - slot_start
     lead = tl.load(row_starts_ptr + row) - slot_start
     # The whole storage of the row is written, padding included, so that nothing need clear it first.
     for block in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
         start = block * BLOCK
+        # (BLOCK,), counted from the row's first unmasked token: negative in padding before it.
         position = start + tl.arange(0, BLOCK) - lead
         value = tl.zeros([BLOCK], tokens_ptr.dtype.element_ty)
+        # An int64 zero: what a loop changes must keep its type.
         previous = lead * 0
         for span in range(num_spans):
             end = tl.load(span_ends_ptr + row * num_spans + span).to(tl.int64)
@@ -73,7 +76,9 @@ def _gather_spans_kernel(
     previous = lead
     for span in range(num_spans):
         end = lead + tl.load(span_ends_ptr + row * num_spans + span).to(tl.int64)
+        # An end may exceed the row, and an empty span ends where it begins.
         end = tl.maximum(tl.minimum(end, size), previous)
+        # (BLOCK,) sums that meet once at the end: one fixed order.
         total = tl.zeros([BLOCK], tl.float64)
         for block in range(previous // BLOCK, tl.cdiv(end, BLOCK)):
             start = block * BLOCK

@@ -58,6 +58,7 @@ FLOOR = tl.constexpr(-1e4)
 @triton.jit
 def merge(m, r, t, top, inv_temperature, axis: tl.constexpr):
     """r and t of all states along an axis, of which ``top`` is the largest m."""
+    # m, r, t: (THREADS,) with a scalar top, or (ROWS, SPLITS) with a top (ROWS, 1).
     is_top = m == top
     drop = tl.maximum(m - top, FLOOR / inv_temperature, propagate_nan=tl.PropagateNan.ALL)
     fade = tl.exp2(drop * (inv_temperature * LOG2_E))
@@ -77,6 +78,7 @@ def blocks_of(logits_ptr, base, vocab_size, split, split_blocks, BLOCK: tl.const
 @triton.jit
 def _fold(m, s, t, x, floor, log2_scale, THREADS: tl.constexpr, WORD: tl.constexpr):
     """Take a block into the states of the threads, each of which has whole words of it."""
+    # (BLOCK,) -> (words of a thread, THREADS, WORD): as a wide load hands the block to the threads, so nothing moves.
     x = tl.reshape(x.to(tl.float32), [x.shape[0] // (THREADS * WORD), THREADS, WORD])
     top = tl.maximum(m, tl.max(tl.max(x, axis=2), axis=0))
     drop = tl.maximum(m - top, floor)
@@ -96,12 +98,14 @@ def row_state(logits_ptr, base, length, first, last, inv_temperature, BLOCK: tl.
     log2_scale = inv_temperature * LOG2_E
     row_ptr, before = aligned_row(logits_ptr, base)
     low, high = whole_blocks(first, last, before, length, BLOCK)
+    # m, s, t: (THREADS,). s begins at 0, the sum of no logit.
     m = tl.full([THREADS], LEAST, tl.float32)
     s = tl.zeros([THREADS], tl.float32)
     t = tl.zeros([THREADS], tl.float32)
     for block in range(low, high):
         x = tl.load(row_ptr + block * BLOCK + tl.arange(0, BLOCK))
         m, s, t = _fold(m, s, t, x, floor, log2_scale, THREADS, WORD)
+    # The blocks that are not whole, at most two.
     for k in range(first, last - (high - low)):
         offs = tl.where(k < low, k, k + high - low) * BLOCK + tl.arange(0, BLOCK)
         in_row = (offs >= before) & (offs < before + length)
@@ -114,6 +118,7 @@ def row_state(logits_ptr, base, length, first, last, inv_temperature, BLOCK: tl.
     ones = tl.zeros([THREADS, WORD], tl.float32)
     r = tl.zeros([THREADS, WORD], tl.float32)
     for word in range(first * (BLOCK // NEXT), last * (BLOCK // NEXT), THREADS):
+        # words: (THREADS,); offs, x, d: (THREADS, WORD).
         words = word + tl.arange(0, THREADS)
         offs = words[:, None] * NEXT + thread * WORD + tl.arange(0, WORD)
         in_row = (words[:, None] < last * (BLOCK // NEXT)) & (offs >= before) & (offs < before + length)
@@ -186,6 +191,7 @@ def write_gradient(
     of_surprisal = tl.where((surprisal != surprisal) & (of_surprisal != 0.0), surprisal, of_surprisal)
     of_surprisal *= inv_temperature
     of_entropy *= inv_temperature
+    # The two numbers of the row: its gradient is p (a + b d), d in logits below the top.
     a = of_surprisal + of_entropy * (log_total - entropy)
     b = -of_entropy * inv_temperature
     log2_total = log_total * LOG2_E
@@ -211,6 +217,7 @@ def write_gradient(
 
     if (token >= 0) & (token < length) & (token + before >= first * BLOCK) & (token + before < last * BLOCK):
         p = tl.exp(-surprisal)
+        # p - 1, which the formula of the other ids would round away where p is near 1.
         gradient = of_surprisal * expm1(-surprisal)
         if ENTROPY:
             gradient += tl.where(p == 0.0, 0.0, of_entropy * p * (surprisal - entropy))
@@ -257,6 +264,7 @@ def _surprisal_states_kernel(
     elif split == 0:
         tl.store(picked_ptr + row, float("nan"))
     plane = num_rows.to(tl.int64) * num_splits
+    # states: (3, N, splits), a plane for each of m, r and t.
     state_ptr = states_ptr + row * num_splits + split
     tl.store(state_ptr, m)
     tl.store(state_ptr + plane, r)
@@ -279,6 +287,7 @@ def _merge_surprisal_states_kernel(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    # rows: (ROWS,); splits: (SPLITS,); m, r, t: (ROWS, SPLITS), of which those that are no state count 0.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < num_rows
     splits = tl.arange(0, SPLITS)
@@ -364,6 +373,7 @@ def _surprisal_entropy_backward_kernel(
         )
     else:
         for block in range(first, last):
+            # Written, not skipped: the memory is uninitialised, or holds the logits.
             zero = tl.zeros([BLOCK], gradients_ptr.dtype.element_ty)
             store_block(gradients_ptr, row * stride_gradients_row, block * BLOCK, vocab_size, zero, BLOCK)
 

@@ -43,6 +43,7 @@ def _span_values_kernel(
     size = tl.load(group_starts_ptr + group + 1) - first
     length = tl.load(row_lengths_ptr + row).to(tl.int32)
 
+    # slot, at, node, parent, sizes, sums: (BLOCK_S,). boundaries: (P, S - 1); nodes: (N, S - 1); results: (N, S).
     # Slot s ends at the node of boundary s. Its parent is the node of the boundary before; the first one's, the group.
     slot = tl.arange(0, BLOCK_S)
     has_node = slot < NUM_SLOTS - 1
@@ -51,6 +52,7 @@ def _span_values_kernel(
     node = tl.load(nodes_ptr + row * (NUM_SLOTS - 1) + slot, mask=has_node, other=-1)
     parent = tl.load(nodes_ptr + row * (NUM_SLOTS - 1) + slot - 1, mask=has_parent, other=-1)
 
+    # Counted from the least reward, equal rewards are exactly 0, and so is what is made of them.
     least = tl.full([BLOCK], float("inf"), tl.float64)
     for block in range(0, tl.cdiv(size, BLOCK)):
         rank = block * BLOCK + tl.arange(0, BLOCK)
@@ -69,11 +71,13 @@ def _span_values_kernel(
         reward = tl.load(rewards_ptr + member, mask=rank < size, other=float("nan")).to(tl.float64)
         is_in = (reward == reward)[:, None]
         centred = tl.where(reward == reward, reward - lowest, 0.0)[:, None]
+        # (BLOCK, BLOCK_S), rows of the group by slots. -2 equals no name, nor the -1 of slots without a node.
         offs = member[:, None] * (NUM_SLOTS - 1) + slot[None, :]
         other = tl.load(nodes_ptr + offs, mask=is_in & has_node[None, :], other=-2)
         same = (other == node[None, :]).to(tl.float64)
         sizes += tl.sum(same, axis=0)
         sums += tl.sum(same * centred, axis=0)
+        # The slot before, whose node is the parent; the first slot's parent is the group, all rows with a reward.
         other = tl.load(nodes_ptr + offs - 1, mask=is_in & has_parent[None, :], other=-2)
         same = (((slot == 0)[None, :] & is_in) | (other == parent[None, :])).to(tl.float64)
         parent_sizes += tl.sum(same, axis=0)
@@ -93,6 +97,7 @@ def _span_values_kernel(
         spread += distance * distance
     reward_std = tl.sqrt(tl.sum(spread, axis=0) / tl.maximum(group_size - 1.0, 1.0))
 
+    # Node sizes fall from slot to slot, so the retained ones come first and the tail follows them.
     is_retained = sizes >= 2.0
     num_retained = tl.sum(is_retained.to(tl.int32), axis=0)
     last = tl.max(tl.where(is_retained, at, 0), axis=0)
@@ -100,6 +105,7 @@ def _span_values_kernel(
     own_reward = tl.load(rewards_ptr + row).to(tl.float64) - lowest
     own = tl.where(is_tail, own_reward, values)
 
+    # n ** -power; n is 0 in slots without a node, and log 0 must not come in.
     weight = tl.exp(tl.log(tl.maximum(sizes, 1.0)) * (-MULTIPLICITY_POWER))
     weight = tl.where(is_tail, 1.0, weight)
     raw = tl.zeros([BLOCK_S], tl.float64)
@@ -135,6 +141,7 @@ def _slots(
     BLOCK: tl.constexpr,
 ):
     """Where the slots of rows [start, start + BLOCK) by group lie, which are real, which hold a span, and the rows."""
+    # rank: (BLOCK,); slot: (1, BLOCK_S); row: (BLOCK, 1); offs, in_table, end: (BLOCK, BLOCK_S).
     rank = start + tl.arange(0, BLOCK)
     slot = tl.arange(0, BLOCK_S)[None, :]
     row = tl.load(rows_by_group_ptr + rank, mask=rank < last, other=0)[:, None]
@@ -170,6 +177,7 @@ def _normalize_spans_kernel(
     shift = tl.sum(tl.zeros([BLOCK_S], tl.float64), axis=0)
     scale = shift
     if not BY_REWARD_STD:
+        # Each entry of (BLOCK, BLOCK_S) sums its own slots, and all meet once at the end: one fixed order.
         number = tl.zeros([BLOCK, BLOCK_S], tl.float64)
         total = tl.zeros([BLOCK, BLOCK_S], tl.float64)
         for start in range(first, last, BLOCK):
@@ -185,6 +193,7 @@ def _normalize_spans_kernel(
             offs, in_table, is_span, _ = _slots(
                 rows_by_group_ptr, span_ends_ptr, start, last, NUM_SLOTS, BLOCK_S, BLOCK
             )
+            # A second pass, because the difference of two sums of squares cancels.
             distance = tl.load(raw_ptr + offs, mask=in_table, other=0.0) - shift
             spread += tl.where(is_span, distance * distance, 0.0)
         variance = tl.sum(tl.sum(spread, axis=1), axis=0) / tl.maximum(count - 1.0, 1.0)
@@ -248,6 +257,7 @@ def launch_span_values(
         BLOCK=BLOCK,
         num_warps=1,
     )
+    # A clone, because an operation must not return one tensor twice.
     if normalize == "none":
         return raw.clone(), raw, span_ends, sizes, node_values
     values = torch.empty_like(raw)

@@ -1,0 +1,437 @@
+"""Laws of every estimator: against the reference, by hand, and without an oracle. A new one is held to them by its
+entry in ``leafkernels.ESTIMATORS`` and its table in ``BY_HAND``."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from rollouts import BACKENDS, DEVICE, Rollouts, assert_rows_close, random_group, rollouts, unmasked
+from support import (
+    compare_with_compiled,
+    every_estimator,
+    every_estimator_slowly,
+    examples,
+    expected,
+    options_of,
+    reference_of,
+    takes,
+)
+
+import leafkernels
+from leafkernels import ESTIMATORS
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+LAYOUTS = ("right", "left", "packed")
+
+# Schemes that divide by the deviation of the rewards, or of what is made of them; the others are linear.
+DIVIDED = ("grpo", "tempo")
+
+LATE_BOUNDARY = Rollouts(
+    # Rows 0 and 1 are identical and keep a boundary beyond their end, which another row's surprisal put there.
+    token_ids=[[0, 1], [0, 1], [1, 1, 0, 1, 1, 0]],
+    logprobs=[[-1.0, -0.5], [-1.0, -0.5], [-0.5, -0.5, -0.5, -0.5, -7.0, -0.5]],
+    mask=[[True] * 2, [True] * 2, [True] * 6],
+    rewards=[1.0, 0.0, 0.5],
+    groups=[0, 0, 0],
+    options={"num_boundaries": 2},
+)
+EQUAL_REWARDS = Rollouts(
+    token_ids=[[0, 1, 1], [0, 1, 0], [1, 0, 0]] * 2,
+    logprobs=[[-1.0, -2.5, -0.5]] * 6,
+    mask=[[True] * 3] * 6,
+    rewards=[0.30000001192092896] * 6,
+    groups=[0] * 6,
+)
+EQUAL_REWARDS_NEAR_BOUNDARIES = unmasked([[0, 1, 1], [0, 1, 0], [1, 0, 0]] * 2, [0.30000001192092896] * 6)
+IDENTICAL = unmasked([[0, 1], [0, 1], [0, 1]], [1.0, 0.0, 0.5])
+# A row ends where others go on; two of them leave it there together.
+PREFIX_OF_OTHERS = unmasked([[0, 1], [0, 1, 1], [0, 1, 0, 0], [0]], [1.0, 0.0, 0.5, -2.0])
+EMPTY_ROW = unmasked([[], [0], [0, 1]], [1.0, 0.0, 0.5])
+NO_TOKENS = Rollouts([[], [0]], [[], [-1.0]], [[], [False]], [1.0, 0.0], [0, 0])
+UNSCORABLE = unmasked([[0, 1], [0, 1], [0, 0]], [math.nan, 1.0, 0.0])
+ONLY_UNSCORABLE = Rollouts([[0, 1], [0, 1]], [[-1.0, -1.0]] * 2, [[True] * 2] * 2, [math.nan] * 2, [3, 3])
+UNSCORABLE_NEAR_BOUNDARIES = unmasked([[0, 1], [0, 1]], [math.nan, math.nan])
+
+
+@every_estimator
+@every_backend
+def test_agrees_with_the_reference(backend: str, name: str, small_blocks: None) -> None:
+    # LEAF has most options to cross.
+    times = 3 if name == "leaf" else 1
+
+    @examples(backend, torch=150 * times, triton=8 * times, reference=40 * times)
+    @example(LATE_BOUNDARY, "right")
+    @example(LATE_BOUNDARY, "left")
+    @example(LATE_BOUNDARY, "packed")
+    @example(EQUAL_REWARDS, "right")
+    @example(EQUAL_REWARDS, "left")
+    @example(EQUAL_REWARDS, "packed")
+    @example(EQUAL_REWARDS_NEAR_BOUNDARIES, "right")
+    @example(IDENTICAL, "packed")
+    @example(PREFIX_OF_OTHERS, "packed")
+    @example(EMPTY_ROW, "left")
+    @example(NO_TOKENS, "right")
+    @example(NO_TOKENS, "left")
+    @example(NO_TOKENS, "packed")
+    @example(UNSCORABLE, "packed")
+    @example(ONLY_UNSCORABLE, "right")
+    @example(ONLY_UNSCORABLE, "left")
+    @example(ONLY_UNSCORABLE, "packed")
+    @example(UNSCORABLE_NEAR_BOUNDARIES, "left")
+    @given(rollouts(), st.sampled_from(LAYOUTS))
+    def check(case: Rollouts, layout: str) -> None:
+        inputs = case.packed() if layout == "packed" else case.padded(layout, extra=2)
+        advantages = ESTIMATORS[name](**inputs, **options_of(name, case.options), backend=backend)
+        assert advantages.dtype == torch.float32
+        assert advantages.shape == inputs["token_ids"].shape
+        assert_rows_close(case.rows_of(advantages, layout), expected(name, case))
+        assert not advantages[~inputs["response_mask"]].any()
+
+    check()
+
+
+# Tables worked by hand. The mean is 1/4 and the deviation exactly 1/2, which 1e-6 makes a little larger.
+ROWS = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 8], [1, 2, 9, 9, 9, 9], [1, 2, 9, 9, 8, 8]]
+REWARDS = [1.0, 0.0, 0.0, 0.0]
+# Surprisal puts the boundaries at 2 and 4.
+LOGPROBS = [[-0.1, -0.1, -5.0, -0.1, -3.0, -0.1]] * 4
+S = 1 / (0.5 + 1e-6)
+THIRD = 1 / 3
+ROOT = math.sqrt(0.5)
+BY_HAND = {
+    # Step by step in docs/leaf.md.
+    "leaf": [
+        [0, 0, ROOT, ROOT, 2.5, 2.5],
+        [0, 0, ROOT, ROOT, -1.5, -1.5],
+        [0, 0, -ROOT, -ROOT, -0.5, -0.5],
+        [0, 0, -ROOT, -ROOT, -0.5, -0.5],
+    ],
+    "grpo": [[0.75 * S] * 6] + [[-0.25 * S] * 6] * 3,
+    "dr_grpo": [[0.75] * 6] + [[-0.25] * 6] * 3,
+    "rloo": [[1.0] * 6] + [[-THIRD] * 6] * 3,
+    # V is 1/4 for the first two tokens; then 1/2 for rows 0 and 1, and 0 for the others; then each row's reward.
+    "tempo": [
+        [0.75 * S, 0.75 * S, 1.0 * S, 0.75 * S, 1.25 * S, 0.75 * S],
+        [-0.25 * S, -0.25 * S, 0.0, -0.25 * S, -0.75 * S, -0.25 * S],
+        [-0.25 * S, -0.25 * S, -0.5 * S, -0.25 * S, -0.25 * S, -0.25 * S],
+        [-0.25 * S, -0.25 * S, -0.5 * S, -0.25 * S, -0.25 * S, -0.25 * S],
+    ],
+    # Centred rewards 1, -1/3, -1/3, -1/3: V = 0 at boundary 2 (n = 4), 1/3 and -1/3 at boundary 4 (n = 2).
+    "treerl": [
+        [0, 0, 2 * THIRD * ROOT, 2 * THIRD * ROOT] + [2 - THIRD * ROOT] * 2,
+        [0, 0, 2 * THIRD * ROOT, 2 * THIRD * ROOT] + [-2 * THIRD - THIRD * ROOT] * 2,
+        [0, 0, -2 * THIRD * ROOT, -2 * THIRD * ROOT] + [-2 * THIRD + THIRD * ROOT] * 2,
+        [0, 0, -2 * THIRD * ROOT, -2 * THIRD * ROOT] + [-2 * THIRD + THIRD * ROOT] * 2,
+    ],
+}
+
+
+@every_estimator
+def test_reference_by_hand(name: str) -> None:
+    result = torch.tensor(reference_of(name)(LOGPROBS, ROWS, REWARDS), dtype=torch.float64)
+    torch.testing.assert_close(result, torch.tensor(BY_HAND[name], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@every_backend
+@every_estimator
+def test_by_hand(name: str, backend: str) -> None:
+    advantages = ESTIMATORS[name](
+        torch.tensor(LOGPROBS, device=DEVICE),
+        torch.tensor(ROWS, device=DEVICE),
+        torch.tensor(REWARDS, device=DEVICE),
+        backend=backend,
+    )
+    assert_rows_close(advantages.tolist(), BY_HAND[name])
+
+
+# Generated cases, by the names of docs/leaf.md. These laws hold for any backend; the fast one can afford many cases.
+
+
+@every_estimator_slowly
+def test_equivariance(name: str) -> None:
+    """Rewards shifted, scaled and flipped."""
+
+    @examples(torch=150 if name == "leaf" else 60)
+    @given(rollouts(), st.sampled_from([2.0, 0.25]), st.sampled_from([-5.0, 8.0]))
+    def check(case: Rollouts, scale: float, shift: float) -> None:
+        inputs, options = case.padded(), options_of(name, case.options)
+        rewards = inputs.pop("rewards").double()
+
+        def advantages(r: torch.Tensor) -> torch.Tensor:
+            return ESTIMATORS[name](**inputs, rewards=r, **options)
+
+        before = advantages(rewards)
+        near: dict[str, Any] = {"rtol": 1e-5 if name == "leaf" else 1e-6, "atol": 1e-6}
+        if options.get("normalize") == "reward_std":  # the one mode with an absolute constant beside the deviation
+            torch.testing.assert_close(advantages(rewards + shift), before, rtol=1e-6, atol=1e-6)
+            return
+        torch.testing.assert_close(advantages(rewards + shift), before, **near)
+        torch.testing.assert_close(advantages(-rewards), -before, **near)
+        if name in DIVIDED:
+            # The deviations of the generated rewards are at least 0.1, to which 1e-6 is added: 1 + 1e-5, times 4.
+            torch.testing.assert_close(advantages(rewards * scale), before, rtol=5e-5, atol=1e-6)
+        else:
+            is_scaled = options.get("normalize", "none") == "none"
+            torch.testing.assert_close(advantages(rewards * scale), before * scale if is_scaled else before, **near)
+
+    check()
+
+
+@every_estimator_slowly
+def test_layout_invariance(name: str) -> None:
+    """Layout, padding and the names of tokens change nothing."""
+
+    @examples(torch=150 if name == "leaf" else 60)
+    @given(rollouts(), st.integers(0, 4), st.randoms(use_true_random=False))
+    def check(case: Rollouts, extra: int, rng: Any) -> None:
+        options = options_of(name, case.options)
+
+        def rows(inputs: dict[str, torch.Tensor], side: str = "right") -> list[list[float]]:
+            return case.rows_of(ESTIMATORS[name](**inputs, **options), side)
+
+        before = rows(case.padded())
+        for side in ("right", "left"):
+            assert rows(case.padded(side, extra), side) == before
+        assert rows(case.packed()) == before
+        inputs = case.padded()
+        names = dict(enumerate(rng.sample(range(9), 9)))
+        renamed = [[names[t] * 10**15 - 3 for t in row] for row in inputs["token_ids"].tolist()]
+        inputs["token_ids"] = torch.tensor(renamed, dtype=torch.int64, device=DEVICE).reshape(inputs["token_ids"].shape)
+        assert rows(inputs) == before
+
+    check()
+
+
+@every_estimator_slowly
+def test_prompt_independence(name: str) -> None:
+    """Other prompts of the call change nothing."""
+
+    @examples(torch=100 if name == "leaf" else 50)
+    @given(rollouts())
+    def check(case: Rollouts) -> None:
+        options = options_of(name, case.options)
+        if options.get("normalize") == "batch":  # of the call, by definition
+            options["normalize"] = "span"
+        together = ESTIMATORS[name](**case.padded(), **options)
+        for prompt in set(case.groups):
+            inputs = case.padded()
+            rows = inputs.pop("groups") == prompt
+            alone = ESTIMATORS[name](**{k: v[rows] for k, v in inputs.items()}, **options)
+            # As a tensor of groups wider than the prompt: the table of the members is then padded.
+            torch.testing.assert_close(alone, together[rows], rtol=0, atol=0)
+
+    check()
+
+
+@every_estimator
+@given(seed=st.integers(0, 10**6), size=st.sampled_from([5, 6]), rng=st.randoms(use_true_random=False))
+@examples(torch=40)
+def test_row_order_invariance(name: str, seed: int, size: int, rng: Any) -> None:
+    """The order of rows changes nothing where scores are distinct."""
+    group = random_group(size, 9, seed, vocabulary=2)
+    order = rng.sample(range(size), size)
+    ordered = ESTIMATORS[name](**group)[order]
+    shuffled = ESTIMATORS[name](**{k: v[order] for k, v in group.items()})
+    torch.testing.assert_close(shuffled, ordered, rtol=1e-6, atol=1e-8)
+
+
+# Inputs of every form.
+
+
+@every_estimator
+@every_backend
+def test_forms_of_prompts(backend: str, name: str) -> None:
+    """One prompt a call, a batch of prompts, runs of rows, prompts named in any order, packed rows: all the same."""
+    groups = [random_group(3, 9, seed, vocabulary=2) for seed in range(2)]
+    stacked = {key: torch.stack([g[key] for g in groups]) for key in groups[0]}
+    alone = torch.stack([ESTIMATORS[name](**g, backend=backend) for g in groups])
+    torch.testing.assert_close(ESTIMATORS[name](**stacked, backend=backend), alone, rtol=0, atol=0)
+    flat = {key: t.flatten(0, 1) for key, t in stacked.items()}
+    runs = ESTIMATORS[name](**flat, group_size=3, backend=backend)
+    torch.testing.assert_close(runs, alone.flatten(0, 1), rtol=0, atol=0)
+    order = torch.arange(6, device=DEVICE).reshape(2, 3).T.flatten()  # a row of each prompt in turn
+    shuffled = {key: t[order] for key, t in flat.items()}
+    named = ESTIMATORS[name](**shuffled, groups=7 - order // 3, backend=backend)
+    torch.testing.assert_close(named, runs[order], rtol=0, atol=0)
+    packed = {key: t.flatten() for key, t in flat.items()}
+    bounds = torch.arange(0, 55, 9, dtype=torch.int32, device=DEVICE)
+    one_line = ESTIMATORS[name](**packed, cu_seqlens=bounds, group_size=3, backend=backend)
+    torch.testing.assert_close(one_line, runs.flatten(), rtol=0, atol=0)
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (2, 0, 4), (2, 3, 0)])
+def test_empty_inputs_have_an_answer(backend: str, shape: tuple[int, ...]) -> None:
+    tokens = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
+    call = torch.zeros(shape, device=DEVICE), tokens, torch.zeros(shape[:-1], device=DEVICE)
+    for name in ESTIMATORS:
+        result = ESTIMATORS[name](*call, backend=backend)
+        assert (name, result.shape) == (name, shape)
+        assert result.dtype == torch.float32
+
+
+@every_backend
+def test_no_packed_rows_at_all(backend: str) -> None:
+    nothing = torch.zeros(0, device=DEVICE)
+    bounds = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for name in ESTIMATORS:
+        result = ESTIMATORS[name](nothing, nothing.long(), nothing, cu_seqlens=bounds, backend=backend)
+        assert (name, result.shape) == (name, (0,))
+
+
+@every_estimator
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_strided_views_are_read_in_place(backend: str, name: str) -> None:
+    """Responses cut out of prompt-and-response tensors, transposed batches, and expanded masks."""
+    group = random_group(5, 24, seed=3)
+    by_reference = ESTIMATORS[name](**group, backend="reference")
+    wide_ids = torch.full((5, 40), -1, device=DEVICE)
+    wide_ids[:, 9:33] = group["token_ids"]
+    wide_logprobs = torch.full((5, 40), -50.0, device=DEVICE)
+    wide_logprobs[:, 9:33] = group["logprobs"]
+    views = wide_logprobs[:, 9:33], wide_ids[:, 9:33], group["rewards"]
+    mask = torch.ones(1, 1, dtype=torch.bool, device=DEVICE).expand(5, 24)
+    for response_mask in (None, mask):
+        advantages = ESTIMATORS[name](*views, response_mask=response_mask, backend=backend)
+        torch.testing.assert_close(advantages, by_reference, rtol=2e-7, atol=1e-8)
+    transposed = group["logprobs"].T.contiguous().T, group["token_ids"].T.contiguous().T, group["rewards"]
+    advantages = ESTIMATORS[name](*transposed, backend=backend)
+    torch.testing.assert_close(advantages, by_reference, rtol=2e-7, atol=1e-8)
+
+
+@every_estimator
+@every_backend
+def test_integer_rewards_and_masks(backend: str, name: str) -> None:
+    group = random_group(4, 10, seed=5)
+    rewards = torch.tensor([1, 0, 0, 1], device=DEVICE)
+    mask = torch.ones(4, 10, device=DEVICE)
+    mask[2, 6:] = 0
+    rows = group["logprobs"], group["token_ids"]
+    floats = ESTIMATORS[name](*rows, rewards.float(), response_mask=mask.bool(), backend=backend)
+    for dtype in (torch.float32, torch.int64, torch.uint8):
+        advantages = ESTIMATORS[name](*rows, rewards, response_mask=mask.to(dtype), backend=backend)
+        torch.testing.assert_close(advantages, floats, rtol=0, atol=0)
+
+
+@every_estimator
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_repeats_bit_for_bit(backend: str, name: str) -> None:
+    group = random_group(8, 64, seed=6)
+    first = ESTIMATORS[name](**group, backend=backend)
+    for _ in range(3):
+        assert torch.equal(first, ESTIMATORS[name](**group, backend=backend))
+
+
+@pytest.mark.parametrize(("dtype", "reward"), [(torch.float32, 0.3), (torch.float64, 0.1)])
+@every_estimator
+@every_backend
+def test_equal_rewards_and_single_rows_give_exactly_zero(
+    backend: str, name: str, dtype: torch.dtype, reward: float
+) -> None:
+    """Six times 0.3 in float32, or 0.1 in float64, have a mean that is another number."""
+    flat, mixed = random_group(6, 12, seed=0, vocabulary=2), random_group(6, 12, seed=1, vocabulary=2)
+    both = {key: torch.stack([flat[key], mixed[key]]) for key in flat}
+    both["rewards"] = both["rewards"].to(dtype)
+    both["rewards"][0] = reward
+    result = ESTIMATORS[name](**both, backend=backend)
+    assert torch.equal(result[0], torch.zeros_like(result[0]))
+    assert result[1].any()
+    alone = ESTIMATORS[name](**{key: t.flatten(0, 1) for key, t in both.items()}, group_size=1, backend=backend)
+    assert torch.equal(alone, torch.zeros_like(alone))
+
+
+# Gradients to the rewards.
+
+
+@every_backend
+@every_estimator
+def test_gradient_of_the_rewards(name: str, backend: str) -> None:
+    """Against differences of the reference, which is float64: their step of 1e-5 leaves an error of about 1e-10."""
+    group = random_group(5, 9, seed=3, vocabulary=2)
+    logprobs, ids = group["logprobs"].tolist(), group["token_ids"].tolist()
+    weights = torch.randn(5, 9, generator=torch.Generator().manual_seed(2))
+    rewards = [0.5, -1.0, 0.25, 2.0, 0.75]
+
+    def reference(r: list[float]) -> float:
+        result = torch.tensor(reference_of(name)(logprobs, ids, r), dtype=torch.float64)
+        return float((result * weights).sum())
+
+    leaf = torch.tensor(rewards, dtype=torch.float64, device=DEVICE).requires_grad_()
+    result = ESTIMATORS[name](group["logprobs"], group["token_ids"], leaf, backend=backend)
+    (result * weights.to(DEVICE)).sum().backward()
+    step = 1e-5
+    slopes = []
+    for i in range(5):
+        up, down = ([r + (j == i) * h for j, r in enumerate(rewards)] for h in (step, -step))
+        slopes.append((reference(up) - reference(down)) / (2 * step))
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.cpu(), torch.tensor(slopes, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+@every_estimator
+def test_gradients_are_finite_and_unscorable_rows_have_none(name: str) -> None:
+    groups = [random_group(4, 9, seed, vocabulary=2) for seed in range(3)]
+    inputs = {key: torch.stack([g[key] for g in groups]) for key in groups[0]}
+    rewards = torch.tensor(
+        [[0.3, 0.3, 0.3, 0.3], [1.0, math.nan, 0.0, 0.5], [math.nan] * 4], dtype=torch.float64, device=DEVICE
+    ).requires_grad_()
+    result = ESTIMATORS[name](inputs["logprobs"], inputs["token_ids"], rewards)
+    weights = torch.rand(result.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    (result * weights).sum().backward()
+    assert rewards.grad is not None
+    assert rewards.grad.isfinite().all()
+    assert not rewards.grad[rewards.isnan()].any()
+    assert rewards.grad[1, 0] != 0
+
+
+@pytest.mark.slow
+@every_estimator
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_torch_compile(backend: str, name: str) -> None:
+    """In one graph, with the gradients of the rewards."""
+    group = random_group(6, 20, seed=4, vocabulary=2)
+
+    def loss(logprobs: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+        call = logprobs.detach(), group["token_ids"], rewards
+        return (ESTIMATORS[name](*call, group_size=3, backend=backend) * logprobs).sum()
+
+    compare_with_compiled(loss, group["logprobs"], group["rewards"])
+
+
+BAD_CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "list of token_ids": lambda good: {"token_ids": [[1]]},
+    "float token_ids": lambda good: {"token_ids": good["logprobs"]},
+    "integer logprobs": lambda good: {"logprobs": good["token_ids"]},
+    "shape of logprobs": lambda good: {"logprobs": good["logprobs"][:, :3]},
+    "shape of rewards": lambda good: {"rewards": good["rewards"][:3]},
+    "bool rewards": lambda good: {"rewards": good["rewards"].bool()},
+    "shape of response_mask": lambda good: {"response_mask": good["logprobs"].T},
+    "groups": lambda good: {"groups": good["rewards"]},
+    "group_size": lambda good: {"group_size": 3},
+    "cu_seqlens": lambda good: {"cu_seqlens": torch.tensor([0, 6], device=DEVICE)},
+    "backend": lambda good: {"backend": "cuda"},
+}
+BAD_BOUNDARIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "num_boundaries": lambda good: {"num_boundaries": -1},
+    "min_separation": lambda good: {"min_separation": 0},
+    "shape of boundary_scores": lambda good: {"boundary_scores": good["logprobs"].flatten()},
+    "integer boundary_scores": lambda good: {"boundary_scores": good["token_ids"]},
+}
+
+
+@every_estimator
+def test_errors_are_those_of_span_advantages(name: str) -> None:
+    """Whose texts tests/test_errors.py has."""
+    good = {"logprobs": torch.zeros(4, 6), "token_ids": torch.zeros(4, 6, dtype=torch.int64), "rewards": torch.zeros(4)}
+    good = {key: t.to(DEVICE) for key, t in good.items()}
+    for bad in [*BAD_CALLS.values(), *(BAD_BOUNDARIES.values() if takes(name, "num_boundaries") else ())]:
+        call = {**good, **bad(good)}
+        with pytest.raises((TypeError, ValueError)) as theirs:
+            leafkernels.span_advantages(**call)
+        with pytest.raises(type(theirs.value)) as ours:
+            ESTIMATORS[name](**call)
+        assert str(ours.value) == str(theirs.value)
