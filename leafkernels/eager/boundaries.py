@@ -91,7 +91,7 @@ def _columns(
         if has_excluded:
             least = least.to(torch.float64).clamp_max_(_FAR).masked_fill_(excluded, torch.inf)
         if in_runs:
-            best, row = least.unflatten(0, (num_groups, num_rows // num_groups)).min(1)
+            best, row = least.view(num_groups, num_rows // num_groups, end - start).min(1)
         else:
             best, row = _least_by_group(least, num_groups, group_of_row)
         # As integers floats sort alike, but for those below 0; + 0 turns -0 into 0, so that the two tie.

@@ -40,7 +40,7 @@ def prefix_nodes(
     num_rows, num_boundaries = row_starts.shape[0], boundaries.shape[1]
     if num_rows * num_boundaries == 0:
         return row_starts.new_empty((num_rows, num_boundaries))
-    at = boundaries[group_of_row]
+    at = boundaries.index_select(0, group_of_row)
     # A prefix ends at the boundary, or with the row before it: only identical rows share that.
     ends = torch.minimum(at, row_lengths.unsqueeze(1))
     width = max(int(ends.max()), 0)
@@ -75,10 +75,10 @@ def _compare_all(
     num_rows, num_groups = tokens.shape[0], group_starts.shape[0] - 1
     itself = torch.arange(-1, -1 - num_rows, -1, device=ends.device).unsqueeze(1)
     ends = torch.where(ends > 0, ends, itself)  # a place that no other row has
-    is_member = None
-    if are_in_runs(group_of_row, num_groups):
+    in_runs = are_in_runs(group_of_row, num_groups)
+    if in_runs:
         groups = num_groups, num_rows // num_groups
-        tokens, ends = tokens.unflatten(0, groups), ends.unflatten(0, groups)
+        tokens, ends = tokens.view(*groups, tokens.shape[1]), ends.view(*groups, -1)
         others, ends_of_others = tokens.unsqueeze(1), ends.unsqueeze(1)
         tokens, ends = tokens.unsqueeze(2), ends.unsqueeze(2)
     else:
@@ -88,9 +88,10 @@ def _compare_all(
     differs = tokens != others
     shared = pairs.first_true(differs.flatten(0, -2)).view(differs.shape[:-1]).unsqueeze(-1)
     is_shared = (shared >= ends).logical_and_(ends == ends_of_others)
-    if is_member is not None:
-        is_shared.logical_and_(is_member.unsqueeze(-1))
-    rank = is_shared.max(-2).indices.view(num_rows, -1)  # of equal maxima the first, hence the smallest row
+    if in_runs:
+        rank = is_shared.max(2).indices  # of equal maxima the first, hence the smallest row
+        return rank.add_(group_starts[:-1].view(-1, 1, 1)).view(num_rows, -1)
+    rank = is_shared.logical_and_(is_member.unsqueeze(2)).max(1).indices
     return rows_by_group[rank + group_starts[group_of_row].unsqueeze(1)]
 
 

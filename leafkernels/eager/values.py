@@ -52,7 +52,7 @@ def _nodes(
     sizes = _sum_by(names, ones, names.shape[0]).view(num_rows, num_columns)
 
     column = row_lengths.to(torch.int32).unsqueeze(1)
-    at = pad(boundaries[group_of_row], (0, 1))
+    at = pad(boundaries.index_select(0, group_of_row), (0, 1))
     is_retained = sizes[:, 1:] >= 2
     last = (at * is_retained).amax(1, keepdim=True)
     span_ends = torch.where(is_retained, at, torch.maximum(column, last))
@@ -66,7 +66,7 @@ def _centred(rewards: Tensor, nodes: _Nodes) -> tuple[Tensor, Tensor]:
     rewards = rewards.to(torch.float64)
     least = rewards.new_full((nodes.num_groups,), torch.inf)
     least.scatter_reduce_(0, nodes.group_of_row, rewards.masked_fill(nodes.is_out, torch.inf), "amin")
-    least = least[nodes.group_of_row]
+    least = least.index_select(0, nodes.group_of_row)
     return (rewards - least).masked_fill_(nodes.is_out, 0.0).unsqueeze(1), least.unsqueeze(1)
 
 
