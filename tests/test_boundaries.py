@@ -108,3 +108,22 @@ def test_boundaries_are_apart_and_inside(rows: int, tokens: int, data: st.DataOb
     assert all(1 <= p < tokens for p in found)
     if tokens > 1:
         assert int(scores[:, 1:].amax(0).argmax()) + 1 in found
+
+
+@pytest.mark.parametrize("groups", [None, torch.tensor([0, 1, 0, 1])])
+def test_infinities_beside_excluded_scores(groups: torch.Tensor | None) -> None:
+    """Of columns whose best score is -inf, the one of the smaller unmasked row comes first; NaN is no score."""
+    scores = torch.full((4, 6), -torch.inf)
+    scores[0, 5], scores[3, 2] = torch.nan, torch.inf
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    mask[:2, 2:4] = False
+    of_groups = [0, 0, 0, 0] if groups is None else groups.tolist()
+    found = leafkernels.select_boundaries(
+        scores, response_mask=mask, groups=groups, num_boundaries=2, min_separation=1, backend="torch"
+    )
+    for group in set(of_groups):
+        rows = [i for i, name in enumerate(of_groups) if name == group]
+        expected = python_ref.select_boundaries(
+            scores[rows].tolist(), response_mask=mask[rows].tolist(), num_boundaries=2, min_separation=1
+        )
+        assert (found if groups is None else found[rows[0]]).tolist() == expected

@@ -110,3 +110,30 @@ def test_shapes(backend: str) -> None:
     assert tokens.dtype == torch.float32
     assert torch.equal(tokens[..., :4], values)
     assert not tokens[..., 4:].any()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the chunks are those of a CPU")
+@pytest.mark.parametrize("layout", ["padded", "mask", "packed", "packed mask"])
+def test_chunks_give_the_same(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows written a few at a time are those written at once, and no index is as large as the tokens."""
+    values = torch.randn(9, 3)
+    ends = torch.randint(1, 14, (9, 3)).sort(1).values
+    options: dict[str, Any] = {"backend": "torch"}
+    if "packed" in layout:
+        options["cu_seqlens"] = torch.tensor([0, 13, 13, 14, 40, 41, 50, 60, 60, 60], dtype=torch.int32)
+    num_tokens = 60 if "packed" in layout else 13
+    if "mask" in layout:
+        options["response_mask"] = torch.rand(60 if "packed" in layout else (9, 13)) < 0.7
+    expected = leafkernels.scatter_spans(values, ends, num_tokens, **options)
+    repeat, sizes = torch.repeat_interleave, []
+
+    def noted(*args: Any, output_size: int) -> torch.Tensor:
+        sizes.append(output_size)
+        return repeat(*args, output_size=output_size)
+
+    monkeypatch.setattr(torch, "repeat_interleave", noted)
+    monkeypatch.setattr("leafkernels.eager.scatter._CHUNK", 26)
+    found = leafkernels.scatter_spans(values, ends, num_tokens, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert sum(sizes) == expected.numel()
+    assert len(sizes) > 2

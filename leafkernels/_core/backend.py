@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -42,6 +43,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+@cache
 def implementation(backend: str) -> ModuleType:
     """The module that holds the functions of a resolved backend; imported when it is first needed."""
     return importlib.import_module(_MODULES[backend])

@@ -28,11 +28,14 @@ def register(schema: str, fake: Callable[..., Any], impl: Callable[..., Any] | N
         return getattr(implementation(backend), name)(*arguments)
 
     run = dispatch if impl is None else impl
+    # What runs in here is a constant to autograd; that it need not look at every step saves a tenth of the time of
+    # small problems, and that views and writes of temporary tensors are not tracked another. (PyTorch's own custom
+    # operations use such a guard.) A write to an argument has to be seen.
+    is_pure = "!" not in schema
+    below = torch._C._AutoDispatchBelowADInplaceOrView if is_pure else torch._C._AutoDispatchBelowAutograd
 
     def below_autograd(first: Tensor, *rest: Any) -> Any:
-        # What runs in here is a constant to autograd; that it need not look at every step saves a tenth of the time of
-        # small problems. (PyTorch's own custom operations use the same guard.)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below():
             if not first.is_cuda:
                 return run(first, *rest)
             # Triton launches on the current device, which need not be that of the tensors.

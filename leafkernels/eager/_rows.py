@@ -1,4 +1,4 @@
-"""Rows as a dense table."""
+"""Rows as a dense table, and groups as runs of them."""
 
 import torch
 from torch import Tensor
@@ -14,3 +14,14 @@ def aligned_rows(tensor: Tensor, row_starts: Tensor, end: int, start: int = 0) -
     index = row_starts[:, None] + torch.arange(start, end, device=tensor.device)
     index = index.clamp_max(max(tensor.shape[-1] - 1, 0))
     return tensor.gather(1, index) if tensor.dim() == 2 else tensor[index]
+
+
+def are_in_runs(group_of_row: Tensor, num_groups: int) -> bool:
+    """Whether each group is as many rows as every other, one after the other, in the order of the groups."""
+    num_rows = group_of_row.shape[0]
+    if num_groups == 1:
+        return True
+    if num_rows % num_groups:
+        return False
+    runs = torch.arange(num_rows, device=group_of_row.device) // max(num_rows // num_groups, 1)
+    return torch.equal(group_of_row, runs)

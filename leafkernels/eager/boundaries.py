@@ -7,14 +7,16 @@ grows. So one maximum over the rows and ``num_boundaries`` rounds of "take the b
 import torch
 from torch import Tensor
 
-from leafkernels.eager._rows import aligned_rows
+from leafkernels.eager._rows import aligned_rows, are_in_runs
 
 # Scores ranked at a time, and columns at least: what is computed of them stays in a cache.
 _CHUNK = 1 << 17
 _COLUMNS = 64
 
-# Sorts below every score, -inf included, so that it marks what can be no boundary.
-_NEVER = torch.iinfo(torch.int64).min
+# Sorts after every score, so that it marks what can be no boundary.
+_NEVER = torch.iinfo(torch.int64).max
+# Infinity among float64, where another infinity marks what can be no boundary: more than any float32.
+_FAR = 1e300
 
 
 def select_boundaries(
@@ -32,70 +34,83 @@ def select_boundaries(
 ) -> Tensor:
     """(P, num_boundaries) int32, ascending, -1 where there are fewer; ``negate`` ranks by -scores."""
     num_groups = group_starts.shape[0] - 1
-    boundaries = scores.new_full((num_groups, num_boundaries), -1, dtype=torch.int32)
-    if num_boundaries == 0 or boundaries.numel() == 0 or row_lengths.numel() == 0:
-        return boundaries
-    width = int(row_lengths.max())
-    if width < 2:
-        return boundaries
-    columns = _column_maxima(scores, mask, row_starts, row_lengths, group_starts, group_of_row, width, negate)
+    if num_groups * num_boundaries * row_lengths.shape[0] == 0 or (width := int(row_lengths.max())) < 2:
+        return scores.new_full((num_groups, num_boundaries), -1, dtype=torch.int32)
+    shortest = int(row_lengths.min())
+    columns = _columns(scores, mask, row_starts, row_lengths, num_groups, group_of_row, shortest, width, negate)
 
-    if min_separation is None:
-        lengths = torch.where(row_lengths > 0, row_lengths, width)
-        shortest = lengths.new_full((num_groups,), width).scatter_reduce_(0, group_of_row, lengths, "amin")
-        separation = (shortest // (num_boundaries + 1)).clamp_min_(2)[:, None]
+    separation: Tensor | int
+    if min_separation is not None:
+        separation = min_separation
+    elif shortest == width:
+        separation = max(shortest // (num_boundaries + 1), 2)
     else:
-        separation = torch.full((num_groups, 1), min_separation, device=scores.device)
+        lengths = torch.where(row_lengths > 0, row_lengths, width)
+        of_groups = lengths.new_full((num_groups,), width).scatter_reduce_(0, group_of_row, lengths, "amin")
+        separation = (of_groups // (num_boundaries + 1)).clamp_min_(2).unsqueeze(1)
     positions = torch.arange(width, device=scores.device)
-    keys, found = [], []
+    found = []
     for k in range(num_boundaries):
-        key, best = columns.max(1, keepdim=True)  # of equal maxima the first, hence the smallest position
-        keys.append(key)
-        found.append(best)
+        # Of equal keys the first, hence the smallest position; and 0, which is no boundary, where none is left.
+        found.append(columns.min(1, keepdim=True).indices)
         if k + 1 < num_boundaries:
-            columns.masked_fill_((positions - best).abs_() < separation, _NEVER)
-    accepted = torch.cat(found, dim=1).masked_fill_(torch.cat(keys, dim=1) == _NEVER, width).sort(dim=1).values
+            columns.masked_fill_((positions - found[k]).abs_() < separation, _NEVER)
+    accepted = torch.cat(found, dim=1)
+    accepted = accepted.masked_fill_(accepted == 0, width).sort(dim=1).values
     return accepted.masked_fill_(accepted == width, -1).to(torch.int32)
 
 
-def _column_maxima(
+def _columns(
     scores: Tensor,
     mask: Tensor | None,
     row_starts: Tensor,
     row_lengths: Tensor,
-    group_starts: Tensor,
+    num_groups: int,
     group_of_row: Tensor,
+    shortest: int,
     width: int,
     negate: bool,
 ) -> Tensor:
-    """(P, width) int64: the best score of each column, and of equal scores the smallest row, in one sortable number."""
-    num_rows, num_groups = row_starts.shape[0], group_starts.shape[0] - 1
-    rank = torch.arange(0xFFFFFFFF, 0xFFFFFFFF - num_rows, -1, device=scores.device)[:, None]
-    in_runs = num_groups == 1
-    if not in_runs:
-        runs = torch.arange(num_rows, device=scores.device) // max(num_rows // num_groups, 1)
-        in_runs = torch.equal(group_of_row, runs)
+    """(P, width) int64: the best score of each column, and of equal scores the smallest row, as one number to sort by;
+    the best column has the least."""
+    num_rows = row_starts.shape[0]
+    in_runs = are_in_runs(group_of_row, num_groups)
     columns = []
     step = max(_CHUNK // num_rows, _COLUMNS)
     for start in range(0, width, step):
         end = min(start + step, width)
-        aligned = aligned_rows(scores, row_starts, end, start).to(torch.float32)
-        # 0 - x and x + 0 turn -0 into 0, so that the two tie, as they do when floats are compared.
-        bits = (0.0 - aligned if negate else aligned + 0.0).view(torch.int32)
-        bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
-        keys = torch.add(rank, bits.to(torch.int64), alpha=1 << 32)
-
-        positions = torch.arange(start, end, device=scores.device)
-        excluded = (positions >= row_lengths[:, None]).logical_or_(aligned.isnan())
-        if start == 0:
-            excluded[:, 0] = True
+        least = aligned_rows(scores, row_starts, end, start).to(torch.float32)
+        if not negate:
+            least = -least
+        excluded = least.isnan()
+        if shortest < end:
+            excluded.logical_or_(torch.arange(start, end, device=scores.device) >= row_lengths.unsqueeze(1))
         if mask is not None:
             excluded.logical_or_(aligned_rows(mask, row_starts, end, start).logical_not())
-        keys.masked_fill_(excluded, _NEVER)
+        has_excluded = bool(excluded.any())
+        if has_excluded:
+            least = least.to(torch.float64).clamp_max_(_FAR).masked_fill_(excluded, torch.inf)
         if in_runs:
-            # A maximum over a dimension takes a tenth of the time of a scattered one.
-            columns.append(keys.view(num_groups, -1, end - start).amax(1))
+            best, row = least.view(num_groups, num_rows // num_groups, end - start).min(1)
         else:
-            of_groups = keys.new_full((num_groups, end - start), _NEVER)
-            columns.append(of_groups.scatter_reduce_(0, group_of_row[:, None].expand_as(keys), keys, "amax"))
+            best, row = _least_by_group(least, num_groups, group_of_row)
+        # As integers floats sort alike, but for those below 0; + 0 turns -0 into 0, so that the two tie.
+        bits = (best.to(torch.float32) + 0.0).view(torch.int32)
+        bits = bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
+        keys = torch.add(row, bits, alpha=1 << 32)
+        if has_excluded:
+            keys.masked_fill_(best == torch.inf, _NEVER)
+        columns.append(keys)
+    columns[0].select(1, 0).fill_(_NEVER)
     return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+
+def _least_by_group(entries: Tensor, num_groups: int, group_of_row: Tensor) -> tuple[Tensor, Tensor]:
+    """(P, W) least entry of each column of ``entries`` (N, W) in each group, and the first row that has it."""
+    num_rows, width = entries.shape
+    groups = group_of_row.unsqueeze(1).expand_as(entries)
+    least = entries.new_full((num_groups, width), torch.inf).scatter_reduce_(0, groups, entries, "amin")
+    rows = torch.arange(num_rows, device=entries.device).unsqueeze(1)
+    rows = torch.where(entries == least[group_of_row], rows, num_rows)
+    first = rows.new_full((num_groups, width), num_rows).scatter_reduce_(0, groups, rows, "amin")
+    return least, first

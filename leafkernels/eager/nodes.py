@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leafkernels.eager import prefix_lengths as pairs
-from leafkernels.eager._rows import aligned_rows
+from leafkernels.eager._rows import aligned_rows, are_in_runs
 from leafkernels.rows.layout import group_members
 
 # A boundary that there is not is beyond what identical rows share, and that is beyond every boundary.
@@ -40,15 +40,17 @@ def prefix_nodes(
     num_rows, num_boundaries = row_starts.shape[0], boundaries.shape[1]
     if num_rows * num_boundaries == 0:
         return row_starts.new_empty((num_rows, num_boundaries))
-    # No prefix matters after the last boundary.
-    caps = torch.minimum(row_lengths, boundaries.amax(1).clamp_min(0)[group_of_row])
-    at = boundaries.masked_fill(boundaries < 0, _NOWHERE)
-    width = int(caps.max())
+    at = boundaries.index_select(0, group_of_row)
+    # A prefix ends at the boundary, or with the row before it: only identical rows share that.
+    ends = torch.minimum(at, row_lengths.unsqueeze(1))
+    width = max(int(ends.max()), 0)
     if pairs.are_few(num_rows * max_group, max(width, _TOKENS_OF_PAIR)):
-        members, is_member = group_members(rows_by_group, group_starts, group_of_row, max_group)
-        table = pairs.all_pairs(aligned_rows(token_ids, row_starts, width), caps, members, is_member)
-        return _smallest(table, members, row_lengths, at[group_of_row], slice(None))
+        tokens = aligned_rows(token_ids, row_starts, width)
+        return _compare_all(tokens, ends, rows_by_group, group_starts, group_of_row, max_group)
 
+    # No prefix matters after the last boundary.
+    caps = ends.amax(1).clamp_min_(0)
+    at = at.masked_fill(at < 0, _NOWHERE)
     order, left_at = pairs.refine(
         token_ids, row_starts, caps, torch.zeros_like(caps), rows_by_group, group_starts[group_of_row]
     )
@@ -57,10 +59,40 @@ def prefix_nodes(
     is_identical[1:].logical_and_(lengths[1:] == lengths[:-1])
     shared = left_at.masked_fill_(is_identical, _IDENTICAL)[:, None]
     place = torch.arange(num_rows, device=order.device)[:, None]
-    first = torch.where(shared < at[group_of_row[order]], place, 0).cummax(0).values
+    first = torch.where(shared < at[order], place, 0).cummax(0).values
     nodes = torch.empty_like(first)
     nodes[order] = order[first]
     return nodes
+
+
+def _compare_all(
+    tokens: Tensor, ends: Tensor, rows_by_group: Tensor, group_starts: Tensor, group_of_row: Tensor, max_group: int
+) -> Tensor:
+    """The nodes of rows of few ``tokens`` (N, width) from all pairs; ``ends`` (N, B) are where their prefixes end.
+
+    Two rows share a prefix that ends at the same place in both, and not after the first token that differs.
+    """
+    num_rows, num_groups = tokens.shape[0], group_starts.shape[0] - 1
+    itself = torch.arange(-1, -1 - num_rows, -1, device=ends.device).unsqueeze(1)
+    ends = torch.where(ends > 0, ends, itself)  # a place that no other row has
+    in_runs = are_in_runs(group_of_row, num_groups)
+    if in_runs:
+        groups = num_groups, num_rows // num_groups
+        tokens, ends = tokens.view(*groups, tokens.shape[1]), ends.view(*groups, -1)
+        others, ends_of_others = tokens.unsqueeze(1), ends.unsqueeze(1)
+        tokens, ends = tokens.unsqueeze(2), ends.unsqueeze(2)
+    else:
+        members, is_member = group_members(rows_by_group, group_starts, group_of_row, max_group)
+        others, ends_of_others = tokens[members], ends[members]
+        tokens, ends = tokens.unsqueeze(1), ends.unsqueeze(1)
+    differs = tokens != others
+    shared = pairs.first_true(differs.flatten(0, -2)).view(differs.shape[:-1]).unsqueeze(-1)
+    is_shared = (shared >= ends).logical_and_(ends == ends_of_others)
+    if in_runs:
+        rank = is_shared.max(2).indices  # of equal maxima the first, hence the smallest row
+        return rank.add_(group_starts[:-1].view(-1, 1, 1)).view(num_rows, -1)
+    rank = is_shared.logical_and_(is_member.unsqueeze(2)).max(1).indices
+    return rows_by_group[rank + group_starts[group_of_row].unsqueeze(1)]
 
 
 def nodes_of_prefix_lengths(

@@ -22,6 +22,7 @@ from leafkernels.rows.layout import group_members
 _FEW_TOKENS = 1 << 20
 _HARDLY_ANY_TOKENS = 1 << 15
 _HEAD = 32
+_FEW_BYTES = 1 << 14
 
 # Ids that one step of the refinement reads at most for a row, half of them the row's own and half its representative's,
 # and about how many for all rows: enough to hide the cost of a step, few enough to stay in a cache.
@@ -78,13 +79,13 @@ def all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) 
     head = width if num_pairs * width <= _HARDLY_ANY_TOKENS else min(_HEAD, width)
     start = tokens[:, :head]
     differs = start.index_select(0, members.view(-1)).view(*members.shape, head) != start[:, None]
-    shared = _first_true(differs.view(num_pairs, head)).view(members.shape)
+    shared = first_true(differs.view(num_pairs, head)).view(members.shape)
     ends = torch.minimum(caps[members], caps[:, None]).masked_fill_(~is_member, 0)
     if head < width:
         left, rank = ((shared >= head) & (ends > head)).nonzero(as_tuple=True)
         rest = tokens[:, head:]
         differs = rest.index_select(0, left) != rest.index_select(0, members[left, rank])
-        shared[left, rank] = _first_true(differs).add_(head)
+        shared[left, rank] = first_true(differs).add_(head)
     return torch.minimum(shared, ends).to(torch.int32)
 
 
@@ -168,12 +169,16 @@ def _least_between(
     return lengths
 
 
-def _first_true(table: Tensor) -> Tensor:
+def first_true(table: Tensor) -> Tensor:
     """Column of the first True of each row of a bool table; its width where there is none.
 
-    Eight columns at a time, as one integer, and then among those eight: a search among bytes is slow.
+    Eight columns at a time, as one integer, and then among those eight: a search among bytes is slow, and quicker
+    only where there are few.
     """
     width = table.shape[1]
+    if 0 < table.numel() <= _FEW_BYTES:
+        is_there, column = table.max(1)  # of equal maxima the first
+        return column.masked_fill_(is_there.logical_not_(), width)
     if width % 8 or not width:
         table = pad(table, (0, 8 - width % 8))
     is_there, word = (table.view(torch.int64) != 0).max(1)  # of equal maxima the first
@@ -210,7 +215,7 @@ def _first_mismatch(tokens: Tensor, a: Tensor, b: Tensor, start: Tensor, end: Te
         block = min(block, int((left - begin).max()), tokens.shape[0])
         if counts is not None:
             counts[0] += 2 * block * going.shape[0]
-        first = _first_true(_block(tokens, a[going] + begin, block) != _block(tokens, b[going] + begin, block))
+        first = first_true(_block(tokens, a[going] + begin, block) != _block(tokens, b[going] + begin, block))
         # Tokens after the end may differ or not.
         reached = torch.minimum(begin + first, left)
         shared[going] = reached

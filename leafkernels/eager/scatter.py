@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+# Tokens written at a time, in whole rows: what says which number each takes stays in a cache.
+_CHUNK = 1 << 16
 
-def _pieces(span_ends: Tensor, slot_starts: Tensor, slot_ends: Tensor, row_starts: Tensor) -> Tensor:
-    """(N * (S + 2),) number of tokens before the row, in each span, and behind the last."""
+
+def _pieces(span_ends: Tensor, slot_starts: Tensor, slot_ends: Tensor, row_starts: Tensor, width: int) -> Tensor:
+    """(N, S + 2) number of tokens before the row, in each span, and behind the last; no row has more than ``width``."""
     first, last, row = slot_starts[:, None], slot_ends[:, None], row_starts[:, None]
-    cuts = torch.cat([row, (row + span_ends).cummax(1).values, last], dim=1).clamp_(first, last)
-    return cuts.diff(dim=1, prepend=first).view(-1)
+    cuts = torch.cat([first, row, (row + span_ends).cummax(1).values, last], dim=1).clamp_(first, last)
+    return (cuts[:, 1:] - cuts[:, :-1]).to(torch.int32 if width < 1 << 31 else torch.int64)
 
 
 def scatter_spans(
@@ -29,10 +32,20 @@ def scatter_spans(
     dtype: torch.dtype,
 ) -> Tensor:
     """One value per token in ``dtype``, shaped ``size``; 0 outside the spans and where the mask is False."""
-    pieces = _pieces(span_ends, slot_starts, slot_ends, row_starts)
-    table = pad(values.to(dtype), (1, 1)).reshape(-1)
-    tokens = table.repeat_interleave(pieces, output_size=math.prod(size)).view(size)
-    return tokens if mask is None else tokens.masked_fill_(~mask, 0.0)
+    pieces = _pieces(span_ends, slot_starts, slot_ends, row_starts, size[-1])
+    table = pad(values.to(dtype), (1, 1))
+    tokens = table.new_empty(math.prod(size))
+    num_rows, live = pieces.shape[0], None if mask is None else mask.reshape(-1)
+    step = num_rows if tokens.is_cuda else max(1, _CHUNK * num_rows // max(tokens.shape[0], 1))
+    end = 0
+    for row in range(0, num_rows, max(step, 1)):
+        rows = slice(row, row + step)
+        start, end = end, tokens.shape[0] if row + step >= num_rows else end + int(pieces[rows].sum())
+        number = torch.repeat_interleave(pieces[rows].reshape(-1), output_size=end - start)
+        if live is not None:
+            number.mul_(live[start:end])  # number 0 is a piece before a row, and holds 0
+        torch.index_select(table[rows].view(-1), 0, number, out=tokens[start:end])
+    return tokens.view(size)
 
 
 def gather_spans(
@@ -44,11 +57,9 @@ def gather_spans(
     row_starts: Tensor,
 ) -> Tensor:
     """Adjoint of ``scatter_spans``: (N, S) float64 sums of the token gradients of each span."""
-    num_rows, num_spans = span_ends.shape
-    pieces = _pieces(span_ends, slot_starts, slot_ends, row_starts)
-    piece = torch.arange(pieces.shape[0], device=pieces.device)
-    piece = piece.repeat_interleave(pieces, output_size=gradients.numel())
+    pieces = _pieces(span_ends, slot_starts, slot_ends, row_starts, gradients.shape[-1])
+    piece = torch.repeat_interleave(pieces.view(-1), output_size=gradients.numel())
     gradients = gradients if mask is None else gradients.masked_fill(~mask, 0.0)
-    sums = gradients.new_zeros(pieces.shape[0], dtype=torch.float64)
+    sums = gradients.new_zeros(pieces.numel(), dtype=torch.float64)
     sums.index_add_(0, piece, gradients.reshape(-1).to(torch.float64))
-    return sums.view(num_rows, num_spans + 2)[:, 1:-1].contiguous()
+    return sums.view(pieces.shape)[:, 1:-1].contiguous()

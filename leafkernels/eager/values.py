@@ -31,7 +31,7 @@ def _sum_by(names: Tensor, entries: Tensor, num_names: int) -> Tensor:
         sums.index_put_((names,), entries, accumulate=True)  # sorts; index_add_ adds in any order there
     else:
         sums.index_add_(0, names, entries)
-    return sums[names]
+    return sums.index_select(0, names)
 
 
 def _nodes(
@@ -43,21 +43,21 @@ def _nodes(
     group_of_row: Tensor,
 ) -> _Nodes:
     num_rows, num_columns = nodes.shape[0], nodes.shape[1] + 2
-    every_row = torch.arange(num_rows, device=nodes.device)[:, None]
+    every_row = torch.arange(num_rows, device=nodes.device).unsqueeze(1)
     # A group has no more names than rows, so that its own is one of them.
-    names = torch.cat([group_of_row[:, None], nodes, every_row], dim=1) * num_columns
-    names = names.add_(torch.arange(num_columns, device=nodes.device)).view(-1)
+    names = torch.cat([group_of_row.unsqueeze(1), nodes, every_row], dim=1)
+    names = torch.add(torch.arange(num_columns, device=nodes.device), names, alpha=num_columns).view(-1)
     is_out = rewards.isnan()
-    ones = is_out.logical_not().to(torch.float64)[:, None].expand(-1, num_columns).reshape(-1)
+    ones = is_out.logical_not().to(torch.float64).unsqueeze(1).expand(-1, num_columns).reshape(-1)
     sizes = _sum_by(names, ones, names.shape[0]).view(num_rows, num_columns)
 
-    column = row_lengths[:, None].to(torch.int32)
-    at = pad(boundaries[group_of_row], (0, 1))
+    column = row_lengths.to(torch.int32).unsqueeze(1)
+    at = pad(boundaries.index_select(0, group_of_row), (0, 1))
     is_retained = sizes[:, 1:] >= 2
     last = (at * is_retained).amax(1, keepdim=True)
     span_ends = torch.where(is_retained, at, torch.maximum(column, last))
     # Retained boundaries come first; the slot after them ends at the row's length, and is the tail if it gets there.
-    is_missing = span_ends <= torch.cat([torch.zeros_like(column), span_ends[:, :-1]], dim=1)
+    is_missing = span_ends <= pad(span_ends, (1, -1))
     return _Nodes(names, group_of_row, group_starts.shape[0] - 1, sizes, is_out, is_missing, span_ends)
 
 
@@ -66,8 +66,8 @@ def _centred(rewards: Tensor, nodes: _Nodes) -> tuple[Tensor, Tensor]:
     rewards = rewards.to(torch.float64)
     least = rewards.new_full((nodes.num_groups,), torch.inf)
     least.scatter_reduce_(0, nodes.group_of_row, rewards.masked_fill(nodes.is_out, torch.inf), "amin")
-    least = least[nodes.group_of_row]
-    return (rewards - least).masked_fill_(nodes.is_out, 0.0)[:, None], least[:, None]
+    least = least.index_select(0, nodes.group_of_row)
+    return (rewards - least).masked_fill_(nodes.is_out, 0.0).unsqueeze(1), least.unsqueeze(1)
 
 
 def _by_node(entries: Tensor, nodes: _Nodes) -> Tensor:
@@ -81,7 +81,7 @@ def _by_group(entries: Tensor, nodes: _Nodes, normalize: str) -> Tensor:
     of_rows = entries.sum(1, dtype=torch.float64)
     if normalize == "batch":
         return of_rows.sum().expand(entries.shape[0], 1)
-    return _sum_by(nodes.group_of_row, of_rows, nodes.num_groups)[:, None]
+    return _sum_by(nodes.group_of_row, of_rows, nodes.num_groups).unsqueeze(1)
 
 
 def _weights(
@@ -144,7 +144,7 @@ def span_values(
     else:
         _, shift, scale = _statistics(raw, nodes, normalize)
         is_zero = nodes.is_missing | (sums[:, :1] == 0.0)  # all rewards are the least one
-        normalized = ((raw - shift) / scale.clamp_min(1e-6)).masked_fill_(is_zero, 0.0)
+        normalized = (raw - shift).div_(scale.clamp_min_(1e-6)).masked_fill_(is_zero, 0.0)
     return normalized, raw, nodes.span_ends, nodes.sizes[:, :-1].to(torch.int32), values[:, :-1] + least
 
 

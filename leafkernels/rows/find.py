@@ -96,7 +96,8 @@ def find_rows(
         prompt_shape, prompts = (num_rows // group_size,), group_size
     else:
         prompt_shape, prompts = row_shape[:-1], row_shape[-1]
-    rows = as_rows(tensor)
+    # Of the tokens only the shape and the device matter here: strides need no copy.
+    rows = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor
     mask_rows = None if mask is None else as_rows(mask)
     layout = build_layout(rows, mask_rows, prompts, cu_seqlens, backend)
     if groups is None and group_size is None:
