@@ -4,6 +4,10 @@ import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# Tensors of tests are small, and a second thread only waits, for long where another program wants the core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -32,6 +36,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "triton" in item.name and any(part in item.name for part in SLOW_ON_TRITON):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def promised_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip what older versions of torch.compile break a graph at, such as NamedTuple._replace."""
+
+    def skip(*_: Any, **__: Any) -> None:
+        pytest.skip("torch.compile(fullgraph=True) is promised from PyTorch 2.11 on")
+
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        monkeypatch.setattr(torch, "compile", skip)
 
 
 @pytest.fixture(autouse=True)
