@@ -17,11 +17,13 @@ def run_example(*arguments: str) -> str:
     return run_python(*arguments, cwd=ROOT / "examples", timeout=280).stdout
 
 
-@pytest.mark.parametrize("advantages", ["leaf", "grpo"])
-def test_grpo_lora_learns(advantages: str) -> None:
-    """A third of the default run: the mean reward of the last tenth of the steps is well above that of the first."""
+def test_grpo_lora_learns() -> None:
+    """A third of the default run: the mean reward of the last tenth of the steps is well above that of the first.
+
+    tests/test_readme.py takes the other scheme a few steps far.
+    """
     pytest.importorskip("peft")
-    output = run_example("grpo_lora.py", "--advantages", advantages, "--steps", "40", "--terms", "4")
+    output = run_example("grpo_lora.py", "--advantages", "leaf", "--steps", "40", "--terms", "4")
     first, last = map(float, re.findall(r"first tenth ([\d.]+), last tenth ([\d.]+)", output)[0])
     assert last > first + 0.05, output
 

@@ -63,7 +63,7 @@ def test_agrees_with_the_reference(backend: str, name: str, small_blocks: None) 
     # LEAF has most options to cross.
     times = 3 if name == "leaf" else 1
 
-    @examples(backend, torch=150 * times, triton=8 * times, reference=40 * times)
+    @examples(backend, torch=150 * times, triton=4 * times, reference=40 * times)
     @example(LATE_BOUNDARY, "right")
     @example(LATE_BOUNDARY, "left")
     @example(LATE_BOUNDARY, "packed")

@@ -61,7 +61,7 @@ def test_smallest_rows_that_share_a_prefix(backend: str, few: bool, request: pyt
     if not few:  # chunks of a few pairs, and no problem is small enough to compare all
         request.getfixturevalue("small_blocks")
 
-    @examples(backend, torch=200, triton=20)
+    @examples(backend, torch=200, triton=8)
     @given(prompts())
     # A row that another goes on from, between two that are identical, and a boundary after their end.
     @example(([[1, 1], [1, 1, 0], [1, 1]], [0, 0, 0], [[3]]))

@@ -40,7 +40,7 @@ def refine_always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_agrees_with_the_reference(backend: str, layout: str, small_blocks: None) -> None:
-    @examples(backend, triton=20)
+    @examples(backend, triton=12)
     @given(rollouts(longest=12))
     def check(case: Rollouts) -> None:
         inputs = case.packed() if layout == "packed" else case.padded(layout, extra=1)
@@ -106,7 +106,7 @@ def test_limit_and_start(backend: str, small_blocks: None) -> None:
     )
     # The representative ends before the start, and the others go on with the same token.
     @example(rows=[[1, 0, 0], [1, 0, 0, 1, 0, 1, 0, 0, 0], [1, 1, 0, 1, 1, 1]], limit=None, start=5)
-    @examples(backend, triton=20)
+    @examples(backend, triton=12)
     def check(rows: list[list[int]], limit: int | None, start: int | None) -> None:
         found = lengths_of(rows, backend, limit=limit, start=start)
         assert found.tolist() == python_ref.common_prefix_lengths(rows, limit=limit, start=start or 0)
@@ -322,7 +322,7 @@ def check_laws(rows: list[list[int]], rng: random.Random, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_changing_a_shared_token_ends_the_prefix_there(backend: str, small_blocks: None) -> None:
     @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.data())
-    @examples(backend, triton=20)
+    @examples(backend, triton=12)
     def check(row: list[int], data: st.DataObject) -> None:
         t = data.draw(st.integers(0, len(row) - 1))
         changed = [*row[:t], row[t] + 1, *row[t + 1 :]]

@@ -28,7 +28,7 @@ def with_gradient(name: str, inputs: dict[str, Any], **options: Any) -> tuple[to
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @every_estimator
 def test_a_prompt_is_what_it_is_alone(name: str, backend: str) -> None:
-    @examples(backend)
+    @examples(backend, triton=3)
     @given(unequal_prompts(), st.sampled_from(IDS))
     def check(case: Rollouts, ids: torch.dtype) -> None:
         options: dict[str, Any] = {"backend": backend, **options_of(name, case.options)}

@@ -11,6 +11,7 @@ from support import examples
 
 import leafkernels
 import python_ref
+from leafkernels.credit.options import NORMALIZE
 from python_ref.values import nodes_from_prefix_lengths
 
 
@@ -113,11 +114,11 @@ def test_positions_beyond_int32(backend: str) -> None:
 CREDITS = [(terms, leave_one_out) for terms in ("both", "global", "local") for leave_one_out in (False, True)]
 
 
-@pytest.mark.parametrize("normalize", ["span", "batch", "reward_std", "none"])
 @pytest.mark.parametrize(
-    ("backend", "terms", "leave_one_out"),
+    ("backend", "terms", "leave_one_out", "normalize"),
     # The gradient has one form on every backend; the interpreter is too slow for all of them.
-    [("torch", *credit) for credit in CREDITS] + [("triton", "both", True)],
+    [("torch", *credit, normalize) for credit in CREDITS for normalize in NORMALIZE]
+    + [("triton", "both", True, "span")],
 )
 def test_gradcheck(backend: str, terms: str, leave_one_out: bool, normalize: str) -> None:
     groups = [random_group(5, 9, seed, vocabulary=2) for seed in (1, 2)]
