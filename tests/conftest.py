@@ -28,13 +28,15 @@ settings.register_profile(
 settings.load_profile("leafkernels")
 
 
-# Generated cases, or many programs, of the kernels: under the interpreter each takes seconds.
-SLOW_ON_TRITON = ("agree", "half_precision", "cross_blocks")
+# Processes, browsers and trainers of their own.
+SLOW_FILES = ("test_distributed", "test_html", "test_launches", "test_prefix_lengths", "test_trl", "test_wheel")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "triton" in item.name and any(part in item.name for part in SLOW_ON_TRITON):
+        # Under the interpreter a kernel takes seconds; what is worked by hand is small.
+        on_triton = "triton" in item.name and "by_hand" not in item.name
+        if on_triton or item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
 
 
