@@ -185,11 +185,11 @@ def views(draw: st.DrawFn) -> tuple[int, Callable[[torch.Tensor], torch.Tensor]]
                 tensor = tensor.transpose(dim, -1)
             elif kind == 1:
                 tensor = tensor[(slice(None),) * dim + (slice(number - 1, None, number),)]
-            elif kind == 2:
+            elif kind == 2 and tensor.shape[dim]:
                 tensor = (
                     tensor.select(dim, 0).unsqueeze(dim).expand(*tensor.shape[:dim], number, *tensor.shape[dim + 1 :])
                 )
-            elif tensor.shape[dim] >= number:
+            elif kind == 3 and tensor.shape[dim] >= number:
                 tensor = tensor.unfold(dim, number, 1)
         return tensor
 
