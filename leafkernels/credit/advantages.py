@@ -18,7 +18,6 @@ from leafkernels.rows.rollouts import Rollouts, read_rollouts
 class Credit(NamedTuple):
     """Spans of the rows of a call, and what they were made from."""
 
-    rollouts: Rollouts
     boundaries: Tensor
     nodes: Tensor
     spans: SpanValues
@@ -43,7 +42,7 @@ def credit_spans(
     )
     nodes = nodes_of_groups(as_rows(token_ids), layout, boundaries, backend)
     spans = values_of_groups(rollouts.rewards, nodes, boundaries, layout, options, backend)
-    return Credit(rollouts, boundaries, nodes, spans)
+    return Credit(boundaries, nodes, spans)
 
 
 def span_advantages(

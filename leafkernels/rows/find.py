@@ -48,11 +48,13 @@ def check_named_groups(groups: Any, num_rows: int, name: str, device: torch.devi
     return groups
 
 
-def check_group_size(group_size: Any, num_rows: int) -> None:
-    """Raise unless ``group_size`` divides the rows into prompts."""
+def check_one_grouping(groups: Any, group_size: Any) -> None:
+    """Raise where prompts are named and counted at once, or ``group_size`` is no count."""
+    if group_size is None:
+        return
+    if groups is not None:
+        raise ValueError(f"group_size must be None where groups names the prompts, got {group_size!r}")
     check_count("group_size", group_size, 1)
-    if num_rows % group_size:
-        raise ValueError(f"group_size must divide the number of rows, {num_rows}, got {group_size}")
 
 
 def find_rows(
@@ -85,14 +87,14 @@ def find_rows(
                 f"{argument} must be None where {name} is (prompts, rows, tokens), each prompt being a group; "
                 f"got {name} of shape {tuple(tensor.shape)} and {argument}={_brief(value)}"
             )
+    check_one_grouping(groups, group_size)
     prompt_shape: tuple[int, ...] | None
     prompts: Tensor | int
     if groups is not None:
-        if group_size is not None:
-            raise ValueError(f"group_size must be None where groups names the prompts, got {group_size!r}")
         prompt_shape, prompts = None, check_named_groups(groups, num_rows, name, tensor.device)
     elif group_size is not None:
-        check_group_size(group_size, num_rows)
+        if num_rows % group_size:
+            raise ValueError(f"group_size must divide the number of rows, {num_rows}, got {group_size}")
         prompt_shape, prompts = (num_rows // group_size,), group_size
     else:
         prompt_shape, prompts = row_shape[:-1], row_shape[-1]

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leafkernels._core.checks import (
-    check_count,
     check_integer,
     check_like,
     check_mask,
@@ -19,7 +18,7 @@ from leafkernels._core.checks import (
     check_rewards,
 )
 from leafkernels._core.ranks import place
-from leafkernels.rows.find import build_layout, check_cu_seqlens, check_named_groups
+from leafkernels.rows.find import build_layout, check_cu_seqlens, check_named_groups, check_one_grouping
 from leafkernels.rows.groups import group_index, read_names
 from leafkernels.rows.layout import as_rows
 
@@ -178,10 +177,7 @@ def _local_rows(
     rewards = check_rewards(rewards, "token_ids", (num_rows,), device).detach()
     sections = {"rewards": rewards.to(torch.float64)}
     kind, names = "None", None
-    if groups is not None and group_size is not None:
-        raise ValueError(f"group_size must be None where groups names the prompts, got {group_size!r}")
-    if group_size is not None:
-        check_count("group_size", group_size, 1)
+    check_one_grouping(groups, group_size)
     if isinstance(groups, Tensor):
         sections["groups"] = check_named_groups(groups, num_rows, "token_ids", device).to(torch.int64)
         kind = "a tensor"
