@@ -379,6 +379,7 @@ def _surprisal_entropy_backward_kernel(
 
 
 def num_warps() -> int:
+    """Warps of a program of ``THREADS`` threads."""
     return max(1, THREADS // 32)
 
 
