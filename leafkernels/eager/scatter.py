@@ -1,6 +1,6 @@
 """Every token gets its span's value; the adjoint sums over the tokens of each span.
 
-The storage of a row is cut into what lies before its first token, its spans, and what lies behind them. In storage
+The storage of a row is cut into what lies before its first token, its spans, and what lies after them. In storage
 order these pieces are repeats of one number each, padded or packed alike.
 """
 
@@ -15,7 +15,7 @@ _CHUNK = 1 << 16
 
 
 def _pieces(span_ends: Tensor, slot_starts: Tensor, slot_ends: Tensor, row_starts: Tensor, width: int) -> Tensor:
-    """(N, S + 2) number of tokens before the row, in each span, and behind the last; no row has more than ``width``."""
+    """(N, S + 2) number of tokens before the row, in each span, and after the last; no row has more than ``width``."""
     first, last, row = slot_starts[:, None], slot_ends[:, None], row_starts[:, None]
     cuts = torch.cat([first, row, (row + span_ends).cummax(1).values, last], dim=1).clamp_(first, last)
     return (cuts[:, 1:] - cuts[:, :-1]).to(torch.int32 if width < 1 << 31 else torch.int64)

@@ -178,7 +178,7 @@ def span_values_backward(
         std = _reward_std(centred, mean, nodes)
         of_raw = gradients / (std + 1e-6)
         of_std = -_by_group(of_raw * raw, nodes, normalize) / (std + 1e-6)
-        # d std / d r_j = (r_j - mean) / ((K - 1) std)
+        # d std / d r_j = (r_j - mean) / ((G - 1) std)
         of_rewards = (of_std * (centred - mean) / ((size - 1.0) * std)).masked_fill(std == 0.0, 0.0)
     elif normalize != "none":
         number, shift, std = _statistics(raw, nodes, normalize)
