@@ -1,7 +1,7 @@
 """The other estimators: what comparing credit schemes costs.
 
-Those of whole rollouts write a float32 per token and read next to nothing; ``tempo`` also reads ids until the rows have
-parted, and ``treerl`` is span_advantages with another last step.
+Those of whole rollouts write a float32 per token and read next to nothing; ``tempo`` and ``tree_td`` also read ids
+until the rows have parted, and ``treerl`` is span_advantages with another last step.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,8 @@ from bench.rollouts import Batch, Shape
 INPUTS = ("sampled", "ragged")
 # LEAF has a bench of its own.
 NAMES = [name for name in leafkernels.ESTIMATORS if name != "leaf"]
+# Those whose credit changes where rows leave.
+LEAVING = ("tempo", "tree_td")
 
 
 def options(name: str, batch: Batch) -> dict[str, Any]:
@@ -72,18 +74,35 @@ def of_rollouts(name: str) -> Callable[[Tensor, Tensor | None, int], Tensor]:
     return function
 
 
-def dense_tempo(token_ids: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-    """V at every position, from every pair of rows at every position; the masks are of rows padded on the right."""
+def dense_values(token_ids: Tensor, rewards: Tensor, mask: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """r - mean and V(after) - V(before) at every position, from every pair of rows at every position; the masks are of
+    rows padded on the right."""
     rewards = rewards.double()
     same = (token_ids[:, :, None] == token_ids[:, None]) & mask[:, :, None] & mask[:, None]
     shares = same.long().cumprod(-1).bool()
     of_others = torch.where(shares, rewards[:, None, :, None], 0.0)
     mean = rewards.mean(1, keepdim=True)[:, :, None]
-    after = of_others.sum(2) / shares.sum(2)
+    count = shares.sum(2)
+    after = of_others.sum(2) / count
+    if shrinkage:
+        leaves = count != pad(count[:, :, :-1], (1, 0), value=rewards.shape[1])
+        weight = torch.where(leaves & (count > 0), count / (count + shrinkage), 0.0)
+        # The recurrence V = w mean + (1 - w) V, written out: what is left of the earlier ones is a product.
+        kept = (1.0 - weight).cumprod(-1)
+        after = kept * (mean + (weight * after.nan_to_num(0.0) / kept).cumsum(-1))
     before = torch.cat([mean.expand(-1, after.shape[1], 1), after[:, :, :-1]], dim=2)
-    centred = rewards[:, :, None] - mean
+    return rewards[:, :, None] - mean, after - before
+
+
+def dense_tempo(token_ids: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+    centred, differences = dense_values(token_ids, rewards, mask, 0.0)
     std = (centred.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)).sqrt()
-    return torch.where(mask, (centred + after - before) / (std + 1e-6), 0.0).float()
+    return torch.where(mask, (centred + differences) / (std + 1e-6), 0.0).float()
+
+
+def dense_tree_td(token_ids: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
+    centred, differences = dense_values(token_ids, rewards, mask, 4.0)
+    return torch.where(mask, 0.2 * centred + differences, 0.0).float()
 
 
 def compiled_peer(name: str) -> Prepare:
@@ -94,11 +113,11 @@ def compiled_peer(name: str) -> Prepare:
                 ("global", 0.5, True, "none"),
                 lambda scaled: 2.0 * scaled - pad(scaled[:, :-1], (1, 0)),
             )
-        if name == "tempo":
+        if name in LEAVING:
             mask = torch.ones_like(batch.token_ids, dtype=torch.bool) if batch.mask is None else batch.mask
             prompts = max(1, (1 << 27) // (batch.shape.group**2 * batch.shape.tokens))
             chunks = [t.split(prompts) for t in (batch.token_ids, batch.rewards, mask)]
-            dense = compiled(dense_tempo)
+            dense = compiled({"tempo": dense_tempo, "tree_td": dense_tree_td}[name])
             return lambda: torch.cat([dense(*chunk) for chunk in zip(*chunks, strict=True)])
         function = compiled(of_rollouts(name))
         return lambda: function(batch.rewards, batch.mask, batch.shape.tokens)
@@ -125,14 +144,14 @@ def gate(name: str) -> Callable[[Batch, Any], None]:
 
 
 def bytes_moved(name: str) -> Callable[[Batch], int]:
-    """A float32 per token written, a bool read if there is a mask; for tempo an int64 id for each token that is needed
-    to part the rows, for treerl what span_advantages needs. What is small beside the tokens is left out."""
+    """A float32 per token written, a bool read if there is a mask; for tempo and tree_td an int64 id for each token
+    needed to part the rows, for treerl what span_advantages needs. What is small beside the tokens is left out."""
 
     def count(batch: Batch) -> int:
         if name == "treerl":
             return bench_advantages.bytes_moved(batch)
         of_tokens = batch.shape.num_tokens * (4 if batch.mask is None else 5)
-        if name != "tempo":
+        if name not in LEAVING:
             return of_tokens
         lengths = leafkernels.common_prefix_lengths(batch.token_ids, response_mask=batch.mask, backend="torch")
         return of_tokens + int(ids_needed(lengths, batch.shape.tokens).sum()) * 8

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from leafkernels.credit.advantages import span_advantages
 from leafkernels.credit.boundaries import select_boundaries
-from leafkernels.credit.differences import tempo, treerl
+from leafkernels.credit.differences import tempo, tree_td, treerl
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
 from leafkernels.credit.options import PRESETS
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
@@ -29,6 +29,7 @@ ESTIMATORS: dict[str, Callable[..., Tensor]] = {
     "dr_grpo": dr_grpo,
     "rloo": rloo,
     "tempo": tempo,
+    "tree_td": tree_td,
     "treerl": treerl,
 }
 """Every credit scheme by its name; all take the arguments of ``grpo``."""
@@ -58,6 +59,7 @@ __all__ = [
     "span_values",
     "surprisal_entropy",
     "tempo",
+    "tree_td",
     "treerl",
 ]
 

@@ -6,7 +6,7 @@ prefixes and no shared tricks. Every module has the name of the operation in ``l
 
 from python_ref.advantages import span_advantages
 from python_ref.boundaries import select_boundaries
-from python_ref.differences import tempo, treerl
+from python_ref.differences import tempo, tree_td, treerl
 from python_ref.estimators import dr_grpo, grpo, rloo
 from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
 from python_ref.policy_loss import policy_loss, policy_loss_slopes
@@ -45,5 +45,6 @@ __all__ = [
     "surprisal_entropy_backward",
     "surprisal_state",
     "tempo",
+    "tree_td",
     "treerl",
 ]

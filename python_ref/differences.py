@@ -1,4 +1,4 @@
-"""Credit from what a token changed: TEMPO and TreeRL."""
+"""Credit from what a token changed: TEMPO, its shrunk kin and TreeRL."""
 
 import math
 from collections.abc import Sequence
@@ -19,26 +19,56 @@ def tempo(
     groups: Groups = None,
 ) -> list[list[float]]:
     """(r - mean + V(s_{t+1}) - V(s_t)) / (std + 1e-6); V(s_t) is the mean reward of the rows that begin with s_t."""
+    return tree_td(
+        logprobs,
+        token_ids,
+        rewards,
+        response_mask=response_mask,
+        groups=groups,
+        shrinkage=0.0,
+        group_weight=1.0,
+        normalize="reward_std",
+    )
+
+
+def tree_td(
+    logprobs: Table,
+    token_ids: Rows,
+    rewards: Sequence[float],
+    *,
+    response_mask: Mask = None,
+    groups: Groups = None,
+    shrinkage: float = 4.0,
+    group_weight: float = 0.2,
+    normalize: str = "none",
+) -> list[list[float]]:
+    """V(s_{t+1}) - V(s_t) + group_weight (r - mean); where rows leave, V moves from the parent's value to the mean of
+    the n that remain by n / (n + shrinkage) of the way."""
     masks = full_mask(token_ids, response_mask)
     advantages = [[0.0] * len(mask) for mask in masks]
     for rows in scored_groups(rewards, groups):
         of_group = [rewards[j] for j in rows]
-        group_mean, scale = mean(of_group), deviation(of_group) + 1e-6
+        group_mean = mean(of_group)
+        scale = deviation(of_group) + 1e-6 if normalize == "reward_std" else 1.0
         ranges = {j: stretch(masks[j]) for j in rows}
         for i in rows:
             start, end = ranges[i]
-            sharing = rows
+            sharing, after = rows, group_mean
             for t in range(end - start):
-                before = mean([rewards[j] for j in sharing])
                 # Those that go on, and go on with the same token.
-                sharing = [
+                staying = [
                     j
                     for j in sharing
                     if t < ranges[j][1] - ranges[j][0] and token_ids[j][ranges[j][0] + t] == token_ids[i][start + t]
                 ]
-                after = mean([rewards[j] for j in sharing])
+                before = after
+                if staying != sharing:
+                    weight = len(staying) / (len(staying) + shrinkage)
+                    after = weight * mean([rewards[j] for j in staying]) + (1.0 - weight) * before
+                sharing = staying
                 if masks[i][start + t]:
-                    advantages[i][start + t] = (rewards[i] - group_mean + after - before) / scale
+                    credit = group_weight * (rewards[i] - group_mean) + after - before
+                    advantages[i][start + t] = credit / scale
     return advantages
 
 

@@ -1,16 +1,18 @@
-"""TEMPO and TreeRL: what is special to schemes of differences of values; tests/test_laws.py has the laws of all."""
+"""TEMPO, tree_td and TreeRL: what is special to differences of values; tests/test_laws.py has the laws of all."""
 
 import math
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
-from rollouts import DEVICE, Rollouts, assert_rows_close, random_group, rollouts, unmasked
+from hypothesis import strategies as st
+from rollouts import BACKENDS, DEVICE, Rollouts, assert_rows_close, random_group, rollouts, unmasked
 from support import examples
 
 import leafkernels
 import python_ref
-from leafkernels.credit.differences import _tempo_spans
+from leafkernels.credit.differences import _TEMPO, _spans_of_leaving
 from leafkernels.rows.rollouts import read_rollouts
 
 
@@ -56,7 +58,7 @@ def test_spans_of_tempo_are_what_the_scatter_takes(case: Rollouts) -> None:
     mask, groups = inputs["response_mask"], inputs["groups"]
     call = inputs["logprobs"], inputs["token_ids"], inputs["rewards"], mask, groups, None, None, "torch"
     rollouts = read_rollouts(*call)
-    values, ends = _tempo_spans(rollouts)
+    values, ends = _spans_of_leaving(rollouts, _TEMPO)
     assert values.shape == ends.shape
     assert (ends.diff(dim=1) >= 0).all()
     assert (ends >= 0).all()
@@ -112,6 +114,88 @@ def test_tempo_and_grpo_have_one_gradient_after_the_parting() -> None:
             (getattr(leafkernels, name)(torch.zeros(3, 2, device=DEVICE), ids, leaf) * weights).sum().backward()
             gradients.append(leaf.grad)
         torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
+
+
+SHRINKAGE = st.sampled_from([4.0, 0.0, 0.5, 1, math.inf])
+GROUP_WEIGHT = st.sampled_from([0.2, 0.0, 1.0, -1.5, 2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tree_td_of_any_weights_agrees_with_the_reference(backend: str) -> None:
+    @examples(backend, torch=200, triton=4, reference=40)
+    @given(rollouts(), SHRINKAGE, GROUP_WEIGHT, st.sampled_from(["none", "reward_std"]))
+    def check(case: Rollouts, shrinkage: float, group_weight: float, normalize: str) -> None:
+        options: dict[str, Any] = {"shrinkage": shrinkage, "group_weight": group_weight, "normalize": normalize}
+        expected = python_ref.tree_td(
+            case.logprobs, case.token_ids, case.rewards, response_mask=case.mask, groups=case.groups, **options
+        )
+        assert_rows_close(case.rows_of(leafkernels.tree_td(**case.padded(), **options, backend=backend)), expected)
+
+    check()
+
+
+@given(rollouts())
+@examples(torch=100)
+def test_corners_of_tree_td_to_the_bit(case: Rollouts) -> None:
+    inputs = case.padded()
+    tempo = leafkernels.tree_td(**inputs, shrinkage=0, group_weight=1, normalize="reward_std")
+    assert torch.equal(tempo, leafkernels.tempo(**inputs))
+    flat = leafkernels.tree_td(**inputs, shrinkage=math.inf, group_weight=1)
+    # Another order of the sum of the mean: one rounding of float64, which float32 may show as its own.
+    torch.testing.assert_close(flat, leafkernels.dr_grpo(**inputs), rtol=1.2e-7, atol=1e-15)
+    # Where no rewards need rounding, nor their mean, nothing is left to differ.
+    eighths = inputs["rewards"].mul(8).round().nan_to_num(0.0)
+    one = {**inputs, "rewards": eighths, "groups": torch.zeros_like(inputs["groups"])}
+    one = {name: tensor[: 1 << (len(tensor).bit_length() - 1)] for name, tensor in one.items()}
+    flat = leafkernels.tree_td(**one, shrinkage=math.inf, group_weight=1)
+    assert torch.equal(flat, leafkernels.dr_grpo(**one))
+
+
+@given(rollouts(), SHRINKAGE)
+@examples(torch=60)
+def test_tree_td_is_affine_in_the_group_weight(case: Rollouts, shrinkage: float) -> None:
+    inputs = case.padded()
+    without = leafkernels.tree_td(**inputs, shrinkage=shrinkage, group_weight=0.0)
+    flat = leafkernels.dr_grpo(**inputs)
+    for weight in (0.2, -1.5):
+        weighted = leafkernels.tree_td(**inputs, shrinkage=shrinkage, group_weight=weight)
+        # Three roundings of float32, of numbers up to 3.
+        torch.testing.assert_close(weighted, without + weight * flat, rtol=1e-6, atol=1e-6)
+
+
+def test_shrinkage_goes_from_the_means_to_the_prompt() -> None:
+    """A long chain: row k leaves the last row at token k, so that V has gone through all G - 1 nodes at its end."""
+    rows = [[0] * k + [1] * (9 - k) for k in range(8)]
+    rewards = [float(k % 3 == 0) for k in range(8)]
+    case = unmasked(rows, rewards)
+    for shrinkage in (0.5, 3.0):
+        value = sum(rewards) / 8
+        by_hand = []
+        for k in range(9):
+            left = rewards[k + 1 :]
+            before = value
+            if left:
+                value = (sum(left) + shrinkage * value) / (len(left) + shrinkage)
+            by_hand.append(value - before)
+        result = leafkernels.tree_td(**case.packed(), shrinkage=shrinkage, group_weight=0.0)
+        assert_rows_close(case.rows_of(result)[-1:], [by_hand])
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "text"),
+    [
+        ({"shrinkage": -1}, ValueError, "shrinkage must be at least 0, got -1"),
+        ({"shrinkage": math.nan}, ValueError, "shrinkage must be at least 0, got nan"),
+        ({"shrinkage": True}, TypeError, "shrinkage must be a number, got bool"),
+        ({"group_weight": "1"}, TypeError, "group_weight must be a number, got str"),
+        ({"group_weight": math.inf}, ValueError, "group_weight must be finite, got inf"),
+        ({"normalize": "span"}, ValueError, "normalize must be one of 'none', 'reward_std', got 'span'"),
+    ],
+)
+def test_options_of_tree_td(option: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as raised:
+        leafkernels.tree_td(**random_group(3, 4, seed=0), **option)
+    assert str(raised.value) == text
 
 
 def test_treerl_ranks_boundaries_as_span_advantages_does() -> None:

@@ -1,9 +1,12 @@
-"""Credit from what a token changed: TEMPO and TreeRL, called as ``span_advantages`` is."""
+"""Credit from what a token changed: TEMPO, its shrunk kin and TreeRL, called as ``span_advantages`` is."""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from leafkernels._core.checks import check_choice, check_finite
 from leafkernels.credit.advantages import credit_spans
 from leafkernels.credit.options import CreditOptions
 from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
@@ -13,6 +16,17 @@ from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
 # Pairs of rows whose lines are worked on together.
 _CHUNK = 1 << 18
+
+
+class _Weights(NamedTuple):
+    """How ``tree_td`` weighs: prior rollouts of each node, r - mean, and whether all is divided by the deviation."""
+
+    shrinkage: float
+    group_weight: float
+    is_divided: bool
+
+
+_TEMPO = _Weights(shrinkage=0.0, group_weight=1.0, is_divided=True)
 
 
 def tempo(
@@ -52,18 +66,83 @@ def tempo(
                 [-0.5773, -1.1547, -0.5773]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    return _credit_differences(rollouts, _TEMPO)
+
+
+def tree_td(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    shrinkage: float = 4.0,
+    group_weight: float = 0.2,
+    normalize: str = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """What a token changed, from means of few rollouts shrunk towards their parent's, plus a part of GRPO's credit.
+
+        A_t = V(s_{t+1}) - V(s_t) + group_weight * (r - mean)
+        V_0 = mean        V_k = (n_k mean_k + shrinkage V_{k-1}) / (n_k + shrinkage)
+
+    V_k is the value of a row's prefixes from the k-th token on at which rows that shared its prefix go another way or
+    have ended; n_k rows remain, itself included, and mean_k is their mean reward. A difference of values in a tree is
+    an error of temporal difference, hence the name. With ``shrinkage=0``, ``group_weight=1`` and
+    ``normalize="reward_std"`` this is ``tempo``; with ``shrinkage=math.inf`` and ``group_weight=1``, ``dr_grpo``.
+
+    The other arguments, layouts, memory and errors are those of ``tempo``.
+
+    Args:
+        shrinkage: how many rollouts' worth the parent's value counts at a node, at least 0. inf: no node differs from
+            its prompt, and what remains is ``group_weight * (r - mean)``.
+        group_weight: weight of r - mean, which every token of a row gets. 0: a token where no rollout leaves gets 0.
+        normalize: "none", or "reward_std" to divide by std + 1e-6 of the prompt's rewards (ddof 1).
+
+    Returns:
+        float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``, and linear in them
+        with normalize="none".
+
+    Example:
+        >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
+        >>> leafkernels.tree_td(torch.zeros(3, 3), token_ids, torch.tensor([1.0, 0.0, 0.0]))
+        tensor([[ 0.1333,  0.1889,  0.2556],
+                [-0.0667, -0.0111, -0.1444],
+                [-0.0667, -0.1333, -0.0667]])
+    """
+    check_shrinkage(shrinkage)
+    check_finite("group_weight", group_weight)
+    check_choice("normalize", normalize, ("none", "reward_std"))
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    return _credit_differences(rollouts, _Weights(float(shrinkage), float(group_weight), normalize == "reward_std"))
+
+
+def check_shrinkage(value: Any) -> None:
+    """Raise unless ``value`` is a number of at least 0; it may be infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"shrinkage must be a number, got {type(value).__name__}")
+    if not value >= 0:
+        raise ValueError(f"shrinkage must be at least 0, got {value}")
+
+
+def _credit_differences(rollouts: Rollouts, weights: _Weights) -> Tensor:
+    shape = rollouts.token_ids.shape
     if rollouts.rewards.shape[0] == 0:
-        return torch.zeros_like(token_ids, dtype=torch.float32)
-    return scatter_to_tokens(*_tempo_spans(rollouts), rollouts.rows, token_ids.shape, torch.float32, rollouts.backend)
+        return torch.zeros_like(rollouts.token_ids, dtype=torch.float32)
+    return scatter_to_tokens(
+        *_spans_of_leaving(rollouts, weights), rollouts.rows, shape, torch.float32, rollouts.backend
+    )
 
 
-def _tempo_spans(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+def _spans_of_leaving(rollouts: Rollouts, weights: _Weights) -> tuple[Tensor, Tensor]:
     """Values (N, 2 G) float64 and ends (N, 2 G) int32: for each member of a group the stretch up to the token at which
     it leaves the row, and that token. Members that leave together, or not at all, have empty spans.
 
     One number for each pair of rows, and so PyTorch on every backend, without a synchronisation.
     """
-    layout, is_out = rollouts.layout, rollouts.rewards.isnan()
+    layout, is_out, rewards = rollouts.layout, rollouts.rewards.isnan(), rollouts.rewards.to(torch.float64)
     shared = prefix_lengths_of_groups(as_rows(rollouts.token_ids), layout, None, rollouts.backend)
     num_rows, group = shared.shape
     values = rollouts.rewards.new_empty((num_rows, 2 * group), dtype=torch.float64)
@@ -73,12 +152,12 @@ def _tempo_spans(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     step = num_rows if torch.compiler.is_compiling() else max(1, _CHUNK // group)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
-        values[rows], ends[rows] = _spans_of_rows(rollouts.rewards.to(torch.float64), is_out, shared, layout, rows)
+        values[rows], ends[rows] = _spans_of_rows(rewards, is_out, shared, layout, rows, weights)
     return values, ends
 
 
 def _spans_of_rows(
-    rewards: Tensor, is_out: Tensor, shared: Tensor, layout: Layout, rows: slice
+    rewards: Tensor, is_out: Tensor, shared: Tensor, layout: Layout, rows: slice, weights: _Weights
 ) -> tuple[Tensor, Tensor]:
     group = shared.shape[1]
     itself = torch.arange(shared.shape[0], device=shared.device)[rows, None]
@@ -102,19 +181,49 @@ def _spans_of_rows(
     # Mean of a member and those that leave no sooner, less that of those that leave later (ties leave together).
     means = _sums_from(of_members) / torch.arange(group, 0, -1, device=shared.device)
     later = torch.searchsorted(shared, shared, right=True).clamp_max(group - 1)
-    difference = means.gather(1, later) - means
+    node_values = means if weights.shrinkage == 0 else _shrink(means, shared, first, weights.shrinkage)
+    difference = node_values.gather(1, later) - node_values
 
     mean = means.gather(1, first)
-    variance = _sums_from((of_members - mean).square()).gather(1, first) / (group - first - 1).clamp_min(1)
-    # The slope of the root is infinite at 0, and would make NaN of gradients that are 0.
-    is_flat = variance == 0.0
-    std = variance.masked_fill(is_flat, 1.0).sqrt().masked_fill(is_flat, 0.0)
-    own = (own - mean).expand_as(difference)
-    values = torch.stack([own, own + difference], dim=2).flatten(1) / (std + 1e-6)
+    own = ((own - mean) * weights.group_weight).expand_as(difference)
+    values = torch.stack([own, own + difference], dim=2).flatten(1)
+    if weights.is_divided:
+        values = values / (_deviation(of_members, mean, first) + 1e-6)
 
     lengths = layout.row_lengths[rows, None].to(torch.int32)
     ends = torch.stack([shared, shared + 1], dim=2).flatten(1).clamp_min(0).minimum(lengths)
     return values, ends.cummax(1).values
+
+
+def _shrink(means: Tensor, shared: Tensor, first: Tensor, shrinkage: float) -> Tensor:
+    """(N, G): the value of the node that is left where a member leaves, n the member and those that leave no sooner.
+
+    V_k = w mean_k + (1 - w) V_{k-1} with w = n / (n + shrinkage), a recurrence that is composed in log G steps. Its
+    form keeps the corners: exactly the mean where w is 1, and exactly the parent's value where w is 0.
+    """
+    group = means.shape[1]
+    rank = torch.arange(group, device=means.device)
+    count = torch.arange(group, 0, -1, device=means.device, dtype=means.dtype)
+    # Members that leave with the one before them make no node of their own.
+    is_node = shared != pad(shared[:, :-1], (1, 0), value=-2)
+    is_root = rank == first
+    own = torch.where(is_root, 1.0, torch.where(is_node, count / (count + shrinkage), 0.0))
+    kept, values = 1.0 - own, own * means
+    step = 1
+    while step < group:
+        values = values + kept * pad(values[:, :-step], (step, 0))
+        kept = kept * pad(kept[:, :-step], (step, 0), value=1.0)
+        step *= 2
+    return values
+
+
+def _deviation(of_members: Tensor, mean: Tensor, first: Tensor) -> Tensor:
+    """(N, 1): of the rewards of each row's prompt, ddof 1."""
+    variance = _sums_from((of_members - mean).square()).gather(1, first)
+    variance = variance / (of_members.shape[1] - first - 1).clamp_min(1)
+    # The slope of the root is infinite at 0, and would make NaN of gradients that are 0.
+    is_flat = variance == 0.0
+    return variance.masked_fill(is_flat, 1.0).sqrt().masked_fill(is_flat, 0.0)
 
 
 def _sums_from(entries: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Other estimators on the same rollouts, called as ``span_advantages`` is: compare credit schemes by changing a name.
 
 Options of ``span_advantages``'s tree (``num_boundaries`` and the like) are taken by those that have such a tree only:
-here ``treerl`` takes ``num_boundaries``, ``min_separation`` and ``boundary_scores``, the others none.
+here ``treerl`` takes ``num_boundaries``, ``min_separation`` and ``boundary_scores``, the others none. ``tree_td`` has
+weights of its own.
 
 With r the reward of a row, mean, std (ddof 1) and G, the number of rows, those of its prompt:
 
@@ -9,6 +10,7 @@ With r the reward of a row, mean, std (ddof 1) and G, the number of rows, those 
     dr_grpo    r - mean
     rloo       G / (G - 1) * (r - mean)
     tempo      (r - mean + V(s_{t+1}) - V(s_t)) / (std + 1e-6), V the mean reward of the rows that share a prefix
+    tree_td    V(s_{t+1}) - V(s_t) + group_weight (r - mean), V of few rows shrunk towards their parent's
     treerl     2 V_k / sqrt(n_k) - V_{k-1} / sqrt(n_{k-1}), on the nodes at the boundaries of ``span_advantages``
 
 As there, a row whose reward is NaN takes no part in anything and gets 0, an empty row counts in mean, std and G, and a
