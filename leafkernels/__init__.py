@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from leafkernels.credit.advantages import span_advantages
+from leafkernels.credit.agreement import GradientAgreement, gradient_agreement
 from leafkernels.credit.boundaries import select_boundaries
 from leafkernels.credit.differences import tempo, tree_td, treerl
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ESTIMATORS",
+    "GradientAgreement",
     "PRESETS",
     "PolicyLoss",
     "SpanTree",
@@ -45,6 +47,7 @@ __all__ = [
     "SurprisalEntropy",
     "common_prefix_lengths",
     "dr_grpo",
+    "gradient_agreement",
     "group_index",
     "grpo",
     "linear_surprisal_entropy",

@@ -1,0 +1,297 @@
+"""Which credit fits these rollouts: how well a scheme's gradient agrees with that of rollouts it has not seen.
+
+A scheme sees K of a prompt's rollouts, and its policy gradient is held against RLOO's on all others, which is unbiased
+for any policy: noise in it lowers every cosine and favours none. A gradient needs parameters that rollouts share; those
+of the model itself are best, and an n-gram policy fitted on the prompt's rollouts costs next to nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leafkernels._core.checks import check_count
+from leafkernels.credit.estimators import dr_grpo
+from leafkernels.credit.prefix_lengths import common_prefix_lengths
+from leafkernels.rows.layout import as_rows
+from leafkernels.rows.rollouts import Rollouts, read_rollouts
+
+Scheme = Callable[..., Tensor]
+Gradients = Callable[[Tensor, Tensor], Tensor]
+
+# Of the rollouts that a scheme does not see, there are as many as it sees and these.
+SPARE = 8
+# Held-out rollouts that share a prefix, and those of them that go on with the token, for the token to have a truth.
+_SHARING, _CHOOSING = 8, 4
+
+
+class Difference(NamedTuple):
+    """Mean over prompts of a scheme's agreement less another's, and the interval that holds it."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class GradientAgreement(NamedTuple):
+    """What was measured, by prompt in the order of the groups, split and scheme. All tensors are float64 on the CPU.
+
+    NaN marks what could not be measured: a prompt with too few scored rollouts, or a split in which the rewards that
+    the schemes saw, or the others, were all equal.
+    """
+
+    names: tuple[str, ...]
+    cosines: Tensor  # (P, splits, S): of the gradients
+    token_accuracy: Tensor  # (P, splits, S): cosine of credit and truth token by token; it misleads, see docs/credit.md
+    differing: Tensor  # (P, splits, S): share of the tokens whose credit is no multiple of Dr. GRPO's
+
+    @property
+    def num_measured(self) -> int:
+        """Prompts with a split that was measured."""
+        return int((~self.cosines.isnan()).any(2).any(1).sum())
+
+    def mean(self, of: str = "cosines") -> dict[str, float]:
+        """The mean over prompts of the mean over splits of ``"cosines"``, ``"token_accuracy"`` or ``"differing"``."""
+        means = getattr(self, of).nanmean(1).nanmean(0).tolist()
+        return dict(zip(self.names, means, strict=True))
+
+    def difference(self, name: str, to: str, *, resamples: int = 4000, coverage: float = 0.95) -> Difference:
+        """Agreement of ``name`` less that of ``to``, paired by split, with a percentile interval by bootstrap.
+
+        Prompts are drawn with replacement, not splits: the splits of a prompt share rollouts. The draws are the same in
+        every call. Without a prompt that was measured all three are NaN.
+        """
+        first, second = (self.cosines[:, :, self.names.index(scheme)] for scheme in (name, to))
+        of_prompts = (first - second).nanmean(1)
+        of_prompts = of_prompts[~of_prompts.isnan()]
+        if not len(of_prompts):
+            return Difference(float("nan"), float("nan"), float("nan"))
+        draws = torch.randint(
+            len(of_prompts), (resamples, len(of_prompts)), generator=torch.Generator().manual_seed(len(of_prompts))
+        )
+        tail = (1.0 - coverage) / 2
+        ends = of_prompts[draws].mean(1).quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
+        return Difference(float(of_prompts.mean()), *ends.tolist())
+
+
+def gradient_agreement(
+    schemes: Mapping[str, Scheme],
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | None = None,
+    group_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    num_rollouts: int = 8,
+    num_splits: int = 8,
+    context: int = 4,
+    gradients: Gradients | None = None,
+    seed: int = 0,
+) -> GradientAgreement:
+    """Let each scheme see ``num_rollouts`` of a prompt's rollouts, and hold its gradient against that of all others.
+
+        g(A) = sum over rollouts and tokens of A_t grad log pi(token t)
+        agreement = cosine of g(scheme, seen rollouts) and g(RLOO, all others)
+
+    One prompt is worked on at a time, on the CPU, and two runs give the same bits. Rollouts whose reward is NaN are
+    left out. A prompt needs 2 * num_rollouts + 8 scored ones, whose rewards are not all equal.
+
+    Args:
+        schemes: functions by name, called as ``grpo`` is with tensors (splits, K, T): ``leafkernels.ESTIMATORS``, or
+            ``{"mine": functools.partial(leafkernels.tree_td, shrinkage=8.0)}``.
+        logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens: as in ``span_advantages``.
+        num_rollouts: K, how many rollouts a scheme sees.
+        num_splits: how often a prompt's rollouts are split at random.
+        context: tokens that the n-gram policy looks back. Its parameters are the logits of the next token after each
+            context; its probabilities are counted on all rollouts of the prompt. Not used with ``gradients``.
+        gradients: ``gradients(advantages, rows)`` gives a vector (D,), the gradient of sum(advantages * log pi) in
+            parameters of your own. ``advantages`` is shaped like ``token_ids``, on its device, and 0 but in ``rows``,
+            int64, the numbers of the rows that take part; the other rows need no forward pass.
+        seed: of the splits; prompt p draws them with seed + p.
+
+    Returns:
+        ``GradientAgreement``; NaN where a prompt or a split could not be measured.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be; the message names it and what came.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> token_ids = torch.randint(0, 3, (100, 6))
+        >>> rewards = (token_ids[:, 0] == 1).double()  # all is decided by the first token
+        >>> found = leafkernels.gradient_agreement(
+        ...     {"grpo": leafkernels.grpo, "tree_td": leafkernels.tree_td}, torch.zeros(100, 6), token_ids, rewards
+        ... )
+        >>> found.difference("tree_td", "grpo").low > 0
+        True
+    """
+    if not schemes or not all(isinstance(name, str) and callable(scheme) for name, scheme in schemes.items()):
+        raise ValueError("schemes must map names to functions, and hold one at least")
+    for name, value, least in (
+        ("num_rollouts", num_rollouts, 2),
+        ("num_splits", num_splits, 1),
+        ("context", context, 0),
+    ):
+        check_count(name, value, least)
+    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, "auto")
+    results = []
+    layout = rollouts.layout
+    starts = layout.group_starts.tolist()
+    for number in range(len(starts) - 1):
+        rows = layout.rows_by_group[starts[number] : starts[number + 1]]
+        prompt = _Prompt(rollouts, logprobs, response_mask, rows[~rollouts.rewards[rows].isnan()])
+        policy = _NGrams(prompt, context) if gradients is None else _OfCaller(prompt, gradients, rollouts)
+        results.append(_measure(prompt, policy, schemes, num_rollouts, num_splits, seed + number))
+    shape = (0, num_splits, len(schemes))
+    columns = zip(*results, strict=True) if results else [[torch.zeros(shape, dtype=torch.float64)]] * 3
+    return GradientAgreement(tuple(schemes), *(torch.stack(list(column)).reshape(-1, *shape[1:]) for column in columns))
+
+
+class _Prompt:
+    """The scored rollouts of one prompt on the CPU, (n, T) from the first token of each row on."""
+
+    def __init__(self, rollouts: Rollouts, logprobs: Tensor, response_mask: Tensor | None, rows: Tensor) -> None:
+        token_ids, layout = as_rows(rollouts.token_ids), rollouts.layout
+        stride = token_ids.shape[-1] if token_ids.dim() == 2 else 0
+        lengths = layout.row_lengths[rows]
+        at = torch.arange(int(lengths.max()) if len(rows) else 0, device=rows.device)
+        is_token = at < lengths[:, None]
+        # Where each token lies in the tensors of the call, flattened; padding points at the first element.
+        places = torch.where(is_token, (rows * stride + layout.row_starts[rows])[:, None] + at, 0)
+        self.rows, self.places = rows, places
+        self.is_token = is_token.cpu()
+        self.token_ids = _taken(token_ids, places).cpu()
+        self.logprobs = _taken(as_rows(logprobs), places).detach().cpu()
+        live = is_token if response_mask is None else is_token & (_taken(as_rows(response_mask), places) != 0)
+        self.mask = live.cpu()
+        self.rewards = rollouts.rewards[rows].detach().to("cpu", torch.float64)
+
+    def credit(self, scheme: Scheme, members: Tensor) -> Tensor:
+        """(splits, k, T) float64 of the rows ``members`` (splits, k), 0 where the mask is False."""
+        mask = self.is_token[members]
+        credit = scheme(self.logprobs[members], self.token_ids[members], self.rewards[members], response_mask=mask)
+        return credit.to(torch.float64).masked_fill(~self.mask[members], 0.0)
+
+
+def _taken(tensor: Tensor, places: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    return flat[places] if places.numel() else flat.new_zeros(places.shape)
+
+
+class _NGrams:
+    """A softmax over the next token after each context of C tokens, its probabilities counted on all rollouts."""
+
+    def __init__(self, prompt: _Prompt, context: int) -> None:
+        # Numbered from 0, so that a name and a token are one number.
+        known, ids = prompt.token_ids.masked_fill(~prompt.is_token, 0).unique(return_inverse=True)
+        names = torch.zeros_like(ids)
+        for _ in range(min(context, ids.shape[1])):
+            # One token more to look back: the name of the context one place earlier, and the token there.
+            found = (names[:, :-1] * len(known) + ids[:, :-1]).unique(return_inverse=True)[1]
+            names = torch.cat([torch.zeros_like(names[:, :1]), found + 1], 1)
+        live = prompt.mask
+        pairs, pair_of_token = (names[live] * len(known) + ids[live]).unique(return_inverse=True)
+        contexts, context_of_pair = (pairs // max(len(known), 1)).unique(return_inverse=True)
+        counts = torch.bincount(pair_of_token, minlength=len(pairs)).to(torch.float64)
+        of_context = torch.zeros(len(contexts), dtype=torch.float64).index_add_(0, context_of_pair, counts)
+        self._num_contexts = len(contexts)
+        self._context_of_pair, self._chances = context_of_pair, counts / of_context[context_of_pair]
+        # The last number is that of no choice.
+        self._pair_of_token = torch.full(live.shape, len(pairs))
+        self._pair_of_token[live] = pair_of_token
+
+    def gradients(self, credit: Tensor, members: Tensor) -> Tensor:
+        """(splits, D): the sum of credit * (one at the token - probabilities) over the logits of each context."""
+        num_pairs = len(self._chances)
+        of_pairs = credit.new_zeros((len(members), num_pairs + 1))
+        of_pairs.scatter_add_(1, self._pair_of_token[members].flatten(1), credit.flatten(1))
+        of_pairs = of_pairs[:, :num_pairs]
+        of_contexts = credit.new_zeros((len(members), self._num_contexts))
+        of_contexts.scatter_add_(1, self._context_of_pair.expand_as(of_pairs), of_pairs)
+        return of_pairs - of_contexts[:, self._context_of_pair] * self._chances
+
+
+class _OfCaller:
+    """The gradients that ``gradients=`` computes, a split at a time."""
+
+    def __init__(self, prompt: _Prompt, gradients: Gradients, rollouts: Rollouts) -> None:
+        self._prompt, self._function, self._rollouts = prompt, gradients, rollouts
+
+    def gradients(self, credit: Tensor, members: Tensor) -> Tensor:
+        prompt, token_ids = self._prompt, self._rollouts.token_ids
+        found = []
+        for of_split, chosen in zip(credit, members, strict=True):
+            flat = torch.zeros(token_ids.numel(), dtype=torch.float32, device=token_ids.device)
+            taken = prompt.is_token[chosen]
+            flat[prompt.places[chosen][taken]] = of_split[taken].to(flat)
+            found.append(self._function(flat.reshape(token_ids.shape), prompt.rows[chosen]))
+            if found[0].dim() != 1 or found[-1].shape != found[0].shape:
+                raise ValueError(f"gradients must return vectors of one length, got shape {tuple(found[-1].shape)}")
+        return torch.stack(found).detach().to("cpu", torch.float64)
+
+
+def _measure(
+    prompt: _Prompt, policy: _NGrams | _OfCaller, schemes: Mapping[str, Scheme], seen: int, splits: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines, token accuracy and share of differing tokens, (splits, S) each."""
+    cosines, accuracy, differing = torch.full((3, splits, len(schemes)), torch.nan, dtype=torch.float64)
+    size = len(prompt.rewards)
+    if size < 2 * seen + SPARE or bool((prompt.rewards == prompt.rewards[0]).all()):
+        return cosines, accuracy, differing
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(size, generator=generator) for _ in range(splits)])
+    members, others = order[:, :seen], order[:, seen:]
+    says = torch.ones(splits, dtype=torch.bool)
+    for part in (members, others):
+        of_part = prompt.rewards[part]
+        says &= (of_part != of_part[:, :1]).any(1)
+    members, others = members[says], others[says]
+    if not len(members):
+        return cosines, accuracy, differing
+    # RLOO is Dr. GRPO times G / (G - 1), and a cosine does not see that.
+    truth = policy.gradients(prompt.credit(dr_grpo, others), others)
+    token_truth, is_known = _token_truth(prompt, members, others)
+    flat, live = prompt.credit(dr_grpo, members), prompt.mask[members]
+    for number, scheme in enumerate(schemes.values()):
+        credit = prompt.credit(scheme, members)
+        cosines[says, number] = _cosine(policy.gradients(credit, members), truth)
+        accuracy[says, number] = _cosine(torch.where(is_known, credit, 0.0).flatten(1), token_truth.flatten(1))
+        differing[says, number] = _differing(credit, flat, live)
+    return cosines, accuracy, differing
+
+
+def _cosine(first: Tensor, second: Tensor) -> Tensor:
+    """(splits,) cosines of the rows of two matrices; 0 where one of them is 0: it agrees with nothing."""
+    product = (first * second).sum(1)
+    sizes = first.square().sum(1).sqrt() * second.square().sum(1).sqrt()
+    return torch.where(sizes > 0, product / sizes, 0.0)
+
+
+def _token_truth(prompt: _Prompt, members: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """(splits, k, T): mean reward of the held-out rollouts that share prefix and token less that of those that share
+    the prefix, and where enough of them do."""
+    shared = common_prefix_lengths(prompt.token_ids, response_mask=prompt.is_token).long()
+    lengths = shared[members[:, :, None], others[:, None, :]]
+    shape = (*members.shape, prompt.token_ids.shape[1] + 1)
+    rewards = prompt.rewards[others][:, None, :].expand_as(lengths)
+    # At t: of the held-out rollouts that share t tokens or more.
+    sums, counts = (
+        torch.zeros(shape, dtype=torch.float64).scatter_add_(2, lengths, entries).flip(2).cumsum(2).flip(2)
+        for entries in (rewards, torch.ones_like(rewards))
+    )
+    means = sums / counts.clamp_min(1)
+    is_known = (counts[..., :-1] >= _SHARING) & (counts[..., 1:] >= _CHOOSING) & prompt.mask[members]
+    return torch.where(is_known, means[..., 1:] - means[..., :-1], 0.0), is_known
+
+
+def _differing(credit: Tensor, flat: Tensor, live: Tensor) -> Tensor:
+    """(splits,): share of live tokens whose credit is not the multiple of ``flat`` that the median token has."""
+    ratios = torch.where(live & (flat != 0), credit / flat, torch.nan)
+    multiple = ratios.flatten(1).nanmedian(1).values[:, None, None].nan_to_num(0.0)
+    # Credit is float32: a multiple is one up to a few roundings of the largest number.
+    slack = 1e-5 * credit.abs().amax((1, 2), keepdim=True)
+    differs = ((credit - multiple * flat).abs() > slack) & live
+    return differs.sum((1, 2)).double() / live.sum((1, 2)).clamp_min(1)
