@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,13 @@ def rewards_of(right: Tensor, reward: str) -> Tensor:
     return right[..., : int(reward.removeprefix("first_"))].prod(-1)
 
 
-def advantages(method: str, logprobs: Tensor, token_ids: Tensor, rewards: Tensor, setting: Setting) -> Tensor:
-    if method in VARIANTS:
+def advantages(
+    method: str | Callable[..., Tensor], logprobs: Tensor, token_ids: Tensor, rewards: Tensor, setting: Setting
+) -> Tensor:
+    if not isinstance(method, str):
+        whole = torch.ones_like(token_ids, dtype=torch.bool)
+        credit = method(logprobs, token_ids, rewards, response_mask=whole)
+    elif method in VARIANTS:
         credit = leafkernels.span_advantages(
             logprobs, token_ids, rewards, num_boundaries=setting.boundaries, **VARIANTS[method]
         )
@@ -124,7 +130,7 @@ def advantages(method: str, logprobs: Tensor, token_ids: Tensor, rewards: Tensor
     return credit
 
 
-def train(setting: Setting, method: str, first_seed: int = 0) -> Tensor:
+def train(setting: Setting, method: str | Callable[..., Tensor], first_seed: int = 0) -> Tensor:
     """Return the exact expected reward of each seed before each step and after the last, (seeds, steps + 1).
 
     Methods see the same first tables, the same right options and the same noise.

@@ -1,0 +1,182 @@
+"""Which credit fits real rollouts? The table, the search for a better estimator, and the policy that is a table.
+
+    python examples/study/agreement/run.py ROLLOUTS --part table
+    python examples/study/agreement/run.py ROLLOUTS --part search
+    python examples/study/agreement/run.py --part tabular
+
+ROLLOUTS is a file of many rollouts a prompt, in the format of ``python -m leafkernels``; PROTOCOL.md says what is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from candidates import candidates, candidates_by_entropy
+from rich.progress import track
+from torch import Tensor
+
+import leafkernels
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import tabular
+
+RESULTS = Path(__file__).parent / "results"
+CONTEXTS = (2, 4, 8)
+Prompt = dict[str, Tensor]
+
+
+def prompts_of(path: Path) -> Iterator[Prompt]:
+    with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        for line in file:
+            rows = json.loads(line)["completions"]
+            lengths = torch.tensor([0, *(len(row["token_ids"]) for row in rows)])
+            yield {
+                "logprobs": torch.tensor([x for row in rows for x in row["logprobs"]]),
+                "token_ids": torch.tensor([x for row in rows for x in row["token_ids"]]),
+                "rewards": torch.tensor([row["reward"] for row in rows], dtype=torch.float64),
+                "cu_seqlens": lengths.cumsum(0).int(),
+            }
+
+
+def entropies(prompt: Prompt, context: int) -> Tensor:
+    """Of the next token after each context of so many tokens, as counted on all rollouts of the prompt."""
+    rows = [row.tolist() for row in prompt["token_ids"].split(prompt["cu_seqlens"].diff().tolist())]
+    before = [tuple(row[max(0, t - context) : t]) for row in rows for t in range(len(row))]
+    counts: dict[tuple[int, ...], Counter[int]] = {}
+    for name, token in zip(before, (token for row in rows for token in row), strict=True):
+        counts.setdefault(name, Counter())[token] += 1
+    found = {
+        name: math.log(of.total()) - sum(n * math.log(n) for n in of.values()) / of.total()
+        for name, of in counts.items()
+    }
+    return torch.tensor([found[name] for name in before])
+
+
+def measure(
+    path: Path,
+    schemes: dict[str, Callable[..., Tensor]],
+    rollouts: int,
+    context: int,
+    seed: int,
+    by_entropy: bool = False,
+) -> leafkernels.GradientAgreement:
+    """All prompts of the file; prompt p draws its 16 splits with seed + p."""
+    found = []
+    for number, prompt in enumerate(prompts_of(path)):
+        call = prompt | ({"logprobs": -entropies(prompt, context)} if by_entropy else {})
+        found.append(
+            leafkernels.gradient_agreement(
+                schemes, **call, num_rollouts=rollouts, num_splits=16, context=context, seed=seed + number
+            )
+        )
+    columns = ("cosines", "token_accuracy", "differing")
+    return leafkernels.GradientAgreement(
+        tuple(schemes), *(torch.cat([getattr(one, column) for one in found]) for column in columns)
+    )
+
+
+def save(name: str, rows: list[dict[str, Any]]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    partial_file = RESULTS / f"{name}.json.partial"
+    partial_file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    os.replace(partial_file, RESULTS / f"{name}.json")
+
+
+def rounded(found: leafkernels.GradientAgreement, name: str, to: str) -> list[float]:
+    """Mean, low and high of the difference."""
+    return [round(x, 4) for x in found.difference(name, to)]
+
+
+def table(path: Path) -> None:
+    schemes: dict[str, Callable[..., Tensor]] = dict(leafkernels.ESTIMATORS)
+    schemes["leaf, 8 boundaries"] = partial(leafkernels.span_advantages, num_boundaries=8, min_separation=2)
+    for shrinkage, group_weight in ((0.0, 0.0), (0.0, 0.2), (8.0, 0.2)):
+        schemes[f"tree_td {shrinkage:g}, {group_weight:g}"] = partial(
+            leafkernels.tree_td, shrinkage=shrinkage, group_weight=group_weight
+        )
+    rows = []
+    for rollouts in (4, 8, 16, 32):
+        for context in CONTEXTS:
+            found = measure(path, schemes, rollouts, context, seed=0)
+            means, accuracy, differing = (found.mean(of) for of in ("cosines", "token_accuracy", "differing"))
+            for name in schemes:
+                row = {"rollouts": rollouts, "context": context, "problems": found.num_measured, "scheme": name}
+                row |= {"agreement": round(means[name], 4), "to_dr_grpo": rounded(found, name, "dr_grpo")}
+                row |= {"token_accuracy": round(accuracy[name], 3), "differing": round(differing[name], 3)}
+                rows.append(row)
+            save("table", rows)
+
+
+def search(path: Path) -> None:
+    rows = []
+    for by_entropy, schemes in ((False, candidates()), (True, candidates_by_entropy())):
+        for rollouts in (8, 4, 16, 32):
+            found = [measure(path, schemes, rollouts, context, 1000, by_entropy) for context in CONTEXTS]
+            # The splits are those of every context, so that a mean over contexts is one measure more.
+            score = found[0]._replace(cosines=torch.stack([one.cosines for one in found]).mean(0))
+            halves = [score._replace(cosines=score.cosines[first::2]) for first in (0, 1)]
+            for name in schemes:
+                row: dict[str, Any] = {"rollouts": rollouts, "candidate": name, "by_entropy": by_entropy}
+                row |= {f"context {c}": rounded(one, name, "dr_grpo") for c, one in zip(CONTEXTS, found, strict=True)}
+                row |= {"score": rounded(score, name, "dr_grpo"), "to_fixed": rounded(score, name, "fixed 4, 0.2")}
+                row |= {
+                    f"{half} to_fixed": rounded(one, name, "fixed 4, 0.2")[0]
+                    for half, one in zip(("even", "odd"), halves, strict=True)
+                }
+                rows.append(row)
+            save("search", rows)
+
+
+def tabular_sweep(chosen: dict[str, Callable[..., Tensor]]) -> None:
+    bases = {base.reward: replace(base, seeds=64) for base in tabular.BASES}
+    settings = [
+        bases["prefix"],
+        replace(bases["prefix"], sharpness=3.0),
+        replace(bases["prefix"], decisions=32),
+        replace(bases["prefix"], rollouts=32),
+        bases["fraction"],
+        replace(bases["fraction"], sharpness=3.0),
+        bases["all"],
+        replace(bases["all"], rollouts=4),
+    ]
+    schemes = {"tempo": leafkernels.tempo, "leaf": leafkernels.span_advantages, **chosen}
+    rows = []
+    for setting in track(settings, description="tabular"):
+        grpo = tabular.train(setting, "grpo")[:, :-1].mean(1)
+        for name, scheme in schemes.items():
+            gain = tabular.train(setting, scheme)[:, :-1].mean(1) - grpo
+            row = {"reward": setting.reward, "sharpness": setting.sharpness, "decisions": setting.decisions}
+            row |= {"rollouts": setting.rollouts, "scheme": name, "grpo": round(float(grpo.mean()), 4)}
+            half = 1.998 * float(gain.std()) / len(gain) ** 0.5
+            rows.append(row | {"gain": round(float(gain.mean()), 4), "interval": round(half, 4)})
+        save("tabular", rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS")
+    parser.add_argument("--part", choices=("table", "search", "tabular"), required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.part != "tabular" and arguments.rollouts is None:
+        parser.error("name a file of rollouts")
+    if arguments.part == "tabular":
+        tabular_sweep({"tree_td 4, 0.2": leafkernels.tree_td})
+    else:
+        (table if arguments.part == "table" else search)(arguments.rollouts)
+
+
+if __name__ == "__main__":
+    main()
