@@ -195,6 +195,55 @@ def test_advantages_are_those_of_the_reference(options: dict[str, Any], masked: 
         assert batch["advantages"][unscored].eq(0).all()
 
 
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"estimator": "tree_td"}, {"normalize": "reward_std"}),
+        ({"estimator": "tree_td", "shrinkage": 1.0, "group_weight": 0.5, "scale_rewards": "none"},
+         {"shrinkage": 1.0, "group_weight": 0.5}),
+        ({"estimator": "tempo", "scale_rewards": "batch"}, {}),
+        ({"estimator": "treerl", "num_boundaries": 3}, {"num_boundaries": 3}),
+        ({"estimator": "rloo"}, {}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_estimators_by_name(changes: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
+    run = trainer(Recorded, config(tmp_path, max_steps=1, **changes), picky, script(tiny_trl.model(), 4))
+    asked: list[bool] = []
+    compute = run._get_per_token_logps_and_entropies
+    run._get_per_token_logps_and_entropies = lambda *a, **k: (asked.append(torch.is_grad_enabled()), compute(*a, **k))[
+        1
+    ]
+    run.train()
+    (batch,) = run.batches
+    expected = getattr(python_ref, changes["estimator"])(
+        batch["logprobs"].tolist(),
+        batch["completion_ids"].tolist(),
+        batch["rewards"][:, 0].tolist(),
+        response_mask=batch["completion_mask"].bool().tolist(),
+        groups=[row // 4 for row in range(len(batch["rewards"]))],
+        **options,
+    )
+    assert_rows_close(batch["advantages"].tolist(), expected)
+    assert batch["advantages"].any()
+    assert not any(name.startswith("leaf/") for name in batch["metrics"])
+    # A forward pass more only for an estimator that ranks boundaries.
+    assert asked == [False, True] if changes["estimator"] == "treerl" else asked == [True]
+
+
+def test_estimators_that_cannot_be(tmp_path: Path) -> None:
+    for changes, text in (
+        ({"estimator": "ppo"}, "estimator must be one of 'leaf', .*, got 'ppo'"),
+        (
+            {"estimator": "tree_td", "scale_rewards": "batch"},
+            "normalize must be one of 'none', 'reward_std', got 'batch'",
+        ),
+        ({"estimator": "tree_td", "shrinkage": -1.0}, "shrinkage must be at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            trainer(LeafGRPOTrainer, config(tmp_path, **changes))
+
+
 @pytest.mark.parametrize(("scale", "normalize"), [("group", "span"), ("batch", "batch"), ("none", "none")])
 def test_normalize_follows_scale_rewards(scale: str, normalize: str, tmp_path: Path) -> None:
     run = trainer(Recorded, config(tmp_path, scale_rewards=scale, max_steps=1), picky, script(tiny_trl.model(), 4))

@@ -1,4 +1,4 @@
-"""The estimator "leaf": in verl itself where it is installed, and by the contract of its registry everywhere."""
+"""Our estimators: in verl itself where it is installed, and by the contract of its registry everywhere."""
 
 import importlib
 import sys
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from rollouts import Rollouts, assert_rows_close, rollouts
+from rollouts import Rollouts, assert_rows_close, rollouts, unmasked
 from support import examples
+
+import python_ref
 
 MODULE = "leafkernels.integrations.verl"
 
@@ -116,6 +118,25 @@ def test_options(plug: types.ModuleType) -> None:
         assert_rows_close(case.rows_of(data.batch["advantages"]), case.expected(**options))
 
 
+@pytest.mark.parametrize("name", ["tempo", "tree_td", "treerl"])
+def test_other_estimators_by_name(plug: types.ModuleType, name: str) -> None:
+    """By the reference; a mask without a hole, since rows begin in the first column here."""
+    case = unmasked([[1, 2, 3], [1, 2, 4], [1], [2, 2]], [1.0, 0.0, 0.5, 0.25])
+    reference = getattr(python_ref, name)
+
+    def check(config: dict[str, Any] | None, **options: Any) -> None:
+        data = plug.compute_advantage(data_of(plug, as_verl(case)), adv_estimator=name, config=config)
+        expected = reference(case.logprobs, case.token_ids, case.rewards, groups=case.groups, **options)
+        assert_rows_close(case.rows_of(data.batch["advantages"]), expected)
+
+    if name == "tree_td":
+        check(None, normalize="reward_std")
+        check({"norm_adv_by_std_in_grpo": False, name: {"shrinkage": 1.0}}, shrinkage=1.0)
+        check({name: {"normalize": "none", "group_weight": 0.5}}, group_weight=0.5)
+    else:
+        check({"norm_adv_by_std_in_grpo": False, "leaf": {"num_boundaries": 0}})
+
+
 def test_the_sampler_s_log_probabilities_serve_too(plug: types.ModuleType) -> None:
     case = Rollouts([[1, 2, 3], [1, 2, 4]], [[-1.0, -5.0, -2.0]] * 2, [[True] * 3] * 2, [1.0, 0.0], [0, 0])
     data = as_verl(case)
@@ -164,7 +185,7 @@ def test_the_mixin_brings_what_the_trainer_left_out(plug: types.ModuleType, monk
 def test_without_uids(plug: types.ModuleType) -> None:
     one = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="^index must hold the uid of each row's prompt for the estimator 'leaf', got"):
-        plug.compute_leaf_advantage(one, one)
+        plug.compute_advantage_of("leaf", one, one)
 
 
 def test_the_mixin_over_the_trainer_of_verl(plug: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

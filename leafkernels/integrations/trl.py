@@ -1,10 +1,11 @@
-"""Span advantages in TRL's ``GRPOTrainer``: ``LeafGRPOTrainer`` and ``LeafGRPOConfig``.
+"""Credit for each token in TRL's ``GRPOTrainer``: ``LeafGRPOTrainer`` and ``LeafGRPOConfig``.
 
 TRL takes advantages of shape (rows, tokens) in its loss since 0.26.0. The plug runs after TRL has sampled and scored a
-batch: it gathers the rows of all ranks, because a group may straddle them, credits the spans, and puts this rank's
+batch: it gathers the rows of all ranks, because a group may straddle them, credits their tokens, and puts this rank's
 part in place of TRL's advantages. Sampling, rewards, loss and everything else stay TRL's.
 """
 
+import inspect
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from leafkernels import PRESETS, scatter_spans, span_tree
+from leafkernels import ESTIMATORS, PRESETS, scatter_spans, span_tree
 from leafkernels.credit.options import CreditOptions
 
 try:
@@ -37,16 +38,24 @@ _MODEL_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-_NORMALIZE_OF_SCALE = {"group": "span", "batch": "batch", "none": "none"}
+_NORMALIZE_OF_SCALE = {
+    "leaf": {"group": "span", "batch": "batch", "none": "none"},
+    # It has no scale of a batch: its own check refuses that name.
+    "tree_td": {"group": "reward_std", "batch": "batch", "none": "none"},
+}
 
 
 @dataclass
 class LeafGRPOConfig(GRPOConfig):
-    """``GRPOConfig`` with the options of ``leafkernels.span_advantages``, under the same names.
+    """``GRPOConfig`` with the options of ``leafkernels.span_advantages`` and ``tree_td``, under the same names.
 
     For a config of your own: ``@dataclass class MyConfig(LeafGRPOConfig, TheConfigOfMyTrainer)``.
     """
 
+    estimator: str = field(
+        default="leaf",
+        metadata={"help": f"The credit: {', '.join(map(repr, ESTIMATORS))}. Each takes those of the options it knows."},
+    )
     num_boundaries: int = field(
         default=2, metadata={"help": "Positions of a prompt where the tree of its completions may fork, at most."}
     )
@@ -66,9 +75,13 @@ class LeafGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "'span', 'batch', 'reward_std' or 'none'. None follows scale_rewards: 'span' for 'group', 'batch' "
-            "for 'batch', 'none' for 'none'."
+            "for 'batch', 'none' for 'none'. tree_td has 'reward_std', also for 'group', and 'none'."
         },
     )
+    shrinkage: float = field(
+        default=4.0, metadata={"help": "tree_td: how many rollouts' worth the parent's value counts at a node."}
+    )
+    group_weight: float = field(default=0.2, metadata={"help": "tree_td: weight of the reward less the group's mean."})
     preset: str | None = field(
         default=None,
         metadata={
@@ -90,21 +103,25 @@ class LeafGRPOConfig(GRPOConfig):
 
 
 class LeafGRPOTrainer(GRPOTrainer):
-    """``GRPOTrainer`` whose advantages are LEAF span advantages, one for each token; same arguments.
+    """``GRPOTrainer`` whose advantages are one for each token: LEAF's, or those of ``estimator``; same arguments.
 
     Also a mixin for trainers derived from ``GRPOTrainer``, where it comes first:
-    ``class Mine(LeafGRPOTrainer, TheirTrainer)``. Override ``token_advantages`` to plug another estimator in.
+    ``class Mine(LeafGRPOTrainer, TheirTrainer)``. Override ``token_advantages`` to plug an estimator of your own in.
 
+    - Estimators without a tree of boundaries ("grpo", "dr_grpo", "rloo", "tempo", "tree_td") need no log-probabilities,
+      and none are computed for them. Those without ``normalize`` scale as their formula does, whatever
+      ``scale_rewards`` says.
     - Boundaries are ranked by ``old_per_token_logps`` where TRL has computed them, else by the log-probabilities that
       vLLM sampled with, else (the default on-policy path) by those of one forward pass more, in eval mode, so that
       dropout neither adds noise nor draws random numbers.
     - Rewards are weighted and summed as TRL does. A row that no reward function scored is left out of every mean and
       gets 0. Tool tokens and truncated completions (``mask_truncated_completions``) get 0; a truncated completion's
       reward counts in the group's mean, as in TRL.
-    - Beside TRL's metrics it logs ``leaf/span_credit_share``, the share of the scored rows' tokens that lie in a span
-      which two or more rows share; ``leaf/fork_fire_rate``, the share of (row, boundary) pairs at which the row still
-      shares its prefix with another row, so that the boundary is a fork for it; and ``leaf/nodes_per_group``, the mean
-      number of nodes of a prompt. In the table of completions, "advantage" is the mean over the completion's tokens.
+    - Beside TRL's metrics it logs, for "leaf", ``leaf/span_credit_share``, the share of the scored rows' tokens that lie
+      in a span which two or more rows share; ``leaf/fork_fire_rate``, the share of (row, boundary) pairs at which the
+      row still shares its prefix with another row, so that the boundary is a fork for it; and
+      ``leaf/nodes_per_group``, the mean number of nodes of a prompt. In the table of completions, "advantage" is the
+      mean over the completion's tokens.
 
     Raises:
         RuntimeError: TRL is older than 0.26, which misreads advantages per token, or the Liger loss (up to 1.13) or
@@ -119,7 +136,7 @@ class LeafGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         # Wrong options are told now, not after the first batch has been sampled.
         one = torch.zeros(1, 1)
-        span_tree(one, one.long(), one[0], **self._options())
+        ESTIMATORS[args.estimator](one, one.long(), one[0], **self._options())
 
     def token_advantages(
         self, logprobs: Tensor, token_ids: Tensor, rewards: Tensor, response_mask: Tensor, group_size: int
@@ -127,12 +144,16 @@ class LeafGRPOTrainer(GRPOTrainer):
         """One advantage for every token of the rows of all ranks, (N, T), 0 where the mask is False.
 
         Args:
-            logprobs: (N, T) of the sampled tokens; NaN where vLLM gave none.
+            logprobs: (N, T) of the sampled tokens; NaN where vLLM gave none; zeros where the estimator reads none.
             token_ids: (N, T).
             rewards: (N,), NaN for rows that no function scored.
             response_mask: (N, T) bool; False on padding, tool tokens and truncated completions.
             group_size: rows of a prompt; they follow each other.
         """
+        if self.args.estimator != "leaf":
+            estimate = ESTIMATORS[self.args.estimator]
+            rows = {"response_mask": response_mask, "group_size": group_size}
+            return estimate(logprobs, token_ids, rewards, **rows, **self._options())
         tree = span_tree(
             logprobs, token_ids, rewards, response_mask=response_mask, group_size=group_size, **self._options()
         )
@@ -156,9 +177,13 @@ class LeafGRPOTrainer(GRPOTrainer):
         return spread(tree.spans.values).float()
 
     def _options(self) -> dict[str, Any]:
+        """Those of the config that the estimator takes."""
         args = self.args
-        options = {name: getattr(args, name) for name in CreditOptions._fields}
-        return options | {"normalize": args.normalize or _NORMALIZE_OF_SCALE.get(args.scale_rewards, "span")}
+        names = ("shrinkage", "group_weight", *CreditOptions._fields)
+        options = {name: getattr(args, name) for name in names if _takes(args.estimator, name)}
+        if args.normalize is None and "normalize" in options:
+            options["normalize"] = _NORMALIZE_OF_SCALE[args.estimator][args.scale_rewards]
+        return options
 
     def _log(self, name: str, value: float) -> None:
         self._metrics[self._mode][f"leaf/{name}"].append(value)
@@ -187,7 +212,9 @@ class LeafGRPOTrainer(GRPOTrainer):
         return batch
 
     def _ranking_logprobs(self, batch: dict[str, Any]) -> Tensor:
-        """(rows, tokens) log-probabilities of the sampled tokens."""
+        """(rows, tokens) log-probabilities of the sampled tokens, by which boundaries are ranked."""
+        if not _takes(self.args.estimator, "num_boundaries"):
+            return torch.zeros_like(batch["completion_ids"], dtype=torch.float32)
         for name in ("old_per_token_logps", "sampling_per_token_logps"):
             if batch.get(name) is not None:
                 return batch[name]
@@ -227,6 +254,10 @@ class LeafGRPOTrainer(GRPOTrainer):
         logged.extend(advantages.tolist())
 
 
+def _takes(estimator: str, option: str) -> bool:
+    return option in inspect.signature(ESTIMATORS[estimator]).parameters
+
+
 def _normalize_functions(rewards: Tensor) -> Tensor:
     """(prompts, rows, functions): each function's rewards z-scored over a prompt, with TRL's 1e-4."""
     # From the least reward up, so that equal rewards give exactly 0.
@@ -249,6 +280,8 @@ def _check_trainer(trainer: type, args: Any) -> None:
             f"args must be a LeafGRPOConfig, or a dataclass derived from it and your own config, "
             f"got {type(args).__name__}"
         )
+    if args.estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {args.estimator!r}")
     if args.loss_type == "sapo" and Version(trl.__version__).release < (0, 28):
         raise RuntimeError(
             f"loss_type must not be 'sapo' with LeafGRPOTrainer in TRL {trl.__version__}, whose SAPO loss takes one "
