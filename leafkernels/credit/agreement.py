@@ -22,6 +22,8 @@ Gradients = Callable[[Tensor, Tensor], Tensor]
 
 # Of the rollouts that a scheme does not see, there are as many as it sees and these.
 SPARE = 8
+# Rollouts whose reward is not the commonest one: the truth must not be the gradient of a handful.
+LEAST_COMMON = 8
 # Held-out rollouts that share a prefix, and those of them that go on with the token, for the token to have a truth.
 _SHARING, _CHOOSING = 8, 4
 
@@ -37,8 +39,8 @@ class Difference(NamedTuple):
 class GradientAgreement(NamedTuple):
     """What was measured, by prompt in the order of the groups, split and scheme. All tensors are float64 on the CPU.
 
-    NaN marks what could not be measured: a prompt with too few scored rollouts, or a split in which the rewards that
-    the schemes saw, or the others, were all equal.
+    NaN marks what could not be measured: a prompt with too few scored rollouts, or with fewer than 8 whose reward is
+    not the commonest, or a split in which the rewards that the schemes saw, or the others, were all equal.
     """
 
     names: tuple[str, ...]
@@ -97,7 +99,8 @@ def gradient_agreement(
         agreement = cosine of g(scheme, seen rollouts) and g(RLOO, all others)
 
     One prompt is worked on at a time, on the CPU, and two runs give the same bits. Rollouts whose reward is NaN are
-    left out. A prompt needs 2 * num_rollouts + 8 scored ones, whose rewards are not all equal.
+    left out. A prompt needs 2 * num_rollouts + 8 scored ones, and 8 of them must have another reward than the commonest:
+    else the gradient to agree with would be that of a handful.
 
     Args:
         schemes: functions by name, called as ``grpo`` is with tensors (splits, K, T): ``leafkernels.ESTIMATORS``, or
@@ -239,7 +242,7 @@ def _measure(
     """Cosines, token accuracy and share of differing tokens, (splits, S) each."""
     cosines, accuracy, differing = torch.full((3, splits, len(schemes)), torch.nan, dtype=torch.float64)
     size = len(prompt.rewards)
-    if size < 2 * seen + SPARE or bool((prompt.rewards == prompt.rewards[0]).all()):
+    if not can_be_measured(prompt.rewards, seen):
         return cosines, accuracy, differing
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(size, generator=generator) for _ in range(splits)])
@@ -261,6 +264,14 @@ def _measure(
         accuracy[says, number] = _cosine(torch.where(is_known, credit, 0.0).flatten(1), token_truth.flatten(1))
         differing[says, number] = _differing(credit, flat, live)
     return cosines, accuracy, differing
+
+
+def can_be_measured(rewards: Tensor, num_rollouts: int) -> bool:
+    """Whether scored rewards (n,) of a prompt are enough, and differ enough, to hold ``num_rollouts`` against others."""
+    if len(rewards) < 2 * num_rollouts + SPARE:
+        return False
+    commonest = int(rewards.unique(return_counts=True)[1].max())
+    return len(rewards) - commonest >= LEAST_COMMON
 
 
 def _cosine(first: Tensor, second: Tensor) -> Tensor:

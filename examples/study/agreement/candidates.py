@@ -215,6 +215,78 @@ def by_entropy(
     return finish(credit, tree)
 
 
+def by_length(
+    logprobs: Tensor, token_ids: Tensor, rewards: Tensor, *, response_mask: Tensor, power: float, **options: float
+) -> Tensor:
+    """tree_td, and the part r - mean of a row times (mean length / its length) ** power."""
+    tree = grow(token_ids, rewards, response_mask)
+    lengths = response_mask.sum(2, keepdim=True).double().clamp_min(1.0)
+    weight = (lengths.mean(1, keepdim=True) / lengths).pow(power)
+    values = values_of(tree, node_weight(tree, options["shrinkage"]))
+    return finish(values.diff(dim=2) + options["group_weight"] * weight * centred(rewards), tree)
+
+
+def by_distance(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor,
+    reach: float,
+    floor: float,
+    group_weight: float,
+) -> Tensor:
+    """tree_td, and the part r - mean fades with the distance to the last token at which rows left."""
+    tree = grow(token_ids, rewards, response_mask)
+    at = torch.arange(token_ids.shape[2]).expand(token_ids.shape)
+    last = torch.where(tree.leaves, at, -1).cummax(2).values
+    fading = floor + (1.0 - floor) * torch.exp(-(at - last.clamp_min(0)) / reach)
+    weight = torch.where(last >= 0, fading, 1.0)
+    values = values_of(tree, node_weight(tree, 4.0))
+    return finish(values.diff(dim=2) + group_weight * weight * centred(rewards), tree)
+
+
+def on_tails(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor,
+    shared: float,
+    tails: float,
+) -> Tensor:
+    """tree_td whose group weight is one for tokens that rollouts share, and another for those of a row alone."""
+    tree = grow(token_ids, rewards, response_mask)
+    weight = torch.where(tree.count[..., 1:] > 1, shared, tails)
+    values = values_of(tree, node_weight(tree, 4.0))
+    return finish(values.diff(dim=2) + weight * centred(rewards), tree)
+
+
+def by_node_size(
+    logprobs: Tensor, token_ids: Tensor, rewards: Tensor, *, response_mask: Tensor, power: float, group_weight: float
+) -> Tensor:
+    """tree_td whose differences are multiplied by (rows before / rows of the prompt) ** power."""
+    tree = grow(token_ids, rewards, response_mask)
+    scale = (tree.count[..., :-1].clamp_min(1) / rewards.shape[1]).pow(power)
+    values = values_of(tree, node_weight(tree, 4.0))
+    return finish(values.diff(dim=2) * scale + group_weight * centred(rewards), tree)
+
+
+def traces(
+    logprobs: Tensor, token_ids: Tensor, rewards: Tensor, *, response_mask: Tensor, decay: float, group_weight: float
+) -> Tensor:
+    """Differences of later forks count for earlier ones, less by ``decay`` for each fork between (GAE by forks)."""
+    tree = grow(token_ids, rewards, response_mask)
+    difference = values_of(tree, node_weight(tree, 4.0)).diff(dim=2)
+    later = torch.zeros_like(difference[..., 0])
+    found = []
+    for t in range(difference.shape[2] - 1, -1, -1):
+        is_fork = tree.leaves[..., t]
+        found.append(torch.where(is_fork, difference[..., t] + decay * later, 0.0))
+        later = torch.where(is_fork, found[-1], later)
+    return finish(torch.stack(found[::-1], 2) + group_weight * centred(rewards), tree)
+
+
 def leaf_at_forks(
     logprobs: Tensor, token_ids: Tensor, rewards: Tensor, *, response_mask: Tensor, after: bool, **options: Any
 ) -> Tensor:
@@ -264,6 +336,25 @@ def candidates() -> dict[str, Scheme]:
                     scheme, shrinkage=shrinkage, group_weight=group_weight
                 )
         found[f"baseline at nodes {shrinkage:g}"] = partial(baseline_at_nodes, shrinkage=shrinkage)
+    # The second round: where the part r - mean does harm, and how far a fork reaches.
+    for power in (0.5, 1.0):
+        for shrinkage, group_weight in ((4.0, 0.2), (1e12, 1.0)):
+            found[f"by length {power:g}, {shrinkage:g}, {group_weight:g}"] = partial(
+                by_length, power=power, shrinkage=shrinkage, group_weight=group_weight
+            )
+    for reach in (8.0, 32.0):
+        for floor, group_weight in ((0.0, 0.2), (0.3, 0.2), (0.3, 0.4)):
+            found[f"by distance {reach:g}, floor {floor:g}, {group_weight:g}"] = partial(
+                by_distance, reach=reach, floor=floor, group_weight=group_weight
+            )
+    for shared in (0.0, 0.1, 0.2, 0.4):
+        for tails in (0.1, 0.2, 0.3):
+            found[f"shared {shared:g}, tails {tails:g}"] = partial(on_tails, shared=shared, tails=tails)
+    for power in (-0.5, -0.25, 0.25, 0.5):
+        found[f"node size {power:g}, 0.2"] = partial(by_node_size, power=power, group_weight=0.2)
+    for decay in (0.3, 0.6):
+        for group_weight in (0.1, 0.2):
+            found[f"traces {decay:g}, {group_weight:g}"] = partial(traces, decay=decay, group_weight=group_weight)
     for name, options in {
         "": {},
         ", no z-score": {"normalize": "none"},
