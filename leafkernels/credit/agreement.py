@@ -99,8 +99,8 @@ def gradient_agreement(
         agreement = cosine of g(scheme, seen rollouts) and g(RLOO, all others)
 
     One prompt is worked on at a time, on the CPU, and two runs give the same bits. Rollouts whose reward is NaN are
-    left out. A prompt needs 2 * num_rollouts + 8 scored ones, and 8 of them must have another reward than the commonest:
-    else the gradient to agree with would be that of a handful.
+    left out. A prompt needs 2 * num_rollouts + 8 scored ones, and 8 of them must have another reward than the
+    commonest: else the gradient to agree with would be that of a handful.
 
     Args:
         schemes: functions by name, called as ``grpo`` is with tensors (splits, K, T): ``leafkernels.ESTIMATORS``, or
@@ -267,7 +267,7 @@ def _measure(
 
 
 def can_be_measured(rewards: Tensor, num_rollouts: int) -> bool:
-    """Whether scored rewards (n,) of a prompt are enough, and differ enough, to hold ``num_rollouts`` against others."""
+    """Whether the scored rewards (n,) of a prompt are enough, and differ enough, to be split."""
     if len(rewards) < 2 * num_rollouts + SPARE:
         return False
     commonest = int(rewards.unique(return_counts=True)[1].max())
