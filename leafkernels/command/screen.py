@@ -3,11 +3,14 @@
 import io
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from leafkernels.command.reading import RolloutFile
 
 INDENT = "  "
 
@@ -68,3 +71,28 @@ def print_line(console: Console, line: Text) -> None:
     """One line, indented, and cut where the terminal is too narrow for it."""
     line.rstrip()
     console.print(Text(INDENT) + line, no_wrap=True, overflow="ellipsis")
+
+
+@contextmanager
+def progress(source: RolloutFile, first: int) -> Iterator[Callable[[int], None]]:
+    """A function that is told how many prompts are done; from ``first`` on it draws a bar on standard error, on a
+    terminal only."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[prompts]:,} prompts"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with ExitStack() as stack:
+        bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+        task = bar.add_task("reading", total=source.size, prompts=0)
+
+        def tick(count: int) -> None:
+            # After the trees, because a bar that is redrawn would tear them.
+            if sys.stderr.isatty() and count == max(first, 1):
+                stack.enter_context(bar)
+            bar.update(task, completed=source.position(), prompts=count)
+
+        yield tick

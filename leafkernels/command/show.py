@@ -3,22 +3,18 @@
 import argparse
 import importlib.resources
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from leafkernels.command.credit import check_backend, credit_prompt
 from leafkernels.command.display import draw_prompt
 from leafkernels.command.html import Report, schemes_of_prompt
 from leafkernels.command.options import CREDIT_OPTIONS
 from leafkernels.command.reading import Failure, RolloutFile
-from leafkernels.command.screen import Screen
+from leafkernels.command.screen import Screen, progress
 from leafkernels.command.summary import Statistics, draw_summary, draw_written
 from leafkernels.command.writing import Writer, replacing
 
@@ -43,7 +39,7 @@ def show(arguments: argparse.Namespace) -> int:
         if arguments.html is not None:
             report = _report(path, arguments)
             page = stack.enter_context(replacing(arguments.html))
-        tick = stack.enter_context(_progress(source, arguments.show))
+        tick = stack.enter_context(progress(source, arguments.show))
         for prompt in islice(source, arguments.limit):
             credit = credit_prompt(prompt, options, device)
             if statistics.prompts < arguments.show:
@@ -96,27 +92,3 @@ def _sample() -> Iterator[Path]:
 def _check_out(path: Path, out: Path, limit: int | None) -> None:
     if limit is not None and os.path.exists(out) and os.path.samefile(out, path):
         raise Failure(f"--limit would drop the other prompts of {out}: name another file for --out")
-
-
-@contextmanager
-def _progress(source: RolloutFile, show: int) -> Iterator[Callable[[int], None]]:
-    """A function that is told how many prompts are done; it draws a bar on standard error, on a terminal only."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[prompts]:,} prompts"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with ExitStack() as stack:
-        bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-        task = bar.add_task("reading", total=source.size, prompts=0)
-
-        def tick(count: int) -> None:
-            # After the trees, because a bar that is redrawn would tear them.
-            if sys.stderr.isatty() and count == max(show, 1):
-                stack.enter_context(bar)
-            bar.update(task, completed=source.position(), prompts=count)
-
-        yield tick

@@ -117,11 +117,11 @@ class LeafGRPOTrainer(GRPOTrainer):
     - Rewards are weighted and summed as TRL does. A row that no reward function scored is left out of every mean and
       gets 0. Tool tokens and truncated completions (``mask_truncated_completions``) get 0; a truncated completion's
       reward counts in the group's mean, as in TRL.
-    - Beside TRL's metrics it logs, for "leaf", ``leaf/span_credit_share``, the share of the scored rows' tokens that
-      lie in a span which two or more rows share; ``leaf/fork_fire_rate``, the share of (row, boundary) pairs at which the
+    - Beside TRL's metrics it logs for "leaf": ``leaf/span_credit_share``, the share of the scored rows' tokens that lie
+      in a span which two or more rows share; ``leaf/fork_fire_rate``, the share of (row, boundary) pairs at which the
       row still shares its prefix with another row, so that the boundary is a fork for it; and
-      ``leaf/nodes_per_group``, the mean number of nodes of a prompt. In the table of completions, "advantage" is the
-      mean over the completion's tokens.
+      ``leaf/nodes_per_group``, the mean number of nodes of a prompt. For every estimator, "advantage" in the table of
+      completions is the mean over the completion's tokens.
 
     Raises:
         RuntimeError: TRL is older than 0.26, which misreads advantages per token, or the Liger loss (up to 1.13) or

@@ -226,6 +226,16 @@ def by_length(
     return finish(values.diff(dim=2) + options["group_weight"] * weight * centred(rewards), tree)
 
 
+def whole_by_length(
+    logprobs: Tensor, token_ids: Tensor, rewards: Tensor, *, response_mask: Tensor, scheme: Scheme, power: float
+) -> Tensor:
+    """A scheme's credit times (mean length / the row's length) ** power; at 1 what a loss does that takes the mean over
+    each row's tokens first."""
+    credit = scheme(logprobs, token_ids, rewards, response_mask=response_mask)
+    lengths = response_mask.sum(2, keepdim=True).double().clamp_min(1.0)
+    return (credit.double() * (lengths.mean(1, keepdim=True) / lengths).pow(power)).float()
+
+
 def by_distance(
     logprobs: Tensor,
     token_ids: Tensor,
@@ -376,6 +386,17 @@ def candidates() -> dict[str, Scheme]:
                 found[f"leaf {place} forks B {boundaries}{name}"] = partial(
                     leaf_at_forks, after=after, **call, **options
                 )
+    return found
+
+
+def candidates_by_length() -> dict[str, Scheme]:
+    """The third round: all of a row's credit by its length."""
+    found: dict[str, Scheme] = {"dr_grpo": leafkernels.dr_grpo, "fixed 4, 0.2": leafkernels.tree_td}
+    for name in ("dr_grpo", "tempo", "tree_td", "leaf", "treerl"):
+        for power in (0.0, 0.5, 1.0, 1.5, 2.0):
+            found[f"{name}, length {power:g}"] = partial(
+                whole_by_length, scheme=leafkernels.ESTIMATORS[name], power=power
+            )
     return found
 
 

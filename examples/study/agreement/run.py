@@ -2,6 +2,7 @@
 
     python examples/study/agreement/run.py ROLLOUTS --part table
     python examples/study/agreement/run.py ROLLOUTS --part search
+    python examples/study/agreement/run.py ROLLOUTS --part lengths
     python examples/study/agreement/run.py --part tabular
 
 ROLLOUTS is a file of many rollouts a prompt, in the format of ``python -m leafkernels``; PROTOCOL.md says what is run.
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import candidates, candidates_by_entropy
+from candidates import batch_shrinkage, candidates, candidates_by_entropy, candidates_by_length, on_tails, variogram
 from rich.progress import track
 from torch import Tensor
 
@@ -119,24 +120,30 @@ def table(path: Path) -> None:
             save("table", rows)
 
 
-def search(path: Path) -> None:
+def search(path: Path, name: str, sets: list[tuple[bool, dict[str, Callable[..., Tensor]]]]) -> None:
+    """Each set of candidates at each K; the first of the pair says whether they are given entropies."""
     rows = []
-    for by_entropy, schemes in ((False, candidates()), (True, candidates_by_entropy())):
+    for by_entropy, schemes in sets:
         for rollouts in (8, 4, 16, 32):
             found = [measure(path, schemes, rollouts, context, 1000, by_entropy) for context in CONTEXTS]
             # The splits are those of every context, so that a mean over contexts is one measure more.
             score = found[0]._replace(cosines=torch.stack([one.cosines for one in found]).mean(0))
             halves = [score._replace(cosines=score.cosines[first::2]) for first in (0, 1)]
-            for name in schemes:
-                row: dict[str, Any] = {"rollouts": rollouts, "candidate": name, "by_entropy": by_entropy}
-                row |= {f"context {c}": rounded(one, name, "dr_grpo") for c, one in zip(CONTEXTS, found, strict=True)}
-                row |= {"score": rounded(score, name, "dr_grpo"), "to_fixed": rounded(score, name, "fixed 4, 0.2")}
+            for candidate in schemes:
+                row: dict[str, Any] = {"rollouts": rollouts, "candidate": candidate, "by_entropy": by_entropy}
                 row |= {
-                    f"{half} to_fixed": rounded(one, name, "fixed 4, 0.2")[0]
+                    f"context {c}": rounded(one, candidate, "dr_grpo") for c, one in zip(CONTEXTS, found, strict=True)
+                }
+                row |= {
+                    "score": rounded(score, candidate, "dr_grpo"),
+                    "to_fixed": rounded(score, candidate, "fixed 4, 0.2"),
+                }
+                row |= {
+                    f"{half} to_fixed": rounded(one, candidate, "fixed 4, 0.2")[0]
                     for half, one in zip(("even", "odd"), halves, strict=True)
                 }
                 rows.append(row)
-            save("search", rows)
+            save(name, rows)
 
 
 def tabular_sweep(chosen: dict[str, Callable[..., Tensor]]) -> None:
@@ -167,15 +174,27 @@ def tabular_sweep(chosen: dict[str, Callable[..., Tensor]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS")
-    parser.add_argument("--part", choices=("table", "search", "tabular"), required=True)
+    parser.add_argument("--part", choices=("table", "search", "lengths", "tabular"), required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part != "tabular" and arguments.rollouts is None:
         parser.error("name a file of rollouts")
     if arguments.part == "tabular":
-        tabular_sweep({"tree_td 4, 0.2": leafkernels.tree_td})
+        tabular_sweep(
+            {
+                "tree_td 4, 0.2": leafkernels.tree_td,
+                "tree_td 1, 0.3": partial(leafkernels.tree_td, shrinkage=1.0, group_weight=0.3),
+                "batch shrinkage, pull 32, 0.2": partial(batch_shrinkage, pull=32.0, group_weight=0.2),
+                "variogram 0.2, pull 4, prompt": partial(variogram, scale=0.2, pull=4.0, by_row=False),
+                "shared 0.4, tails 0.2": partial(on_tails, shared=0.4, tails=0.2),
+            }
+        )
+    elif arguments.part == "table":
+        table(arguments.rollouts)
+    elif arguments.part == "search":
+        search(arguments.rollouts, "search", [(False, candidates()), (True, candidates_by_entropy())])
     else:
-        (table if arguments.part == "table" else search)(arguments.rollouts)
+        search(arguments.rollouts, "lengths", [(False, candidates_by_length())])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,228 @@
+"""``python -m leafkernels compare``: which credit scheme fits the rollouts of a file."""
+
+import argparse
+import importlib.util
+import json
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from leafkernels import ESTIMATORS, GradientAgreement, gradient_agreement
+from leafkernels.command.credit import pack_prompt
+from leafkernels.command.reading import Failure, Prompt, RolloutFile
+from leafkernels.command.screen import INDENT, Screen, print_line, progress
+from leafkernels.command.summary import draw_written
+from leafkernels.command.writing import replacing
+
+_BASE = "grpo"
+_NOTES = (
+    "¹ mean over prompts of the cosine of a scheme's gradient and that of RLOO on the rollouts it has not seen, {policy}. "
+    "* the best, and those it is not told apart from: the interval of their difference holds 0.",
+    "² 95% by bootstrap over prompts",
+    "³ cosine of credit and truth token by token. It misleads: a gradient sums over rollouts, and what is right token "
+    "by token may be lost there. Choose by the gradient.",
+    "⁴ tokens whose credit is no multiple of GRPO's",
+)
+
+
+@dataclass
+class Comparison:
+    """What was measured, and of how many prompts; all that is kept of a prompt is a few numbers a split."""
+
+    arguments: argparse.Namespace
+    parts: list[GradientAgreement] = field(default_factory=list)
+    prompts: int = 0
+    too_few: int = 0
+
+    def add(self, prompt: Prompt) -> None:
+        """Measure one prompt."""
+        needed = 2 * self.arguments.rollouts + 8
+        scored = sum(not math.isnan(reward) for reward in prompt.rewards)
+        number, self.prompts = self.prompts, self.prompts + 1
+        if scored < needed:
+            self.too_few += 1
+            return
+        names = dict.fromkeys([*self.arguments.schemes, _BASE])
+        found = gradient_agreement(
+            {name: ESTIMATORS[name] for name in names},
+            **pack_prompt(prompt, torch.device("cpu")),
+            num_rollouts=self.arguments.rollouts,
+            num_splits=self.arguments.splits,
+            context=self.arguments.context,
+            seed=number,
+        )
+        self.parts.append(found)
+
+    def whole(self) -> GradientAgreement:
+        """All prompts; a Failure where none could be measured."""
+        columns = ("cosines", "token_accuracy", "differing")
+        if self.parts:
+            tensors = (torch.cat([getattr(part, column) for part in self.parts]) for column in columns)
+            found = GradientAgreement(self.parts[0].names, *tensors)
+            if found.num_measured:
+                return found
+        rollouts, few = self.arguments.rollouts, self.too_few
+        reasons = [
+            f"{few:,} of {self.prompts:,} have fewer than {2 * rollouts + 8} scored completions, which --rollouts "
+            f"{rollouts} needs",
+            f"in {self.prompts - few:,} of {self.prompts:,} fewer than 8 rewards differ from the commonest",
+        ]
+        shown = [reason for reason, count in zip(reasons, (few, self.prompts - few), strict=True) if count]
+        raise Failure(f"{self.arguments.file}: no prompt can be measured: {', and '.join(shown)}")
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Do what the options say and return the exit code."""
+    if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise Failure("--plot needs matplotlib: pip install matplotlib")
+    screen = Screen()
+    comparison = Comparison(arguments)
+    written = [path for path in (arguments.json, arguments.plot) if path is not None]
+    with ExitStack() as stack:
+        source = stack.enter_context(RolloutFile(arguments.file))
+        files = {path: stack.enter_context(replacing(path)) for path in written}
+        tick = stack.enter_context(progress(source, 1))
+        for prompt in source:
+            comparison.add(prompt)
+            tick(comparison.prompts)
+        if not comparison.prompts:
+            raise Failure(f"{arguments.file} is empty: there is no prompt in it")
+        result = _result(comparison)
+        if arguments.json is not None:
+            text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            files[arguments.json].write(text.encode())
+        if arguments.plot is not None:
+            _plot(result, files[arguments.plot], arguments.plot)
+    screen.show(partial(draw_comparison, result=result))
+    for path in written:
+        screen.show(partial(draw_written, path=path))
+    if screen.failure is not None:
+        raise Failure(screen.failure)
+    return 141 if screen.is_closed and not written else 0
+
+
+def _result(comparison: Comparison) -> dict[str, Any]:
+    """All that is shown, drawn and written; schemes from the best to the worst."""
+    found, arguments = comparison.whole(), comparison.arguments
+    means, accuracy, differing = (found.mean(of) for of in ("cosines", "token_accuracy", "differing"))
+    names = sorted(found.names, key=lambda name: -means[name])
+    rows = []
+    for name in names:
+        to_base, to_best = (found.difference(name, other) for other in (_BASE, names[0]))
+        rows.append(
+            {
+                "scheme": name,
+                "agreement": means[name],
+                "to_grpo": to_base.mean,
+                "to_grpo_low": to_base.low,
+                "to_grpo_high": to_base.high,
+                "is_beaten": to_best.high < 0,
+                "token_accuracy": None if math.isnan(accuracy[name]) else accuracy[name],
+                "differing": differing[name],
+            }
+        )
+    result = {
+        "file": str(arguments.file),
+        "rollouts": arguments.rollouts,
+        "context": arguments.context,
+        "splits": arguments.splits,
+        "prompts": comparison.prompts,
+        "measured": found.num_measured,
+        "too_few_completions": comparison.too_few,
+        "schemes": rows,
+    }
+    return result | {"in_words": _in_words(result)}
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    best, *others = result["schemes"]
+    base = next(row for row in result["schemes"] if row["scheme"] == _BASE)
+    text = f"On these rollouts {best['scheme']} agrees best with what it has not seen ({best['agreement']:.3f})"
+    if best is base:
+        text += "."
+    elif best["to_grpo_low"] > 0:
+        interval = f"{best['to_grpo_low']:+.3f} to {best['to_grpo_high']:+.3f}"
+        text += f", better than grpo by {best['to_grpo']:.3f} ({interval})."
+    else:
+        text += ", but it is not told apart from grpo."
+    level = [row["scheme"] for row in others if not row["is_beaten"] and row is not base]
+    if level:
+        text += f" Not told apart from it: {', '.join(level)}."
+    worse = [row["scheme"] for row in others if row["to_grpo_high"] < 0]
+    if worse:
+        text += f" Worse than grpo: {', '.join(worse)}."
+    if result["measured"] < 20:
+        text += f" {result['measured']} prompts are few: take intervals for too narrow."
+    return text
+
+
+def draw_comparison(console: Console, result: dict[str, Any]) -> None:
+    """The table, what it means, and what was left out."""
+    rows = result["schemes"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("scheme", no_wrap=True)
+    for name in ("gradient ¹", "less GRPO's ²", "tokens ³", "differ ⁴"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        interval = f"[{row['to_grpo_low']:+.3f}, {row['to_grpo_high']:+.3f}]"
+        accuracy = "-" if row["token_accuracy"] is None else f"{row['token_accuracy']:.2f}"
+        mark = " " if row["is_beaten"] else "*"
+        table.add_row(
+            Text(f"{INDENT}{mark} {row['scheme']}", style="" if row["is_beaten"] else "bold"),
+            f"{row['agreement']:.3f}",
+            "" if row["scheme"] == _BASE else f"{row['to_grpo']:+.3f} {interval}",
+            accuracy,
+            f"{row['differing']:.0%}",
+        )
+    console.rule(Text(f"credit from {result['rollouts']} rollouts", style="bold"), align="left", style="dim")
+    console.print(table)
+    console.print()
+    lines = [Text(result["in_words"], style="bold")]
+    left = result["prompts"] - result["measured"]
+    rare = left - result["too_few_completions"]
+    counted = f"{result['measured']:,} of {result['prompts']:,} prompts, {result['splits']} splits of each."
+    if result["too_few_completions"]:
+        counted += f" {result['too_few_completions']:,} have fewer than {2 * result['rollouts'] + 8} scored rollouts."
+    if rare:
+        counted += f" In {rare:,} nearly all rewards are equal."
+    policy = f"for an n-gram policy that looks back {result['context']} tokens"
+    lines += [Text(counted), *(Text(note.format(policy=policy), style="dim") for note in _NOTES)]
+    for line in lines:
+        for part in line.wrap(console, max(20, console.width - len(INDENT))):
+            print_line(console, part)
+
+
+def _plot(result: dict[str, Any], file: BinaryIO, path: Path) -> None:
+    """Differences to GRPO with their intervals, the best on top."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["schemes"] if row["scheme"] != _BASE][::-1]
+    figure = Figure(figsize=(6.5, 1.3 + 0.4 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    means = [row["to_grpo"] for row in rows]
+    ends = [
+        [row["to_grpo"] - row["to_grpo_low"] for row in rows],
+        [row["to_grpo_high"] - row["to_grpo"] for row in rows],
+    ]
+    axes.errorbar(means, range(len(rows)), xerr=ends, fmt="o", capsize=3, color="C0")
+    axes.axvline(0.0, color="0.6", linewidth=1)
+    axes.set_yticks(range(len(rows)), [row["scheme"] for row in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel("gradient agreement less GRPO's, 95% over prompts")
+    axes.set_title(
+        f"{result['rollouts']} rollouts seen, {result['measured']} prompts, context {result['context']}", fontsize=10
+    )
+    kind = path.suffix[1:].lower() or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise Failure(f"--plot must name a picture (.png, .svg or .pdf), got {path}")
+    # Neither the date nor names drawn at random: two runs write the same bytes.
+    stable = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    figure.savefig(file, format=kind, dpi=150, metadata=stable)
