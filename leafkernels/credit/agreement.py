@@ -148,9 +148,9 @@ def gradient_agreement(
         prompt = _Prompt(rollouts, logprobs, response_mask, rows[~rollouts.rewards[rows].isnan()])
         policy = _NGrams(prompt, context) if gradients is None else _OfCaller(prompt, gradients, rollouts)
         results.append(_measure(prompt, policy, schemes, num_rollouts, num_splits, seed + number))
-    shape = (0, num_splits, len(schemes))
-    columns = zip(*results, strict=True) if results else [[torch.zeros(shape, dtype=torch.float64)]] * 3
-    return GradientAgreement(tuple(schemes), *(torch.stack(list(column)).reshape(-1, *shape[1:]) for column in columns))
+    if not results:
+        return GradientAgreement(tuple(schemes), *torch.zeros((3, 0, num_splits, len(schemes)), dtype=torch.float64))
+    return GradientAgreement(tuple(schemes), *torch.stack(results, 1))
 
 
 class _Prompt:
@@ -238,32 +238,38 @@ class _OfCaller:
 
 def _measure(
     prompt: _Prompt, policy: _NGrams | _OfCaller, schemes: Mapping[str, Scheme], seen: int, splits: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines, token accuracy and share of differing tokens, (splits, S) each."""
-    cosines, accuracy, differing = torch.full((3, splits, len(schemes)), torch.nan, dtype=torch.float64)
-    size = len(prompt.rewards)
+) -> Tensor:
+    """(3, splits, S): cosines, token accuracy and share of differing tokens, NaN where a split says nothing."""
+    found = torch.full((3, splits, len(schemes)), torch.nan, dtype=torch.float64)
     if not can_be_measured(prompt.rewards, seen):
-        return cosines, accuracy, differing
+        return found
     generator = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(size, generator=generator) for _ in range(splits)])
+    order = torch.stack([torch.randperm(len(prompt.rewards), generator=generator) for _ in range(splits)])
     members, others = order[:, :seen], order[:, seen:]
-    says = torch.ones(splits, dtype=torch.bool)
+    is_mixed = torch.ones(splits, dtype=torch.bool)
     for part in (members, others):
         of_part = prompt.rewards[part]
-        says &= (of_part != of_part[:, :1]).any(1)
-    members, others = members[says], others[says]
-    if not len(members):
-        return cosines, accuracy, differing
+        is_mixed &= (of_part != of_part[:, :1]).any(1)
+    if is_mixed.any():
+        found[:, is_mixed] = _hold_against(prompt, policy, schemes, members[is_mixed], others[is_mixed])
+    return found
+
+
+def _hold_against(
+    prompt: _Prompt, policy: _NGrams | _OfCaller, schemes: Mapping[str, Scheme], members: Tensor, others: Tensor
+) -> Tensor:
+    """(3, splits, S): what the schemes make of ``members`` (splits, K) against what RLOO makes of ``others``."""
     # RLOO is Dr. GRPO times G / (G - 1), and a cosine does not see that.
     truth = policy.gradients(prompt.credit(dr_grpo, others), others)
     token_truth, is_known = _token_truth(prompt, members, others)
     flat, live = prompt.credit(dr_grpo, members), prompt.mask[members]
-    for number, scheme in enumerate(schemes.values()):
+    found = []
+    for scheme in schemes.values():
         credit = prompt.credit(scheme, members)
-        cosines[says, number] = _cosine(policy.gradients(credit, members), truth)
-        accuracy[says, number] = _cosine(torch.where(is_known, credit, 0.0).flatten(1), token_truth.flatten(1))
-        differing[says, number] = _differing(credit, flat, live)
-    return cosines, accuracy, differing
+        cosine = _cosine(policy.gradients(credit, members), truth)
+        accuracy = _cosine(torch.where(is_known, credit, 0.0).flatten(1), token_truth.flatten(1))
+        found.append(torch.stack([cosine, accuracy, _differing(credit, flat, live)]))
+    return torch.stack(found, 2)
 
 
 def can_be_measured(rewards: Tensor, num_rollouts: int) -> bool:

@@ -1,0 +1,237 @@
+"""``python -m leafkernels compare``: what it measures, shows, writes and refuses."""
+
+import json
+import math
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import run_python
+
+import leafkernels
+from leafkernels.__main__ import main
+from leafkernels.command.compare import _in_words
+from leafkernels.command.reading import RolloutFile
+
+Record = dict[str, Any]
+
+
+def prompt(number: int, rows: int = 40, tokens: int = 6) -> Record:
+    """The reward hangs on the first token, and on chance."""
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(3, (rows, tokens), generator=generator)
+    rewards = torch.rand(rows, generator=generator) < 0.2 + 0.6 * (ids[:, 0] == 1)
+    completions = [
+        {"token_ids": row, "logprobs": [-1.0] * (tokens - 1) + [None], "reward": float(reward)}
+        for row, reward in zip(ids.tolist(), rewards.tolist(), strict=True)
+    ]
+    return {"prompt_id": f"p{number}", "completions": completions}
+
+
+def save(path: Path, records: list[Record]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Six prompts that can be measured, one of too few rollouts, one of equal rewards, one with rewards missing."""
+    flat, missing = prompt(7), prompt(8)
+    for row in flat["completions"]:
+        row["reward"] = 1.0
+    for row in missing["completions"][:17]:
+        row["reward"] = None
+    return save(
+        tmp_path / "in.jsonl", [*map(prompt, range(3)), prompt(6, rows=23), flat, missing, *map(prompt, (3, 4, 5))]
+    )
+
+
+def measured(file: Path, tmp_path: Path, *arguments: str) -> Record:
+    out = tmp_path / "out.json"
+    assert main(["compare", str(file), "--json", str(out), *arguments]) == 0
+    return json.loads(out.read_text())
+
+
+def test_it_is_what_the_function_measures(file: Path, tmp_path: Path) -> None:
+    names = ("treerl", "grpo", "tempo")
+    result = measured(
+        file, tmp_path, "--schemes", ",".join(names), "--rollouts", "6", "--context", "2", "--splits", "3"
+    )
+    assert {name: result[name] for name in ("rollouts", "context", "splits")} == {
+        "rollouts": 6,
+        "context": 2,
+        "splits": 3,
+    }
+    assert (result["prompts"], result["too_few_completions"]) == (9, 0)
+    parts = []
+    with RolloutFile(file) as source:
+        for number, line in enumerate(source):
+            call = torch.zeros(len(line.rewards), 6), torch.tensor(line.token_ids), torch.tensor(line.rewards)
+            schemes = {name: leafkernels.ESTIMATORS[name] for name in names}
+            part = leafkernels.gradient_agreement(schemes, *call, num_rollouts=6, num_splits=3, context=2, seed=number)
+            parts.append(part.cosines)
+    whole = part._replace(cosines=torch.cat(parts))
+    assert result["measured"] == whole.num_measured >= 6
+    assert [row["scheme"] for row in result["schemes"]] == sorted(names, key=lambda name: -whole.mean()[name])
+    for row in result["schemes"]:
+        difference = whole.difference(row["scheme"], "grpo")
+        assert row["agreement"] == pytest.approx(whole.mean()[row["scheme"]], abs=1e-9)
+        assert (row["to_grpo"], row["to_grpo_low"], row["to_grpo_high"]) == pytest.approx(difference, abs=1e-9)
+
+
+def test_what_it_prints(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = measured(file, tmp_path)
+    captured = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in captured.out.splitlines()]
+    text = " ".join(lines)
+    assert captured.err == ""
+    # Always in the order of the gradients, and GRPO is there.
+    names = [row["scheme"] for row in result["schemes"]]
+    assert sorted(names) == ["grpo", "leaf", "tempo", "tree_td", "treerl"]
+    agreement = [row["agreement"] for row in result["schemes"]]
+    assert agreement == sorted(agreement, reverse=True)
+    for row in result["schemes"]:
+        mark = "" if row["is_beaten"] else "* "
+        assert any(line.startswith(f"{mark}{row['scheme']} {row['agreement']:.3f}") for line in lines)
+    assert not result["schemes"][0]["is_beaten"]
+    assert " ".join(result["in_words"].split()) in text
+    assert result["measured"] == 6
+    assert "6 of 9 prompts, 8 splits of each. 2 have fewer than 24 scored rollouts. In 1 nearly all rewards" in text
+    assert "It misleads" in text and "an n-gram policy that looks back 4 tokens" in text
+
+
+def test_two_runs_write_the_same_bytes(file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = []
+    for run in ("a", "b"):
+        paths = [tmp_path / f"{run}.json", tmp_path / f"{run}.png"]
+        assert main(["compare", str(file), "--json", str(paths[0]), "--plot", str(paths[1])]) == 0
+        written.append([path.read_bytes() for path in paths])
+    assert written[0] == written[1]
+    assert written[0][1].startswith(b"\x89PNG")
+
+
+def test_grpo_is_measured_whatever_is_asked_for(file: Path, tmp_path: Path) -> None:
+    result = measured(file, tmp_path, "--schemes", "leaf")
+    assert sorted(row["scheme"] for row in result["schemes"]) == ["grpo", "leaf"]
+
+
+def test_a_file_of_any_length_takes_the_memory_of_a_prompt(tmp_path: Path) -> None:
+    """Of each prompt a few numbers stay: a hundred more take less than one prompt's tokens."""
+    peaks = []
+    for count in (5, 30):
+        records = [prompt(number, rows=24, tokens=200) for number in range(count)]
+        path = save(tmp_path / "long.jsonl", records)
+        del records
+        main(["compare", str(path), "--splits", "1", "--schemes", "grpo", "--context", "0"])  # what is loaded once
+        tracemalloc.start()
+        main(["compare", str(path), "--splits", "1", "--schemes", "grpo", "--context", "0"])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # A prompt of lists takes 24 * 200 * 2 * 8 bytes at least.
+    assert peaks[1] - peaks[0] < 76_800
+
+
+def row(scheme: str, agreement: float, low: float, high: float, is_beaten: bool) -> Record:
+    middle = (low + high) / 2
+    return {
+        "scheme": scheme,
+        "agreement": agreement,
+        "to_grpo": middle,
+        "to_grpo_low": low,
+        "to_grpo_high": high,
+        "is_beaten": is_beaten,
+    }
+
+
+GRPO = row("grpo", 0.2, 0.0, 0.0, True)
+WORDS = [
+    (
+        [row("tree_td", 0.23, 0.02, 0.04, False), row("tempo", 0.22, 0.01, 0.03, False), GRPO,
+         row("leaf", 0.19, -0.02, -0.01, True)],
+        40,
+        "On these rollouts tree_td agrees best with what it has not seen (0.230), better than grpo by 0.030 (+0.020 to "
+        "+0.040). Not told apart from it: tempo. Worse than grpo: leaf.",
+    ),
+    (
+        [row("tempo", 0.21, -0.01, 0.03, False), {**GRPO, "is_beaten": False}],
+        40,
+        "On these rollouts tempo agrees best with what it has not seen (0.210), but it is not told apart from grpo.",
+    ),
+    (
+        [{**GRPO, "is_beaten": False}, row("leaf", 0.19, -0.02, -0.01, True)],
+        3,
+        "On these rollouts grpo agrees best with what it has not seen (0.200). Worse than grpo: leaf. 3 prompts are "
+        "few: take intervals for too narrow.",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "count", "text"), WORDS)
+def test_the_sentence(rows: list[Record], count: int, text: str) -> None:
+    assert _in_words({"schemes": rows, "measured": count}) == text
+
+
+def test_what_a_person_can_mend(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = save(tmp_path / "empty.jsonl", [])
+    few = save(tmp_path / "few.jsonl", [prompt(0, rows=23), prompt(1, rows=20)])
+    flat = prompt(2)
+    for completion in flat["completions"]:
+        completion["reward"] = 0.5
+    mixed = save(tmp_path / "mixed.jsonl", [prompt(0, rows=23), flat])
+    cases: list[tuple[list[str], str]] = [
+        ([str(empty)], f"{empty} is empty: there is no prompt in it"),
+        (
+            [str(few)],
+            f"{few}: no prompt can be measured: 2 of 2 have fewer than 24 scored completions, which --rollouts 8 needs",
+        ),
+        (
+            [str(mixed)],
+            f"{mixed}: no prompt can be measured: 1 of 2 have fewer than 24 scored completions, which --rollouts 8 "
+            "needs, and in 1 of 2 fewer than 8 rewards differ from the commonest",
+        ),
+        ([str(tmp_path / "none.jsonl")], f"cannot read {tmp_path / 'none.jsonl'}: no such file or directory"),
+        ([str(file), "--json", str(tmp_path)], f"cannot write {tmp_path}: not a regular file"),
+    ]
+    for arguments, sentence in cases:
+        before = sorted(tmp_path.iterdir())
+        assert main(["compare", *arguments]) == 2
+        assert capsys.readouterr().err == f"leafkernels: {sentence}\n"
+        assert sorted(tmp_path.iterdir()) == before
+    pytest.importorskip("matplotlib")
+    assert main(["compare", str(file), "--plot", str(tmp_path / "a.docx")]) == 2
+    assert "--plot must name a picture (.png, .svg or .pdf), got" in capsys.readouterr().err
+    assert not (tmp_path / "a.docx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--schemes", "leaf,ppo"], "must be some of leaf,grpo,dr_grpo,rloo,tempo,tree_td,treerl, got 'ppo'"),
+        (["--rollouts", "1"], "must be an integer of at least 2, got '1'"),
+        (["--splits", "0"], "must be an integer of at least 1, got '0'"),
+        (["--context", "-1"], "must be an integer of at least 0, got '-1'"),
+    ],
+)
+def test_options(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "in.jsonl", *arguments])
+    assert ended.value.code == 2
+    assert text in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_named_compare_can_be_shown(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "compare").write_bytes(file.read_bytes())
+    assert "summary" in run_python("-m", "leafkernels", "./compare", "--show", "0", cwd=tmp_path).stdout
+
+
+def test_missing_accuracy_is_null(tmp_path: Path) -> None:
+    """Rows that share nothing: no token has a truth, and JSON has no NaN."""
+    record = prompt(0)
+    for number, completion in enumerate(record["completions"]):
+        completion["token_ids"] = [100 * number + t for t in range(6)]
+    result = measured(save(tmp_path / "apart.jsonl", [record]), tmp_path)
+    assert all(math.isfinite(row["agreement"]) for row in result["schemes"])
+    assert all(row["token_accuracy"] in (0.0, None) for row in result["schemes"])
