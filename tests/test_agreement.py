@@ -342,12 +342,13 @@ def test_errors(change: dict[str, Any], error: type[Exception], text: str) -> No
 def test_real_rollouts_of_code(shared: Path) -> None:
     """What was found on 39 of these problems by another program, which chose them and their splits otherwise: the
     difference to Dr. GRPO at K = 8 and a context of 4, with the half of its interval."""
-    known = {"leaf": -0.014, "treerl": -0.013, "tempo": 0.018, "tree_td": 0.024, "td": -0.072, "surprisal": -0.065}
+    known = {"leaf": -0.014, "treerl": -0.013, "tempo": 0.018, "4, 0.2": 0.024, "td": -0.072, "surprisal": -0.065}
 
     def by_surprisal(logprobs: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         return leafkernels.dr_grpo(logprobs, *arguments, **options) * -logprobs.nan_to_num(0.0)
 
     schemes = {**ESTIMATORS, "td": partial(leafkernels.tree_td, shrinkage=0.0, group_weight=0.0)}
+    schemes["4, 0.2"] = partial(leafkernels.tree_td, shrinkage=4.0, group_weight=0.2)
     schemes["surprisal"] = by_surprisal
     parts = []
     with gzip.open(shared / "rollouts" / "humaneval_codegen16b.jsonl.gz", "rt") as file:

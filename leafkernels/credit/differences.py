@@ -78,8 +78,8 @@ def tree_td(
     groups: Tensor | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
-    shrinkage: float = 4.0,
-    group_weight: float = 0.2,
+    shrinkage: float = 1.0,
+    group_weight: float = 0.3,
     normalize: str = "none",
     backend: str = "auto",
 ) -> Tensor:
@@ -108,9 +108,9 @@ def tree_td(
     Example:
         >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
         >>> leafkernels.tree_td(torch.zeros(3, 3), token_ids, torch.tensor([1.0, 0.0, 0.0]))
-        tensor([[ 0.1333,  0.1889,  0.2556],
-                [-0.0667, -0.0111, -0.1444],
-                [-0.0667, -0.1333, -0.0667]])
+        tensor([[ 0.2000,  0.3111,  0.4778],
+                [-0.1000,  0.0111, -0.3222],
+                [-0.1000, -0.2667, -0.1000]])
     """
     check_shrinkage(shrinkage)
     check_finite("group_weight", group_weight)

@@ -391,7 +391,10 @@ def candidates() -> dict[str, Scheme]:
 
 def candidates_by_length() -> dict[str, Scheme]:
     """The third round: all of a row's credit by its length."""
-    found: dict[str, Scheme] = {"dr_grpo": leafkernels.dr_grpo, "fixed 4, 0.2": leafkernels.tree_td}
+    found: dict[str, Scheme] = {
+        "dr_grpo": leafkernels.dr_grpo,
+        "fixed 4, 0.2": partial(fixed, shrinkage=4.0, group_weight=0.2),
+    }
     for name in ("dr_grpo", "tempo", "tree_td", "leaf", "treerl"):
         for power in (0.0, 0.5, 1.0, 1.5, 2.0):
             found[f"{name}, length {power:g}"] = partial(

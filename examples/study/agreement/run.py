@@ -4,6 +4,7 @@
     python examples/study/agreement/run.py ROLLOUTS --part search
     python examples/study/agreement/run.py ROLLOUTS --part lengths
     python examples/study/agreement/run.py --part tabular
+    python examples/study/agreement/run.py --part sweep
 
 ROLLOUTS is a file of many rollouts a prompt, in the format of ``python -m leafkernels``; PROTOCOL.md says what is run.
 """
@@ -18,7 +19,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,7 @@ def rounded(found: leafkernels.GradientAgreement, name: str, to: str) -> list[fl
 def table(path: Path) -> None:
     schemes: dict[str, Callable[..., Tensor]] = dict(leafkernels.ESTIMATORS)
     schemes["leaf, 8 boundaries"] = partial(leafkernels.span_advantages, num_boundaries=8, min_separation=2)
-    for shrinkage, group_weight in ((0.0, 0.0), (0.0, 0.2), (8.0, 0.2)):
-        schemes[f"tree_td {shrinkage:g}, {group_weight:g}"] = partial(
-            leafkernels.tree_td, shrinkage=shrinkage, group_weight=group_weight
-        )
+    schemes |= weights((0.0, 0.0), (0.0, 0.2), (0.0, 0.5), (4.0, 0.2), (8.0, 0.2))
     rows = []
     for rollouts in (4, 8, 16, 32):
         for context in CONTEXTS:
@@ -146,49 +144,65 @@ def search(path: Path, name: str, sets: list[tuple[bool, dict[str, Callable[...,
             save(name, rows)
 
 
-def tabular_sweep(chosen: dict[str, Callable[..., Tensor]]) -> None:
-    bases = {base.reward: replace(base, seeds=64) for base in tabular.BASES}
-    settings = [
-        bases["prefix"],
-        replace(bases["prefix"], sharpness=3.0),
-        replace(bases["prefix"], decisions=32),
-        replace(bases["prefix"], rollouts=32),
-        bases["fraction"],
-        replace(bases["fraction"], sharpness=3.0),
-        bases["all"],
-        replace(bases["all"], rollouts=4),
+def tabular_settings() -> list[tabular.Setting]:
+    """The eight settings of the protocol."""
+    prefix, fraction, every = tabular.BASES
+    return [
+        prefix,
+        replace(prefix, sharpness=3.0),
+        replace(prefix, decisions=32),
+        replace(prefix, rollouts=32),
+        fraction,
+        replace(fraction, sharpness=3.0),
+        every,
+        replace(every, rollouts=4),
     ]
-    schemes = {"tempo": leafkernels.tempo, "leaf": leafkernels.span_advantages, **chosen}
+
+
+def train_all(name: str, settings: list[tabular.Setting], schemes: dict[str, Callable[..., Tensor]]) -> None:
+    """Mean reward over training less GRPO's, 64 seeds each."""
     rows = []
-    for setting in track(settings, description="tabular"):
+    for setting in track([replace(setting, seeds=64) for setting in settings], description=name):
         grpo = tabular.train(setting, "grpo")[:, :-1].mean(1)
-        for name, scheme in schemes.items():
-            gain = tabular.train(setting, scheme)[:, :-1].mean(1) - grpo
-            row = {"reward": setting.reward, "sharpness": setting.sharpness, "decisions": setting.decisions}
-            row |= {"rollouts": setting.rollouts, "scheme": name, "grpo": round(float(grpo.mean()), 4)}
+        for scheme, function in schemes.items():
+            gain = tabular.train(setting, function)[:, :-1].mean(1) - grpo
             half = 1.998 * float(gain.std()) / len(gain) ** 0.5
+            row = {"setting": asdict(setting), "scheme": scheme, "grpo": round(float(grpo.mean()), 4)}
             rows.append(row | {"gain": round(float(gain.mean()), 4), "interval": round(half, 4)})
-        save("tabular", rows)
+        save(name, rows)
+
+
+def weights(*pairs: tuple[float, float]) -> dict[str, Callable[..., Tensor]]:
+    """tree_td by shrinkage and group weight."""
+    return {
+        f"tree_td {shrinkage:g}, {group_weight:g}": partial(
+            leafkernels.tree_td, shrinkage=shrinkage, group_weight=group_weight
+        )
+        for shrinkage, group_weight in pairs
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS")
-    parser.add_argument("--part", choices=("table", "search", "lengths", "tabular"), required=True)
+    parser.add_argument("--part", choices=("table", "search", "lengths", "tabular", "sweep"), required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.part != "tabular" and arguments.rollouts is None:
+    if arguments.part not in ("tabular", "sweep") and arguments.rollouts is None:
         parser.error("name a file of rollouts")
+    peers: dict[str, Callable[..., Tensor]] = {"tempo": leafkernels.tempo, "leaf": leafkernels.span_advantages}
     if arguments.part == "tabular":
-        tabular_sweep(
-            {
-                "tree_td 4, 0.2": leafkernels.tree_td,
-                "tree_td 1, 0.3": partial(leafkernels.tree_td, shrinkage=1.0, group_weight=0.3),
-                "batch shrinkage, pull 32, 0.2": partial(batch_shrinkage, pull=32.0, group_weight=0.2),
-                "variogram 0.2, pull 4, prompt": partial(variogram, scale=0.2, pull=4.0, by_row=False),
-                "shared 0.4, tails 0.2": partial(on_tails, shared=0.4, tails=0.2),
-            }
-        )
+        estimated = {
+            "batch shrinkage, pull 32, 0.2": partial(batch_shrinkage, pull=32.0, group_weight=0.2),
+            "variogram 0.2, pull 4, prompt": partial(variogram, scale=0.2, pull=4.0, by_row=False),
+            "shared 0.4, tails 0.2": partial(on_tails, shared=0.4, tails=0.2),
+        }
+        tried = weights((4.0, 0.2), (2.0, 0.5), (1.0, 0.3), (1.0, 0.4), (0.25, 0.4), (0.0, 0.4), (0.0, 0.5), (0.0, 0.6))
+        train_all("tabular", tabular_settings(), {**peers, **estimated, **tried})
+    elif arguments.part == "sweep":
+        # The number of boundaries is LEAF's alone.
+        settings = [s for s in tabular.settings() if s.boundaries == tabular.Setting.boundaries]
+        train_all("sweep", settings, {**peers, **weights((4.0, 0.2), (1.0, 0.3), (0.0, 0.5))})
     elif arguments.part == "table":
         table(arguments.rollouts)
     elif arguments.part == "search":
