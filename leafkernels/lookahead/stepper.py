@@ -73,7 +73,7 @@ class TransformersStepper:
 
     @torch.no_grad()
     def extend(self, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``token_ids`` (S,) to the branches ``parents`` (S,) of the call before: logits (S, V), rewards (S,)."""
+        """Append ``token_ids`` (S,) to branches ``parents`` (S,) of the call before: logits (S, V), rewards (S,)."""
         parents, token_ids = parents.to(self._seen.device), token_ids.to(self._seen.device)
         return self._extend_packed(parents, token_ids) if self._packed else self._extend_rows(parents, token_ids)
 
