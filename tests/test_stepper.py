@@ -7,34 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
-
 from leafkernels.lookahead import TransformersStepper
+from tests.tiny_decoders import MODELS, build_model
 
-SIZES = {
-    "vocab_size": 29,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
-# With a window, so short that the branches of these tests outgrow it.
-WINDOW = {"sliding_window": 6}
-MODELS = {
-    "llama": ("LlamaConfig", SIZES),
-    "qwen2": ("Qwen2Config", SIZES),
-    "qwen2 with a window": ("Qwen2Config", {**SIZES, **WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
-    "qwen3": ("Qwen3Config", SIZES),
-    "mistral": ("MistralConfig", {**SIZES, "sliding_window": None}),
-    "mistral with a window": ("MistralConfig", {**SIZES, **WINDOW}),
-    "gemma": ("GemmaConfig", SIZES),
-    "gemma2": ("Gemma2Config", {**SIZES, **WINDOW}),
-    "phi": ("PhiConfig", {**SIZES, "num_key_value_heads": 2}),
-    "gpt2": ("GPT2Config", {"vocab_size": 29, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 128}),
-}
+pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
 
 
 class WithRewards:
@@ -49,10 +25,7 @@ class WithRewards:
 
 
 def build(name: str, attention: str = "eager") -> WithRewards:
-    torch.manual_seed(0)
-    kind, sizes = MODELS[name]
-    config = getattr(transformers, kind)(**sizes, attn_implementation=attention, pad_token_id=0)
-    return WithRewards(transformers.AutoModelForCausalLM.from_config(config).eval())
+    return WithRewards(build_model(name, attention))
 
 
 def alone(model: WithRewards, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,20 +1,12 @@
 """How ``search`` runs a transformers model: one prefix, many branches."""
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # Decoder layers of these kinds read and write keys and values alone.
 _KINDS_OF_ATTENTION = {"full_attention", "sliding_attention"}
-
-
-class _RewardModel(Protocol):
-    """A causal language model whose output has ``rewards`` (B, T) beside ``logits``, as ``RewardTransformer``'s."""
-
-    config: Any
-
-    def __call__(self, **inputs: Any) -> Any: ...
 
 
 class TransformersStepper:
@@ -35,7 +27,7 @@ class TransformersStepper:
             are asked of an attention that takes no such mask.
     """
 
-    def __init__(self, model: _RewardModel, *, packed: bool = True) -> None:
+    def __init__(self, model: Any, *, packed: bool = True) -> None:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         if kinds - _KINDS_OF_ATTENTION:

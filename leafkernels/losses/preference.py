@@ -181,7 +181,7 @@ def _aligned(chosen: Tensor, chosen_mask: Tensor, rejected: Tensor, rejected_mas
 
 def _log_mean_sigmoid(rewards: Tensor, mask: Tensor) -> Tensor:
     """(B,): the logarithm of the mean of sigmoid(r) over the tokens, also where each sigmoid is 0 in float32."""
-    return logsigmoid(rewards).masked_fill(~mask, -torch.inf).logsumexp(1) - mask.sum(1).log()
+    return logsigmoid(rewards).masked_fill(~mask, -torch.inf).logsumexp(1) - mask.sum(1).to(rewards.dtype).log()
 
 
 def _first(rewards: Tensor, lengths: Tensor, share: float) -> Tensor:
