@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_decoders import MODELS, SIZES, build_model
 
 from leafkernels.lookahead import RewardChannel, RewardTransformer
-from tests.tiny_decoders import MODELS, SIZES, build_model
 
 pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
 
