@@ -37,6 +37,7 @@ setup(
         "leafkernels.command",
         "leafkernels.data",
         "leafkernels.integrations",
+        "leafkernels.lookahead",
         "python_ref",
     ],
     package_data={
@@ -51,6 +52,7 @@ setup(
         "test": test,
         "html": html,
         "trl": ["trl>=0.26,<2"],
+        "lookahead": ["transformers>=5.23", "safetensors>=0.4"],
         "verl": ["verl>=0.9,<1"],
         "speech": [
             "transformers>=5.23",

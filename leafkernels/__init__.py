@@ -17,6 +17,7 @@ from leafkernels.credit.tree import SpanTree, span_tree
 from leafkernels.credit.values import SpanValues, span_values
 from leafkernels.losses.policy_loss import PolicyLoss, policy_loss
 from leafkernels.losses.policy_loss_from_logits import policy_loss_from_logits
+from leafkernels.losses.preference import token_reward_loss, token_reward_metrics
 from leafkernels.rows.groups import group_index
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
 from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
@@ -62,6 +63,8 @@ __all__ = [
     "span_values",
     "surprisal_entropy",
     "tempo",
+    "token_reward_loss",
+    "token_reward_metrics",
     "tree_td",
     "treerl",
 ]

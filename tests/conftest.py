@@ -28,8 +28,22 @@ settings.register_profile(
 settings.load_profile("leafkernels")
 
 
-# Processes, browsers and trainers of their own.
-SLOW_FILES = ("test_distributed", "test_html", "test_launches", "test_prefix_lengths", "test_trl", "test_wheel")
+# Processes, browsers, compilers and trainers of their own.
+SLOW_FILES = (
+    "test_aot",
+    "test_bench",
+    "test_command",
+    "test_distributed",
+    "test_examples",
+    "test_html",
+    "test_launches",
+    "test_prefix_lengths",
+    "test_readme",
+    "test_speech",
+    "test_trl",
+    "test_unequal_prompts",
+    "test_wheel",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -103,23 +103,25 @@ def check_kernel_dtype(name: str, dtype: torch.dtype, backend: str) -> None:
         raise TypeError(f"{name} must be float32, bfloat16 or float16 with backend='triton', got {dtype}")
 
 
-def check_mask(response_mask: Any, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
+def check_mask(
+    mask: Any, name: str, shape: torch.Size, device: torch.device, argument: str = "response_mask"
+) -> Tensor | None:
     """The mask as bool, or None; nonzero is True for integer and float masks.
 
     NaN is refused where values can be read for nothing, and False where they cannot: what is not known to count does
     not.
     """
-    if response_mask is None:
+    if mask is None:
         return None
-    mask = check_tensor("response_mask", response_mask)
+    mask = check_tensor(argument, mask)
     if mask.dtype.is_complex:
-        raise TypeError(f"response_mask must be bool, integer or floating point, got {mask.dtype}")
-    check_like("response_mask", mask, name, shape, device)
+        raise TypeError(f"{argument} must be bool, integer or floating point, got {mask.dtype}")
+    check_like(argument, mask, name, shape, device)
     if mask.dtype.is_floating_point:
         if values_readable(mask) and bool(mask.isnan().any()):
-            raise ValueError("response_mask must hold numbers, got NaN")
+            raise ValueError(f"{argument} must hold numbers, got NaN")
         return mask.abs() > 0
-    return mask if mask.dtype == torch.bool else check_integer("response_mask", mask) != 0
+    return mask if mask.dtype == torch.bool else check_integer(argument, mask) != 0
 
 
 def check_rewards(rewards: Any, name: str, row_shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -1,0 +1,20 @@
+"""Decoding that looks ahead with a reward for each token (SLA, arXiv 2503.00029). Models need transformers."""
+
+from leafkernels.lookahead.reward_channel import RewardChannel
+from leafkernels.lookahead.search import Candidate, Commit, Search, Stepper, search
+from leafkernels.lookahead.stepper import TransformersStepper
+from leafkernels.lookahead.transformers import RewardTransformer
+from leafkernels.losses.preference import token_reward_loss, token_reward_metrics
+
+__all__ = [
+    "Candidate",
+    "Commit",
+    "RewardChannel",
+    "RewardTransformer",
+    "Search",
+    "Stepper",
+    "TransformersStepper",
+    "search",
+    "token_reward_loss",
+    "token_reward_metrics",
+]

@@ -1,0 +1,194 @@
+"""Losses of a pair of answers, one preferred, from a reward for each token (SLA, arXiv 2503.00029)."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+from leafkernels._core.checks import (
+    check_choice,
+    check_finite,
+    check_mask,
+    check_positive,
+    check_real,
+    check_tensor,
+    values_readable,
+)
+from leafkernels._core.precision import compute_dtype
+
+KINDS = ("sequence_bt", "token_bt", "token_bce", "sequence_bce")
+_SHARES = {"100%": 1.0, "50%": 0.5, "25%": 0.25}
+
+
+def token_reward_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    *,
+    kind: str = "sequence_bt",
+    scale: float = 1.0,
+    margin: float = 0.0,
+) -> Tensor:
+    """Teach the rewards of tokens which of two answers is better. B pairs; chosen and rejected may differ in width.
+
+    With r the rewards of an answer's tokens and L their number, chosen before rejected, averaged over the pairs:
+
+        sequence_bt    -log sigmoid(scale (mean r_w - mean r_l - margin))
+        token_bt       mean over j < max(L_w, L_l) of -log sigmoid(scale (r_w[j] - r_l[j] - margin));
+                       the shorter answer repeats its last reward
+        token_bce      half of the mean of -log sigmoid(r_w) over all chosen tokens of the batch, and half of that of
+                       -log sigmoid(-r_l) over all rejected ones
+        sequence_bce   half of -log mean sigmoid(r_w), and half of -log mean sigmoid(-r_l)
+
+    Args:
+        chosen_rewards: (B, T), float16, bfloat16, float32 or float64.
+        rejected_rewards: (B, T').
+        chosen_mask: (B, T), nonzero at the tokens of the answer. What stands elsewhere is not read, NaN neither.
+        rejected_mask: (B, T'), likewise.
+        kind: one of the above.
+        scale: a factor, for the two Bradley-Terry kinds.
+        margin: by how much the better answer should be better, for the same.
+
+    Returns:
+        A scalar, float32 (float64 if a reward is), differentiable in both rewards.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be, or an answer on the CPU has no token; the message
+            names it. On other devices nothing waits for the masks, and an answer without a token gives NaN.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 2.0]])
+        >>> leafkernels.token_reward_loss(chosen, rejected, torch.ones(1, 2), torch.ones(1, 2))
+        tensor(0.3133)
+    """
+    check_choice("kind", kind, KINDS)
+    check_positive("scale", scale)
+    check_finite("margin", margin)
+    chosen, chosen_mask = _answers("chosen", chosen_rewards, chosen_mask)
+    rejected, rejected_mask = _answers("rejected", rejected_rewards, rejected_mask)
+    _check_pairs(chosen, rejected)
+    if kind == "sequence_bt":
+        difference = _mean(chosen, chosen_mask) - _mean(rejected, rejected_mask)
+        return softplus(-scale * (difference - margin)).mean()
+    if kind == "token_bt":
+        difference, is_token = _aligned(chosen, chosen_mask, rejected, rejected_mask)
+        return _mean(softplus(-scale * (difference - margin)), is_token).mean()
+    if kind == "token_bce":
+        of_chosen = _mean(softplus(-chosen).flatten(), chosen_mask.flatten())
+        return 0.5 * (of_chosen + _mean(softplus(rejected).flatten(), rejected_mask.flatten()))
+    return -0.5 * (_log_mean_sigmoid(chosen, chosen_mask) + _log_mean_sigmoid(-rejected, rejected_mask)).mean()
+
+
+@torch.no_grad()
+def token_reward_metrics(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_mask: Tensor, rejected_mask: Tensor
+) -> dict[str, Tensor]:
+    """How well rewards tell two answers apart, also early in them. Arguments as in ``token_reward_loss``.
+
+    Each is a mean over the pairs, under the name that the authors log:
+
+    - ``chosen_value_50%``, ``rejected_value_50%`` (100%, 50%, 25%): mean reward of the first half of an answer, at
+      least of one token; ``[-1]``: of its last token;
+    - ``diff_value_50%``: mean of chosen less rejected, token by token, over that part of the shorter answer;
+      ``diff_value_acc_50%``, ``diff_value_acc>=_50%``: share of these above 0, and not below 0;
+    - ``diff_value_seq_mean``, ``diff_value_[-1]`` and their ``acc``: of the answers' mean, and last, rewards.
+
+    Returns:
+        Scalars on the device of the rewards.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 2.0]])
+        >>> found = leafkernels.token_reward_metrics(chosen, rejected, torch.ones(1, 2), torch.ones(1, 2))
+        >>> found["diff_value_acc_50%"], found["diff_value_acc_[-1]"]
+        (tensor(0.), tensor(1.))
+    """
+    sides = {}
+    for name, rewards, mask in (
+        ("chosen", chosen_rewards, chosen_mask),
+        ("rejected", rejected_rewards, rejected_mask),
+    ):
+        rewards, mask = _answers(name, rewards, mask)
+        sides[name] = _packed(rewards, mask), mask.sum(1)
+    (chosen, chosen_lengths), (rejected, rejected_lengths) = sides.values()
+    _check_pairs(chosen, rejected)
+    found = {}
+    for name, (rewards, lengths) in sides.items():
+        for part, share in _SHARES.items():
+            found[f"{name}_value_{part}"] = _mean(rewards, _first(rewards, lengths, share))
+        found[f"{name}_value_[-1]"] = _last(rewards, lengths)
+    last = found["chosen_value_[-1]"] - found["rejected_value_[-1]"]
+    means = found["chosen_value_100%"] - found["rejected_value_100%"]
+    width = min(chosen.shape[1], rejected.shape[1])
+    difference = chosen[:, :width] - rejected[:, :width]
+    shorter = torch.minimum(chosen_lengths, rejected_lengths)
+    found |= {"diff_value_[-1]": last, "diff_value_acc_[-1]": (last > 0).to(last.dtype)}
+    found |= {"diff_value_seq_mean": means, "diff_value_acc_seq_mean": (means > 0).to(means.dtype)}
+    for part, share in _SHARES.items():
+        tokens = _first(difference, shorter, share)
+        found[f"diff_value_{part}"] = _mean(difference, tokens)
+        found[f"diff_value_acc_{part}"] = _mean((difference > 0).to(difference.dtype), tokens)
+        found[f"diff_value_acc>=_{part}"] = _mean((difference >= 0).to(difference.dtype), tokens)
+    return {name: values.mean() for name, values in found.items()}
+
+
+def _answers(name: str, rewards: Any, mask: Any) -> tuple[Tensor, Tensor]:
+    check_real(f"{name}_rewards", rewards)
+    if rewards.dim() != 2:
+        raise ValueError(f"{name}_rewards must have shape (pairs, tokens), got shape {tuple(rewards.shape)}")
+    check_tensor(f"{name}_mask", mask)
+    is_token = cast(Tensor, check_mask(mask, f"{name}_rewards", rewards.shape, rewards.device, f"{name}_mask"))
+    if values_readable(is_token):
+        empty = (~is_token.any(1)).nonzero()[:, 0].tolist()
+        if empty:
+            raise ValueError(f"{name}_mask must have a token in every row, got none in row {empty[0]}")
+    rewards = rewards.to(compute_dtype(rewards.dtype))
+    return torch.where(is_token, rewards, 0.0), is_token
+
+
+def _check_pairs(chosen: Tensor, rejected: Tensor) -> None:
+    if chosen.shape[0] != rejected.shape[0] or chosen.shape[0] == 0:
+        raise ValueError(
+            f"rejected_rewards must have the rows of chosen_rewards, {chosen.shape[0]}, and at least one, got "
+            f"{rejected.shape[0]}"
+        )
+    if chosen.device != rejected.device:
+        raise ValueError(f"rejected_rewards must be on {chosen.device}, got {rejected.device}")
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Over the last dimension, where the mask is True."""
+    return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1)
+
+
+def _packed(rewards: Tensor, mask: Tensor) -> Tensor:
+    """The rewards of each row's tokens first, in their order."""
+    order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return rewards.gather(1, order)
+
+
+def _aligned(chosen: Tensor, chosen_mask: Tensor, rejected: Tensor, rejected_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, width): chosen less rejected at the j-th token of each, the last repeated; and where the longer has one."""
+    sides, lengths = [], []
+    at = torch.arange(max(chosen.shape[1], rejected.shape[1]), device=chosen.device)
+    for rewards, mask in ((chosen, chosen_mask), (rejected, rejected_mask)):
+        length = mask.sum(1, keepdim=True)
+        sides.append(_packed(rewards, mask).gather(1, at.minimum((length - 1).clamp_min(0))))
+        lengths.append(length)
+    return sides[0] - sides[1], at < torch.maximum(*lengths)
+
+
+def _log_mean_sigmoid(rewards: Tensor, mask: Tensor) -> Tensor:
+    """(B,): the logarithm of the mean of sigmoid(r) over the tokens, also where each sigmoid is 0 in float32."""
+    return logsigmoid(rewards).masked_fill(~mask, -torch.inf).logsumexp(1) - mask.sum(1).to(rewards.dtype).log()
+
+
+def _first(rewards: Tensor, lengths: Tensor, share: float) -> Tensor:
+    """(B, T) bool: the first ``share`` of each row's tokens, rounded down, at least one."""
+    counts = (lengths * share).floor().clamp_min(1)
+    return torch.arange(rewards.shape[1], device=rewards.device) < counts[:, None]
+
+
+def _last(rewards: Tensor, lengths: Tensor) -> Tensor:
+    return rewards.gather(1, (lengths - 1).clamp_min(0)[:, None])[:, 0]

@@ -1,0 +1,175 @@
+"""Losses of pairs of answers against the results of their authors' code, and by laws."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import leafkernels
+from leafkernels import token_reward_loss, token_reward_metrics
+
+KINDS = {
+    "seqwise_btmodel": "sequence_bt",
+    "tokenwise_btmodel": "token_bt",
+    "tokenwise_crossentropy": "token_bce",
+    "seqwise_crossentropy": "sequence_bce",
+}
+SIDES = ("chosen", "rejected")
+
+
+def _golden(shared: Path) -> list[dict[str, Any]]:
+    with gzip.open(shared / "golden" / "sla_losses.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def _numbers(values: Any) -> torch.Tensor:
+    return torch.tensor([[float(value) for value in row] for row in values], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_authors_losses_and_gradients(shared: Path, dtype: torch.dtype) -> None:
+    exact = dtype == torch.float64
+    seen = 0
+    for case in _golden(shared):
+        # An answer without tokens is refused here.
+        if case["kind"] != "reward_loss" or case.get("quirk") == "empty_response":
+            continue
+        seen += 1
+        clean = "clean_" if "quirk" in case else ""
+        ran_in = getattr(torch, case["dtype"])
+        rewards = {side: _numbers(case[f"{side}_reward"]).to(dtype).requires_grad_() for side in SIDES}
+        masks = {side: torch.tensor(case[f"{side}_mask"]) for side in SIDES}
+        # The scale and the margin are those of the authors' token-wise loss only.
+        options = {"scale": case["a"], "margin": case["b"]} if case["loss"] == "tokenwise_btmodel" else {}
+        loss = token_reward_loss(*rewards.values(), *masks.values(), kind=KINDS[case["loss"]], **options)
+        assert loss.dtype == dtype
+        loss.backward()
+        # The file has twelve digits. Where theirs ran in float32, also its clean gradients are float64's to 1e-5 only.
+        bound = 1e-10 if exact and ran_in == torch.float64 else 1e-5
+        torch.testing.assert_close(
+            loss.double(), torch.tensor(case[f"{clean}loss_value"], dtype=torch.float64), rtol=bound, atol=bound
+        )
+        for side in SIDES:
+            expected = _numbers(case[f"{clean}grad_{side}"])
+            torch.testing.assert_close(rewards[side].grad.double(), expected, rtol=bound, atol=bound)
+    assert seen > 60
+
+
+def test_the_authors_metrics(shared: Path) -> None:
+    seen = 0
+    for case in _golden(shared):
+        if case["kind"] != "reward_loss" or "quirk" in case:
+            continue
+        found = token_reward_metrics(
+            *(_numbers(case[f"{side}_reward"]) for side in SIDES),
+            *(torch.tensor(case[f"{side}_mask"]) for side in SIDES),
+        )
+        theirs = {name: value for name, value in case["metrics"].items() if "_value_" in name}
+        assert found.keys() == theirs.keys()
+        for name, value in theirs.items():
+            # Theirs are float32.
+            assert float(found[name]) == pytest.approx(value, rel=1e-6, abs=1e-6), (case["id"], name)
+        seen += 1
+    assert seen > 50
+
+
+@st.composite
+def _pairs(draw: st.DrawFn) -> tuple[torch.Tensor, ...]:
+    pairs, widths = draw(st.integers(1, 4)), [draw(st.integers(1, 6)) for _ in SIDES]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    rewards = [torch.randn(pairs, width, generator=generator, dtype=torch.float64) * 3 for width in widths]
+    masks = [torch.rand(pairs, width, generator=generator) < 0.6 for width in widths]
+    for mask in masks:
+        mask[torch.arange(pairs), torch.randint(mask.shape[1], (pairs,), generator=generator)] = True
+    return *rewards, *masks
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+@settings(max_examples=30)
+@given(pairs=_pairs())
+def test_padding_and_holes_do_not_exist(kind: str, pairs: tuple[torch.Tensor, ...]) -> None:
+    chosen, rejected, chosen_mask, rejected_mask = pairs
+    losses = []
+    for row in range(len(chosen)):
+        bare = [part[row][mask[row]][None] for part, mask in ((chosen, chosen_mask), (rejected, rejected_mask))]
+        losses.append(token_reward_loss(*bare, *map(torch.ones_like, bare), kind=kind))
+    for value in (torch.nan, torch.inf, -torch.inf, 1e300):
+        rewards = [
+            part.masked_fill(~mask, value).requires_grad_()
+            for part, mask in ((chosen, chosen_mask), (rejected, rejected_mask))
+        ]
+        loss = token_reward_loss(*rewards, chosen_mask, rejected_mask, kind=kind)
+        loss.backward()
+        for part, mask in zip(rewards, (chosen_mask, rejected_mask), strict=True):
+            assert part.grad.isfinite().all() and (part.grad[~mask] == 0).all()
+        if kind != "token_bce":  # the mean of that one is over the tokens of the batch
+            torch.testing.assert_close(loss.detach(), torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+@settings(max_examples=15)
+@given(pairs=_pairs())
+def test_exchanging_the_answers_changes_the_sign_of_the_rewards(kind: str, pairs: tuple[torch.Tensor, ...]) -> None:
+    chosen, rejected, chosen_mask, rejected_mask = pairs
+    torch.testing.assert_close(
+        token_reward_loss(chosen, rejected, chosen_mask, rejected_mask, kind=kind),
+        token_reward_loss(-rejected, -chosen, rejected_mask, chosen_mask, kind=kind),
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_gradients(kind: str) -> None:
+    torch.manual_seed(0)
+    rewards = [torch.randn(3, width, dtype=torch.float64, requires_grad=True) for width in (5, 4)]
+    masks = [torch.ones_like(part) for part in rewards]
+    masks[0][1, 2:] = 0
+
+    def loss(*parts: torch.Tensor) -> torch.Tensor:
+        return token_reward_loss(*parts, *masks, kind=kind, scale=1.5 if "bt" in kind else 1.0)
+
+    assert torch.autograd.gradcheck(loss, rewards)
+
+
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_far_from_right_float32_still_learns(kind: str) -> None:
+    """Where sigmoid(r) is 0 or 1 in float32 the loss is the distance, and its gradient is whole."""
+    rewards = [torch.full((1, 2), value, requires_grad=True) for value in (-200.0, 200.0)]
+    loss = token_reward_loss(*rewards, torch.ones(1, 2), torch.ones(1, 2), kind=kind)
+    loss.backward()
+    assert loss.item() == (400.0 if "bt" in kind else 200.0)
+    assert rewards[0].grad.sum().item() == pytest.approx(-1.0 if "bt" in kind else -0.5, rel=200 * 2.0**-23)
+
+
+def test_a_compiled_loss_is_the_same() -> None:
+    torch.manual_seed(0)
+    arguments = torch.randn(3, 5), torch.randn(3, 4), torch.ones(3, 5), torch.ones(3, 4)
+    compiled = torch.compile(token_reward_loss, backend="eager", fullgraph=True)
+    for kind in KINDS.values():
+        assert torch.equal(compiled(*arguments, kind=kind), token_reward_loss(*arguments, kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "hinge"}, "kind must be one of .* got 'hinge'"),
+        ({"scale": 0.0}, "scale must be .* got 0"),
+        ({"margin": float("nan")}, "margin must be finite, got nan"),
+        ({"rejected_rewards": torch.zeros(3, 4)}, "rejected_(rewards|mask) must"),
+        (
+            {"chosen_mask": torch.tensor([[1, 1], [0, 0]])},
+            "chosen_mask must have a token in every row, got none in row 1",
+        ),
+        ({"chosen_rewards": torch.zeros(2)}, r"chosen_rewards must have shape \(pairs, tokens\), got shape \(2,\)"),
+    ],
+)
+def test_refuses(change: dict[str, Any], message: str) -> None:
+    names = [f"{side}_{kind}" for kind in ("rewards", "mask") for side in SIDES]
+    options = {name: torch.ones(2, 2) for name in names} | change
+    arguments = [options.pop(name) for name in names]
+    with pytest.raises((TypeError, ValueError), match=message):
+        leafkernels.token_reward_loss(*arguments, **options)

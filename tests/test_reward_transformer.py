@@ -1,0 +1,191 @@
+"""Rewards beside logits, on every kind of decoder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_decoders import MODELS, SIZES, build_model
+
+from leafkernels.lookahead import RewardChannel, RewardTransformer
+
+pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [0, 0, 0, 2, 7, 1, 8, 2]])
+MASK = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
+
+
+def rewards_by_definition(wrapped: RewardTransformer, **inputs: Any) -> torch.Tensor:
+    """From hidden states that are kept. transformers lists h_0 ... h_{n-1} and h_n after the final norm."""
+    hidden = wrapped.model(**inputs, output_hidden_states=True).hidden_states
+    return wrapped.channel(hidden)
+
+
+def wrap(name: str, seed: int = 1) -> RewardTransformer:
+    model = build_model(name)
+    torch.manual_seed(seed)
+    return RewardTransformer(model, RewardChannel(3, 16, width=4)).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_models_to_the_bit_and_rewards_those_of_the_channel(name: str) -> None:
+    wrapped = wrap(name)
+    for inputs in ({"input_ids": IDS}, {"input_ids": IDS, "attention_mask": MASK}):
+        with torch.no_grad():
+            output = wrapped(**inputs)
+            torch.testing.assert_close(output.rewards, rewards_by_definition(wrapped, **inputs))
+            assert torch.equal(output.logits, build_model(name)(**inputs).logits)
+    assert output.rewards.shape == IDS.shape
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_with_a_cache(name: str) -> None:
+    wrapped = wrap(name)
+    with torch.no_grad():
+        whole = wrapped(input_ids=IDS)
+        first = wrapped(input_ids=IDS[:, :5], use_cache=True)
+        second = wrapped(input_ids=IDS[:, 5:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.rewards, second.rewards], 1), whole.rewards, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_model_keeps_no_graph_and_the_channel_learns() -> None:
+    wrapped = wrap("llama")
+    wrapped.model.requires_grad_(False)
+    output = wrapped(input_ids=IDS)
+    assert output.logits.grad_fn is None
+    output.rewards.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in wrapped.channel.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_checkpointing_gives_the_same_gradients(name: str) -> None:
+    gradients = []
+    for checkpoints in (False, True):
+        wrapped = wrap(name).train()
+        if checkpoints:
+            wrapped.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in wrapped.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        output = wrapped(input_ids=IDS, use_cache=False)
+        (output.rewards.square().sum() + output.logits.square().mean()).backward()
+        gradients.append({name: parameter.grad for name, parameter in wrapped.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_under_peft() -> None:
+    peft = pytest.importorskip("peft")
+    model = build_model("llama")
+    with_adapter = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    torch.manual_seed(1)
+    wrapped = RewardTransformer(with_adapter, RewardChannel(3, 16, width=4))
+    output = wrapped(input_ids=IDS)
+    torch.testing.assert_close(output.rewards, rewards_by_definition(wrapped, input_ids=IDS))
+    output.rewards.sum().backward()
+    adapters = [p for name, p in with_adapter.named_parameters() if "lora_B" in name]
+    assert adapters and any(parameter.grad.any() for parameter in adapters)
+
+
+def test_bfloat16_beside_a_channel_in_float32() -> None:
+    wrapped = wrap("llama")
+    wrapped.model.to(torch.bfloat16)
+    with torch.no_grad():
+        found = wrapped(input_ids=IDS)
+        torch.testing.assert_close(found.rewards, rewards_by_definition(wrapped, input_ids=IDS))
+    assert found.rewards.dtype == torch.float32 and found.logits.dtype == torch.bfloat16
+
+
+def test_the_language_model_within_an_audio_model() -> None:
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    torch.manual_seed(0)
+    audio = {"d_model": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 8, "num_mel_bins": 4}
+    config = Qwen2AudioConfig(
+        text_config={**SIZES, "model_type": "qwen2"}, audio_config={**audio, "model_type": "qwen2_audio_encoder"}
+    )
+    wrapped = RewardTransformer(Qwen2AudioForConditionalGeneration(config).eval(), RewardChannel(3, 16, width=4))
+    with torch.no_grad():
+        found = wrapped(input_ids=IDS[:, :4])
+        torch.testing.assert_close(found.rewards, rewards_by_definition(wrapped, input_ids=IDS[:, :4]))
+
+
+def test_saves_the_channel_alone(tmp_path: Path) -> None:
+    wrapped = wrap("llama")
+    wrapped.save_pretrained(tmp_path / "channel")
+    assert sum(file.stat().st_size for file in (tmp_path / "channel").iterdir()) < 10_000
+    read = RewardTransformer.from_pretrained(tmp_path / "channel", build_model("llama"))
+    with torch.no_grad():
+        assert torch.equal(read(input_ids=IDS).rewards, wrapped(input_ids=IDS).rewards)
+    # And the base by its name.
+    build_model("llama").save_pretrained(tmp_path / "base")
+    settings = json.loads((tmp_path / "channel" / "reward_channel.json").read_text())
+    settings["base"]["name"] = str(tmp_path / "base")
+    (tmp_path / "channel" / "reward_channel.json").write_text(json.dumps(settings))
+    named = RewardTransformer.from_pretrained(tmp_path / "channel", attn_implementation="eager")
+    with torch.no_grad():
+        assert torch.equal(named(input_ids=IDS).rewards, wrapped(input_ids=IDS).rewards)
+    with pytest.raises(
+        ValueError, match="model must be the base of the channel in .* model_type llama, got model_type q"
+    ):
+        RewardTransformer.from_pretrained(tmp_path / "channel", build_model("qwen2"))
+
+
+def test_refuses() -> None:
+    with pytest.raises(ValueError, match="model must be a language model of transformers, got Linear"):
+        RewardTransformer(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="channel must be of 3 layers and 16 numbers a token.*, got 2 and 16"):
+        RewardTransformer(build_model("llama"), RewardChannel(2, 16))
+
+
+class Heard:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.pieces: list[list[int]] = []
+        self.has_ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.pieces.append(value.tolist())
+
+    def end(self) -> None:
+        self.has_ended = True
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_width_one_is_greedy(name: str) -> None:
+    wrapped = wrap(name)
+    prompt = IDS[:1, :5]
+    greedy = wrapped.model.generate(prompt, do_sample=False, max_new_tokens=12, attention_mask=torch.ones_like(prompt))
+    streamer = Heard()
+    found = wrapped.generate(prompt, width=1, chunk=4, depth=1, max_new_tokens=12, streamer=streamer)
+    assert found.token_ids == greedy[0, 5:].tolist()
+    assert streamer.pieces[0] == prompt[0].tolist() and sum(streamer.pieces[1:], []) == found.token_ids
+    assert streamer.has_ended
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2 with a window", "gemma2", "gpt2"])
+def test_packed_branches_and_rows_give_the_same_answer(name: str) -> None:
+    wrapped = wrap(name)
+    found = [
+        wrapped.generate(IDS[0], width=3, chunk=3, depth=1, max_new_tokens=20, packed=packed)
+        for packed in (True, False)
+    ]
+    assert found[0].token_ids == found[1].token_ids and found[0].commits
+    assert found[0].score == pytest.approx(found[1].score, rel=1e-4)
+
+
+def test_a_streamer_of_transformers_prints_the_chunks(capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import TextStreamer
+
+    class Letters:
+        def decode(self, ids: Any, **_: Any) -> str:
+            return "".join(chr(ord("a") + int(i) % 26) for i in ids)
+
+    wrapped = wrap("llama")
+    found = wrapped.generate(
+        IDS[0], width=2, chunk=2, depth=1, max_new_tokens=7, streamer=TextStreamer(Letters(), skip_prompt=True)
+    )
+    assert capsys.readouterr().out.strip() == Letters().decode(found.token_ids)

@@ -1,0 +1,210 @@
+"""The search against the results of its authors' code, and by laws."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leafkernels.lookahead import Search, search
+
+_WORD = (1 << 64) - 1
+
+
+def _mix(number: int) -> int:
+    z = (number + 0x9E3779B97F4A7C15) & _WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+    return z ^ (z >> 31)
+
+
+class Table:
+    """A language model and its rewards by arithmetic on the prefix; every number is exact in float32."""
+
+    def __init__(self, seed: int, vocab: int, M: int, p: int, eos_bias: int = 0, eos_id: int | None = None) -> None:
+        self.seed, self.vocab, self.largest, self.power = seed, vocab, M, p
+        self.eos_bias, self.eos_id = eos_bias, eos_id
+        self.calls: list[int] = []
+
+    def at(self, prefix: list[int]) -> tuple[list[float], float]:
+        state = _mix(self.seed)
+        for token in prefix:
+            state = _mix(state ^ (token + 1))
+        logits = [((_mix(state ^ ((2 << 32) + v)) >> 40) % 16384) * 64 + v for v in range(self.vocab)]
+        if self.eos_id is not None:
+            logits[self.eos_id] += self.eos_bias
+        reward = ((_mix(state ^ (1 << 32)) >> 40) % (2 * self.largest + 1)) - self.largest
+        return [number / 65536 for number in logits], reward / 2**self.power
+
+    def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls.append(len(self.branches))
+        logits, rewards = zip(*map(self.at, self.branches), strict=True)
+        return torch.tensor(logits), torch.tensor(rewards)
+
+    def prefill(self, prompt_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.branches = [prompt_ids.tolist()]
+        return self._all()
+
+    def extend(self, parents: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = zip(parents.tolist(), token_ids.tolist(), strict=True)
+        self.branches = [[*self.branches[parent], token] for parent, token in pairs]
+        return self._all()
+
+
+def test_the_table_by_hand() -> None:
+    assert _mix(0) == 0xE220A8397B1DCDAF
+    logits, reward = Table(7, 8, 1024, 10).at([3, 5])
+    assert [round(number * 65536) for number in logits][:3] == [461824, 513281, 458434]
+    assert reward == -0.3154296875
+
+
+def _golden(shared: Path) -> list[dict[str, Any]]:
+    with gzip.open(shared / "golden" / "sla_search.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_the_authors_results(shared: Path) -> None:
+    seen = 0
+    for case in _golden(shared):
+        if "requests" in case:
+            continue
+        seen += 1
+        config = case["config"]
+        # Theirs looks one chunk less ahead where a chunk is one token.
+        depth = config["d"] if config["k"] > 1 else max(config["d"] - 1, 0)
+        limit = config["max_new_tokens"]
+        if config["max_model_len"] is not None:
+            # Theirs lets prompt and answer have one token more than the limit.
+            limit = min(limit, config["max_model_len"] + 1 - len(case["prompt"]))
+        table = Table(**case["lm"], eos_id=config["eos_id"])
+        ends = [*config["stop_ids"], *([] if config["eos_id"] is None else [config["eos_id"]])]
+        streamed: list[list[int]] = []
+        found = search(
+            table,
+            torch.tensor(case["prompt"]),
+            width=config["n"],
+            chunk=config["k"],
+            depth=depth,
+            max_new_tokens=limit,
+            eos_token_ids=ends,
+            on_commit=streamed.append,
+        )
+        assert found.token_ids == case["final_tokens"], case["id"]
+        assert found.score == case["final_score"], case["id"]
+        assert found.finish_reason == case["finish_reason"], case["id"]
+        assert found.num_forwards == case["forward_steps"], case["id"]
+        assert found.peak_branches == case["peak_running"], case["id"]
+        assert table.calls == case["batch_sizes"], case["id"]
+        assert sum(streamed, []) == case["final_tokens"], case["id"]
+        for commit, theirs in zip(found.commits, case["commits"], strict=True):
+            assert (commit.forward, commit.token_ids, commit.chosen) == (
+                theirs["step"],
+                theirs["tokens"],
+                theirs["chosen"],
+            ), case["id"]
+            assert [c._asdict() for c in commit.candidates] == [
+                {
+                    "first_token": c["first_token"],
+                    "length": c["length"],
+                    "is_finished": c["finished"],
+                    "value": c["value"],
+                }
+                for c in theirs["candidates"]
+            ], case["id"]
+    assert seen > 90
+
+
+def test_two_requests_of_the_authors_run_alone(shared: Path) -> None:
+    cases = [case for case in _golden(shared) if "requests" in case]
+    assert cases
+    for case in cases:
+        config = case["config"]
+        for request in case["requests"]:
+            found = search(
+                Table(**case["lm"], eos_id=config["eos_id"]),
+                torch.tensor(request["prompt"]),
+                width=config["n"],
+                chunk=config["k"],
+                depth=config["d"],
+                max_new_tokens=config["max_new_tokens"],
+                eos_token_ids=() if config["eos_id"] is None else (config["eos_id"],),
+            )
+            assert found.token_ids == request["alone_final_tokens"]
+            assert found.num_forwards == request["alone_forward_steps"]
+
+
+def _run(seed: int, levels: int, **options: Any) -> Search:
+    return search(Table(seed, 6, levels, 3, eos_id=0), torch.tensor([1, 2]), eos_token_ids=(0,), **options)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 3), st.integers(1, 12))
+def test_one_branch_is_greedy(seed: int, chunk: int, depth: int, limit: int) -> None:
+    table, tokens = Table(seed, 6, 5, 3, eos_id=0), [1, 2]
+    while len(tokens) < 2 + limit and (len(tokens) == 2 or tokens[-1] != 0):
+        logits = table.at(tokens)[0]
+        tokens.append(logits.index(max(logits)))
+    assert _run(seed, 5, width=1, chunk=chunk, depth=depth, max_new_tokens=limit).token_ids == tokens[2:]
+
+
+def _every_answer(table: Table, prefix: list[int], grown: int, width: int, chunk: int, limit: int) -> list[list[int]]:
+    if grown == limit or (grown and prefix[-1] == 0):
+        return [prefix]
+    logits = table.at(prefix)[0]
+    best = sorted(range(len(logits)), key=lambda token: -logits[token])
+    forks = width if grown and grown % chunk == 0 else 1
+    return [
+        answer
+        for token in best[:forks]
+        for answer in _every_answer(table, [*prefix, token], grown + 1, width, chunk, limit)
+    ]
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 3), st.integers(1, 8))
+def test_deep_enough_it_finds_the_best_of_all_leaves(seed: int, width: int, chunk: int, limit: int) -> None:
+    # So deep that no chunk is committed before the end.
+    depth = -(-limit // chunk)
+    options = {"width": width, "chunk": chunk, "depth": depth, "max_new_tokens": limit, "max_branches": 10**9}
+    found, table = _run(seed, 500, **options), Table(seed, 6, 500, 3, eos_id=0)
+
+    def score(answer: list[int]) -> float:
+        rewards = [table.at(answer[:end])[1] for end in range(2, len(answer))]
+        return sum(rewards) / len(rewards)
+
+    answers = _every_answer(table, [1, 2], 0, width, chunk, limit)
+    assert found.score == max(map(score, answers)) == score([1, 2, *found.token_ids])
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2), st.integers(1, 20))
+def test_commits_come_in_time_and_stay(seed: int, width: int, chunk: int, depth: int, limit: int) -> None:
+    found = _run(seed, 2, width=width, chunk=chunk, depth=depth, max_new_tokens=limit)
+    assert [commit.forward for commit in found.commits] == [
+        (number + depth) * chunk + 1 for number in range(1, len(found.commits) + 1)
+    ]
+    streamed = [token for commit in found.commits for token in commit.token_ids]
+    assert found.token_ids[: len(streamed)] == streamed
+    assert found.peak_branches <= width ** (depth + 1)
+    assert found == _run(seed, 2, width=width, chunk=chunk, depth=depth, max_new_tokens=limit)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 0}, "width must be .*at least 1, got 0"),
+        ({"chunk": 1.5}, "chunk must be an int"),
+        ({"depth": -1}, "depth must be .*at least 0, got -1"),
+        ({"width": 5, "depth": 3}, r"at 256 branches \(max_branches\), got 5 \*\* 4 = 625"),
+        ({"width": 9, "depth": 0}, "width must be at most the vocabulary, 6 ids, got 9"),
+        ({"prompt_ids": torch.zeros(0, dtype=torch.int64)}, r"prompt_ids must be .* got \(0,\)"),
+    ],
+)
+def test_refuses(change: dict[str, Any], message: str) -> None:
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 5, "prompt_ids": torch.tensor([1])} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        search(Table(0, 6, 5, 3), options.pop("prompt_ids"), **options)

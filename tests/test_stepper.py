@@ -1,0 +1,92 @@
+"""Branches packed in one row are branches run alone."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_decoders import MODELS, build_model
+
+from leafkernels.lookahead import TransformersStepper
+
+pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
+
+
+class WithRewards:
+    """A model whose reward is the first number of the hidden state after the final norm."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.config = model, model.config
+
+    def __call__(self, **inputs: Any) -> Any:
+        output = self.model(**inputs, output_hidden_states=True)
+        return SimpleNamespace(logits=output.logits, rewards=output.hidden_states[-1][..., 0])
+
+
+def build(name: str, attention: str = "eager") -> WithRewards:
+    return WithRewards(build_model(name, attention))
+
+
+def alone(model: WithRewards, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([token_ids]), use_cache=False)
+    return output.logits[0, -1], output.rewards[0, -1]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, kind) for name in MODELS for kind in ("eager", "sdpa") if (name, kind) != ("gemma2", "sdpa")],
+)
+def test_branches_are_what_they_are_alone(name: str, attention: str, packed: bool) -> None:
+    model = build(name, attention)
+    stepper, choose = TransformersStepper(model, packed=packed), random.Random(name)
+    branches = [[3, 1, 4, 1, 5]]
+    logits, rewards = stepper.prefill(torch.tensor(branches[0]))
+    for size in (1, 3, 6, 6, 2, 5, 1, 4, 4):
+        for branch, found, reward in zip(branches, logits, rewards, strict=True):
+            torch.testing.assert_close(found, alone(model, branch)[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(reward, alone(model, branch)[1], rtol=1e-4, atol=1e-5)
+        parents = sorted(choose.randrange(len(branches)) for _ in range(size))
+        tokens = [choose.randrange(29) for _ in range(size)]
+        branches = [[*branches[parent], token] for parent, token in zip(parents, tokens, strict=True)]
+        logits, rewards = stepper.extend(torch.tensor(parents), torch.tensor(tokens))
+
+
+def test_the_cache_holds_what_live_branches_see() -> None:
+    stepper = TransformersStepper(build("llama"))
+    stepper.prefill(torch.arange(10))
+    stepper.extend(torch.tensor([0, 0, 0]), torch.tensor([1, 2, 3]))
+    stepper.extend(torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3]))
+    assert stepper.cache_columns == 10 + 3 + 3
+    # Two branches go; the third forks.
+    stepper.extend(torch.tensor([1, 1]), torch.tensor([4, 5]))
+    assert stepper.cache_columns == 10 + 2 + 2
+
+
+def test_half_precision_is_no_worse_than_alone() -> None:
+    exact, half = build("llama"), build("llama")
+    half.model.to(torch.bfloat16)
+    stepper = TransformersStepper(half)
+    stepper.prefill(torch.arange(4))
+    packed = stepper.extend(torch.zeros(20, dtype=torch.int64), torch.arange(20))[0]
+    truth, by_itself = (
+        torch.stack([alone(model, [0, 1, 2, 3, token])[0].float() for token in range(20)]) for model in (exact, half)
+    )
+    # Of the same size, in another order of rounding.
+    assert (packed - truth).square().mean() < 1.5 * (by_itself - truth).square().mean()
+
+
+def test_refuses_what_takes_no_mask() -> None:
+    model = build("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="packed branches need .* 'flash_attention_2' .* packed=False"):
+        TransformersStepper(model)
+
+
+def test_refuses_layers_that_are_no_attention() -> None:
+    model = build("llama")
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match="attention only, got layers of the kind linear_attention"):
+        TransformersStepper(model)

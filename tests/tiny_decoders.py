@@ -1,0 +1,40 @@
+"""Decoders of random weights, of every kind that transformers has for one that this package names."""
+
+from typing import Any
+
+import torch
+
+SIZES = {
+    "vocab_size": 29,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+# With a window, so short that the branches of these tests outgrow it.
+WINDOW = {"sliding_window": 6}
+MODELS = {
+    "llama": ("LlamaConfig", SIZES),
+    "qwen2": ("Qwen2Config", SIZES),
+    "qwen2 with a window": ("Qwen2Config", {**SIZES, **WINDOW, "use_sliding_window": True, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", SIZES),
+    "mistral": ("MistralConfig", {**SIZES, "sliding_window": None}),
+    "mistral with a window": ("MistralConfig", {**SIZES, **WINDOW}),
+    "gemma": ("GemmaConfig", SIZES),
+    "gemma2": ("Gemma2Config", {**SIZES, **WINDOW}),
+    "phi": ("PhiConfig", {**SIZES, "num_key_value_heads": 2}),
+    "gpt2": ("GPT2Config", {"vocab_size": 29, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 128}),
+}
+
+
+def build_model(name: str, attention: str = "eager") -> Any:
+    """The model of that name, in evaluation mode; the same weights in every call."""
+    import transformers
+
+    torch.manual_seed(0)
+    kind, sizes = MODELS[name]
+    config = getattr(transformers, kind)(**sizes, attn_implementation=attention, pad_token_id=0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
