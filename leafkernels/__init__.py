@@ -9,6 +9,7 @@ from leafkernels.credit.advantages import span_advantages
 from leafkernels.credit.agreement import GradientAgreement, gradient_agreement
 from leafkernels.credit.boundaries import select_boundaries
 from leafkernels.credit.differences import tempo, tree_td, treerl
+from leafkernels.credit.distillation import FireOPD, FireStatistics, fire_opd, fire_statistics, fire_teachers
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
 from leafkernels.credit.options import PRESETS
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
@@ -42,6 +43,8 @@ __all__ = [
     "ESTIMATORS",
     "GradientAgreement",
     "PRESETS",
+    "FireOPD",
+    "FireStatistics",
     "PolicyLoss",
     "SpanTree",
     "SpanValues",
@@ -49,6 +52,9 @@ __all__ = [
     "common_prefix_lengths",
     "dr_grpo",
     "gradient_agreement",
+    "fire_opd",
+    "fire_statistics",
+    "fire_teachers",
     "group_index",
     "grpo",
     "linear_surprisal_entropy",

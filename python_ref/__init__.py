@@ -7,6 +7,7 @@ prefixes and no shared tricks. Every module has the name of the operation in ``l
 from python_ref.advantages import span_advantages
 from python_ref.boundaries import select_boundaries
 from python_ref.differences import tempo, tree_td, treerl
+from python_ref.distillation import fire_opd, fire_statistics
 from python_ref.estimators import dr_grpo, grpo, rloo
 from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
 from python_ref.policy_loss import policy_loss, policy_loss_slopes
@@ -26,6 +27,8 @@ __all__ = [
     "SpanTree",
     "common_prefix_lengths",
     "dr_grpo",
+    "fire_opd",
+    "fire_statistics",
     "gather_spans",
     "grpo",
     "linear_surprisal_entropy",

@@ -5,6 +5,7 @@ asked for, to the pairs. On CUDA tensors these functions read sizes back from th
 """
 
 from leafkernels.eager.boundaries import select_boundaries
+from leafkernels.eager.distillation import fire_statistics, fire_weights
 from leafkernels.eager.find import mask_stretches
 from leafkernels.eager.nodes import nodes_of_prefix_lengths, prefix_nodes
 from leafkernels.eager.policy_loss import policy_loss
@@ -22,6 +23,8 @@ from leafkernels.eager.values import span_values, span_values_backward
 
 __all__ = [
     "common_prefix_lengths",
+    "fire_statistics",
+    "fire_weights",
     "gather_spans",
     "mask_stretches",
     "merge_surprisal_states",

@@ -131,7 +131,7 @@ def gather_groups(
     _check_headers(headers, group_size)
 
     parts = {
-        name: _gather(section, [h.counts[name] for h in headers], process_group)
+        name: gather_section(section, [h.counts[name] for h in headers], process_group)
         for name, section in local.sections.items()
     }
     cu_seqlens = pad(parts.pop("row_lengths").cumsum(0), (1, 0))
@@ -248,7 +248,7 @@ def _check_headers(headers: list[_Header], group_size: int | None) -> None:
         raise ValueError(f"group_size must divide the number of rows of all ranks, {num_rows}, got {group_size}")
 
 
-def _gather(section: Tensor, counts: list[int], process_group: "dist.ProcessGroup | None") -> Tensor:
+def gather_section(section: Tensor, counts: list[int], process_group: "dist.ProcessGroup | None") -> Tensor:
     """The sections (n,) of all ranks one after the other, given the ``n`` of each."""
     # Collectives take equal sizes, and not every dtype on every backend; bytes they all do.
     longest = max(counts)

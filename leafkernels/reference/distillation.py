@@ -1,0 +1,76 @@
+"""Tensors to lists, ``python_ref``, and back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leafkernels.reference._lists import take_row
+from python_ref import distillation
+
+
+def fire_statistics(
+    teacher_logprobs: Tensor,
+    student_entropy: Tensor | None,
+    teacher_entropy: Tensor | None,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """See ``python_ref.fire_statistics``; arguments and results as the PyTorch implementation."""
+    tables = (_rows(tensor, cu_seqlens) for tensor in (teacher_logprobs, student_entropy, teacher_entropy, mask))
+    rows = distillation.fire_statistics(*tables)
+    return torch.tensor(rows, dtype=torch.float64, device=mask.device).reshape(len(rows), 7)
+
+
+def fire_weights(
+    old_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    base_logprobs: Tensor | None,
+    student_entropy: Tensor | None,
+    teacher_entropy: Tensor | None,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: Tensor,
+    keep: Tensor,
+    teacher_max: Tensor,
+    student_max: Tensor,
+    alpha: float,
+    beta: float,
+    extrapolation: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``python_ref.distillation``; arguments and results as the PyTorch implementation."""
+    masks, keeps = _rows(mask, cu_seqlens), keep.tolist()
+    weights = distillation.fire_weights(
+        _rows(student_entropy, cu_seqlens),
+        _rows(teacher_entropy, cu_seqlens),
+        masks,
+        scale.tolist(),
+        float(teacher_max),
+        float(student_max),
+        alpha=alpha,
+        beta=beta,
+    )
+    advantages = distillation.fire_advantages(
+        _rows(old_logprobs, cu_seqlens),
+        _rows(teacher_logprobs, cu_seqlens),
+        weights,
+        masks,
+        keeps,
+        base_logprobs=_rows(base_logprobs, cu_seqlens),
+        extrapolation=extrapolation,
+    )
+    kept = [[live and of_row for live in row] for row, of_row in zip(masks, keeps, strict=True)]
+
+    def to_tensor(rows: list, kind: torch.dtype) -> Tensor:
+        flat = [value for row in rows for value in row]
+        return torch.tensor(flat, dtype=kind, device=mask.device).reshape(mask.shape)
+
+    return to_tensor(advantages, dtype), to_tensor(weights, dtype), to_tensor(kept, torch.bool)
+
+
+def _rows(tensor: Tensor | None, cu_seqlens: Tensor | None) -> Any:
+    if tensor is None or cu_seqlens is None:
+        return None if tensor is None else tensor.tolist()
+    bounds = cu_seqlens.tolist()
+    return [take_row(tensor, row, start, end) for row, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))]

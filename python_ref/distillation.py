@@ -1,0 +1,200 @@
+"""FiRe-OPD, token by token: which rollouts a teacher's numbers keep, and what their tokens weigh."""
+
+import math
+import struct
+from collections.abc import Sequence
+from fractions import Fraction
+
+from python_ref.values import mean
+
+Table = Sequence[Sequence[float]]
+
+
+def fire_statistics(
+    teacher_logprobs: Table,
+    student_entropy: Table | None,
+    teacher_entropy: Table | None,
+    response_mask: Sequence[Sequence[bool]],
+) -> list[list[float]]:
+    """Seven numbers of every row; see ``leafkernels.FireStatistics`` for their order."""
+    rows = []
+    for i, mask in enumerate(response_mask):
+        live = [t for t, m in enumerate(mask) if m]
+        teacher = _entropies(teacher_entropy, i, live)
+        student = _entropies(student_entropy, i, live)
+        rows.append(
+            [
+                float(len(live)),
+                _sum([teacher_logprobs[i][t] for t in live]),
+                math.nan if teacher is None else _largest(teacher),
+                math.nan if student is None else _largest(student),
+                math.nan if teacher is None else _sum(teacher),
+                math.nan if student is None else _sum(student),
+                math.nan
+                if teacher is None or student is None
+                else _sum([h_t * h_s for h_t, h_s in zip(teacher, student, strict=True)]),
+            ]
+        )
+    return rows
+
+
+def fire_opd(
+    old_logprobs: Table,
+    teacher_logprobs: Table,
+    student_entropy: Table | None,
+    teacher_entropy: Table | None,
+    response_mask: Sequence[Sequence[bool]],
+    *,
+    drop: float = 0.2,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    normalize: str = "batch",
+    base_logprobs: Table | None = None,
+    extrapolation: float = 1.0,
+) -> dict[str, list]:
+    """Weights, advantages, and what the filter found, all rows being the scope; see ``leafkernels.fire_opd``."""
+    live = [[t for t, m in enumerate(mask) if m] for mask in response_mask]
+    scores = [score(teacher_logprobs[i], tokens) for i, tokens in enumerate(live)]
+    kept, threshold = keep_rows(scores, drop)
+    keep = [of_row and bool(tokens) for of_row, tokens in zip(kept, live, strict=True)]
+
+    def largest(entropy: Table | None) -> float:
+        found = [h for i, tokens in enumerate(live) for h in _entropies(entropy, i, tokens) or []]
+        return max(_largest(found), 1e-6)
+
+    raw = fire_weights(
+        student_entropy,
+        teacher_entropy,
+        response_mask,
+        [1.0] * len(live),
+        largest(teacher_entropy),
+        largest(student_entropy),
+        alpha=alpha,
+        beta=beta,
+    )
+
+    def mean_weight(rows: list[int]) -> float:
+        return mean([raw[i][t] for i in rows for t in live[i]]) or 1.0
+
+    everywhere = list(range(len(live)))
+    if normalize == "trajectory":
+        means = [mean_weight([i]) for i in everywhere]
+    elif normalize == "kept":
+        means = [mean_weight([i for i in everywhere if keep[i]])] * len(live)
+    else:
+        means = [mean_weight(everywhere)] * len(live)
+    weights = [[w / of_row for w in row] for row, of_row in zip(raw, means, strict=True)]
+    return {
+        "advantages": fire_advantages(
+            old_logprobs,
+            teacher_logprobs,
+            weights,
+            response_mask,
+            keep,
+            base_logprobs=base_logprobs,
+            extrapolation=extrapolation,
+        ),
+        "response_mask": [[bool(m) and of_row for m in mask] for mask, of_row in zip(response_mask, keep, strict=True)],
+        "weights": weights,
+        "keep": keep,
+        "scores": scores,
+        "threshold": [threshold],
+    }
+
+
+def fire_weights(
+    student_entropy: Table | None,
+    teacher_entropy: Table | None,
+    response_mask: Sequence[Sequence[bool]],
+    scale: Sequence[float],
+    teacher_max: float,
+    student_max: float,
+    *,
+    alpha: float,
+    beta: float,
+) -> list[list[float]]:
+    """(1 + alpha * how sure the teacher is) (1 + beta * how unsure the student is), times the row's ``scale``.
+
+    0 where the mask is False.
+    """
+    weights = []
+    for i, mask in enumerate(response_mask):
+        row = []
+        for t, live in enumerate(mask):
+            weight = scale[i] if live else 0.0
+            if live and alpha and teacher_entropy is not None:
+                weight *= 1 + alpha * _clip(1 - teacher_entropy[i][t] / teacher_max)
+            if live and beta and student_entropy is not None:
+                weight *= 1 + beta * _clip(student_entropy[i][t] / student_max)
+            row.append(weight)
+        weights.append(row)
+    return weights
+
+
+def fire_advantages(
+    old_logprobs: Table,
+    teacher_logprobs: Table,
+    weights: Table,
+    response_mask: Sequence[Sequence[bool]],
+    keep: Sequence[bool],
+    *,
+    base_logprobs: Table | None = None,
+    extrapolation: float = 1.0,
+) -> list[list[float]]:
+    """Weight times what the teacher gives a token more than the student, 0 where a token does not count."""
+    advantages = []
+    for i, mask in enumerate(response_mask):
+        row = [0.0] * len(mask)
+        for t, live in enumerate(mask):
+            if live and keep[i]:
+                target = teacher_logprobs[i][t]
+                if extrapolation != 1 and base_logprobs is not None:
+                    target = extrapolation * target + (1 - extrapolation) * base_logprobs[i][t]
+                row[t] = weights[i][t] * (target - old_logprobs[i][t])
+        advantages.append(row)
+    return advantages
+
+
+def score(teacher_logprobs: Sequence[float], live: Sequence[int]) -> float:
+    """The mean log-probability of a row under the teacher, in float32; NaN for a row without a token."""
+    if not live:
+        return math.nan
+    of_row = _sum([teacher_logprobs[t] for t in live]) / len(live)
+    return float(struct.unpack("f", struct.pack("f", of_row))[0])
+
+
+def keep_rows(scores: Sequence[float], drop: float) -> tuple[list[bool], float]:
+    """Which scores reach the ``drop``-quantile of those that are numbers, and the quantile, exact in fractions.
+
+    NaN is kept, so that it is seen.
+    """
+    ranked = sorted(s for s in scores if not math.isnan(s))
+    if not ranked:
+        return [True] * len(scores), math.nan
+    # A float as it is written: of 0.2, a fifth.
+    rank = Fraction(repr(float(drop))) * (len(ranked) - 1)
+    low, high = ranked[math.floor(rank)], ranked[math.ceil(rank)]
+    if low == high or math.isinf(low) or math.isinf(high):
+        # Where the quantile is infinite, there is no score between the two.
+        return [not s < high for s in scores], low if low == high else low + high
+    exact = Fraction(low) + (rank - math.floor(rank)) * (Fraction(high) - Fraction(low))
+    is_below = [s == -math.inf or math.isfinite(s) and Fraction(s) < exact for s in scores]
+    return [not of_row for of_row in is_below], float(exact)
+
+
+def _entropies(entropy: Table | None, row: int, live: Sequence[int]) -> list[float] | None:
+    """Of the tokens that count; below 0 there is rounding only."""
+    return None if entropy is None else [h if math.isnan(h) else max(h, 0.0) for h in (entropy[row][t] for t in live)]
+
+
+def _largest(numbers: Sequence[float]) -> float:
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers, default=0.0)
+
+
+def _sum(numbers: Sequence[float]) -> float:
+    """Infinities of one sign are fine, and of both are NaN."""
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
+
+
+def _clip(x: float) -> float:
+    return x if math.isnan(x) else min(max(x, 0.0), 1.0)
