@@ -102,6 +102,49 @@ def fire_opd(
     }
 
 
+def fire_scope(
+    rows: Sequence[Sequence[float]],
+    scores: Sequence[float],
+    *,
+    drop: float,
+    alpha: float,
+    beta: float,
+    of_kept: bool = False,
+) -> list[float]:
+    """What all rows say together, from the seven numbers of each: what ``fire_opd`` finds from the tokens.
+
+    The quantile of the scores, the least score that reaches it, the largest teacher's and student's entropy (at least
+    1e-6), and the mean weight of all tokens, or of those of kept rows.
+    """
+    keep, threshold = keep_rows(scores, drop)
+    reaching = [s for s, of_row in zip(scores, keep, strict=True) if of_row and not math.isnan(s)]
+    teacher_max, student_max = (max(_largest([row[column] for row in rows]), 1e-6) for column in (2, 3))
+    counting = [row for row, of_row in zip(rows, keep, strict=True) if of_row or not of_kept]
+    mean_of_all = mean_weight(counting, teacher_max, student_max, alpha, beta)
+    return [threshold, min(reaching, default=math.nan), teacher_max, student_max, mean_of_all]
+
+
+def mean_weight(
+    rows: Sequence[Sequence[float]], teacher_max: float, student_max: float, alpha: float, beta: float
+) -> float:
+    """The mean weight of the tokens of rows, by their seven numbers; 1 of no token.
+
+    (1 + a (1 - h_t)) (1 + b h_s) = (1 + a) + (1 + a) b h_s - a h_t - a b h_t h_s, with entropies as shares of the
+    largest, summed over tokens.
+    """
+    count = _sum([row[0] for row in rows])
+    if not count:
+        return 1.0
+    total = (1 + alpha) * count
+    if beta:
+        total += (1 + alpha) * beta / student_max * _sum([row[5] for row in rows])
+    if alpha:
+        total -= alpha / teacher_max * _sum([row[4] for row in rows])
+    if alpha and beta:
+        total -= alpha * beta / (teacher_max * student_max) * _sum([row[6] for row in rows])
+    return total / count
+
+
 def fire_weights(
     student_entropy: Table | None,
     teacher_entropy: Table | None,

@@ -33,6 +33,7 @@ from triton.compiler import ASTSource
 
 from leafkernels.kernels import (
     boundaries,
+    distillation,
     find,
     nodes,
     prefix_lengths,
@@ -266,6 +267,62 @@ CASES = [
         )
         for logprobs in ("*fp32", "*bf16")
         for of_sequence in (False, True)
+    ),
+    *(
+        Case(
+            f"fire_statistics {tokens}{' packed' if packed else ''}",
+            distillation._fire_statistics_kernel,
+            f"*fp64 {tokens} {tokens} {tokens} *i1 {'*i32' if packed else 'None'} {'i32 ' * 5}",
+            {
+                "HAS_STUDENT": True,
+                "HAS_TEACHER": True,
+                "PACKED": packed,
+                "COLUMNS": distillation.COLUMNS,
+                "BLOCK": distillation.BLOCK,
+                "num_warps": distillation.STATISTICS_WARPS,
+            },
+            True,
+        )
+        for tokens, packed in (("*fp32", False), ("*fp32", True), ("*bf16", False))
+    ),
+    Case(
+        "fire_scope",
+        distillation._fire_scope_kernel,
+        "*fp64 *fp64 *fp32 fp32 fp32 fp32 fp32 i32",
+        {
+            "KEPT": True,
+            "HAS_TEACHER": True,
+            "HAS_STUDENT": True,
+            "COLUMNS": distillation.COLUMNS,
+            "BLOCK": distillation.BLOCK,
+            "num_warps": distillation.SCOPE_WARPS,
+        },
+        False,
+    ),
+    *(
+        Case(
+            f"fire_weights {tokens}{' base' if base else ''}{' packed' if packed else ''}",
+            distillation._fire_weights_kernel,
+            f"*fp32 *fp32 *i1 *i1 {tokens} {tokens} {tokens if base else 'None'} {tokens} {tokens} *i1 "
+            f"{'*i32' if packed else 'None'} *fp64 *fp32 *fp64 fp32 fp32 fp32 {'i32 ' * 8}",
+            {
+                "PER_ROW": packed,
+                "HAS_BASE": base,
+                "HAS_STUDENT": True,
+                "HAS_TEACHER": True,
+                "PACKED": packed,
+                "COLUMNS": distillation.COLUMNS,
+                "BLOCK": distillation.BLOCK,
+                "num_warps": distillation.WEIGHTS_WARPS,
+            },
+            True,
+        )
+        for tokens, base, packed in (
+            ("*fp32", False, False),
+            ("*fp32", True, False),
+            ("*fp32", False, True),
+            ("*bf16", False, False),
+        )
     ),
     *(
         Case(

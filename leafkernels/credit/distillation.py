@@ -27,8 +27,6 @@ from leafkernels.rows.groups import read_names
 SCOPES = ("batch", "trajectory", "kept")
 # No entropy is above 0 that is not above this.
 _LEAST_MAX = 1e-6
-# A rank this near to an integer is one: 0.1 * 30 is not 3 in float64.
-_RANK_ROUNDING = 1e-9
 
 
 class FireStatistics(NamedTuple):
@@ -114,15 +112,22 @@ _fire_statistics = register(
 )
 
 
-def _weights_fake(old_logprobs: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    mask, dtype = args[4], args[-2]
-    return mask.new_empty(mask.shape, dtype=dtype), mask.new_empty(mask.shape, dtype=dtype), torch.empty_like(mask)
+_fire_scope = register(
+    "fire_scope(Tensor rows, Tensor scores, float drop, float alpha, float beta, bool of_kept, str backend) -> Tensor",
+    lambda rows, *_: rows.new_empty(5),
+)
+
+
+def _weights_fake(old_logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    mask, rows, dtype = args[4], args[6], args[-2]
+    tokens = (mask.new_empty(mask.shape, dtype=kind) for kind in (dtype, dtype, torch.bool))
+    return *tokens, mask.new_empty(rows.shape[0])
 
 
 _fire_weights = register(
-    f"fire_weights(Tensor old_logprobs, Tensor teacher_logprobs, Tensor? base_logprobs, {_TOKENS}, Tensor scale, "
-    "Tensor keep, Tensor teacher_max, Tensor student_max, float alpha, float beta, float extrapolation, "
-    "ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor)",
+    f"fire_weights(Tensor old_logprobs, Tensor teacher_logprobs, Tensor? base_logprobs, {_TOKENS}, Tensor rows, "
+    "Tensor scores, Tensor numbers, float alpha, float beta, float extrapolation, bool per_row, ScalarType dtype, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _weights_fake,
 )
 
@@ -266,25 +271,29 @@ def fire_opd(
 
     own = FireStatistics(_fire_statistics(teacher, of_student, of_teacher, mask, cu_seqlens, backend))
     scope = own if statistics is None else _check_statistics(statistics, own)
-    scores, all_scores = own.scores, scope.scores
-    threshold, least = _quantile(all_scores, drop)
-    keep = (own.rows[:, 0] > 0) & ~(scores < least)
-    largest = scope.teacher_entropy_max, scope.student_entropy_max
-    if normalize == "trajectory":
-        means = _mean_weight(own.rows, *largest, alpha, beta)
-    else:
-        # The rows of the mean by a mask, since how many they are is not known on the host.
-        counts = scope.rows[:, 0] > 0
-        if normalize == "kept":
-            counts = counts & ~(all_scores < least)
-        sums = torch.where(counts[:, None], scope.rows, 0.0).sum(0)
-        means = _mean_weight(sums, *largest, alpha, beta).expand_as(scores)
-    dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    weigh = (float(alpha), float(beta), float(extrapolation), dtype, backend)
-    advantages, weights, kept = _fire_weights(
-        old, teacher, base, of_student, of_teacher, mask, cu_seqlens, means.reciprocal(), keep, *largest, *weigh
+    numbers = _fire_scope(
+        scope.rows, scope.scores, float(drop), float(alpha), float(beta), normalize == "kept", backend
     )
-    return FireOPD(advantages, kept, weights, keep, scores, threshold)
+    dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    advantages, weights, kept, keep = _fire_weights(
+        old,
+        teacher,
+        base,
+        of_student,
+        of_teacher,
+        mask,
+        cu_seqlens,
+        own.rows,
+        own.scores,
+        numbers,
+        float(alpha),
+        float(beta),
+        float(extrapolation),
+        normalize == "trajectory",
+        dtype,
+        backend,
+    )
+    return FireOPD(advantages, kept, weights, keep, own.scores, numbers[0].to(torch.float32))
 
 
 def fire_teachers(
@@ -421,34 +430,3 @@ def _check_statistics(statistics: Any, own: FireStatistics) -> FireStatistics:
 def _largest(of_rows: Tensor) -> Tensor:
     # One more, so that there is a largest of no rows too.
     return pad(of_rows, (0, 1)).amax(0).clamp_min(_LEAST_MAX)
-
-
-def _quantile(scores: Tensor, drop: float) -> tuple[Tensor, Tensor]:
-    """The quantile of the scores that are numbers, and the least score that reaches it; NaN of none.
-
-    A row is kept by its place among the scores, so that no rounding of an interpolation decides.
-    """
-    # NaN goes last, and one more to be there.
-    ranked = pad(scores, (0, 1), value=torch.nan).sort().values
-    last = (~scores.isnan()).sum().sub(1).clamp_min(0).to(torch.float64)
-    rank = drop * last
-    low = rank.add(_RANK_ROUNDING).floor()
-    high = rank.sub(_RANK_ROUNDING).ceil()
-    # Not by a scalar index, which would be read back.
-    below, least = ranked.gather(0, torch.stack([low, high]).long()).unbind()
-    share = (rank - low).clamp(0, 1).to(torch.float64)
-    between = below.double() * (1 - share) + least.double() * share
-    return torch.where((below == least) | (high <= low), below, between.to(scores.dtype)), least
-
-
-def _mean_weight(sums: Tensor, teacher_max: Tensor, student_max: Tensor, alpha: float, beta: float) -> Tensor:
-    """The mean of (1 + alpha (1 - H_T / M_T)) (1 + beta H_S / M_S) from the sums (..., 7) over rows; 1 of no token."""
-    counts, _, _, _, teacher, student, products = sums.unbind(-1)
-    total = counts
-    if alpha:
-        total = total + alpha * (counts - teacher / teacher_max)
-    if beta:
-        total = total + beta * (student / student_max)
-    if alpha and beta:
-        total = total + alpha * beta * ((student - products / teacher_max) / student_max)
-    return torch.where(counts > 0, total / counts, 1.0)

@@ -5,7 +5,7 @@ asked for, to the pairs. On CUDA tensors these functions read sizes back from th
 """
 
 from leafkernels.eager.boundaries import select_boundaries
-from leafkernels.eager.distillation import fire_statistics, fire_weights
+from leafkernels.eager.distillation import fire_scope, fire_statistics, fire_weights
 from leafkernels.eager.find import mask_stretches
 from leafkernels.eager.nodes import nodes_of_prefix_lengths, prefix_nodes
 from leafkernels.eager.policy_loss import policy_loss
@@ -23,6 +23,7 @@ from leafkernels.eager.values import span_values, span_values_backward
 
 __all__ = [
     "common_prefix_lengths",
+    "fire_scope",
     "fire_statistics",
     "fire_weights",
     "gather_spans",

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+# No entropy counts as large that is not above this.
+_LEAST_MAX = 1e-6
+# A rank this near to an integer is one: 0.29 * 100 is not 29 in float64.
+_RANK_ROUNDING = 1e-9
+
 
 def fire_statistics(
     teacher_logprobs: Tensor,
@@ -36,6 +41,23 @@ def fire_statistics(
     return torch.stack(columns, 1)
 
 
+def fire_scope(rows: Tensor, scores: Tensor, drop: float, alpha: float, beta: float, of_kept: bool) -> Tensor:
+    """(5,) float64: the quantile, the least score that reaches it, M_T, M_S, and the mean weight."""
+    # NaN goes last, and one more to be there.
+    ranked = pad(scores, (0, 1), value=math.nan).sort().values.to(torch.float64)
+    rank = drop * (~scores.isnan()).sum().sub(1).clamp_min(0).to(torch.float64)
+    low, high = rank.add(_RANK_ROUNDING).floor(), rank.sub(_RANK_ROUNDING).ceil()
+    # Not by a scalar index, which would be read back.
+    below, least = ranked.gather(0, torch.stack([low, high]).long()).unbind()
+    share = (rank - low).clamp(0, 1)
+    quantile = torch.where((below == least) | (high <= low), below, below * (1 - share) + least * share)
+    counting = ~(scores < least)[:, None] if of_kept else torch.ones_like(scores, dtype=torch.bool)[:, None]
+    sums = torch.where(counting, rows, 0.0).sum(0)
+    teacher_max, student_max = pad(rows[:, 2:4], (0, 0, 0, 1)).amax(0).clamp_min(_LEAST_MAX).unbind()
+    mean = _mean_weight(sums, teacher_max, student_max, alpha, beta)
+    return torch.stack([quantile, least, teacher_max, student_max, mean])
+
+
 def fire_weights(
     old_logprobs: Tensor,
     teacher_logprobs: Tensor,
@@ -44,16 +66,16 @@ def fire_weights(
     teacher_entropy: Tensor | None,
     mask: Tensor,
     cu_seqlens: Tensor | None,
-    scale: Tensor,
-    keep: Tensor,
-    teacher_max: Tensor,
-    student_max: Tensor,
+    rows: Tensor,
+    scores: Tensor,
+    numbers: Tensor,
     alpha: float,
     beta: float,
     extrapolation: float,
+    per_row: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages and weights in ``dtype``, and the mask without the rows that are dropped, shaped like ``mask``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Advantages and weights in ``dtype``, the mask without the rows that are dropped, and which rows are kept (N,)."""
 
     def of_tokens(of_rows: Tensor) -> Tensor:
         if cu_seqlens is None:
@@ -61,7 +83,11 @@ def fire_weights(
         lengths = _lengths(cu_seqlens, mask.shape[0])
         return of_rows.repeat_interleave(lengths, output_size=mask.shape[0])
 
-    weights = of_tokens(scale.to(dtype))
+    _, least, teacher_max, student_max, mean = numbers.unbind()
+    keep = (rows[:, 0] > 0) & ~(scores < least)
+    if per_row:
+        mean = _mean_weight(rows, teacher_max, student_max, alpha, beta)
+    weights = of_tokens(mean.reciprocal().to(dtype).expand_as(scores))
     if teacher_entropy is not None:
         weights = weights * (1 + alpha * (1 - teacher_entropy.to(dtype) / teacher_max.to(dtype)).clamp(0, 1))
     if student_entropy is not None:
@@ -71,7 +97,20 @@ def fire_weights(
         target = extrapolation * target + (1 - extrapolation) * base_logprobs.to(dtype)
     kept = mask & of_tokens(keep)
     advantages = torch.where(kept, weights * (target - old_logprobs.to(dtype)), 0.0)
-    return advantages, torch.where(mask, weights, 0.0), kept
+    return advantages, torch.where(mask, weights, 0.0), kept, keep
+
+
+def _mean_weight(sums: Tensor, teacher_max: Tensor, student_max: Tensor, alpha: float, beta: float) -> Tensor:
+    """Of (1 + alpha (1 - H_T / M_T)) (1 + beta H_S / M_S), from sums (..., 7) over rows; 1 of no token."""
+    counts, _, _, _, teacher, student, products = sums.unbind(-1)
+    total = counts
+    if alpha:
+        total = total + alpha * (counts - teacher / teacher_max)
+    if beta:
+        total = total + beta * (student / student_max)
+    if alpha and beta:
+        total = total + alpha * beta * ((student - products / teacher_max) / student_max)
+    return torch.where(counts > 0, total / counts, 1.0)
 
 
 def _lengths(cu_seqlens: Tensor, total: int) -> Tensor:

@@ -5,6 +5,9 @@ no size is specialised on: a new length, number of rows or stride compiles nothi
 """
 
 from leafkernels.kernels.boundaries import launch_select_boundaries as select_boundaries
+from leafkernels.kernels.distillation import launch_fire_scope as fire_scope
+from leafkernels.kernels.distillation import launch_fire_statistics as fire_statistics
+from leafkernels.kernels.distillation import launch_fire_weights as fire_weights
 from leafkernels.kernels.find import launch_mask_stretches as mask_stretches
 from leafkernels.kernels.find import launch_regular_layout as regular_layout
 from leafkernels.kernels.nodes import launch_nodes_of_prefix_lengths as nodes_of_prefix_lengths
@@ -23,6 +26,9 @@ from leafkernels.kernels.values import launch_span_values as span_values
 
 __all__ = [
     "common_prefix_lengths",
+    "fire_scope",
+    "fire_statistics",
+    "fire_weights",
     "gather_spans",
     "mask_stretches",
     "merge_surprisal_states",

@@ -1,7 +1,7 @@
 """Every operation on ``python_ref``: what ``backend="reference"`` runs; slow, on any device."""
 
 from leafkernels.reference.boundaries import select_boundaries
-from leafkernels.reference.distillation import fire_statistics, fire_weights
+from leafkernels.reference.distillation import fire_scope, fire_statistics, fire_weights
 from leafkernels.reference.find import mask_stretches
 from leafkernels.reference.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
 from leafkernels.reference.nodes import nodes_of_prefix_lengths, prefix_nodes
@@ -19,6 +19,7 @@ from leafkernels.reference.values import span_values
 
 __all__ = [
     "common_prefix_lengths",
+    "fire_scope",
     "fire_statistics",
     "fire_weights",
     "gather_spans",

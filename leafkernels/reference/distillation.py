@@ -22,6 +22,14 @@ def fire_statistics(
     return torch.tensor(rows, dtype=torch.float64, device=mask.device).reshape(len(rows), 7)
 
 
+def fire_scope(rows: Tensor, scores: Tensor, drop: float, alpha: float, beta: float, of_kept: bool) -> Tensor:
+    """See ``python_ref.distillation.fire_scope``; arguments and results as the PyTorch implementation."""
+    numbers = distillation.fire_scope(
+        rows.tolist(), scores.tolist(), drop=drop, alpha=alpha, beta=beta, of_kept=of_kept
+    )
+    return torch.tensor(numbers, dtype=torch.float64, device=rows.device)
+
+
 def fire_weights(
     old_logprobs: Tensor,
     teacher_logprobs: Tensor,
@@ -30,24 +38,29 @@ def fire_weights(
     teacher_entropy: Tensor | None,
     mask: Tensor,
     cu_seqlens: Tensor | None,
-    scale: Tensor,
-    keep: Tensor,
-    teacher_max: Tensor,
-    student_max: Tensor,
+    rows: Tensor,
+    scores: Tensor,
+    numbers: Tensor,
     alpha: float,
     beta: float,
     extrapolation: float,
+    per_row: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``python_ref.distillation``; arguments and results as the PyTorch implementation."""
-    masks, keeps = _rows(mask, cu_seqlens), keep.tolist()
+    masks, of_rows = _rows(mask, cu_seqlens), rows.tolist()
+    _, least, teacher_max, student_max, mean = numbers.tolist()
+    keeps = [of_row[0] > 0 and not score < least for of_row, score in zip(of_rows, scores.tolist(), strict=True)]
+    means = [mean] * len(of_rows)
+    if per_row:
+        means = [distillation.mean_weight([of_row], teacher_max, student_max, alpha, beta) for of_row in of_rows]
     weights = distillation.fire_weights(
         _rows(student_entropy, cu_seqlens),
         _rows(teacher_entropy, cu_seqlens),
         masks,
-        scale.tolist(),
-        float(teacher_max),
-        float(student_max),
+        [1 / of_row for of_row in means],
+        teacher_max,
+        student_max,
         alpha=alpha,
         beta=beta,
     )
@@ -66,7 +79,8 @@ def fire_weights(
         flat = [value for row in rows for value in row]
         return torch.tensor(flat, dtype=kind, device=mask.device).reshape(mask.shape)
 
-    return to_tensor(advantages, dtype), to_tensor(weights, dtype), to_tensor(kept, torch.bool)
+    tokens = to_tensor(advantages, dtype), to_tensor(weights, dtype), to_tensor(kept, torch.bool)
+    return *tokens, torch.tensor(keeps, dtype=torch.bool, device=mask.device)
 
 
 def _rows(tensor: Tensor | None, cu_seqlens: Tensor | None) -> Any:
