@@ -80,9 +80,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from leafkernels.eager import nodes as eager_nodes
     from leafkernels.eager import prefix_lengths as eager_prefix_lengths
     from leafkernels.eager import surprisal as eager_surprisal
-    from leafkernels.kernels import boundaries, find, nodes, prefix_lengths, scatter, surprisal, values
+    from leafkernels.kernels import boundaries, distillation, find, nodes, prefix_lengths, scatter, surprisal, values
 
     monkeypatch.setattr(boundaries, "BLOCK", 4)
+    monkeypatch.setattr(distillation, "BLOCK", 4)
     monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)
     for name, size in {"BLOCK": 4, "BLOCK_TOKENS": 2, "BLOCK_ROWS": 2, "BLOCK_TIES": 2, "BLOCK_RANKS": 2}.items():
         monkeypatch.setattr(prefix_lengths, name, size)
