@@ -44,6 +44,13 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     head = hidden, weight, bias, tokens, temperature, live, 3.0, None, 2, torch.float32, backend
     shares, old = torch.rand(2, 4, device=DEVICE)
     numbers = -group["logprobs"], group["logprobs"], group["logprobs"], mask, None, group["logprobs"]
+    offsets = torch.tensor([0, 17, 17, 40], dtype=torch.int32, device=DEVICE)
+    flat = [tensor.flatten() for tensor in numbers[:4]]
+    fire = OPS.fire_statistics(*numbers[:4], None, backend)
+    fire_packed = OPS.fire_statistics(*flat, offsets, backend)
+    scores = leafkernels.FireStatistics(fire).scores
+    scope = OPS.fire_scope(fire, scores, 0.2, 1.0, 0.5, True, backend)
+    weigh = 1.0, 0.5, 1.25, False, torch.float32, backend
     loss = logits, tokens, temperature, live, shares, -old, old, None, 0.2, 0.3, 3.0, 20.0, 0.0, 0.1, True, backend
     return {
         "regular_layout": (OPS.regular_layout, (ids, 4, 10, 2)),
@@ -76,6 +83,17 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
             (surprisal, *results, *head, [True, True, True]),
         ),
         "policy_loss": (OPS.policy_loss, (*numbers, 0.2, 0.3, 3.0, 20.0, 0.0, 0.1, False, True, backend)),
+        "fire_statistics": (OPS.fire_statistics, (*numbers[:4], None, backend)),
+        "fire_statistics packed": (OPS.fire_statistics, (*flat, offsets, backend)),
+        "fire_scope": (OPS.fire_scope, (fire, scores, 0.2, 1.0, 0.5, True, backend)),
+        "fire_weights": (
+            OPS.fire_weights,
+            (*numbers[:3], group["logprobs"].exp(), None, mask, None, fire, scores, scope, *weigh),
+        ),
+        "fire_weights packed": (
+            OPS.fire_weights,
+            (*flat[:2], None, flat[0], None, flat[3], offsets, fire_packed, scores[:3], scope, *weigh),
+        ),
         "policy_loss_from_logits": (OPS.policy_loss_from_logits, loss),
         "scale_gradient": (OPS.scale_gradient, (logits, old[0], backend)),
         "gather_spans": (OPS.gather_spans, (group["logprobs"], ends, mask, *slots, backend)),
@@ -163,9 +181,12 @@ def test_vocabulary_functions_compile_with_gradients(function: str, backend: str
 @on_gpu
 @pytest.mark.parametrize("refines", [False, True])
 def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leafkernels.kernels import boundaries, find, prefix_lengths, scatter, surprisal, values
+    from leafkernels.kernels import boundaries, distillation, find, prefix_lengths, scatter, surprisal, values
 
     kernels = [
+        distillation._fire_statistics_kernel,
+        distillation._fire_scope_kernel,
+        distillation._fire_weights_kernel,
         find._regular_layout_kernel,
         surprisal._surprisal_states_kernel,
         surprisal._merge_surprisal_states_kernel,
@@ -189,6 +210,7 @@ def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.Monkey
         group = random_group(rows, tokens, seed=1)
         leafkernels.span_advantages(**group)
         leafkernels.surprisal_entropy(group["logprobs"], group["token_ids"][:, 0])  # any floats are logits
+        leafkernels.fire_opd(*[group["logprobs"]] * 4, torch.ones_like(group["logprobs"]))
 
     if refines:
         monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)
@@ -252,7 +274,7 @@ def test_nothing_synchronises_and_a_graph_captures_it(
 
 @on_gpu
 @pytest.mark.parametrize(
-    "function", ["surprisal_entropy", "linear_surprisal_entropy", "policy_loss_from_logits", "policy_loss"]
+    "function", ["surprisal_entropy", "linear_surprisal_entropy", "policy_loss_from_logits", "policy_loss", "fire_opd"]
 )
 def test_vocabulary_functions_synchronise_nothing_and_a_graph_captures_them(function: str) -> None:
     generator = torch.Generator(DEVICE).manual_seed(8)
@@ -268,6 +290,10 @@ def test_vocabulary_functions_synchronise_nothing_and_a_graph_captures_them(func
             )
         elif function == "surprisal_entropy":
             found = leafkernels.surprisal_entropy(hidden @ weight.T, ids, response_mask=mask, inplace_backward=True)
+        elif function == "fire_opd":
+            tokens = (hidden[..., :4] @ hidden[0, :4, :4]).float().unbind(-1)
+            fire = leafkernels.fire_opd(*tokens, mask, normalize="kept")
+            return fire.advantages + fire.weights + fire.threshold
         elif function == "policy_loss":
             policy = (hidden @ weight.T)[..., 0]
             loss = leafkernels.policy_loss(policy, policy.detach(), hidden[..., 1], mask, importance="sequence").loss

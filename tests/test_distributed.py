@@ -169,6 +169,32 @@ def test_padding_is_not_sent(ranks: Ranks) -> None:
         assert len(sent) == 6
 
 
+def distillation_of_rank(tokens: tuple[torch.Tensor, ...], step: int, world: int) -> list[torch.Tensor]:
+    """What a trainer writes, on each rank: statistics of its micro-batches, of all ranks, and each micro-batch."""
+    micro_batches = [[tensor[start : start + step] for tensor in tokens] for start in range(0, len(tokens[0]), step)]
+    parts = [leafkernels.fire_statistics(*micro[1:]) for micro in [[t[:0] for t in tokens], *micro_batches]]
+    statistics = leafkernels.FireStatistics.concatenate(parts).gather(process_group(world))
+    found = [leafkernels.fire_opd(*micro, normalize="kept", statistics=statistics) for micro in micro_batches]
+    return [torch.cat([fire[i] for fire in found]) if found else torch.zeros(0) for i in range(4)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_distillation_of_all_ranks_is_that_of_one(world: int, ranks: Ranks) -> None:
+    """Bit for bit, with uneven rows, none on one rank, and micro-batches of other sizes."""
+    generator = torch.Generator().manual_seed(world)
+    tokens = [-torch.rand(9, 20, generator=generator) for _ in range(2)]
+    tokens += [torch.rand(9, 20, generator=generator) for _ in range(2)]
+    tokens.append(torch.rand(9, 20, generator=generator) < 0.8)
+    whole = leafkernels.fire_opd(*tokens, normalize="kept")
+    assert 0 < whole.keep.sum() < 9
+    sizes = [4, 0, 3, 2] if world == 4 else [2, 7]
+    shares = zip(*(tensor.split(sizes) for tensor in tokens), strict=True)
+    answers = ranks.call(distillation_of_rank, [(share, 1 + i, world) for i, share in enumerate(shares)])
+    for field in range(4):
+        joined = torch.cat([answer[field] for answer, size in zip(answers, sizes, strict=True) if size])
+        assert torch.equal(joined, whole[field])
+
+
 def wrong_tokens_of_rank() -> str:
     with pytest.raises(ValueError) as refusal:
         gather_groups(**good_inputs(), process_group=process_group(2)).local(torch.zeros(2, 3))

@@ -99,6 +99,21 @@ def test_number_of_launches_of_a_loss(importance: str, monkeypatch: pytest.Monke
     assert len(launches.names) <= 20, launches.names
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what Triton's interpreter launches")
+@pytest.mark.parametrize("packed", [False, True])
+def test_number_of_launches_of_distillation(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels over the tokens, one over the rows; PyTorch divides sums of rows, and rounds, and no more."""
+    tokens = [torch.rand(160 if packed else (4, 40)) for _ in range(4)]
+    mask = torch.ones_like(tokens[0], dtype=torch.bool)
+    offsets = torch.tensor([0, 40, 80, 160], dtype=torch.int32) if packed else None
+    monkeypatch.setattr("leafkernels.rows.find.values_readable", lambda _: False)  # as for CUDA tensors
+    kernels = kernels_launched(monkeypatch)
+    with _Launches() as launches:
+        leafkernels.fire_opd(*tokens, mask, cu_seqlens=offsets, backend="triton")
+    assert kernels == ["fire_statistics", "fire_scope", "fire_weights"]
+    assert launches.names == ["div", "_to_copy", "_to_copy"]
+
+
 # Of a process of its own: its peak before and after. Memory that is only asked for counts, because it is filled.
 # What the kernels compute does not matter here, and under the interpreter would take minutes.
 MEMORY = """

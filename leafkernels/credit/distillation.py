@@ -43,9 +43,7 @@ class FireStatistics(NamedTuple):
 
         Rounded to float32, so that rows that are equal tie whatever their padding.
         """
-        counts = self.rows[:, 0]
-        scores = (self.rows[:, 1] / counts).to(torch.float32)
-        return torch.where(counts > 0, scores, torch.nan)
+        return (self.rows[:, 1] / self.rows[:, 0]).to(torch.float32)
 
     @property
     def teacher_entropy_max(self) -> Tensor:
@@ -271,9 +269,9 @@ def fire_opd(
 
     own = FireStatistics(_fire_statistics(teacher, of_student, of_teacher, mask, cu_seqlens, backend))
     scope = own if statistics is None else _check_statistics(statistics, own)
-    numbers = _fire_scope(
-        scope.rows, scope.scores, float(drop), float(alpha), float(beta), normalize == "kept", backend
-    )
+    scores = own.scores
+    of_scope = scores if scope is own else scope.scores
+    numbers = _fire_scope(scope.rows, of_scope, float(drop), float(alpha), float(beta), normalize == "kept", backend)
     dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
     advantages, weights, kept, keep = _fire_weights(
         old,
@@ -284,7 +282,7 @@ def fire_opd(
         mask,
         cu_seqlens,
         own.rows,
-        own.scores,
+        scores,
         numbers,
         float(alpha),
         float(beta),
@@ -293,7 +291,7 @@ def fire_opd(
         dtype,
         backend,
     )
-    return FireOPD(advantages, kept, weights, keep, own.scores, numbers[0].to(torch.float32))
+    return FireOPD(advantages, kept, weights, keep, scores, numbers[0].to(torch.float32))
 
 
 def fire_teachers(
