@@ -214,8 +214,8 @@ def keep_rows(scores: Sequence[float], drop: float) -> tuple[list[bool], float]:
     ranked = sorted(s for s in scores if not math.isnan(s))
     if not ranked:
         return [True] * len(scores), math.nan
-    # A float as it is written: of 0.2, a fifth.
-    rank = Fraction(repr(float(drop))) * (len(ranked) - 1)
+    # The fraction that a float stands for: a fifth, or two thirds.
+    rank = Fraction(drop).limit_denominator(10**6) * (len(ranked) - 1)
     low, high = ranked[math.floor(rank)], ranked[math.ceil(rank)]
     if low == high or math.isinf(low) or math.isinf(high):
         # Where the quantile is infinite, there is no score between the two.
