@@ -105,7 +105,7 @@ def _error(case: Case, name: str) -> str:
 def _of_table(cases: Sequence[Case], columns: dict[str, Callable[[Case], str]]) -> dict[str, Callable[[Case], str]]:
     """The columns that say something about these cases: those that every table has, and ratios and errors they have."""
     columns = dict(columns)
-    for baseline in ("usual", "products", "composed", "trl"):
+    for baseline in ("plain", "usual", "products", "composed", "trl"):
         if any(f"ratio_{baseline}" in case for case in cases):
             columns[f"x {baseline}"] = lambda case, key=f"ratio_{baseline}": _number(case.get(key))
     for name in dict.fromkeys(name for case in cases for name in case.get("errors", {})):

@@ -77,6 +77,7 @@ def poisoned_memory() -> Iterator[None]:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels cross several blocks, and the PyTorch backend refines, already on small inputs."""
     from leafkernels.eager import boundaries as eager_boundaries
+    from leafkernels.eager import distillation as eager_distillation
     from leafkernels.eager import nodes as eager_nodes
     from leafkernels.eager import prefix_lengths as eager_prefix_lengths
     from leafkernels.eager import surprisal as eager_surprisal
@@ -96,6 +97,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("leafkernels.kernels.policy_loss"), "BLOCK", 4)
     monkeypatch.setattr(nodes, "BLOCK", 2)
     monkeypatch.setattr(eager_boundaries, "_CHUNK", 0)
+    monkeypatch.setattr(eager_distillation, "_CHUNK", 4)
     monkeypatch.setattr(eager_boundaries, "_COLUMNS", 3)
     monkeypatch.setattr(eager_prefix_lengths, "_FEW_TOKENS", 0)
     monkeypatch.setattr(eager_prefix_lengths, "_CHUNK", 4)

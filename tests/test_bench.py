@@ -28,6 +28,7 @@ OPERATIONS = NOT_LITERAL | {
     "common_prefix_lengths",
     "span_values",
     "scatter_spans",
+    "fire_opd",
     "policy_loss with gradient",
     "surprisal_entropy",
     *(estimator.__name__ for estimator in ESTIMATORS.values()),

@@ -1,15 +1,22 @@
 """FiRe-OPD's statistics and weights, all tokens at a time; see ``leafkernels.kernels.distillation``."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from leafkernels._core.precision import compute_dtype
+
 # No entropy counts as large that is not above this.
 _LEAST_MAX = 1e-6
 # A rank this near to an integer is one: 0.29 * 100 is not 29 in float64.
 _RANK_ROUNDING = 1e-9
+
+
+# Tokens at a time, in whole rows, so that what is made of them stays in a cache.
+_CHUNK = 1 << 16
 
 
 def fire_statistics(
@@ -20,25 +27,52 @@ def fire_statistics(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """(N, 7) float64, in the order of ``FireStatistics``; NaN for what needs an entropy that is missing."""
+    num_rows = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    found = torch.full((num_rows, 7), math.nan, dtype=torch.float64, device=mask.device)
+    lengths = None if cu_seqlens is None else _lengths(cu_seqlens, mask.shape[0])
+    for tokens, rows in _chunks(mask, lengths):
+        of_rows, live = found[rows], mask[tokens]
+        of_rows[:, 0] = _sums(live.view(torch.uint8), lengths)
+        of_rows[:, 1] = _sums(_live(teacher_logprobs[tokens], live), lengths)
+        # Below 0 there is rounding only, and the weights are those of 0.
+        teacher, student = (
+            None if entropy is None else _live(entropy[tokens], live).clamp_min_(0.0)
+            for entropy in (teacher_entropy, student_entropy)
+        )
+        for column, entropy in ((2, teacher), (3, student)):
+            if entropy is not None:
+                of_rows[:, column] = _maxima(entropy, lengths)
+                of_rows[:, column + 2] = _sums(entropy, lengths)
+        if teacher is not None and student is not None:
+            of_rows[:, 6] = _sums(teacher.mul_(student), lengths)
+    return found
 
-    def live(tensor: Tensor) -> Tensor:
-        return torch.where(mask, tensor.to(torch.float64), 0.0)
 
-    def reduce(tensor: Tensor, how: str) -> Tensor:
-        if cu_seqlens is None:
-            return pad(tensor, (1, 0)).amax(1) if how == "max" else tensor.sum(1)
-        lengths = _lengths(cu_seqlens, tensor.shape[0])
-        return torch.segment_reduce(tensor, how, lengths=lengths, initial=0.0, unsafe=True)
+def _chunks(mask: Tensor, lengths: Tensor | None) -> Iterator[tuple[slice, slice]]:
+    """Slices of the first dimension of tokens, and of the rows that these are; packed tokens are one chunk."""
+    if lengths is not None:
+        yield slice(None), slice(None)
+        return
+    step = max(mask.shape[0] if mask.is_cuda else _CHUNK // max(mask.shape[1], 1), 1)
+    for start in range(0, mask.shape[0], step):
+        yield slice(start, start + step), slice(start, start + step)
 
-    counts = reduce(mask.to(torch.float64), "sum")
-    missing = torch.full_like(counts, math.nan)
-    # Below 0 there is rounding only, and the weights are those of 0.
-    teacher, student = (None if h is None else live(h).clamp_min(0.0) for h in (teacher_entropy, student_entropy))
-    columns = [counts, reduce(live(teacher_logprobs), "sum")]
-    for how in ("max", "sum"):
-        columns += [missing if h is None else reduce(h, how) for h in (teacher, student)]
-    columns.append(missing if teacher is None or student is None else reduce(teacher * student, "sum"))
-    return torch.stack(columns, 1)
+
+def _live(tokens: Tensor, mask: Tensor) -> Tensor:
+    """A tensor of its own, 0 where no token counts."""
+    return torch.where(mask, tokens, 0.0).to(compute_dtype(tokens.dtype))
+
+
+def _sums(tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return tokens.sum(1, dtype=torch.float64 if tokens.is_floating_point() else torch.int64)
+    return torch.segment_reduce(tokens.to(torch.float64), "sum", lengths=lengths, initial=0.0, unsafe=True)
+
+
+def _maxima(tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    if lengths is None:
+        return pad(tokens, (1, 0)).amax(1)
+    return torch.segment_reduce(tokens, "max", lengths=lengths, initial=0.0, unsafe=True)
 
 
 def fire_scope(rows: Tensor, scores: Tensor, drop: float, alpha: float, beta: float, of_kept: bool) -> Tensor:
@@ -77,27 +111,36 @@ def fire_weights(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Advantages and weights in ``dtype``, the mask without the rows that are dropped, and which rows are kept (N,)."""
 
-    def of_tokens(of_rows: Tensor) -> Tensor:
-        if cu_seqlens is None:
-            return of_rows[:, None]
-        lengths = _lengths(cu_seqlens, mask.shape[0])
-        return of_rows.repeat_interleave(lengths, output_size=mask.shape[0])
-
     _, least, teacher_max, student_max, mean = numbers.unbind()
     keep = (rows[:, 0] > 0) & ~(scores < least)
     if per_row:
         mean = _mean_weight(rows, teacher_max, student_max, alpha, beta)
-    weights = of_tokens(mean.reciprocal().to(dtype).expand_as(scores))
-    if teacher_entropy is not None:
-        weights = weights * (1 + alpha * (1 - teacher_entropy.to(dtype) / teacher_max.to(dtype)).clamp(0, 1))
-    if student_entropy is not None:
-        weights = weights * (1 + beta * (student_entropy.to(dtype) / student_max.to(dtype)).clamp(0, 1))
-    target = teacher_logprobs.to(dtype)
-    if base_logprobs is not None:
-        target = extrapolation * target + (1 - extrapolation) * base_logprobs.to(dtype)
-    kept = mask & of_tokens(keep)
-    advantages = torch.where(kept, weights * (target - old_logprobs.to(dtype)), 0.0)
-    return advantages, torch.where(mask, weights, 0.0), kept, keep
+    scale = mean.reciprocal().to(dtype).expand_as(scores)
+    lengths = None if cu_seqlens is None else _lengths(cu_seqlens, mask.shape[0])
+    advantages, weights = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
+    kept = torch.empty_like(mask)
+    for tokens, of_rows in _chunks(mask, lengths):
+        weight, counting = weights[tokens], kept[tokens]
+        weight.copy_(_spread(scale[of_rows], lengths, mask.shape[0]))
+        if teacher_entropy is not None:
+            sure = teacher_entropy[tokens].to(dtype).div(teacher_max.to(dtype)).neg_().add_(1).clamp_(0, 1)
+            weight.mul_(sure.mul_(alpha).add_(1))
+        if student_entropy is not None:
+            unsure = student_entropy[tokens].to(dtype).div(student_max.to(dtype)).clamp_(0, 1)
+            weight.mul_(unsure.mul_(beta).add_(1))
+        advantage = teacher_logprobs[tokens].to(dtype)
+        if base_logprobs is not None:
+            advantage = extrapolation * advantage + (1 - extrapolation) * base_logprobs[tokens].to(dtype)
+        advantage = torch.sub(advantage, old_logprobs[tokens].to(dtype), out=advantages[tokens]).mul_(weight)
+        torch.logical_and(mask[tokens], _spread(keep[of_rows], lengths, mask.shape[0]), out=counting)
+        advantage.masked_fill_(~counting, 0.0)
+        weight.masked_fill_(~mask[tokens], 0.0)
+    return advantages, weights, kept, keep
+
+
+def _spread(of_rows: Tensor, lengths: Tensor | None, total: int) -> Tensor:
+    """What each token's row has."""
+    return of_rows[:, None] if lengths is None else of_rows.repeat_interleave(lengths, output_size=total)
 
 
 def _mean_weight(sums: Tensor, teacher_max: Tensor, student_max: Tensor, alpha: float, beta: float) -> Tensor:
