@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rollouts import DEVICE, Rollouts, rollouts
 from support import examples
 
+import python_ref
 from leafkernels import span_advantages
 from leafkernels.integrations.layouts import next_tokens, pack, response_tokens, rolled_tokens, unpack
 
@@ -265,6 +266,25 @@ def test_page_tinker() -> None:
         assert datum["advantages"][len(datum["advantages"]) - len(ids) :] == of_padded.tolist()
         assert len(datum["advantages"]) == len(datum["target_tokens"])
         assert not any(datum["advantages"][: -len(ids)])
+
+
+def test_page_fire_opd() -> None:
+    """Rows of unequal length, one of which is dropped, with numbers in the padding that must not matter."""
+    generator = torch.Generator().manual_seed(3)
+    mask = (torch.arange(6) < torch.tensor([6, 3, 4, 5])[:, None]).to(DEVICE)
+    numbers = [torch.rand(4, 6, generator=generator).to(DEVICE) for _ in range(4)]
+    numbers[0], numbers[1] = -numbers[0], -numbers[1]
+    names = ("old_log_probs", "ref_log_prob", "entropy", "ref_entropy")
+    padded = (tensor.masked_fill(~mask, torch.nan) for tensor in numbers)
+    batch = dict(zip(names, padded, strict=True)) | {"response_mask": mask.long()}
+    of_page("FiRe-OPD")["fire"](batch, drop=0.3, normalize="trajectory")
+    dropped = batch["response_mask"].sum(1) == 0
+    assert dropped.sum() == 1
+    assert batch["response_mask"].dtype == torch.int64
+    lists = (tensor.tolist() for tensor in (*numbers, mask))
+    expected = python_ref.fire_opd(*lists, drop=0.3, normalize="trajectory")
+    torch.testing.assert_close(batch["advantages"], torch.tensor(expected["advantages"], device=DEVICE))
+    assert batch["response_mask"].bool().tolist() == expected["response_mask"]
 
 
 def test_page_verl() -> None:
