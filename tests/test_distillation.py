@@ -691,19 +691,24 @@ def test_gives_the_authors_results(shared: Path, backend: str) -> None:
             continue
         tokens = batch_of(inputs)
         mask, has_tokens = tokens.response_mask, tokens.response_mask.any(1)
-        fire = fire_opd(*tokens.poured(), **options_of(config), backend=backend)
+        options = options_of(config)
+        if not has_tokens.all():
+            # To the released code a row without a token has the score 0, the best, which moves the quantile. A token
+            # of no weight gives it that here.
+            rows = fire_statistics(*tokens.of_statistics, backend=backend).rows
+            rows[:, 0].clamp_(min=1e-30)
+            options["statistics"] = FireStatistics(rows)
+        fire = fire_opd(*tokens.poured(), **options, backend=backend)
         torch.testing.assert_close(fire.weights, at(mask, outputs["weights"]), **close, msg=case["name"])
         torch.testing.assert_close(fire.scores[has_tokens], to_tensor(outputs["scores"])[has_tokens], **close)
-        if not has_tokens.all():
-            # To the released code a row without a token has the score 0, the best, which moves the quantile.
-            continue
         compared += 1
-        assert fire.keep.tolist() == [bool(keep) for keep in outputs["keep"]], case["name"]
+        keep = torch.tensor(outputs["keep"], device=DEVICE).bool()
+        assert torch.equal(fire.keep, keep & has_tokens), case["name"]
         torch.testing.assert_close(fire.threshold, to_tensor(outputs["threshold"]), **close, msg=case["name"])
         want = at(mask, outputs["advantages"])
         torch.testing.assert_close(fire.advantages, want, **close, msg=case["name"])
         check_loss(case, fire, (config["clip_eps"], config["clip_eps"]))
-    assert compared >= 100 // STRIDE.get(backend, 1)
+    assert compared == 127 or backend == "triton" and compared > 15
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
