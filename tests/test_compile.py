@@ -318,6 +318,10 @@ def test_broken_cu_seqlens_stay_inside_the_tensors() -> None:
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
         advantages = leafkernels.span_advantages(**flat, rewards=group["rewards"], cu_seqlens=cu_seqlens)
         assert advantages.shape == (256,)
+        fire = leafkernels.fire_opd(
+            *[flat["logprobs"]] * 4, torch.ones_like(flat["logprobs"]), cu_seqlens=cu_seqlens, normalize="trajectory"
+        )
+        assert fire.keep.shape == (4,)
     torch.cuda.synchronize()
 
 

@@ -610,7 +610,9 @@ def test_errors() -> None:
     check_refuses(ValueError, f"normalize {scopes} 'row'", normalize="row")
     kind = "statistics must be FireStatistics, as from fire_statistics, got Tensor"
     check_refuses(TypeError, kind, statistics=torch.zeros(3, 7))
-    elsewhere = FireStatistics(torch.zeros(3, 7, device="meta"))
+    narrow = "statistics must hold float64 rows of shape (rows, 7), got shape (3, 6) of torch.float32"
+    check_refuses(ValueError, narrow, statistics=FireStatistics(torch.zeros(3, 6)))
+    elsewhere = FireStatistics(torch.zeros(3, 7, dtype=torch.float64, device="meta"))
     device = f"statistics must be on the device of old_logprobs, {case['old_logprobs'].device}, got meta"
     check_refuses(ValueError, device, statistics=elsewhere)
     wide = "teacher_logprobs must be float32, bfloat16 or float16 with backend='triton', got torch.float64"

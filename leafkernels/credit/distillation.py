@@ -418,6 +418,11 @@ def _check_options(drop: float, alpha: float, beta: float, normalize: str, extra
 def _check_statistics(statistics: Any, own: FireStatistics) -> FireStatistics:
     if not isinstance(statistics, FireStatistics):
         raise TypeError(f"statistics must be FireStatistics, as from fire_statistics, got {type(statistics).__name__}")
+    if statistics.rows.dtype != torch.float64 or statistics.rows.shape[1:] != own.rows.shape[1:]:
+        raise ValueError(
+            "statistics must hold float64 rows of shape (rows, 7), got shape "
+            f"{tuple(statistics.rows.shape)} of {statistics.rows.dtype}"
+        )
     if statistics.rows.device != own.rows.device:
         raise ValueError(
             f"statistics must be on the device of old_logprobs, {own.rows.device}, got {statistics.rows.device}"

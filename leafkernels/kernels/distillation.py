@@ -297,25 +297,26 @@ def _fire_weights_kernel(
     keep = tl.where((count > 0.0) & ((score >= least) | (score != score) | (least != least)), 1, 0)
     if tl.program_id(1) == 0:
         tl.store(keep_ptr + row, keep != 0)
-    largest, student_largest = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
+    teacher_max, student_max = tl.load(numbers_ptr + 2), tl.load(numbers_ptr + 3)
     mean = tl.load(numbers_ptr + 4)
     if PER_ROW:
         teachers, students, products = tl.load(found + 4), tl.load(found + 5), tl.load(found + 6)
         mean = _mean_weight(
-            count, teachers, students, products, largest, student_largest, alpha, beta, HAS_TEACHER, HAS_STUDENT
+            count, teachers, students, products, teacher_max, student_max, alpha, beta, HAS_TEACHER, HAS_STUDENT
         )
     scale = (1.0 / mean).to(tl.float32)
-    teacher_max, student_max = largest.to(tl.float32), student_largest.to(tl.float32)
+    # Divided once, and not for each token.
+    per_teacher, per_student = (1.0 / teacher_max).to(tl.float32), (1.0 / student_max).to(tl.float32)
     for block in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
         start = block * BLOCK
         live = load_block(mask_ptr, row * stride_mask_row + first, start, size, 0, BLOCK) != 0
         weight = tl.zeros([BLOCK], tl.float32) + scale
         if HAS_TEACHER:
             teacher = _load(teacher_entropy_ptr, row * stride_teacher_h_row + first, start, size, live, BLOCK)
-            weight *= 1.0 + alpha * _clip(1.0 - teacher / teacher_max)
+            weight *= 1.0 + alpha * _clip(1.0 - teacher * per_teacher)
         if HAS_STUDENT:
             student = _load(student_entropy_ptr, row * stride_student_h_row + first, start, size, live, BLOCK)
-            weight *= 1.0 + beta * _clip(student / student_max)
+            weight *= 1.0 + beta * _clip(student * per_student)
         target = _load(teacher_logprobs_ptr, row * stride_teacher_row + first, start, size, live, BLOCK)
         if HAS_BASE:
             of_base = _load(base_logprobs_ptr, row * stride_base_row + first, start, size, live, BLOCK)
