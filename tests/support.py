@@ -71,10 +71,10 @@ def compare_with_compiled(loss: Callable[[Tensor, Tensor], Tensor], logprobs: Te
 def without_interpreter(**changes: str) -> dict[str, str]:
     """The environment of a process that leaves Triton as it is, and finds the package of this checkout.
 
-    Options for this run of pytest are not for one that it starts.
+    What concerns this run of pytest (options, number of its worker) is not for one that it starts.
     """
-    ours = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    ours = ("TRITON_INTERPRET", "PYTEST_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return environment | {"PYTHONPATH": str(ROOT)} | changes
 
 
