@@ -37,6 +37,16 @@ def test_trl_leaf_runs(advantages: str) -> None:
     assert ("share of tokens with span credit" in output) == (advantages == "leaf")
 
 
+@pytest.mark.parametrize("method", ["fire", "opd"])
+def test_distill_runs(method: str) -> None:
+    """The whole way, in few steps; tests/test_trl_distillation.py sees the student approach its teacher."""
+    pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
+    steps = ("--steps", "2", "--teacher-steps", "5", "--student-steps", "5")
+    output = run_example("distill.py", "--method", method, *steps)
+    assert "teacher less student log-probability of a token, first -" in output
+    assert "student, after 2 steps: held-out accuracy" in output
+
+
 def test_sample_rollouts_writes_what_the_command_reads(tmp_path: Path) -> None:
     out = tmp_path / "sample.jsonl.gz"
     run_example("sample_rollouts.py", "--out", str(out), "--prompts", "2", "--rollouts", "3", "--max-steps", "5")
