@@ -3,8 +3,8 @@
     python examples/distill.py                    # FiRe-OPD: filtered and weighted
     python examples/distill.py --method opd       # plain: every token counts alike
 
-The task is that of ``grpo_lora.py``: sums, answered step by step. The larger teacher learns it from worked answers for longer
-than the student; then the student samples, the teacher scores what it wrote, and no answer is ever judged.
+The task is that of ``grpo_lora.py``: sums, answered step by step. The larger teacher learns it from worked answers for
+longer than the student; then the student samples, the teacher scores what it wrote, and no answer is ever judged.
 """
 
 from __future__ import annotations
