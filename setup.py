@@ -52,7 +52,7 @@ setup(
         "test": test,
         "html": html,
         "trl": ["trl>=0.26,<2"],
-        "lookahead": ["transformers>=5.23", "safetensors>=0.4"],
+        "lookahead": ["transformers>=5.23", "safetensors>=0.4", "accelerate>=1.1"],
         "verl": ["verl>=0.9,<1"],
         "speech": [
             "transformers>=5.23",

@@ -314,6 +314,11 @@ def test_intervals_come_from_prompts() -> None:
     assert low < narrow.low < narrow.mean < narrow.high < high
 
 
+def unchanged(advantages: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """No gradient: advantages as they come."""
+    return advantages
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -325,12 +330,12 @@ def test_intervals_come_from_prompts() -> None:
         ({"context": 2.0}, TypeError, "context must be an int, got float"),
         ({"logprobs": [0.0]}, TypeError, "logprobs must be a torch.Tensor, got list"),
         (
-            {"gradients": lambda advantages, rows: advantages},
+            {"gradients": unchanged},
             ValueError,
             "gradients must return vectors of one length, got shape (1, 40, 6)",
         ),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_errors(change: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error) as raised:

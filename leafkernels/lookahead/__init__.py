@@ -1,5 +1,7 @@
 """Decoding that looks ahead with a reward for each token (SLA, arXiv 2503.00029). Models need transformers."""
 
+from typing import Any
+
 from leafkernels.lookahead.reward_channel import RewardChannel
 from leafkernels.lookahead.search import Candidate, Commit, Search, Stepper, search
 from leafkernels.lookahead.stepper import TransformersStepper
@@ -13,8 +15,19 @@ __all__ = [
     "RewardTransformer",
     "Search",
     "Stepper",
+    "TokenRewardConfig",
+    "TokenRewardTrainer",
     "TransformersStepper",
     "search",
     "token_reward_loss",
     "token_reward_metrics",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Searching with a stepper of one's own needs no transformers.
+    if name in ("TokenRewardConfig", "TokenRewardTrainer"):
+        from leafkernels.lookahead import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module 'leafkernels.lookahead' has no attribute {name!r}")

@@ -157,15 +157,20 @@ class RewardTransformer(nn.Module):
         Raises:
             ValueError: the model is not of the kind and the sizes of the channel's base.
         """
-        from safetensors.torch import load_file
-
-        settings = json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))
-        base = settings["base"]
         if model is None or isinstance(model, str):
             from transformers import AutoModelForCausalLM
 
+            base = json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))["base"]
             model = AutoModelForCausalLM.from_pretrained(model or base["name"], **kwargs)
-        found = _describe(model)
+        return cls(model, cls.read_channel(folder, model).to(next(model.parameters()).device))
+
+    @staticmethod
+    def read_channel(folder: str | Path, model: Any) -> RewardChannel:
+        """The channel in a folder, on the CPU; raises ValueError where ``model`` is not its base."""
+        from safetensors.torch import load_file
+
+        settings = json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))
+        base, found = settings["base"], _describe(model)
         differing = [name for name in base if name != "name" and base[name] != found[name]]
         if differing:
             raise ValueError(
@@ -175,7 +180,7 @@ class RewardTransformer(nn.Module):
             )
         channel = RewardChannel(**settings["channel"])
         channel.load_state_dict(load_file(Path(folder) / _CHANNEL))
-        return cls(model, channel.to(next(model.parameters()).device))
+        return channel
 
 
 class _Run:

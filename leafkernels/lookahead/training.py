@@ -1,0 +1,134 @@
+"""Train a reward channel on preferences, with ``transformers.Trainer``."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from leafkernels.lookahead.transformers import RewardTransformer
+from leafkernels.losses.preference import KINDS, token_reward_loss, token_reward_metrics
+
+_SIDES = ("chosen", "rejected")
+
+
+@dataclass
+class TokenRewardConfig(TrainingArguments):
+    """``TrainingArguments`` with the options of ``token_reward_loss``."""
+
+    kind: str = field(default="sequence_bt", metadata={"help": f"The loss: {', '.join(map(repr, KINDS))}."})
+    scale: float = field(default=1.0, metadata={"help": "A factor, for the two Bradley-Terry kinds."})
+    margin: float = field(default=0.0, metadata={"help": "By how much the better answer should be better, likewise."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of prompt and answer; the end is cut off."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the texts."})
+
+
+class TokenRewardTrainer(Trainer):
+    """Teaches the channel of a ``RewardTransformer`` which of two answers is better; the model itself is frozen.
+
+    The dataset has TRL's columns ``prompt``, ``chosen`` and ``rejected``: texts, or lists of messages for the chat
+    template of the tokenizer. Answers end with the tokenizer's end token. Logging, saving, resuming, accelerate,
+    DeepSpeed and FSDP are those of ``Trainer``; a checkpoint holds the channel alone, as
+    ``RewardTransformer.save_pretrained`` writes it. Beside the loss it logs the metrics of ``token_reward_metrics``.
+
+    Args:
+        model: a ``RewardTransformer``, or a causal language model, which gets a new channel.
+        args: ``TokenRewardConfig``.
+        processing_class: the tokenizer, with a padding token.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be, or an answer has no token or is the same as the
+            other; the message names it.
+    """
+
+    args: TokenRewardConfig
+
+    def __init__(self, model: Any, args: TokenRewardConfig, *, processing_class: Any, **kwargs: Any) -> None:
+        if not isinstance(args, TokenRewardConfig):
+            raise TypeError(f"args must be a TokenRewardConfig, got {type(args).__name__}")
+        if processing_class is None or processing_class.pad_token_id is None:
+            raise ValueError("processing_class must be a tokenizer with a padding token")
+        model = model if isinstance(model, RewardTransformer) else RewardTransformer(model)
+        model.model.requires_grad_(False)
+        one = torch.zeros(1, 1)
+        token_reward_loss(one, one, one + 1, one + 1, kind=args.kind, scale=args.scale, margin=args.margin)
+        self._tokenizer: Any = processing_class
+        kwargs.setdefault("data_collator", self._collate)
+        super().__init__(model, args, processing_class=processing_class, **kwargs)
+
+    def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Every prompt with both of its answers, (2 B, T) padded on the right: all chosen, then all rejected."""
+        ids, starts = [], []
+        for row in rows:
+            missing = [name for name in ("prompt", *_SIDES) if name not in row]
+            if missing:
+                raise ValueError(f"the dataset must have the columns prompt, chosen and rejected, got {sorted(row)}")
+            if row["chosen"] == row["rejected"]:
+                raise ValueError(f"chosen and rejected must differ, got {row['chosen']!r:.80} twice")
+        for side in _SIDES:
+            for row in rows:
+                prompt, answer = self._tokens(row["prompt"], row[side])
+                whole = (prompt + answer)[: self.args.max_length]
+                if len(whole) <= len(prompt):
+                    raise ValueError(
+                        f"{side} must have a token after its prompt of {len(prompt)} tokens (max_length is "
+                        f"{self.args.max_length}), got {row[side]!r:.80}"
+                    )
+                ids.append(torch.tensor(whole))
+                starts.append(len(prompt))
+        padding = self._tokenizer.pad_token_id
+        input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding)
+        at, lengths = torch.arange(input_ids.shape[1]), torch.tensor([len(row) for row in ids])[:, None]
+        attention_mask = (at < lengths).long()
+        answer_mask = attention_mask * (at >= torch.tensor(starts)[:, None])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "answer_mask": answer_mask}
+
+    def _tokens(self, prompt: Any, answer: Any) -> tuple[list[int], list[int]]:
+        tokenizer = self._tokenizer
+        if isinstance(prompt, str):
+            end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+            return tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"] + end
+        options = {"tokenize": True, "return_dict": False}
+        first = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
+        whole = tokenizer.apply_chat_template([*prompt, *answer], **options)
+        return first, whole[len(first) :]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch of ``_collate``'s."""
+        rewards = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).rewards
+        pairs = *rewards.chunk(2), *inputs["answer_mask"].chunk(2)
+        args = self.args
+        loss = token_reward_loss(*pairs, kind=args.kind, scale=args.scale, margin=args.margin)
+        if model.training and self.state.global_step % max(int(args.logging_steps), 1) == 0:
+            self._noted = token_reward_metrics(*pairs)
+        return (loss, {"rewards": rewards}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Also what the last batch that was looked at says of the rewards."""
+        if "loss" in logs:
+            noted = self.__dict__.pop("_noted", {})
+            logs = logs | {name: float(value) for name, value in noted.items()}
+        super().log(logs, *args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss alone: pairs of one length are not to be had."""
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        self._tokenizer.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.model if model is None else model
+        wrapped = self.accelerator.unwrap_model(model)
+        read = RewardTransformer.read_channel(resume_from_checkpoint, wrapped.model)
+        wrapped.channel.load_state_dict(read.state_dict())
