@@ -9,7 +9,6 @@ import torch
 from tiny_decoders import MODELS, SIZES, build_model
 
 from leafkernels.lookahead import RewardChannel, RewardTransformer
-from leafkernels.lookahead import transformers as lookahead_transformers
 
 pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
 
@@ -58,10 +57,11 @@ def test_in_hooks_and_afterwards_the_same(name: str, monkeypatch: pytest.MonkeyP
     fused = RewardChannel.fused
     monkeypatch.setattr(RewardChannel, "fused", lambda *args: kept.append(len(args[1])) or fused(*args))
     with torch.no_grad():
+        in_hooks = wrapped(input_ids=IDS).rewards
+        assert kept == []
+        monkeypatch.setattr(RewardChannel, "is_fused", lambda *_: not torch.is_grad_enabled())  # as on a GPU
         afterwards = wrapped(input_ids=IDS).rewards
         assert kept == [4]
-        monkeypatch.setattr(lookahead_transformers, "FUSED_TOKENS", IDS.numel() - 1)
-        in_hooks = wrapped(input_ids=IDS).rewards
     with_gradient = wrapped(input_ids=IDS).rewards
     assert kept == [4]
     assert torch.equal(with_gradient.detach(), in_hooks)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,14 @@ FUSED_TOKENS = 128
 
 def _fake(hidden: Tensor, norm_wide: Tensor, norm_narrow: Tensor, wide: Tensor, *_: Any) -> Tensor:
     return wide.new_empty((hidden.shape[1], wide.shape[1]))
+
+
+class LayerWeights(NamedTuple):
+    """Of one layer: the weight of its norm, and the halves of W for the hidden state and for the channel."""
+
+    norm: Tensor
+    wide: Tensor
+    narrow: Tensor | None
 
 
 _channel_state = register(
@@ -98,14 +106,14 @@ class RewardChannel(nn.Module):
     def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
         """Rewards (B, T) of hidden states h_0 ... h_n, each (B, T, D).
 
-        Up to ``FUSED_TOKENS`` tokens that need no gradient go the way of ``fused``; others go layer by layer.
+        Few tokens on a GPU go the way of ``fused`` under ``torch.no_grad()`` (``is_fused``); others go layer by layer.
         """
         self._check(hidden_states)
-        if not torch.is_grad_enabled() and hidden_states[0].shape[:-1].numel() <= FUSED_TOKENS:
+        if self.is_fused(hidden_states[0]):
             return self.fused(hidden_states)
         state = None
-        for layer, hidden in zip(self.by_layer(), hidden_states[:-1], strict=True):
-            state = self.step(layer, hidden, state)
+        for weights, hidden in zip(self.by_layer(), hidden_states[:-1], strict=True):
+            state = self.step(weights, hidden, state)
         assert state is not None
         return self.reward(hidden_states[-1], state)
 
@@ -131,25 +139,28 @@ class RewardChannel(nn.Module):
         )
         return self.reward(hidden_states[-1], state.view(*hidden_states[-1].shape[:-1], self.width))
 
-    def by_layer(self) -> list[tuple[Tensor, Tensor]]:
-        """The weight of the norm and W_i of each layer, for ``step``; to be taken once a forward pass."""
-        first, *others = zip(self.norm_wide.unbind(), self.wide.unbind(), strict=True)
-        narrow = zip(self.norm_narrow.unbind(), self.narrow.unbind(), strict=True)
-        return [
-            first,
-            *(
-                (torch.cat([norm, of_state]), torch.cat([weight, square], 1))
-                for (norm, weight), (of_state, square) in zip(others, narrow, strict=True)
-            ),
-        ]
+    def is_fused(self, hidden: Tensor) -> bool:
+        """Whether hidden states like this one go the way of ``fused``: few, on a GPU, and without a gradient.
 
-    def step(self, layer: tuple[Tensor, Tensor], hidden: Tensor, state: Tensor | None) -> Tensor:
+        On a CPU a launch costs little: few tokens take about the same time both ways, and many take longer in one go.
+        """
+        return hidden.is_cuda and not torch.is_grad_enabled() and hidden.shape[:-1].numel() <= FUSED_TOKENS
+
+    def by_layer(self) -> list[LayerWeights]:
+        """The weights of each layer, for ``step``; to be taken once a forward pass."""
+        first, *norms = self.norm_wide.unbind()
+        joined = [torch.cat(pair) for pair in zip(norms, self.norm_narrow.unbind(), strict=True)]
+        return [*map(LayerWeights, [first, *joined], self.wide.unbind(), [None, *self.narrow.unbind()])]
+
+    def step(self, weights: LayerWeights, hidden: Tensor, state: Tensor | None) -> Tensor:
         """u_i (B, T, R) from ``by_layer()[i]``, the input (B, T, D) of layer i and u_{i-1}; None before the first."""
-        norm, weight = layer
+        norm, wide, narrow = weights
         hidden = self._own(hidden)
-        joined = hidden if state is None else torch.cat([hidden, state], -1)
-        found = silu(linear(rms_norm(joined, norm.shape, norm, self.eps), weight))
-        return found if state is None else found + state
+        if narrow is None or state is None:
+            return silu(linear(rms_norm(hidden, norm.shape, norm, self.eps), wide))
+        normal = rms_norm(torch.cat([hidden, state], -1), norm.shape, norm, self.eps)
+        of_hidden, of_state = normal.split([self.hidden_size, self.width], -1)
+        return silu(linear(of_hidden, wide) + linear(of_state, narrow)) + state
 
     def reward(self, hidden: Tensor, state: Tensor) -> Tensor:
         """Rewards (B, T) from the output (B, T, D) after the final norm and u_{n-1}."""
