@@ -75,6 +75,7 @@ def _batches(shape: Decoder, device: str, count: int) -> tuple[Decoding, ...]:
 SHAPES = (
     Decoder("4x128x16,8", 4, 128, 16, 8, torch.float32, "small enough for literal Python"),
     Decoder("12x768x64,8", 12, 768, 64, 8, torch.float32, "a small model, on a CPU too"),
+    Decoder("12x768x64,24", 12, 768, 64, 24, torch.float32, "the same with more branches"),
     Decoder("32x4096x256,1", 32, 4096, 256, 1, torch.bfloat16, "the paper's channel of 8 billion weights, greedy"),
     Decoder("32x4096x256,8", 32, 4096, 256, 8, torch.bfloat16, "with the paper's 2 ** 3 branches"),
     Decoder("32x4096x256,128", 32, 4096, 256, 128, torch.bfloat16, "as many tokens as are taken in one go"),

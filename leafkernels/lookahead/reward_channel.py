@@ -142,7 +142,7 @@ class RewardChannel(nn.Module):
     def is_fused(self, hidden: Tensor) -> bool:
         """Whether hidden states like this one go the way of ``fused``: few, on a GPU, and without a gradient.
 
-        On a CPU a launch costs little: few tokens take about the same time both ways, and many take longer in one go.
+        On a CPU, where a launch costs little, nothing is gained by it.
         """
         return hidden.is_cuda and not torch.is_grad_enabled() and hidden.shape[:-1].numel() <= FUSED_TOKENS
 
