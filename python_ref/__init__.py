@@ -13,6 +13,7 @@ from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surpris
 from python_ref.policy_loss import policy_loss, policy_loss_slopes
 from python_ref.policy_loss_from_logits import policy_loss_from_logits
 from python_ref.prefix_lengths import common_prefix_lengths
+from python_ref.reward_channel import channel_states, reward_channel
 from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import (
     merge_surprisal_states,
@@ -25,6 +26,7 @@ from python_ref.values import normalize_spans, span_values
 
 __all__ = [
     "SpanTree",
+    "channel_states",
     "common_prefix_lengths",
     "dr_grpo",
     "fire_opd",
@@ -38,6 +40,7 @@ __all__ = [
     "policy_loss",
     "policy_loss_from_logits",
     "policy_loss_slopes",
+    "reward_channel",
     "rloo",
     "scatter_spans",
     "select_boundaries",

@@ -37,6 +37,7 @@ from leafkernels.kernels import (
     find,
     nodes,
     prefix_lengths,
+    reward_channel,
     scatter,
     surprisal,
     values,
@@ -348,6 +349,31 @@ CASES = [
         "*bf16 *fp32 i32",
         {"BLOCK": SCALE_BLOCK, "num_warps": 8},
         True,
+    ),
+    *(
+        Case(
+            f"normalize_hidden {hidden} {weights}",
+            reward_channel._normalize_hidden_kernel,
+            f"{weights} *fp32 {hidden} {weights} fp32 i32 i32",
+            {"BLOCK": reward_channel.BLOCK, "num_warps": reward_channel.NUM_WARPS},
+            True,
+        )
+        for hidden, weights in (("*fp32", "*fp32"), ("*bf16", "*fp32"), ("*bf16", "*bf16"))
+    ),
+    *(
+        Case(
+            f"channel_state {weights} {width}",
+            reward_channel._channel_state_kernel,
+            f"{weights} {weights} *fp32 {weights} {weights} fp32 i32 i32 i32",
+            {
+                "WIDTH": width,
+                "BLOCK_R": reward_channel.tile(width)[0],
+                "BLOCK_C": reward_channel.tile(width)[1],
+                "num_warps": reward_channel.NUM_WARPS,
+            },
+            False,
+        )
+        for weights, width in (("*fp32", 256), ("*bf16", 256), ("*fp32", 64), ("*fp32", 1024))
     ),
     Case(
         "gather_spans",

@@ -82,7 +82,17 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from leafkernels.eager import nodes as eager_nodes
     from leafkernels.eager import prefix_lengths as eager_prefix_lengths
     from leafkernels.eager import surprisal as eager_surprisal
-    from leafkernels.kernels import boundaries, distillation, find, nodes, prefix_lengths, scatter, surprisal, values
+    from leafkernels.kernels import (
+        boundaries,
+        distillation,
+        find,
+        nodes,
+        prefix_lengths,
+        reward_channel,
+        scatter,
+        surprisal,
+        values,
+    )
 
     monkeypatch.setattr(boundaries, "BLOCK", 4)
     monkeypatch.setattr(distillation, "BLOCK", 4)
@@ -97,6 +107,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     # As an attribute of the package the name is the function's.
     monkeypatch.setattr(importlib.import_module("leafkernels.kernels.policy_loss"), "BLOCK", 4)
     monkeypatch.setattr(nodes, "BLOCK", 2)
+    monkeypatch.setattr(reward_channel, "BLOCK", 4)
+    monkeypatch.setattr(reward_channel, "MOST_COLUMNS", 2)
     monkeypatch.setattr(eager_boundaries, "_CHUNK", 0)
     monkeypatch.setattr(eager_distillation, "_CHUNK", 4)
     monkeypatch.setattr(eager_boundaries, "_COLUMNS", 3)

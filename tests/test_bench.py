@@ -29,6 +29,7 @@ OPERATIONS = NOT_LITERAL | {
     "span_values",
     "scatter_spans",
     "fire_opd",
+    "reward_channel",
     "policy_loss with gradient",
     "surprisal_entropy",
     *(estimator.__name__ for estimator in ESTIMATORS.values()),

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import leafkernels
 from leafkernels import ESTIMATORS
+from leafkernels.lookahead import RewardChannel
 from leafkernels.rows.find import build_layout
 from leafkernels.rows.layout import as_rows
 
@@ -52,7 +53,10 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     scope = OPS.fire_scope(fire, scores, 0.2, 1.0, 0.5, True, backend)
     weigh = 1.0, 0.5, 1.25, False, torch.float32, backend
     loss = logits, tokens, temperature, live, shares, -old, old, None, 0.2, 0.3, 3.0, 20.0, 0.0, 0.1, True, backend
+    wide, narrow = torch.randn(3, 6, 5, device=DEVICE), torch.randn(2, 6, 6, device=DEVICE)
+    channel = hidden.expand(3, 4, 5).contiguous(), wide[:, 0], narrow[:, 0], wide, narrow, 1e-6, backend
     return {
+        "channel_state": (OPS.channel_state, channel),
         "regular_layout": (OPS.regular_layout, (ids, 4, 10, 2)),
         "mask_stretches": (OPS.mask_stretches, (mask, layout.slot_starts, layout.slot_ends, backend)),
         "select_boundaries": (
@@ -181,9 +185,21 @@ def test_vocabulary_functions_compile_with_gradients(function: str, backend: str
 @on_gpu
 @pytest.mark.parametrize("refines", [False, True])
 def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leafkernels.kernels import boundaries, distillation, find, prefix_lengths, scatter, surprisal, values
+    from leafkernels.kernels import (
+        boundaries,
+        distillation,
+        find,
+        prefix_lengths,
+        reward_channel,
+        scatter,
+        surprisal,
+        values,
+    )
 
+    channel = RewardChannel(2, 20, width=4).to(DEVICE)
     kernels = [
+        reward_channel._normalize_hidden_kernel,
+        reward_channel._channel_state_kernel,
         distillation._fire_statistics_kernel,
         distillation._fire_scope_kernel,
         distillation._fire_weights_kernel,
@@ -211,6 +227,7 @@ def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.Monkey
         leafkernels.span_advantages(**group)
         leafkernels.surprisal_entropy(group["logprobs"], group["token_ids"][:, 0])  # any floats are logits
         leafkernels.fire_opd(*[group["logprobs"]] * 4, torch.ones_like(group["logprobs"]))
+        channel.fused([torch.ones(rows, tokens, 20, device=DEVICE)] * 3)
 
     if refines:
         monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import leafkernels
 from leafkernels.kernels import prefix_lengths
+from leafkernels.lookahead import RewardChannel
 
 SMALL = ["compare_pairs"]
 LARGE = ["represent", *["first_mismatch", "refine_ties"] * 2, "prefix_table"]
@@ -112,6 +113,27 @@ def test_number_of_launches_of_distillation(packed: bool, monkeypatch: pytest.Mo
         leafkernels.fire_opd(*tokens, mask, cu_seqlens=offsets, backend="triton")
     assert kernels == ["fire_statistics", "fire_scope", "fire_weights"]
     assert launches.names == ["div", "_to_copy", "_to_copy"]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what Triton's interpreter launches")
+@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_number_of_launches_of_a_reward_channel(
+    dtype: torch.dtype, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of layers: a copy, the two kernels and their product, and the head."""
+    channel, hidden = RewardChannel(layers, 8, width=4), [torch.ones(2, 1, 8, dtype=dtype)] * (layers + 1)
+    kernels = kernels_launched(monkeypatch)
+    with _Launches() as launches:
+        channel.fused(hidden, backend="triton")
+    assert kernels == ["normalize_hidden", "channel_state"]
+    # The last hidden state is brought to the dtype of the head.
+    cast = [] if dtype == torch.float32 else ["_to_copy"]
+    # The batched product stands within the operation.
+    assert [name for name in launches.names if name not in ("t", "transpose")] == ["stack", *cast, "cat", "mm"]
+    with _Launches() as by_layer, torch.enable_grad():
+        channel(hidden)
+    assert len(by_layer.names) > 5 * layers
 
 
 # Of a process of its own: its peak before and after. Memory that is only asked for counts, because it is filled.

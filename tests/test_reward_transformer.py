@@ -49,6 +49,50 @@ def test_with_a_cache(name: str) -> None:
     torch.testing.assert_close(torch.cat([first.rewards, second.rewards], 1), whole.rewards, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_in_hooks_and_afterwards_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states that are kept until the end are still what each layer read: no layer has written to them."""
+    wrapped = wrap(name)
+    kept = []
+    fused = RewardChannel.fused
+    monkeypatch.setattr(RewardChannel, "fused", lambda *args: kept.append(len(args[1])) or fused(*args))
+    with torch.no_grad():
+        in_hooks = wrapped(input_ids=IDS).rewards
+        assert kept == []
+        monkeypatch.setattr(RewardChannel, "is_fused", lambda *_: not torch.is_grad_enabled())  # as on a GPU
+        afterwards = wrapped(input_ids=IDS).rewards
+        assert kept == [4]
+    with_gradient = wrapped(input_ids=IDS).rewards
+    assert kept == [4]
+    assert torch.equal(with_gradient.detach(), in_hooks)
+    torch.testing.assert_close(afterwards, in_hooks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "before"), [("llama", False), ("gpt2", True)])
+def test_a_compiled_base(name: str, before: bool) -> None:
+    """Compiled in place afterwards, or before it gets its channel: logits, rewards and gradients."""
+    torch._dynamo.reset()
+    wrapped = wrap(name)
+    compiled = wrap(name)
+    if before:
+        base = torch.compile(build_model(name), backend="aot_eager")
+        compiled = RewardTransformer(base, compiled.channel).eval()
+    else:
+        compiled.model.compile(backend="aot_eager")
+    with torch.no_grad():
+        expected, found = wrapped(input_ids=IDS), compiled(input_ids=IDS)
+    torch.testing.assert_close(found.logits, expected.logits)
+    torch.testing.assert_close(found.rewards, expected.rewards)
+    gradients = []
+    for model in (wrapped, compiled):
+        model(input_ids=IDS).rewards.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.channel.parameters()])
+    for expected, found in zip(*gradients, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_frozen_model_keeps_no_graph_and_the_channel_learns() -> None:
     wrapped = wrap("llama")
     wrapped.model.requires_grad_(False)

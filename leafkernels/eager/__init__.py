@@ -11,6 +11,7 @@ from leafkernels.eager.nodes import nodes_of_prefix_lengths, prefix_nodes
 from leafkernels.eager.policy_loss import policy_loss
 from leafkernels.eager.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
 from leafkernels.eager.prefix_lengths import common_prefix_lengths
+from leafkernels.eager.reward_channel import channel_state
 from leafkernels.eager.scatter import gather_spans, scatter_spans
 from leafkernels.eager.surprisal import (
     merge_surprisal_states,
@@ -22,6 +23,7 @@ from leafkernels.eager.surprisal import (
 from leafkernels.eager.values import span_values, span_values_backward
 
 __all__ = [
+    "channel_state",
     "common_prefix_lengths",
     "fire_scope",
     "fire_statistics",

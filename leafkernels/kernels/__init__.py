@@ -16,6 +16,7 @@ from leafkernels.kernels.policy_loss import launch_policy_loss as policy_loss
 from leafkernels.kernels.policy_loss_from_logits import launch_policy_loss_from_logits as policy_loss_from_logits
 from leafkernels.kernels.policy_loss_from_logits import launch_scale_gradient as scale_gradient
 from leafkernels.kernels.prefix_lengths import launch_common_prefix_lengths as common_prefix_lengths
+from leafkernels.kernels.reward_channel import launch_channel_state as channel_state
 from leafkernels.kernels.scatter import launch_gather_spans as gather_spans
 from leafkernels.kernels.scatter import launch_scatter_spans as scatter_spans
 from leafkernels.kernels.surprisal import launch_merge_surprisal_states as merge_surprisal_states
@@ -25,6 +26,7 @@ from leafkernels.kernels.surprisal import launch_surprisal_states as surprisal_s
 from leafkernels.kernels.values import launch_span_values as span_values
 
 __all__ = [
+    "channel_state",
     "common_prefix_lengths",
     "fire_scope",
     "fire_statistics",

@@ -1,12 +1,39 @@
 """The reward channel: a thin strip beside a frozen decoder that gives every token a reward (SLA, arXiv 2503.00029)."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, rms_norm, silu
 
-from leafkernels._core.checks import check_count, check_positive
+from leafkernels._core.backend import resolve_backend
+from leafkernels._core.checks import check_count, check_kernel_dtype, check_positive
+from leafkernels._core.ops import register
+
+# A program takes a token through all layers and reads their narrow weights anew. About as many programs as a large GPU
+# has multiprocessors run at a time; of more tokens, layer by layer, each weight is read once for all.
+FUSED_TOKENS = 128
+
+
+def _fake(hidden: Tensor, norm_wide: Tensor, norm_narrow: Tensor, wide: Tensor, *_: Any) -> Tensor:
+    return wide.new_empty((hidden.shape[1], wide.shape[1]))
+
+
+class LayerWeights(NamedTuple):
+    """Of one layer: the weight of its norm, and the halves of W for the hidden state and for the channel."""
+
+    norm: Tensor
+    wide: Tensor
+    narrow: Tensor | None
+
+
+_channel_state = register(
+    "channel_state(Tensor hidden, Tensor norm_wide, Tensor norm_narrow, Tensor wide, Tensor narrow, float eps, "
+    "str backend) -> Tensor",
+    _fake,
+)
 
 
 class RewardChannel(nn.Module):
@@ -17,7 +44,9 @@ class RewardChannel(nn.Module):
     h_0 is the input of the first layer, h_i that of layer i, h_n the output after the final norm; u has ``width``
     numbers; norm is RMSNorm over both parts together. Token by token, without attention.
 
-    The channel computes in the dtype of its own parameters, whatever that of the hidden states.
+    The channel computes in the dtype of its own parameters, whatever that of the hidden states. These are packed, so
+    that one product serves all layers: W_i is ``wide[i]`` (R, D) beside ``narrow[i - 1]`` (R, R), and the weight of its
+    norm ``norm_wide[i]`` (D,) before ``norm_narrow[i - 1]`` (R,). The first layer has the wide ones only.
 
     Args:
         num_layers: n, layers of the decoder, at least 1.
@@ -50,9 +79,17 @@ class RewardChannel(nn.Module):
         check_positive("eps", eps)
         self.num_layers, self.hidden_size, self.width = num_layers, hidden_size, width
         self.head_layers, self.eps, self.head_width = head_layers, eps, head_width
-        sizes = [hidden_size, *[hidden_size + width] * (num_layers - 1)]
-        self.norms = nn.ModuleList(nn.RMSNorm(size, eps) for size in sizes)
-        self.layers = nn.ModuleList(nn.Linear(size, width, bias=False) for size in sizes)
+        self.norm_wide = nn.Parameter(torch.ones(num_layers, hidden_size))
+        self.norm_narrow = nn.Parameter(torch.ones(num_layers - 1, width))
+        self.wide = nn.Parameter(torch.empty(num_layers, width, hidden_size))
+        self.narrow = nn.Parameter(torch.empty(num_layers - 1, width, width))
+        with torch.no_grad():  # as nn.Linear begins
+            for parts, inputs in (
+                (self.wide[:1], hidden_size),
+                (self.wide[1:], hidden_size + width),
+                (self.narrow, hidden_size + width),
+            ):
+                parts.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
         of_head = [hidden_size + width, *[head_width] * (head_layers - 1), 1]
         self.head = nn.ModuleList(
             nn.Linear(size, out, bias=False) for size, out in zip(of_head[:-1], of_head[1:], strict=True)
@@ -67,24 +104,63 @@ class RewardChannel(nn.Module):
         return {name: getattr(self, name) for name in names}
 
     def forward(self, hidden_states: Sequence[Tensor]) -> Tensor:
-        """Rewards (B, T) of hidden states h_0 ... h_n, each (B, T, D)."""
-        if len(hidden_states) != self.num_layers + 1:
-            raise ValueError(
-                f"hidden_states must hold {self.num_layers + 1} tensors, the inputs of {self.num_layers} layers and "
-                f"the output after the final norm, got {len(hidden_states)}"
-            )
+        """Rewards (B, T) of hidden states h_0 ... h_n, each (B, T, D).
+
+        Few tokens on a GPU go the way of ``fused`` under ``torch.no_grad()`` (``is_fused``); others go layer by layer.
+        """
+        self._check(hidden_states)
+        if self.is_fused(hidden_states[0]):
+            return self.fused(hidden_states)
         state = None
-        for layer, hidden in enumerate(hidden_states[:-1]):
-            state = self.step(layer, hidden, state)
+        for weights, hidden in zip(self.by_layer(), hidden_states[:-1], strict=True):
+            state = self.step(weights, hidden, state)
         assert state is not None
         return self.reward(hidden_states[-1], state)
 
-    def step(self, layer: int, hidden: Tensor, state: Tensor | None) -> Tensor:
-        """u_i (B, T, R) from the input (B, T, D) of layer i and u_{i-1}; None before the first layer."""
+    @torch.no_grad()
+    def fused(self, hidden_states: Sequence[Tensor], backend: str = "auto") -> Tensor:
+        """The same, for decoding: six launches whatever the number of layers, equal to rounding; without a gradient.
+
+        One product serves the wide halves of all layers, one launch the narrow ones. It needs memory for one more copy
+        of the hidden states, in the dtype of the channel.
+
+        Args:
+            hidden_states: as above.
+            backend: "auto", "triton", "torch" or "reference". Triton takes no float64, for which "auto" is "torch".
+        """
+        self._check(hidden_states)
+        if backend == "auto" and self.wide.dtype == torch.float64:
+            backend = "torch"
+        backend = resolve_backend(backend, self.wide.device)
+        check_kernel_dtype("the channel", self.wide.dtype, backend)
+        hidden = torch.stack(tuple(hidden_states[:-1])).flatten(1, -2)
+        state = _channel_state(
+            hidden, self.norm_wide, self.norm_narrow, self.wide, self.narrow, float(self.eps), backend
+        )
+        return self.reward(hidden_states[-1], state.view(*hidden_states[-1].shape[:-1], self.width))
+
+    def is_fused(self, hidden: Tensor) -> bool:
+        """Whether hidden states like this one go the way of ``fused``: few, on a GPU, and without a gradient.
+
+        On a CPU, where a launch costs little, nothing is gained by it.
+        """
+        return hidden.is_cuda and not torch.is_grad_enabled() and hidden.shape[:-1].numel() <= FUSED_TOKENS
+
+    def by_layer(self) -> list[LayerWeights]:
+        """The weights of each layer, for ``step``; to be taken once a forward pass."""
+        first, *norms = self.norm_wide.unbind()
+        joined = [torch.cat(pair) for pair in zip(norms, self.norm_narrow.unbind(), strict=True)]
+        return [*map(LayerWeights, [first, *joined], self.wide.unbind(), [None, *self.narrow.unbind()])]
+
+    def step(self, weights: LayerWeights, hidden: Tensor, state: Tensor | None) -> Tensor:
+        """u_i (B, T, R) from ``by_layer()[i]``, the input (B, T, D) of layer i and u_{i-1}; None before the first."""
+        norm, wide, narrow = weights
         hidden = self._own(hidden)
-        if state is None:
-            return silu(self.layers[layer](self.norms[layer](hidden)))
-        return silu(self.layers[layer](self.norms[layer](torch.cat([hidden, state], -1)))) + state
+        if narrow is None or state is None:
+            return silu(linear(rms_norm(hidden, norm.shape, norm, self.eps), wide))
+        normal = rms_norm(torch.cat([hidden, state], -1), norm.shape, norm, self.eps)
+        of_hidden, of_state = normal.split([self.hidden_size, self.width], -1)
+        return silu(linear(of_hidden, wide) + linear(of_state, narrow)) + state
 
     def reward(self, hidden: Tensor, state: Tensor) -> Tensor:
         """Rewards (B, T) from the output (B, T, D) after the final norm and u_{n-1}."""
@@ -93,10 +169,18 @@ class RewardChannel(nn.Module):
             found = layer(silu(found))
         return found[..., 0]
 
+    def _check(self, hidden_states: Sequence[Tensor]) -> None:
+        if len(hidden_states) != self.num_layers + 1:
+            raise ValueError(
+                f"hidden_states must hold {self.num_layers + 1} tensors, the inputs of {self.num_layers} layers and "
+                f"the output after the final norm, got {len(hidden_states)}"
+            )
+        for hidden in hidden_states:
+            if hidden.shape[-1] != self.hidden_size:
+                raise ValueError(f"hidden_states must have {self.hidden_size} numbers a token, got {hidden.shape[-1]}")
+
     def _own(self, hidden: Tensor) -> Tensor:
-        if hidden.shape[-1] != self.hidden_size:
-            raise ValueError(f"hidden_states must have {self.hidden_size} numbers a token, got {hidden.shape[-1]}")
-        return hidden.to(next(self.head.parameters()).dtype)
+        return hidden.to(self.wide.dtype)
 
     @classmethod
     def from_released(cls, state_dict: Mapping[str, Tensor], eps: float = 1e-6) -> "RewardChannel":
@@ -115,14 +199,14 @@ class RewardChannel(nn.Module):
             )
         width, hidden_size = layers[0].shape
         channel = cls(len(layers), hidden_size, width, len(head), eps, head[0].shape[0] if len(head) > 1 else None)
+        state = {
+            "norm_wide": torch.stack([norm[:hidden_size] for norm in norms]),
+            "wide": torch.stack([layer[:, :hidden_size] for layer in layers]),
+            "norm_narrow": torch.cat([norm[hidden_size:] for norm in norms]).view(-1, width),
+            "narrow": torch.cat([layer[:, hidden_size:].flatten() for layer in layers]).view(-1, width, width),
+        }
         head[-1] = head[-1][:1]
-        channel.load_state_dict(
-            {
-                f"{part}.{i}.weight": tensor
-                for part, of in (("norms", norms), ("layers", layers), ("head", head))
-                for i, tensor in enumerate(of)
-            }
-        )
+        channel.load_state_dict(state | {f"head.{i}.weight": tensor for i, tensor in enumerate(head)})
         return channel
 
 

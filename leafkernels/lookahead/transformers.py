@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leafkernels.lookahead.reward_channel import RewardChannel
+from leafkernels.lookahead.reward_channel import LayerWeights, RewardChannel
 from leafkernels.lookahead.search import Search, search
 from leafkernels.lookahead.stepper import TransformersStepper
 
@@ -21,8 +21,9 @@ class RewardTransformer(nn.Module):
 
     Called as the model is, it returns what the model returns, logits equal to the bit, and ``rewards`` (B, T) beside
     them: how good the answer is up to each token. The channel runs in hooks on the decoder's layers, along with the
-    model, and no hidden state is kept for it. (Where the decoder recomputes its layers in the backward pass, it runs
-    after them, on the inputs of layers that are kept for that anyway.)
+    model, and no hidden state is kept for it. It runs after them in two cases: where the decoder recomputes its layers
+    in the backward pass, whose inputs are kept for that anyway, and in decoding on a GPU (``RewardChannel.is_fused``),
+    where ``RewardChannel.fused`` takes all layers of the few tokens at once.
 
     A model none of whose parameters requires a gradient runs without one, and the channel with.
 
@@ -187,17 +188,23 @@ class _Run:
     """The channel along one forward pass."""
 
     def __init__(self, channel: RewardChannel, with_grad: bool, afterwards: bool) -> None:
-        self._channel, self._with_grad = channel, with_grad
-        self._kept: list[Tensor] | None = [] if afterwards else None
+        self._channel, self._with_grad, self._afterwards = channel, with_grad, afterwards
+        self._kept: list[Tensor] | None = None
+        self._layers: list[LayerWeights] = []
         self._state: Tensor | None = None
         self.rewards: Tensor | None = None
 
     def take(self, layer: int, hidden: Tensor) -> None:
+        if layer == 0:
+            self._kept = [] if self._afterwards or self._channel.is_fused(hidden) else None
         if self._kept is not None:
+            # As transformers keeps them for output_hidden_states: its layers do not write to what they read.
             self._kept.append(hidden)
             return
         with torch.set_grad_enabled(self._with_grad):
-            self._state = self._channel.step(layer, hidden, self._state)
+            if layer == 0:
+                self._layers = self._channel.by_layer()
+            self._state = self._channel.step(self._layers[layer], hidden, self._state)
 
     def finish(self, hidden: Tensor) -> None:
         with torch.set_grad_enabled(self._with_grad):

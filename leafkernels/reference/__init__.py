@@ -8,6 +8,7 @@ from leafkernels.reference.nodes import nodes_of_prefix_lengths, prefix_nodes
 from leafkernels.reference.policy_loss import policy_loss
 from leafkernels.reference.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
 from leafkernels.reference.prefix_lengths import common_prefix_lengths
+from leafkernels.reference.reward_channel import channel_state
 from leafkernels.reference.scatter import gather_spans, scatter_spans
 from leafkernels.reference.surprisal import (
     merge_surprisal_states,
@@ -18,6 +19,7 @@ from leafkernels.reference.surprisal import (
 from leafkernels.reference.values import span_values
 
 __all__ = [
+    "channel_state",
     "common_prefix_lengths",
     "fire_scope",
     "fire_statistics",
