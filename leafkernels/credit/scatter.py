@@ -126,9 +126,13 @@ def scatter_spans(
         raise ValueError(
             f"values must have one row for each of the {num_rows} rows of cu_seqlens, got shape {tuple(values.shape)}"
         )
+    ends = to_int32(span_ends.reshape(num_rows, values.shape[-1]))
+    if response_mask is not None and rows.mask is None:
+        # The mask, which ended the rows, is in the layout only.
+        ends = torch.minimum(ends, rows.layout.row_lengths.unsqueeze(1).to(torch.int32))
     return scatter_to_tokens(
         values.reshape(num_rows, values.shape[-1]),
-        to_int32(span_ends.reshape(num_rows, values.shape[-1])),
+        ends,
         rows,
         size,
         values.dtype,

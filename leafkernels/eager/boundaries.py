@@ -82,13 +82,14 @@ def _columns(
         least = aligned_rows(scores, row_starts, end, start).to(torch.float32)
         if not negate:
             least = -least
-        excluded = least.isnan()
-        if shortest < end:
-            excluded.logical_or_(torch.arange(start, end, device=scores.device) >= row_lengths.unsqueeze(1))
-        if mask is not None:
-            excluded.logical_or_(aligned_rows(mask, row_starts, end, start).logical_not())
-        has_excluded = bool(excluded.any())
+        # One sum tells that nothing is NaN; where it is itself, infinities of both signs may be the reason.
+        has_excluded = shortest < end or mask is not None or bool(least.sum().isnan())
         if has_excluded:
+            excluded = least.isnan()
+            if shortest < end:
+                excluded.logical_or_(torch.arange(start, end, device=scores.device) >= row_lengths.unsqueeze(1))
+            if mask is not None:
+                excluded.logical_or_(aligned_rows(mask, row_starts, end, start).logical_not())
             least = least.to(torch.float64).clamp_max_(_FAR).masked_fill_(excluded, torch.inf)
         if in_runs:
             best, row = least.view(num_groups, num_rows // num_groups, end - start).min(1)

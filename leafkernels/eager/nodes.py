@@ -72,27 +72,48 @@ def _compare_all(
 
     Two rows share a prefix that ends at the same place in both, and not after the first token that differs.
     """
-    num_rows, num_groups = tokens.shape[0], group_starts.shape[0] - 1
+    num_rows, width = tokens.shape
+    num_groups = group_starts.shape[0] - 1
     itself = torch.arange(-1, -1 - num_rows, -1, device=ends.device).unsqueeze(1)
     ends = torch.where(ends > 0, ends, itself)  # a place that no other row has
     in_runs = are_in_runs(group_of_row, num_groups)
+    head = pairs.head_width(num_rows * max_group, width)
+    start = tokens[:, :head]
     if in_runs:
         groups = num_groups, num_rows // num_groups
-        tokens, ends = tokens.view(*groups, tokens.shape[1]), ends.view(*groups, -1)
-        others, ends_of_others = tokens.unsqueeze(1), ends.unsqueeze(1)
-        tokens, ends = tokens.unsqueeze(2), ends.unsqueeze(2)
+        start, ends = start.view(*groups, head), ends.view(*groups, -1)
+        others, ends_of_others = start.unsqueeze(1), ends.unsqueeze(1)
+        start, ends = start.unsqueeze(2), ends.unsqueeze(2)
     else:
         members, is_member = group_members(rows_by_group, group_starts, group_of_row, max_group)
-        others, ends_of_others = tokens[members], ends[members]
-        tokens, ends = tokens.unsqueeze(1), ends.unsqueeze(1)
-    differs = tokens != others
-    shared = pairs.first_true(differs.flatten(0, -2)).view(differs.shape[:-1]).unsqueeze(-1)
-    is_shared = (shared >= ends).logical_and_(ends == ends_of_others)
+        others, ends_of_others = start[members], ends[members]
+        start, ends = start.unsqueeze(1), ends.unsqueeze(1)
+    differs = start != others
+    shared = pairs.first_true(differs.flatten(0, -2)).view(differs.shape[:-1])
+    if head < width:
+        if in_runs:
+            members = torch.arange(num_rows, device=ends.device).view(num_groups, 1, -1).expand_as(shared)
+        _look_further(shared.view(num_rows, -1), tokens, members.reshape(num_rows, -1), head)
+    is_shared = (shared.unsqueeze(-1) >= ends).logical_and_(ends == ends_of_others)
     if in_runs:
         rank = is_shared.max(2).indices  # of equal maxima the first, hence the smallest row
         return rank.add_(group_starts[:-1].view(-1, 1, 1)).view(num_rows, -1)
     rank = is_shared.logical_and_(is_member.unsqueeze(2)).max(1).indices
     return rows_by_group[rank + group_starts[group_of_row].unsqueeze(1)]
+
+
+def _look_further(shared: Tensor, tokens: Tensor, members: Tensor, head: int) -> None:
+    """Correct ``shared`` (N, G) of rows and their ``members`` where all of the first ``head`` tokens are alike.
+
+    A node is named by its smallest row: only pairs with a smaller row are compared, the others taken as alike.
+    """
+    is_alike = shared == head
+    shared.masked_fill_(is_alike, tokens.shape[1])
+    smaller = members < torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+    at = is_alike.logical_and_(smaller).view(-1).nonzero().squeeze(1)
+    rest = tokens[:, head:]
+    differs = rest.index_select(0, at // members.shape[1]) != rest.index_select(0, members.view(-1)[at])
+    shared.view(-1)[at] = pairs.first_true(differs).add_(head)
 
 
 def nodes_of_prefix_lengths(

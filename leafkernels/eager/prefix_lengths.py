@@ -73,10 +73,15 @@ def are_few(num_pairs: int, width: int) -> bool:
     return num_pairs * width <= _FEW_TOKENS
 
 
+def head_width(num_pairs: int, width: int) -> int:
+    """How many columns all pairs are compared in first: most of them part there, and few need the others."""
+    return width if num_pairs * width <= _HARDLY_ANY_TOKENS else min(_HEAD, width)
+
+
 def all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:
     """Compare every row (N, width) with every row of its group: first where most pairs part, then the rest."""
     num_pairs, width = members.numel(), tokens.shape[1]
-    head = width if num_pairs * width <= _HARDLY_ANY_TOKENS else min(_HEAD, width)
+    head = head_width(num_pairs, width)
     start = tokens[:, :head]
     differs = start.index_select(0, members.view(-1)).view(*members.shape, head) != start[:, None]
     shared = first_true(differs.view(num_pairs, head)).view(members.shape)
@@ -182,8 +187,7 @@ def first_true(table: Tensor) -> Tensor:
     if width % 8 or not width:
         table = pad(table, (0, 8 - width % 8))
     is_there, word = (table.view(torch.int64) != 0).max(1)  # of equal maxima the first
-    every_row = torch.arange(table.shape[0], device=table.device)
-    byte = table.view(torch.uint8).view(*word.shape, table.shape[1] // 8, 8)[every_row, word].argmax(1)
+    byte = table.view(torch.int64).gather(1, word.unsqueeze(1)).view(torch.uint8).argmax(1)
     return (word * 8 + byte).masked_fill_(~is_there, width)
 
 

@@ -21,7 +21,7 @@ class Rows(NamedTuple):
 
     layout: Layout
     mask: Tensor | None
-    """(N, T) or (total,) bool."""
+    """(N, T) or (total,) bool; None also where nothing is masked between the first and the last token of any row."""
     row_shape: tuple[int, ...]
     """Shape of one entry for each row."""
     prompt_shape: tuple[int, ...] | None
@@ -104,7 +104,19 @@ def find_rows(
     layout = build_layout(rows, mask_rows, prompts, cu_seqlens, backend)
     if groups is None and group_size is None:
         layout = with_prompts(layout, row_shape)
+    if mask_rows is not None and backend == "torch" and values_readable(mask_rows) and _has_no_hole(mask_rows, layout):
+        mask_rows = None  # the layout says all of it
     return Rows(layout, mask_rows, row_shape, prompt_shape)
+
+
+def _has_no_hole(mask: Tensor, layout: Layout) -> bool:
+    flat = mask.reshape(-1)
+    # Of 128 words of eight entries no byte counts to more than 128: a sum of words is eight sums at once.
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
+    whole = flat.shape[0] // 1024 * 1024
+    counts = flat[:whole].view(torch.int64).view(-1, 128).sum(1).view(torch.uint8)
+    return int(counts.sum()) + int(flat[whole:].sum()) == int(layout.row_lengths.sum())
 
 
 def with_prompts(layout: Layout, row_shape: tuple[int, ...]) -> Layout:
