@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import PAIR, WORLDS, Ranks, process_group
 from rollouts import BACKENDS, DEVICE, Rollouts, random_group, rollouts
-from support import examples
+from support import every_estimator, examples, options_of, takes
 from test_linear_surprisal import tolerance as linear_tolerance
 from test_policy_loss_from_logits import inputs as loss_inputs
 from test_surprisal import tolerance
@@ -36,10 +36,14 @@ def ranks() -> Iterator[Ranks]:
 Shares = list[tuple[Rollouts, str, int]]  # of each rank: rows, layout, and columns of padding more than they need
 
 
-def advantages_of_rank(inputs: dict[str, Any], options: dict[str, Any], world: int) -> torch.Tensor:
+def advantages_of_rank(
+    inputs: dict[str, Any], options: dict[str, Any], world: int, estimator: str = "leaf"
+) -> torch.Tensor:
     """What a trainer writes, on each rank."""
     gathered = gather_groups(**inputs, process_group=process_group(world))
-    return gathered.local(leafkernels.span_advantages(**gathered.inputs, **options))
+    if takes(estimator, "gathered"):
+        options = options | {"gathered": gathered}
+    return gathered.local(leafkernels.ESTIMATORS[estimator](**gathered.inputs, **options))
 
 
 def inputs_of(case: Rollouts, layout: str, extra: int = 0) -> dict[str, Any]:
@@ -71,20 +75,18 @@ def splits(draw: st.DrawFn, world: int) -> tuple[Rollouts, Shares, str | int | N
     return case, split, draw(st.sampled_from(["tensor", "names", None, *divisors]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", WORLDS)
-def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks: Ranks) -> None:
-    """Bit for bit: uneven rows, none, other lengths and paddings on each rank, NaN rewards, any naming of groups."""
-
-    @examples(torch=100)
+def check_split_rows(estimator: str, world: int, count: int, ranks: Ranks) -> None:
+    @examples(torch=count)
     @given(splits(world))
     def check(drawn: tuple[Rollouts, Shares, str | int | None]) -> None:
         case, split, groups = drawn
+        options = options_of(estimator, case.options)
         whole = with_groups(inputs_of(case, "right", extra=1), "tensor" if groups == "names" else groups)
         # As integers: 0 and -0 are not the same bits.
-        rows = iter(case.rows_of(leafkernels.span_advantages(**whole, **case.options).view(torch.int32)))
+        expected = leafkernels.ESTIMATORS[estimator](**whole, **options)
+        rows = iter(case.rows_of(expected.view(torch.int32)))
 
-        calls = [(with_groups(inputs_of(*of_rank), groups), case.options, world) for of_rank in split]
+        calls = [(with_groups(inputs_of(*of_rank), groups), options, world, estimator) for of_rank in split]
         for (of_rank, layout, _), (inputs, *_), found in zip(
             split, calls, ranks.call(advantages_of_rank, calls), strict=True
         ):
@@ -95,6 +97,19 @@ def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks
                 assert row == next(rows)
 
     check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks: Ranks) -> None:
+    """Bit for bit: uneven rows, none, other lengths and paddings on each rank, NaN rewards, any naming of groups."""
+    check_split_rows("leaf", world, 100, ranks)
+
+
+@every_estimator
+def test_every_estimator_is_one_process(name: str, ranks: Ranks) -> None:
+    """Whichever rows lie on which of four ranks."""
+    check_split_rows(name, 4, 15, ranks)
 
 
 @pytest.mark.parametrize("ids", [torch.int64, torch.int32, torch.int16, torch.uint8])
