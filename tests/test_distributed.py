@@ -337,14 +337,14 @@ def test_what_was_gathered_is_checked() -> None:
 
 
 DYING = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from datetime import timedelta
 from leafkernels.distributed import gather_groups
 import leafkernels.rows.gather as gather
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=5))
 if rank == 1:
-    gather._exchange = lambda *_: sys.exit(3)
+    gather._exchange = lambda *_: os._exit(3)
 gather_groups(torch.zeros(2, 3), torch.zeros(2, 3).long(), torch.zeros(2))
 """
 

@@ -167,8 +167,8 @@ def gather_groups(
         rewards: (N,); gathered as float64.
         response_mask: the same shape as ``token_ids``, nonzero where a token counts; on every rank or on none.
         groups: a tensor (N,) of integers that mean the same prompt on every rank, or as many names, as in
-            ``group_index``: strings, bytes, numbers, None and tuples of them are compared by digests of 16 bytes, other
-            objects are sent whole.
+            ``group_index``: strings, bytes, ints, floats, None and tuples of them are compared by digests of 16 bytes,
+            other objects are sent whole.
         group_size: consecutive runs of that many rows are a prompt, counted through all ranks. None, with ``groups``
             None too: the rows of all ranks are one prompt.
         cu_seqlens: (N + 1,) int32, offsets of packed rows.
