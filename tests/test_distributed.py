@@ -365,7 +365,10 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     _, text = left.communicate(timeout=90)
     dead.communicate(timeout=90)
     assert (left.returncode, dead.returncode) == (1, 3)
-    assert "gather_groups failed in the exchange of token_ids: another rank has died or has not called (" in text
+    message = (
+        "the exchange of token_ids of gather_groups with other ranks failed: one of them has died or has not called"
+    )
+    assert f"RuntimeError: {message} (" in text
 
 
 def distillation_of_rank(tokens: tuple[torch.Tensor, ...], step: int, world: int) -> list[torch.Tensor]:

@@ -81,7 +81,7 @@ class GatheredGroups(NamedTuple):
             _check_results(None if failure else tokens.dtype, total.device, self.process_group)
             if failure:
                 raise failure
-            own = _exchange("results", tokens.detach(), routes.back, self.process_group)
+            own = _exchange("results of GatheredGroups.local", tokens.detach(), routes.back, self.process_group)
         if self.positions is None:
             return own.reshape(self.shape).clone()
         return own.new_zeros(self.shape.numel()).index_copy(0, self.positions, own).reshape(self.shape)
@@ -187,7 +187,7 @@ def gather_groups(
     except Exception as error:
         # The others are about to wait for this rank, so it must not leave before it has told them, whatever it is.
         failure, header = error, _Header(_told(error), {}, b"", b"", b"")
-    headers: list[_Header] = _gather_objects("the headers", header, world_size, process_group)
+    headers: list[_Header] = _gather_objects("headers of gather_groups", header, world_size, process_group)
     if failure is not None:
         raise failure
     _check_refusals([h.refusal for h in headers])
@@ -216,7 +216,9 @@ def gather_groups(
     parts["rewards"] = local.rewards if order is None else local.rewards[order]
     if travels:
         parts = {
-            name: _exchange(name, part, of_rows if name == "rewards" else of_tokens, process_group)
+            name: _exchange(
+                f"{name} of gather_groups", part, of_rows if name == "rewards" else of_tokens, process_group
+            )
             for name, part in parts.items()
         }
     if groups is not None:
@@ -311,7 +313,7 @@ def _named(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"gather_groups failed in the exchange of {what}: another rank has died or has not called ({error})"
+            f"the exchange of {what} with other ranks failed: one of them has died or has not called ({error})"
         ) from error
 
 
@@ -347,7 +349,7 @@ def _check_results(dtype: torch.dtype | None, device: torch.device, process_grou
     rank, _ = place("process_group", process_group)
     code = zlib.crc32(str(dtype).encode())
     status = torch.tensor([rank + 1 if dtype is None else 0, code, -code], device=device)
-    with _named("the state of the results"):
+    with _named("the state of GatheredGroups.local"):
         dist.all_reduce(status, dist.ReduceOp.MAX, group=process_group)
     refused, most, minus_least = status.tolist()
     if refused and dtype is not None:
@@ -490,7 +492,7 @@ def _number_names(
         except Exception as error:
             failure = error
         refusal = None if failure is None else _told(failure)
-        refusals = _gather_objects("the names", refusal, len(headers), process_group)
+        refusals = _gather_objects("names of gather_groups", refusal, len(headers), process_group)
         if failure is not None:
             raise failure
         _check_refusals(refusals)
