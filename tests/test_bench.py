@@ -210,3 +210,11 @@ def test_tuning_runs_on_a_tiny_shape(tmp_path: Path) -> None:
     tried = {(row["kernel"], row["block"]) for row in found["rows"] if row["num_warps"] == 1}
     assert tried >= {(kernel, block) for kernel in ("states", "backward", "loss and gradient") for block in (256, 512)}
     assert all(row["seconds"] > 0 for row in found["rows"])
+
+
+def test_what_ranks_send() -> None:
+    """Two processes, gated by the same bits both ways, and the formula."""
+    printed = run_python("-m", "bench.bench_distributed", "--tiny", GLOO_SOCKET_IFNAME="lo").stdout
+    lines = [line for line in printed.splitlines() if line.startswith(("| 2 |", "| 8 |"))]
+    assert [line.split("|")[2].strip() for line in lines] == ["whole", "neighbours", "all"] * 3
+    assert [line.split("|")[3].strip() for line in lines if "whole" in line] == ["0.000", "0.0", "0.0"]

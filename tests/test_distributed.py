@@ -1,10 +1,16 @@
 """Groups that straddle ranks, and vocabularies split over them, with 2 and 4 gloo processes against one process."""
 
 import contextlib
+import datetime
 import itertools
 import math
+import os
+import random
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,14 +22,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import PAIR, WORLDS, Ranks, process_group
 from rollouts import BACKENDS, DEVICE, Rollouts, random_group, rollouts
-from support import examples
+from support import every_estimator, examples, options_of, takes, without_interpreter
 from test_linear_surprisal import tolerance as linear_tolerance
 from test_policy_loss_from_logits import inputs as loss_inputs
 from test_surprisal import tolerance
 
 import leafkernels
 import python_ref
-from leafkernels.distributed import gather_groups
+from bench.bench_distributed import LAYOUTS, counted, groups_of_ranks, traffic
+from leafkernels.distributed import GatheredGroups, gather_groups
+from leafkernels.rows.gather import owners_of_rows
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +44,14 @@ def ranks() -> Iterator[Ranks]:
 Shares = list[tuple[Rollouts, str, int]]  # of each rank: rows, layout, and columns of padding more than they need
 
 
-def advantages_of_rank(inputs: dict[str, Any], options: dict[str, Any], world: int) -> torch.Tensor:
+def advantages_of_rank(
+    inputs: dict[str, Any], options: dict[str, Any], world: int, estimator: str = "leaf"
+) -> torch.Tensor:
     """What a trainer writes, on each rank."""
     gathered = gather_groups(**inputs, process_group=process_group(world))
-    return gathered.local(leafkernels.span_advantages(**gathered.inputs, **options))
+    if takes(estimator, "gathered"):
+        options = options | {"gathered": gathered}
+    return gathered.local(leafkernels.ESTIMATORS[estimator](**gathered.inputs, **options))
 
 
 def inputs_of(case: Rollouts, layout: str, extra: int = 0) -> dict[str, Any]:
@@ -71,20 +83,18 @@ def splits(draw: st.DrawFn, world: int) -> tuple[Rollouts, Shares, str | int | N
     return case, split, draw(st.sampled_from(["tensor", "names", None, *divisors]))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", WORLDS)
-def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks: Ranks) -> None:
-    """Bit for bit: uneven rows, none, other lengths and paddings on each rank, NaN rewards, any naming of groups."""
-
-    @examples(torch=100)
+def check_split_rows(estimator: str, world: int, count: int, ranks: Ranks) -> None:
+    @examples(torch=count)
     @given(splits(world))
     def check(drawn: tuple[Rollouts, Shares, str | int | None]) -> None:
         case, split, groups = drawn
+        options = options_of(estimator, case.options)
         whole = with_groups(inputs_of(case, "right", extra=1), "tensor" if groups == "names" else groups)
         # As integers: 0 and -0 are not the same bits.
-        rows = iter(case.rows_of(leafkernels.span_advantages(**whole, **case.options).view(torch.int32)))
+        expected = leafkernels.ESTIMATORS[estimator](**whole, **options)
+        rows = iter(case.rows_of(expected.view(torch.int32)))
 
-        calls = [(with_groups(inputs_of(*of_rank), groups), case.options, world) for of_rank in split]
+        calls = [(with_groups(inputs_of(*of_rank), groups), options, world, estimator) for of_rank in split]
         for (of_rank, layout, _), (inputs, *_), found in zip(
             split, calls, ranks.call(advantages_of_rank, calls), strict=True
         ):
@@ -95,6 +105,19 @@ def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks
                 assert row == next(rows)
 
     check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_rank_gets_its_part_of_what_one_process_computes(world: int, ranks: Ranks) -> None:
+    """Bit for bit: uneven rows, none, other lengths and paddings on each rank, NaN rewards, any naming of groups."""
+    check_split_rows("leaf", world, 100, ranks)
+
+
+@every_estimator
+def test_every_estimator_is_one_process(name: str, ranks: Ranks) -> None:
+    """Whichever rows lie on which of four ranks."""
+    check_split_rows(name, 4, 15, ranks)
 
 
 @pytest.mark.parametrize("ids", [torch.int64, torch.int32, torch.int16, torch.uint8])
@@ -148,25 +171,204 @@ def counted_collectives() -> Iterator[list[int]]:
         yield sent
 
 
-def traffic_of_rank(inputs: dict[str, Any], world: int) -> tuple[dict[str, torch.Size], list[int]]:
-    """Shapes of what was gathered, and the bytes of each collective that brought it."""
-    with counted_collectives() as sent:
-        gathered = gather_groups(**inputs, process_group=process_group(world))
-    return {k: v.shape for k, v in gathered.inputs.items() if isinstance(v, torch.Tensor)}, sent
+def traffic_of_rank(inputs: dict[str, Any], world: int) -> tuple[dict[str, torch.Size], dict[str, int]]:
+    """Shapes of what was gathered, and the bytes that came from other ranks until the results were at home."""
+    group = process_group(world)
+    with counted(dist.get_rank(group)) as received:
+        gathered = gather_groups(**inputs, process_group=group)
+        gathered.local(torch.zeros_like(gathered.inputs["token_ids"], dtype=torch.float32))
+    return {k: v.shape for k, v in gathered.inputs.items() if isinstance(v, torch.Tensor)}, received
 
 
 def test_padding_is_not_sent(ranks: Ranks) -> None:
-    """A token costs its id, its log-probability and a byte; a row two numbers, and one more if a tensor names it."""
+    """A token costs its id, its log-probability and a byte, and its result on the way home; a row its reward."""
     mask = torch.zeros(3, 1000, dtype=torch.bool)
     mask[0, 5:15], mask[1, :20], mask[2, 990:] = True, True, True
     mask[1, 4:9] = False  # a hole is part of its row
     inputs = {"logprobs": torch.zeros(3, 1000), "token_ids": torch.zeros(3, 1000, dtype=torch.int64)}
     inputs |= {"rewards": torch.zeros(3), "response_mask": mask, "groups": torch.zeros(3, dtype=torch.int32)}
-    for shapes, sent in ranks.call(traffic_of_rank, [(inputs, 2)] * 2):
-        of_rows = {"rewards": (6,), "groups": (6,), "cu_seqlens": (7,)}
-        assert shapes == of_rows | dict.fromkeys(("logprobs", "token_ids", "response_mask"), (80,))
-        assert sum(sent) == 40 * (8 + 4 + 1) + 3 * (8 + 8 + 8)
-        assert len(sent) == 6
+    owner, other = ranks.call(traffic_of_rank, [(inputs, 2)] * 2)
+    for (shapes, received), rows, size in ((owner, 6, 40 * (8 + 4 + 1) + 3 * 8), (other, 0, 40 * 4)):
+        of_rows = {"rewards": (rows,), "groups": (rows,), "cu_seqlens": (rows + 1,)}
+        tokens = (80 if rows else 0,)
+        assert shapes == of_rows | dict.fromkeys(("logprobs", "token_ids", "response_mask"), tokens)
+        assert received["rows"] == size
+        assert received["collectives"] == 5
+        assert received["everyone"] == 0
+
+
+def row_lengths(world: int) -> list[list[int]]:
+    """Of four rows a rank, none empty but one."""
+    rng = random.Random(world)
+    return [[0 if rank == row == 1 else rng.randrange(1, 30) for row in range(4)] for rank in range(world)]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "any"])
+def test_what_is_received_is_the_formula(layout: str, ranks: Ranks) -> None:
+    """Counted at the collectives; of names a few bytes a row, however long they are."""
+    lengths, rng = row_lengths(4), random.Random(3)
+    groups = groups_of_ranks(layout, 4, 4) if layout != "any" else [[rng.randrange(5) for _ in "rows"] for _ in lengths]
+    calls = []
+    for of_rows, of_groups in zip(lengths, groups, strict=True):
+        mask = torch.arange(30) < torch.tensor(of_rows)[:, None]
+        rows = {"logprobs": torch.zeros(4, 30), "token_ids": torch.zeros(4, 30, dtype=torch.int32)}
+        rows |= {"rewards": torch.zeros(4), "response_mask": mask, "groups": [f"{g:0>1000}" for g in of_groups]}
+        calls.append((rows, 4))
+    found = [received for _, received in ranks.call(traffic_of_rank, calls)]
+    expected = traffic(lengths, sum(groups, []), 4 + 4 + 1)
+    assert [received["rows"] for received in found] == expected
+    for received in found:
+        assert received["collectives"] == (0 if layout == "whole" else 5)
+        assert received["headers"] <= 3 * (4 * 24 + 400)
+    assert any(expected) == (layout != "whole")
+
+
+def test_traffic_does_not_grow_with_the_ranks() -> None:
+    """By the formula. Groups that straddle in one way everywhere are shared out evenly."""
+    worlds = (8, 64, 4096)
+    for layout in LAYOUTS:
+        most = []
+        for world in worlds:
+            groups = sum(groups_of_ranks(layout, world, 4), [])
+            received = traffic([[100] * 4] * world, groups, 13)
+            most.append(max(received))
+            if layout == "all":
+                owners = owners_of_rows([[100] * 4] * world, groups)
+                assert max(Counter(owners).values()) == 4
+        assert len(set(most)) == 1
+        assert (most[0] == 0) == (layout == "whole")
+
+
+def test_who_owns_a_group() -> None:
+    # The rank with most tokens; the lowest of several; a group of empty rows has one too.
+    assert owners_of_rows([[5, 3], [9]], [0, 1, 0]) == [1, 0, 1]
+    assert owners_of_rows([[5], [5]], [0, 0]) == [0, 0]
+    assert owners_of_rows([[], [0], [0]], [7, 7]) == [1, 1]
+    # Then the one to which less has come.
+    assert owners_of_rows([[5, 5], [5, 4]], [0, 1, 0, 1]) == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [("a", 1), ("a", 1.0), ("b", 1), ("a", True)],
+        [3, 3.0, None, 2.5],
+        ["x", b"x", "x", b"x"],
+        [frozenset("ab"), frozenset("ba"), "ab", frozenset("a")],
+        [datetime.date(2026, 1, 1), "2026-01-01", datetime.date(2026, 1, 1), ("2026-01-01",)],
+        ["\ud800", "", "\ud800", 10**30],
+        [math.inf, -math.inf, math.inf, float(2**70)],
+    ],
+)
+def test_names_of_every_kind_meet(names: list[Any], ranks: Ranks) -> None:
+    """As in one process: equal names are one prompt, whichever ranks they come from."""
+    group = {name: tensor.cpu() for name, tensor in random_group(4, 6, seed=5, vocabulary=2).items()}
+    expected = leafkernels.span_advantages(**group, groups=leafkernels.group_index(names))
+    calls = []
+    for row, name in enumerate(names):
+        calls.append(({k: t[row : row + 1] for k, t in group.items()} | {"groups": [name]}, {}, 4))
+    assert torch.equal(torch.cat(ranks.call(advantages_of_rank, calls)), expected)
+
+
+class Unknown:
+    """A name whose class one rank cannot make again."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unknown)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __reduce__(self) -> Any:
+        return made_again, (self.pid,)
+
+
+def made_again(pid: int) -> Unknown:
+    if dist.get_rank() == PAIR[1] and os.getpid() != pid:
+        raise LookupError("no such class")
+    return Unknown(pid)
+
+
+def unknown_names_of_rank(world: int) -> str:
+    try:
+        return refusal_of_rank(good_inputs(groups=[Unknown(os.getpid())] * 2), world)
+    except LookupError as error:
+        return f"LookupError: {error}"
+
+
+def test_a_name_that_one_rank_cannot_read(ranks: Ranks) -> None:
+    message = "RuntimeError: gather_groups was refused on rank 1 of the group: no such class"
+    assert ranks.call(unknown_names_of_rank, [(2,)] * 2) == [message, "LookupError: no such class"]
+
+
+def results_of_rank(shape: tuple[int, ...] | None, dtype: torch.dtype, size: int | None, world: int) -> str:
+    """What ``local`` says to results of that shape (None: the right one) and dtype."""
+    gathered = gather_groups(**good_inputs(group_size=size), process_group=process_group(world))
+    shape = gathered.inputs["token_ids"].shape if shape is None else shape
+    try:
+        return str(tuple(gathered.local(torch.zeros(shape, dtype=dtype)).shape))
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_results_that_are_refused_are_so_on_every_rank(ranks: Ranks) -> None:
+    """But where nothing travels each rank is on its own."""
+    kind = torch.float32
+    shape = "ValueError: tokens must have the shape of the gathered token_ids, (12,), got shape (2, 3)"
+    told = "RuntimeError: GatheredGroups.local was refused on rank 0 of the group"
+    assert ranks.call(results_of_rank, [((2, 3), kind, None, 2), (None, kind, None, 2)]) == [shape, told]
+    alone = shape.replace("(12,)", "(6,)")
+    assert ranks.call(results_of_rank, [((2, 3), kind, 2, 2), (None, kind, 2, 2)]) == [alone, "(2, 3)"]
+    dtypes = "ValueError: tokens must have one dtype on every rank, got torch.{} on rank {} and another elsewhere"
+    found = ranks.call(results_of_rank, [(None, kind, None, 2), (None, torch.float64, None, 2)])
+    assert found == [dtypes.format("float32", 0), dtypes.format("float64", 1)]
+
+
+def test_what_was_gathered_is_checked() -> None:
+    arguments = good_inputs()
+    with pytest.raises(TypeError, match=r"^gathered must be what gather_groups returned, got int$"):
+        leafkernels.span_advantages(**arguments, gathered=1)
+    other = GatheredGroups({"rewards": torch.zeros(5)}, torch.Size([5, 3]), None, None, [0] * 5, None)
+    with pytest.raises(ValueError, match=r"^gathered must hold the rows of token_ids, 2, got 5$"):
+        leafkernels.span_tree(**arguments, gathered=other)
+
+
+DYING = """
+import os, sys, torch, torch.distributed as dist
+from datetime import timedelta
+from leafkernels.distributed import gather_groups
+import leafkernels.rows.gather as gather
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=5))
+if rank == 1:
+    gather._exchange = lambda *_: os._exit(3)
+gather_groups(torch.zeros(2, 3), torch.zeros(2, 3).long(), torch.zeros(2))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
+    """Within the process group's timeout, with the exchange in which it was missed."""
+    environment = without_interpreter(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+    left, dead = [
+        subprocess.Popen(
+            [sys.executable, "-c", DYING, str(rank), str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    _, text = left.communicate(timeout=90)
+    dead.communicate(timeout=90)
+    assert (left.returncode, dead.returncode) == (1, 3)
+    message = (
+        "the exchange of token_ids of gather_groups with other ranks failed: one of them has died or has not called"
+    )
+    assert f"RuntimeError: {message} (" in text
 
 
 def distillation_of_rank(tokens: tuple[torch.Tensor, ...], step: int, world: int) -> list[torch.Tensor]:
@@ -193,17 +395,6 @@ def test_distillation_of_all_ranks_is_that_of_one(world: int, ranks: Ranks) -> N
     for field in range(4):
         joined = torch.cat([answer[field] for answer, size in zip(answers, sizes, strict=True) if size])
         assert torch.equal(joined, whole[field])
-
-
-def wrong_tokens_of_rank() -> str:
-    with pytest.raises(ValueError) as refusal:
-        gather_groups(**good_inputs(), process_group=process_group(2)).local(torch.zeros(2, 3))
-    return str(refusal.value)
-
-
-def test_local_takes_what_was_gathered(ranks: Ranks) -> None:
-    message = "tokens must have the shape of the gathered token_ids, (12,), got shape (2, 3)"
-    assert ranks.call(wrong_tokens_of_rank, [()] * 2) == [message] * 2
 
 
 def test_no_rows_at_all(ranks: Ranks) -> None:

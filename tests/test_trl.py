@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -411,7 +412,8 @@ def test_nothing_to_share(tmp_path: Path) -> None:
     assert own == {"leaf/span_credit_share": 0, "leaf/fork_fire_rate": 0, "leaf/nodes_per_group": 0}
 
 
-def test_two_processes_are_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_two_processes_are_one(scale: str, tmp_path: Path) -> None:
     """Twelve rows in groups of four, on one rank and on two, the middle group on both; rows of unequal width."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -430,9 +432,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
             "ACCELERATE_USE_CPU": "1",
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, str(root / "tests" / "tiny_trl.py"), str(rank), str(tmp_path / f"{rank}.pt")]
+        command = [sys.executable, str(root / "tests" / "tiny_trl.py"), str(rank), str(tmp_path / f"{rank}.pt"), scale]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
-    (whole,) = tiny_trl.one_step(str(tmp_path / "run"), 12).batches
+    (whole,) = tiny_trl.one_step(str(tmp_path / "run"), 12, scale).batches
     errors = [rank.communicate(timeout=240)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
     halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=False)[0] for rank in range(2)]
@@ -444,11 +446,12 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
     for name in ("completion_ids", "advantages"):
         assert rows(halves[0], name) + rows(halves[1], name) == rows(whole, name)
-    check_batches([whole], 4)
+    check_batches([whole], 4, normalize={"group": "span", "batch": "batch"}[scale])
     own = [name for name in whole["metrics"] if name.startswith("leaf/")]
     assert len(own) == 3
     for half in halves:
         assert [half["metrics"][name] for name in own] == [whole["metrics"][name] for name in own]
+        assert half["table"] == pytest.approx(whole["table"], rel=1e-6, abs=1e-6)
 
 
 def test_it_is_a_mixin(tmp_path: Path) -> None:
@@ -509,6 +512,10 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         type("Mine", (LeafGRPOTrainer, gmpo), {}),
         args,
     )
+    with pytest.raises(
+        ValueError, match=r"^cp_size must be 1 with LeafGRPOTrainer, got 2: rows whose tokens are split"
+    ):
+        plug._check_parallelism(SimpleNamespace(parallelism_config=SimpleNamespace(cp_size=2, sp_size=1)))
     sapo = config(tmp_path, loss_type="sapo")
     monkeypatch.setattr(plug.trl, "__version__", "0.27.2")
     check_refuses(

@@ -188,3 +188,18 @@ def test_advantages_are_linear_in_rewards_end_to_end(backend: str) -> None:
     step[2] = 1.0
     change = ((advantages(rewards + step) - out) * weights).sum()
     torch.testing.assert_close(rewards.grad[2].float(), change.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_values_do_not_depend_on_the_other_prompts_of_the_call() -> None:
+    """To the bit. PyTorch raises the last few numbers of a tensor to a power by other code than the rest."""
+    for group in range(3, 60):
+        prompts = torch.full((3, group, group), 4, dtype=torch.int32, device=DEVICE)
+        prompts[:, 0, 1:] = prompts[:, 1:, 0] = 0  # all but one share a node
+        boundaries = torch.tensor([[2]] * 3, device=DEVICE)
+        rewards = torch.arange(3 * group, dtype=torch.float64, device=DEVICE).view(3, -1)
+        lengths = torch.full((3, group), 4, device=DEVICE)
+        options = {"multiplicity_power": 0.25, "normalize": "none", "backend": "torch"}
+        whole = leafkernels.span_values(prompts, boundaries, rewards, lengths, **options)
+        for prompt in range(3):
+            rows = (prompts[prompt], boundaries[prompt], rewards[prompt], lengths[prompt])
+            assert torch.equal(leafkernels.span_values(*rows, **options).values, whole.values[prompt])

@@ -141,9 +141,9 @@ class Recorded(LeafGRPOTrainer):
         return super()._compute_loss(model, inputs)
 
 
-def one_step(folder: str, rows: int, first_row: int = 0) -> Recorded:
+def one_step(folder: str, rows: int, scale: str, first_row: int = 0) -> Recorded:
     """A step of groups of four, one of which straddles two ranks of six rows."""
-    args = config(folder, per_device_train_batch_size=rows, max_steps=1)
+    args = config(folder, per_device_train_batch_size=rows, max_steps=1, scale_rewards=scale)
     run = trainer(Recorded, args, picky, script(model(), 4, first_row))
     run.train()
     return run
@@ -151,7 +151,7 @@ def one_step(folder: str, rows: int, first_row: int = 0) -> Recorded:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    (rank, out) = (int(sys.argv[1]), sys.argv[2])
-    run = one_step(f"{out}.run", 6, 6 * rank)
+    (rank, out, scale) = (int(sys.argv[1]), sys.argv[2], sys.argv[3])
+    run = one_step(f"{out}.run", 6, scale, 6 * rank)
     torch.save(run.batches, out)
     torch.distributed.destroy_process_group()

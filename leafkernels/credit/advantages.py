@@ -1,6 +1,6 @@
 """LEAF span advantages: boundaries, nodes, span values, scatter, in one call."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from leafkernels.credit.nodes import nodes_of_groups
 from leafkernels.credit.options import CreditOptions
 from leafkernels.credit.scatter import scatter_to_tokens
 from leafkernels.credit.values import SpanValues, values_of_groups
+from leafkernels.rows.gather import GatheredGroups
 from leafkernels.rows.layout import as_rows
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
@@ -24,10 +25,16 @@ class Credit(NamedTuple):
 
 
 def credit_spans(
-    rollouts: Rollouts, logprobs: Tensor, boundary_scores: Tensor | None, options: CreditOptions
+    rollouts: Rollouts,
+    logprobs: Tensor,
+    boundary_scores: Tensor | None,
+    options: CreditOptions,
+    gathered: GatheredGroups | None = None,
 ) -> Credit:
     """Boundaries, nodes and span values; arguments as ``span_advantages``."""
     options = options.checked()
+    if gathered is not None:
+        _check_gathered(gathered, rollouts)
     token_ids, layout, backend = rollouts.token_ids, rollouts.layout, rollouts.backend
     if boundary_scores is not None:
         check_real("boundary_scores", boundary_scores)
@@ -41,8 +48,16 @@ def credit_spans(
         backend,
     )
     nodes = nodes_of_groups(as_rows(token_ids), layout, boundaries, backend)
-    spans = values_of_groups(rollouts.rewards, nodes, boundaries, layout, options, backend)
+    spans = values_of_groups(rollouts.rewards, nodes, boundaries, layout, options, backend, gathered)
     return Credit(boundaries, nodes, spans)
+
+
+def _check_gathered(gathered: Any, rollouts: Rollouts) -> None:
+    if not isinstance(gathered, GatheredGroups):
+        raise TypeError(f"gathered must be what gather_groups returned, got {type(gathered).__name__}")
+    rows, own = gathered.inputs["rewards"].shape[0], rollouts.rewards.shape[0]
+    if rows != own:
+        raise ValueError(f"gathered must hold the rows of token_ids, {own}, got {rows}")
 
 
 def span_advantages(
@@ -61,6 +76,7 @@ def span_advantages(
     multiplicity_power: float = 0.5,
     leave_one_out: bool = False,
     normalize: str = "span",
+    gathered: GatheredGroups | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One advantage for every token, from the prefix tree that the rollouts of a prompt already form.
@@ -98,6 +114,8 @@ def span_advantages(
         multiplicity_power: spans shared by n rows are scaled by n ** -multiplicity_power.
         leave_one_out: the unbiased variant, see ``span_values``.
         normalize: "span", "batch", "reward_std" or "none", see ``span_values``.
+        gathered: what ``gather_groups`` returned, where the arguments are its ``inputs``: then "batch" is over the rows
+            of all ranks, every rank calls, and rewards are constants. None: "batch" is over those of the call.
         backend: "auto" (CUDA tensors take Triton, all others PyTorch), "triton", "torch" or "reference".
 
     Returns:
@@ -118,7 +136,7 @@ def span_advantages(
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     options = CreditOptions(num_boundaries, min_separation, terms, multiplicity_power, leave_one_out, normalize)
-    spans = credit_spans(rollouts, logprobs, boundary_scores, options).spans
+    spans = credit_spans(rollouts, logprobs, boundary_scores, options, gathered).spans
     return scatter_to_tokens(
         spans.values, spans.span_ends, rollouts.rows, token_ids.shape, torch.float32, rollouts.backend
     )

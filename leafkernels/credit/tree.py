@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 from leafkernels.credit.advantages import credit_spans
 from leafkernels.credit.options import CreditFields, CreditOptions
 from leafkernels.credit.values import SpanValues, finish
+from leafkernels.rows.gather import GatheredGroups
 from leafkernels.rows.rollouts import read_rollouts
 
 
@@ -36,6 +37,7 @@ def span_tree(
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
     boundary_scores: Tensor | None = None,
+    gathered: GatheredGroups | None = None,
     backend: str = "auto",
     **options: Unpack[CreditFields],
 ) -> SpanTree:
@@ -49,7 +51,7 @@ def span_tree(
         ([2, -1], [[0, -1], [0, -1], [-1, -1]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
-    credit = credit_spans(rollouts, logprobs, boundary_scores, CreditOptions(**options))
+    credit = credit_spans(rollouts, logprobs, boundary_scores, CreditOptions(**options), gathered)
     rows, layout = rollouts.rows, rollouts.layout
     of_rows = credit.boundaries[layout.group_of_row]
     spans = finish(credit.spans, of_rows, rows.row_shape)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from leafkernels._core.backend import implementation, resolve_backend
 from leafkernels._core.checks import check_device, check_integer, check_rewards, check_tensor
@@ -12,6 +13,7 @@ from leafkernels._core.ops import register
 from leafkernels.credit.nodes import nodes_of_table
 from leafkernels.credit.options import CreditOptions
 from leafkernels.rows.find import build_layout, with_prompts
+from leafkernels.rows.gather import GatheredGroups
 from leafkernels.rows.layout import Layout, to_int32
 
 _INPUTS = (
@@ -90,18 +92,59 @@ def values_of_groups(
     layout: Layout,
     options: CreditOptions,
     backend: str,
+    gathered: GatheredGroups | None = None,
 ) -> SpanValues:
     """Spans of the N rows of a layout; the arguments have been checked.
 
-    ``nodes`` is (N, B) as by ``nodes_of_groups``, ``boundaries`` (P, B), ``rewards`` (N,).
+    ``nodes`` is (N, B) as by ``nodes_of_groups``, ``boundaries`` (P, B), ``rewards`` (N,). ``gathered``: where the rows
+    come from, if "batch" is to be all ranks.
     """
     refuse_forward_mode("span_values", rewards)
+    if gathered is not None and options.normalize == "batch":
+        return _values_of_all_ranks(rewards.detach(), nodes, boundaries, layout, options, backend, gathered)
     constants = (nodes, boundaries, layout.row_lengths, *layout.groups)
     of_values = options.terms, options.multiplicity_power, options.leave_one_out, options.normalize
     # Rewards are constants in training, and then an autograd function would only cost time.
     if rewards.requires_grad:
         return SpanValues(*_SpanValues.apply(rewards, constants, of_values, backend))
     return SpanValues(*_span_values(rewards, *constants, *of_values, backend))
+
+
+def _values_of_all_ranks(
+    rewards: Tensor,
+    nodes: Tensor,
+    boundaries: Tensor,
+    layout: Layout,
+    options: CreditOptions,
+    backend: str,
+    gathered: GatheredGroups,
+) -> SpanValues:
+    """Z-scored over the spans of the rows of all ranks, from three numbers of each of these rows.
+
+    They are added up in the order of the ranks, as the PyTorch implementation does that holds all of the rows.
+    """
+    options = options._replace(normalize="none")
+    spans = values_of_groups(rewards, nodes, boundaries, layout, options, backend)
+    is_missing = spans.span_ends <= pad(spans.span_ends, (1, -1))
+
+    def total(entries: Tensor) -> Tensor:
+        return gathered.all_rows(entries.sum(1, dtype=torch.float64)).sum()
+
+    number = total(~is_missing)
+    mean = total(spans.raw) / number.clamp_min(1.0)
+    spread = total((spans.raw - mean).square().masked_fill(is_missing, 0.0))
+    scale = (spread / (number - 1.0).clamp_min(1.0)).sqrt().clamp_min(1e-6)
+
+    # A group whose rewards are all equal gets exactly 0.
+    above = rewards.to(torch.float64)
+    is_out = above.isnan()
+    groups, num_groups = layout.group_of_row, layout.group_starts.shape[0] - 1
+    least = above.new_full((num_groups,), torch.inf)
+    least = least.scatter_reduce(0, groups, above.masked_fill(is_out, torch.inf), "amin")[groups]
+    differs = ((above - least).masked_fill(is_out, 0.0) != 0.0).double()
+    is_flat = least.new_zeros(num_groups).scatter_reduce(0, groups, differs, "amax")[groups] == 0.0
+    is_zero = is_missing | is_flat[:, None]
+    return spans._replace(values=((spans.raw - mean) / scale).masked_fill(is_zero, 0.0))
 
 
 def finish(spans: SpanValues, boundaries_of_rows: Tensor, row_shape: tuple[int, ...]) -> SpanValues:

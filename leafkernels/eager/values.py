@@ -88,7 +88,12 @@ def _weights(
     nodes: _Nodes, terms: str, multiplicity_power: float, leave_one_out: bool
 ) -> tuple[Tensor | float, Tensor | float]:
     """What each slot's global and local term is multiplied by, (N, S)."""
-    weight = nodes.sizes[:, 1:].clamp_min(1.0).pow_(-multiplicity_power).masked_fill_(nodes.is_missing, 0.0)
+    sizes = nodes.sizes[:, 1:]
+    # By a table of whole vectors, because the last few numbers of a tensor are raised to a power by another code, which
+    # rounds otherwise: what a row gets must not depend on how many rows a call has.
+    powers = torch.arange(-(-(sizes.shape[0] + 1) // 64) * 64, dtype=torch.float64, device=sizes.device)
+    powers = powers.clamp_min_(1.0).pow_(-multiplicity_power)
+    weight = powers[sizes.long()].masked_fill_(nodes.is_missing, 0.0)
     of_global = weight if terms != "local" else 0.0
     of_local = weight if terms != "global" else 0.0
     if leave_one_out:

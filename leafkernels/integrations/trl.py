@@ -1,8 +1,8 @@
 """Credit for each token in TRL's ``GRPOTrainer``: ``LeafGRPOTrainer`` and ``LeafGRPOConfig``.
 
 TRL takes advantages of shape (rows, tokens) in its loss since 0.26.0. The plug runs after TRL has sampled and scored a
-batch: it gathers the rows of all ranks, because a group may straddle them, credits their tokens, and puts this rank's
-part in place of TRL's advantages. Sampling, rewards, loss and everything else stay TRL's.
+batch: the rows of a group that straddles ranks are brought together on one of them, their tokens are credited, and the
+credit of this rank's rows takes the place of TRL's advantages. Sampling, rewards, loss and everything else stay TRL's.
 """
 
 import inspect
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from leafkernels import ESTIMATORS, PRESETS, scatter_spans, span_tree
 from leafkernels.credit.options import CreditOptions
+from leafkernels.distributed import GatheredGroups, gather_groups
 
 try:
     import trl
@@ -134,6 +135,8 @@ class LeafGRPOTrainer(GRPOTrainer):
         args = LeafGRPOConfig() if args is None else args
         _check_trainer(type(self), args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
+        _check_parallelism(self.accelerator)
+        self._gathered: GatheredGroups | None = None
         # Wrong options are told now, not after the first batch has been sampled.
         one = torch.zeros(1, 1)
         ESTIMATORS[args.estimator](one, one.long(), one[0], **self._options())
@@ -141,7 +144,10 @@ class LeafGRPOTrainer(GRPOTrainer):
     def token_advantages(
         self, logprobs: Tensor, token_ids: Tensor, rewards: Tensor, response_mask: Tensor, group_size: int
     ) -> Tensor:
-        """One advantage for every token of the rows of all ranks, (N, T), 0 where the mask is False.
+        """One advantage for every token of (N, T), 0 where the mask is False.
+
+        The rows are those of whole groups: this rank's own, and where a group straddles ranks those of the groups that
+        it owns, none too. Every rank calls.
 
         Args:
             logprobs: (N, T) of the sampled tokens; NaN where vLLM gave none; zeros where the estimator reads none.
@@ -155,7 +161,13 @@ class LeafGRPOTrainer(GRPOTrainer):
             rows = {"response_mask": response_mask, "group_size": group_size}
             return estimate(logprobs, token_ids, rewards, **rows, **self._options())
         tree = span_tree(
-            logprobs, token_ids, rewards, response_mask=response_mask, group_size=group_size, **self._options()
+            logprobs,
+            token_ids,
+            rewards,
+            response_mask=response_mask,
+            group_size=group_size,
+            gathered=self._gathered,
+            **self._options(),
         )
         ends = tree.spans.span_ends
 
@@ -169,11 +181,12 @@ class LeafGRPOTrainer(GRPOTrainer):
         boundaries = (tree.boundaries >= 0).repeat_interleave(group_size, 0) & (tree.lengths > 0)[:, None]
         # A node is counted at the row it is named after.
         rank = torch.arange(len(rewards), device=rewards.device) % group_size
-        counts = (credited, scored_tokens, is_shared, boundaries, tree.nodes == rank[:, None])
-        shared, tokens, fired, pairs, nodes = torch.stack([count.sum() for count in counts]).tolist()
+        counts = (credited, scored_tokens, is_shared, boundaries, tree.nodes == rank[:, None], torch.ones_like(rank))
+        totals = self.accelerator.reduce(torch.stack([count.sum() for count in counts]), "sum")
+        shared, tokens, fired, pairs, nodes, rows = totals.tolist()
         self._log("span_credit_share", shared / max(tokens, 1))
         self._log("fork_fire_rate", fired / max(pairs, 1))
-        self._log("nodes_per_group", nodes * group_size / len(rewards))
+        self._log("nodes_per_group", nodes * group_size / rows)
         return spread(tree.spans.values).float()
 
     def _options(self) -> dict[str, Any]:
@@ -201,14 +214,19 @@ class LeafGRPOTrainer(GRPOTrainer):
         mask = batch["completion_mask"]
         if "tool_mask" in batch:
             mask = mask * batch["tool_mask"]
-        logprobs, token_ids, mask = (
-            self._gather_rows(rows) for rows in (self._ranking_logprobs(batch), batch["completion_ids"], mask)
-        )
-        advantages = self.token_advantages(logprobs, token_ids, self._row_rewards(group_size), mask.bool(), group_size)
-        self._replace_logged(advantages.sum(1) / mask.sum(1).clamp(min=1))
-        rows, tokens = batch["completion_ids"].shape
+        mask = mask.bool()
+        logprobs, token_ids = self._ranking_logprobs(batch), batch["completion_ids"]
+        # Rewards are known of all ranks: TRL gathers them, a number for each row.
+        rows = token_ids.shape[0]
         first = self.accelerator.process_index * rows
-        batch["advantages"] = advantages[first : first + rows, :tokens].contiguous()
+        rewards = self._row_rewards(group_size)[first : first + rows]
+        if self.accelerator.num_processes == 1:
+            advantages = self.token_advantages(logprobs, token_ids, rewards, mask, group_size)
+        else:
+            self._gathered = gather_groups(logprobs, token_ids, rewards, response_mask=mask, group_size=group_size)
+            advantages = self._gathered.local(self._packed_advantages(self._gathered.inputs))
+        self._replace_logged(self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)))
+        batch["advantages"] = advantages.contiguous()
         return batch
 
     def _ranking_logprobs(self, batch: dict[str, Any]) -> Tensor:
@@ -233,10 +251,17 @@ class LeafGRPOTrainer(GRPOTrainer):
         finally:
             self.model.train(is_training)
 
-    def _gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks in their order, padded to the longest with 0."""
-        accelerator = self.accelerator
-        return accelerator.gather(accelerator.pad_across_processes(rows.contiguous(), dim=1))
+    def _packed_advantages(self, inputs: dict[str, Any]) -> Tensor:
+        """(total,) what ``token_advantages`` gives for packed rows."""
+        lengths = inputs["cu_seqlens"].diff()
+        width = int(lengths.max()) if lengths.numel() else 0
+        is_token = torch.arange(width, device=lengths.device) < lengths[:, None]
+
+        def padded(tokens: Tensor) -> Tensor:
+            return tokens.new_zeros(is_token.shape).masked_scatter(is_token, tokens)
+
+        logprobs, token_ids, mask = (padded(inputs[name]) for name in ("logprobs", "token_ids", "response_mask"))
+        return self.token_advantages(logprobs, token_ids, inputs["rewards"], mask, inputs["group_size"])[is_token]
 
     def _row_rewards(self, group_size: int) -> Tensor:
         """(N,) one reward for every row of all ranks, NaN where no function gave one."""
@@ -266,6 +291,17 @@ def _normalize_functions(rewards: Tensor) -> Tensor:
     count = (~rewards.isnan()).sum(1, keepdim=True)
     deviation = (centred.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     return centred / (deviation + 1e-4)
+
+
+def _check_parallelism(accelerator: Any) -> None:
+    """Refuse ranks that hold a part of each row: prefixes are compared over whole ones."""
+    for name in ("cp_size", "sp_size"):
+        size = getattr(getattr(accelerator, "parallelism_config", None), name, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"{name} must be 1 with LeafGRPOTrainer, got {size}: rows whose tokens are split over ranks are not "
+                "supported"
+            )
 
 
 def _check_trainer(trainer: type, args: Any) -> None:
