@@ -108,13 +108,15 @@ def test_the_authors_results(shared: Path) -> None:
             ), case["id"]
             assert [c._asdict() for c in commit.candidates] == [
                 {
+                    "token_ids": ours.token_ids,
                     "first_token": c["first_token"],
                     "length": c["length"],
                     "is_finished": c["finished"],
                     "value": c["value"],
                 }
-                for c in theirs["candidates"]
+                for c, ours in zip(theirs["candidates"], commit.candidates, strict=True)
             ], case["id"]
+            assert all(c.token_ids[0] == c.first_token for c in commit.candidates), case["id"]
     assert seen > 90
 
 
@@ -164,16 +166,19 @@ def _every_answer(table: Table, prefix: list[int], grown: int, width: int, chunk
     ]
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 3), st.integers(1, 8))
-def test_deep_enough_it_finds_the_best_of_all_leaves(seed: int, width: int, chunk: int, limit: int) -> None:
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.booleans())
+def test_deep_enough_it_finds_the_best_of_all_leaves(
+    seed: int, width: int, chunk: int, limit: int, with_end: bool
+) -> None:
     # So deep that no chunk is committed before the end.
     depth = -(-limit // chunk)
     options = {"width": width, "chunk": chunk, "depth": depth, "max_new_tokens": limit, "max_branches": 10**9}
+    options["with_end"] = with_end
     found, table = _run(seed, 500, **options), Table(seed, 6, 500, 3, eos_id=0)
 
     def score(answer: list[int]) -> float:
-        rewards = [table.at(answer[:end])[1] for end in range(2, len(answer))]
+        rewards = [table.at(answer[:end])[1] for end in range(2, len(answer) + with_end)]
         return sum(rewards) / len(rewards)
 
     answers = _every_answer(table, [1, 2], 0, width, chunk, limit)

@@ -6,25 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import build_model
+from tiny_decoders import build_model, build_tokenizer
 
 from leafkernels.lookahead import RewardChannel, RewardTransformer, TokenRewardConfig, TokenRewardTrainer
 
 datasets = pytest.importorskip("datasets", reason="needs datasets: pip install -e '.[trl]'")
 
 LETTERS = "abcdefgh"
-
-
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {token: number for number, token in enumerate(["<pad>", "<eos>", "<unk>", *LETTERS])}
-    whole = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    whole.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=whole, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
 
 
 def pairs(count: int, seed: int) -> Any:
@@ -55,7 +43,9 @@ def trainer(folder: Path, rows: Any = None, model: Any = None, **changes: Any) -
         torch.manual_seed(1)
         model = RewardTransformer(build_model("llama"), RewardChannel(3, 16, width=4))
     rows = pairs(320, 0) if rows is None else rows
-    return TokenRewardTrainer(model, args, processing_class=tokenizer(), train_dataset=rows, eval_dataset=pairs(32, 1))
+    return TokenRewardTrainer(
+        model, args, processing_class=build_tokenizer(), train_dataset=rows, eval_dataset=pairs(32, 1)
+    )
 
 
 def test_learns_what_is_preferred_and_leaves_the_model_alone(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Candidate(NamedTuple):
     length: int  # tokens of the answer, this chunk included
     is_finished: bool
     value: float  # the best mean reward of a leaf below it
+    token_ids: list[int]  # of this chunk
 
 
 class Commit(NamedTuple):
@@ -85,6 +86,7 @@ def search(
     eos_token_ids: Collection[int] = (),
     on_commit: Callable[[list[int]], None] | None = None,
     is_stop: Callable[[Sequence[int]], bool] | None = None,
+    with_end: bool = False,
     max_branches: int = 256,
 ) -> Search:
     """Decode with a look at what follows: every ``chunk`` tokens each branch forks into its ``width`` best tokens.
@@ -110,6 +112,8 @@ def search(
         eos_token_ids: a branch that takes one of them ends by "stop". They stay in the answer.
         on_commit: called with each chunk when it is committed, and at the end with what remains.
         is_stop: called with the tokens of a branch after each; True ends it by "stop", also at ``max_new_tokens``.
+        with_end: run the last token of a branch too and count its reward, so that an answer can be worth less for where
+            it ends. False is as the authors have it.
         max_branches: what ``width ** (depth + 1)`` may be at most.
 
     Returns:
@@ -118,7 +122,9 @@ def search(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
     """
-    run = _run(prompt_ids, width, chunk, depth, max_new_tokens, eos_token_ids, on_commit, is_stop, max_branches)
+    run = _run(
+        prompt_ids, width, chunk, depth, max_new_tokens, eos_token_ids, on_commit, is_stop, with_end, max_branches
+    )
     next(run)
     logits, rewards = stepper.prefill(prompt_ids)
     while True:
@@ -141,6 +147,7 @@ def search_all(
     eos_token_ids: Collection[int] = (),
     on_commit: Callable[[int, list[int]], None] | None = None,
     is_stop: Callable[[Sequence[int]], bool] | None = None,
+    with_end: bool = False,
     max_branches: int = 256,
 ) -> list[Search]:
     """``search`` for several prompts in the same forwards: each has its own tree, and the answer that it has alone.
@@ -156,7 +163,7 @@ def search_all(
     """
     listeners = [None if on_commit is None else partial(on_commit, number) for number in range(len(prompts))]
     runs = [
-        _run(prompt_ids, width, chunk, depth, max_new_tokens, eos_token_ids, listener, is_stop, max_branches)
+        _run(prompt_ids, width, chunk, depth, max_new_tokens, eos_token_ids, listener, is_stop, with_end, max_branches)
         for prompt_ids, listener in zip(prompts, listeners, strict=True)
     ]
     for run in runs:
@@ -193,6 +200,7 @@ def _run(
     eos_token_ids: Collection[int],
     on_commit: Callable[[list[int]], None] | None,
     is_stop: Callable[[Sequence[int]], bool] | None,
+    with_end: bool,
     max_branches: int,
 ) -> Generator[tuple[list[int], list[int]], tuple[Tensor, list[float]], Search]:
     """One search, that asks for forwards: it yields parents and tokens, and is sent logits and rewards.
@@ -224,10 +232,13 @@ def _run(
     while True:
         grown = forwards - 1
         is_fork = grown > 0 and grown % chunk == 0
+        finished += [branch for branch in running if branch.finish_reason]  # whose last token has run
         grown_parents, branches = _grow(running, logits, width if is_fork else 1, is_fork, ends)
-        finished += [branch for branch in branches if branch.finish_reason]
-        live = [index for index, branch in enumerate(branches) if not branch.finish_reason]
-        if is_fork and live and grown == (len(commits) + 1 + depth) * chunk:
+        if not with_end:
+            finished += [branch for branch in branches if branch.finish_reason]
+        live = [index for index, branch in enumerate(branches) if with_end or not branch.finish_reason]
+        goes_on = any(not branch.finish_reason for branch in branches)
+        if is_fork and goes_on and grown == (len(commits) + 1 + depth) * chunk:
             commit, chosen = _commit([*finished, *(branches[index] for index in live)], len(commits), chunk, forwards)
             commits.append(commit)
             if on_commit:
@@ -274,6 +285,8 @@ def _grow(
     best = logits.argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
     parents, branches = [], []
     for index, (branch, tokens) in enumerate(zip(running, best.tolist(), strict=True)):
+        if branch.finish_reason:
+            continue
         for rank, token in enumerate(tokens):
             path = (*branch.path, rank) if is_fork else branch.path
             grown = (*branch.tokens, token)
@@ -295,10 +308,9 @@ def _commit(leaves: list[_Branch], committed: int, chunk: int, forward: int) -> 
         # A branch that ended in this very chunk is all that there is of its candidate.
         is_finished = len(below[path][0].path) == committed and below[path][0].finish_reason is not None
         value = max(leaf.score for leaf in below[path])
-        candidates.append(Candidate(tokens[start], len(tokens), is_finished, value))
+        candidates.append(Candidate(tokens[start], len(tokens), is_finished, value, list(tokens[start:])))
     chosen = max(range(len(candidates)), key=lambda index: candidates[index].value)
-    token_ids = list(below[paths[chosen]][0].tokens[start:end])
-    return Commit(forward, token_ids, chosen, candidates), paths[chosen]
+    return Commit(forward, candidates[chosen].token_ids, chosen, candidates), paths[chosen]
 
 
 def _is_below(branch: _Branch, path: tuple[int, ...]) -> bool:
