@@ -135,7 +135,7 @@ def _comparison(answers: dict[str, tuple[Search, _Timed]], tokenizer: Any) -> Ta
     table.add_column("")
     for name in answers:
         table.add_column(name, overflow="fold")
-    columns = []
+    columns: list[dict[str, Any]] = []
     for found, timed in answers.values():
         seconds = timed.times[-1] - timed.times[0]
         columns.append(

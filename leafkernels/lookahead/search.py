@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from leafkernels._core.checks import check_count
+from leafkernels._core.checks import check_count, check_finite
 
 
 class Stepper(Protocol):
@@ -87,6 +87,7 @@ def search(
     on_commit: Callable[[list[int]], None] | None = None,
     is_stop: Callable[[Sequence[int]], bool] | None = None,
     with_end: bool = False,
+    min_p: float = 0.0,
     max_branches: int = 256,
 ) -> Search:
     """Decode with a look at what follows: every ``chunk`` tokens each branch forks into its ``width`` best tokens.
@@ -114,6 +115,8 @@ def search(
         is_stop: called with the tokens of a branch after each; True ends it by "stop", also at ``max_new_tokens``.
         with_end: run the last token of a branch too and count its reward, so that an answer can be worth less for where
             it ends. False is as the authors have it.
+        min_p: fork only into tokens that have at least this share of the probability of the model's best one. With 0,
+            as the authors have it, every fork has ``width`` branches, also where the model is sure.
         max_branches: what ``width ** (depth + 1)`` may be at most.
 
     Returns:
@@ -148,6 +151,7 @@ def search_all(
     on_commit: Callable[[int, list[int]], None] | None = None,
     is_stop: Callable[[Sequence[int]], bool] | None = None,
     with_end: bool = False,
+    min_p: float = 0.0,
     max_branches: int = 256,
 ) -> list[Search]:
     """``search`` for several prompts in the same forwards: each has its own tree, and the answer that it has alone.
@@ -163,7 +167,19 @@ def search_all(
     """
     listeners = [None if on_commit is None else partial(on_commit, number) for number in range(len(prompts))]
     runs = [
-        _run(prompt_ids, width, chunk, depth, max_new_tokens, eos_token_ids, listener, is_stop, with_end, max_branches)
+        _run(
+            prompt_ids,
+            width,
+            chunk,
+            depth,
+            max_new_tokens,
+            eos_token_ids,
+            listener,
+            is_stop,
+            with_end,
+            min_p,
+            max_branches,
+        )
         for prompt_ids, listener in zip(prompts, listeners, strict=True)
     ]
     for run in runs:
@@ -201,6 +217,7 @@ def _run(
     on_commit: Callable[[list[int]], None] | None,
     is_stop: Callable[[Sequence[int]], bool] | None,
     with_end: bool,
+    min_p: float,
     max_branches: int,
 ) -> Generator[tuple[list[int], list[int]], tuple[Tensor, list[float]], Search]:
     """One search, that asks for forwards: it yields parents and tokens, and is sent logits and rewards.
@@ -211,6 +228,9 @@ def _run(
     check_count("chunk", chunk, 1)
     check_count("depth", depth, 0)
     check_count("max_new_tokens", max_new_tokens, 1)
+    check_finite("min_p", min_p)
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must lie between 0 and 1, got {min_p}")
     if width ** (depth + 1) > max_branches:
         raise ValueError(
             f"width and depth must keep width ** (depth + 1) at {max_branches} branches (max_branches), got "
@@ -233,7 +253,7 @@ def _run(
         grown = forwards - 1
         is_fork = grown > 0 and grown % chunk == 0
         finished += [branch for branch in running if branch.finish_reason]  # whose last token has run
-        grown_parents, branches = _grow(running, logits, width if is_fork else 1, is_fork, ends)
+        grown_parents, branches = _grow(running, logits, width if is_fork else 1, is_fork, min_p, ends)
         if not with_end:
             finished += [branch for branch in branches if branch.finish_reason]
         live = [index for index, branch in enumerate(branches) if with_end or not branch.finish_reason]
@@ -279,12 +299,17 @@ class _Ends(NamedTuple):
 
 
 def _grow(
-    running: list[_Branch], logits: Tensor, width: int, is_fork: bool, ends: _Ends
+    running: list[_Branch], logits: Tensor, width: int, is_fork: bool, min_p: float, ends: _Ends
 ) -> tuple[list[int], list[_Branch]]:
     """Every branch with each of its ``width`` best tokens, and the indices of the branches they come from."""
-    best = logits.argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
+    if width == 1:
+        best = logits.argmax(-1, keepdim=True).tolist()
+    else:
+        values, indices = logits.topk(width, dim=-1)
+        counts = ((values - values[:, :1]).float().exp() >= min_p).sum(1).tolist()
+        best = [tokens[:count] for tokens, count in zip(indices.tolist(), counts, strict=True)]
     parents, branches = [], []
-    for index, (branch, tokens) in enumerate(zip(running, best.tolist(), strict=True)):
+    for index, (branch, tokens) in enumerate(zip(running, best, strict=True)):
         if branch.finish_reason:
             continue
         for rank, token in enumerate(tokens):

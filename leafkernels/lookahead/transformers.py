@@ -105,6 +105,7 @@ class RewardTransformer(nn.Module):
         tokenizer: Any = None,
         streamer: Any = None,
         with_end: bool = False,
+        min_p: float = 0.0,
         packed: bool = True,
         max_branches: int = 256,
     ) -> Search:
@@ -113,7 +114,8 @@ class RewardTransformer(nn.Module):
         Args:
             input_ids: (P,) or (1, P), of the prompt.
             attention_mask: of the same shape, 0 at padding.
-            width, chunk, depth, max_new_tokens, with_end, max_branches: as in ``search``; the paper's are 2, 10, 2.
+            width, chunk, depth, max_new_tokens, with_end, min_p, max_branches: as in ``search``; the paper's first
+                three are 2, 10, 2.
             eos_token_ids: None: those of the model's generation config.
             stop_strings: a branch whose text has come to hold one of them ends by "stop". They stay in the answer.
             tokenizer: which decodes the text for them.
@@ -139,6 +141,7 @@ class RewardTransformer(nn.Module):
             tokenizer=tokenizer,
             on_commit=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
             with_end=with_end,
+            min_p=min_p,
             packed=packed,
             max_branches=max_branches,
         )
@@ -161,6 +164,7 @@ class RewardTransformer(nn.Module):
         tokenizer: Any = None,
         on_commit: Callable[[int, list[int]], None] | None = None,
         with_end: bool = False,
+        min_p: float = 0.0,
         packed: bool = True,
         max_branches: int = 256,
     ) -> list[Search]:
@@ -189,6 +193,7 @@ class RewardTransformer(nn.Module):
                 on_commit=on_commit,
                 is_stop=_holds(stop_strings, tokenizer),
                 with_end=with_end,
+                min_p=min_p,
                 max_branches=max_branches,
             )
         finally:
