@@ -201,9 +201,9 @@ def clock(system: System, wrapped: RewardTransformer, prompts: Sequence[str]) ->
 
 
 def show(results: dict[str, dict[str, Any]], console: Console) -> None:
-    table = Table(title="held-out problems; tokens: that the model runs for an answer")
-    table.add_column("system (look ahead: width, chunk, depth)")
-    for column in ("tokens", "right", "wins against greedy", "first chunk, ms", "tokens a second"):
+    table = Table(title="tokens: run for an answer; wins: against greedy")
+    table.add_column("look ahead: width, chunk, depth", no_wrap=True)
+    for column in ("tokens", "right", "wins", "first chunk, ms", "tokens a second"):
         table.add_column(column, justify="right")
     for name, result in results.items():
         numbers = f"{result['tokens']:.1f}", f"{result['accuracy']:.3f}", f"{result['wins']:.3f}"

@@ -41,6 +41,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="an answer ends where it holds this"
     )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="least share of the best token's probability to fork into"
+    )
     parser.add_argument("--plain", action="store_true", help="leave the tokenizer's chat template alone")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--explain", action="store_true", help="show the candidates of each chunk with their values")
@@ -61,6 +64,7 @@ def _answer(arguments: argparse.Namespace) -> int:
         "chunk": arguments.chunk,
         "depth": arguments.depth,
         "max_new_tokens": arguments.max_new_tokens,
+        "min_p": arguments.min_p,
         "stop_strings": arguments.stop,
         "tokenizer": tokenizer,
     }

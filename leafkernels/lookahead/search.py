@@ -126,7 +126,17 @@ def search(
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
     """
     run = _run(
-        prompt_ids, width, chunk, depth, max_new_tokens, eos_token_ids, on_commit, is_stop, with_end, max_branches
+        prompt_ids,
+        width,
+        chunk,
+        depth,
+        max_new_tokens,
+        eos_token_ids,
+        on_commit,
+        is_stop,
+        with_end,
+        min_p,
+        max_branches,
     )
     next(run)
     logits, rewards = stepper.prefill(prompt_ids)
