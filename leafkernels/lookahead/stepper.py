@@ -149,7 +149,8 @@ class TransformersStepper:
         return mask.masked_fill_(~is_seen, torch.finfo(keys.dtype).min)[:, None]
 
     def _extend_rows(self, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        self._cache.batch_select_indices(parents)
+        if not torch.equal(parents, torch.arange(len(self._seen), device=parents.device)):
+            self._cache.batch_select_indices(parents)  # a copy
         self._seen = nn.functional.pad(self._seen[parents], (0, 1), value=True)
         output = self._model(
             input_ids=token_ids[:, None],
