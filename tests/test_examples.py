@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -57,6 +58,20 @@ def test_lookahead_runs(tmp_path: Path) -> None:
     assert picture.stat().st_size > 1000 and (channel / "reward_channel.safetensors").exists()
     for name in ("greedy", "best of 8", "4 beams", "look ahead 2, 10, 2", "look ahead 2, 1, 3, min_p 0.25"):
         assert name in output
+
+
+def test_tables_of_the_lookahead_study_are_those_of_its_results(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="needs scipy: pip install -e '.[speech]'")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[speech]'")
+    results = ROOT / "examples" / "study" / "lookahead" / "results"
+    shutil.copy(results / "seeds.jsonl", tmp_path)
+    run_example("study/lookahead/run.py", "--report", "--out", str(tmp_path))
+    assert (tmp_path / "tables.md").read_text() == (results / "tables.md").read_text()
+    assert (tmp_path / "accuracy.png").stat().st_size > 1000
+    # README shows rows of them.
+    readme = (results.parent / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith("| ") or line.startswith("Primary")]
+    assert len(rows) > 20 and set(rows) <= set((results / "tables.md").read_text().splitlines())
 
 
 def test_the_teacher_of_lookahead_slips_where_it_misremembers() -> None:

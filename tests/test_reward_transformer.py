@@ -1,6 +1,7 @@
 """Rewards beside logits, on every kind of decoder."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -221,18 +222,26 @@ def test_packed_branches_and_rows_give_the_same_answer(name: str) -> None:
     assert found[0].score == pytest.approx(found[1].score, rel=1e-4)
 
 
-def test_a_streamer_of_transformers_prints_the_chunks(capsys: pytest.CaptureFixture[str]) -> None:
-    from transformers import TextStreamer
+class Letters:
+    """A tokenizer for whom a token is a letter."""
 
-    class Letters:
-        def decode(self, ids: Any, **_: Any) -> str:
-            return "".join(chr(ord("a") + int(i) % 26) for i in ids)
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(chr(ord("a") + int(i)) for i in ids)
 
-    wrapped = wrap("llama")
-    found = wrapped.generate(
-        IDS[0], width=2, chunk=2, depth=1, max_new_tokens=7, streamer=TextStreamer(Letters(), skip_prompt=True)
-    )
-    assert capsys.readouterr().out.strip() == Letters().decode(found.token_ids)
+
+def test_streamers_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    """One prints the chunks, the other hands them to another thread as they are committed."""
+    from transformers import TextIteratorStreamer, TextStreamer
+
+    wrapped, letters = wrap("llama"), Letters()
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 7}
+    found = wrapped.generate(IDS[0], streamer=TextStreamer(letters, skip_prompt=True), **options)
+    assert capsys.readouterr().out.strip() == letters.decode(found.token_ids)
+    streamer = TextIteratorStreamer(letters, skip_prompt=True)
+    thread = threading.Thread(target=lambda: wrapped.generate(IDS[0], streamer=streamer, **options))
+    thread.start()
+    assert "".join(streamer) == letters.decode(found.token_ids)
+    thread.join()
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -250,13 +259,6 @@ def test_several_prompts_get_the_answers_that_they_get_alone(name: str, packed: 
     assert wrapped.generate(IDS[1:], MASK[1:], **options).token_ids == alone[1].token_ids
     with pytest.raises(ValueError, match=r"for several prompts there is generate_all, got shape \(2, 8\)"):
         wrapped.generate(IDS)
-
-
-class Letters:
-    """A tokenizer for whom a token is a letter."""
-
-    def decode(self, ids: Any, **_: Any) -> str:
-        return "".join(chr(ord("a") + int(i)) for i in ids)
 
 
 def test_stop_strings() -> None:

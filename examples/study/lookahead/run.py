@@ -55,7 +55,7 @@ SETTINGS: list[Settings] = [
     (2, 1, 3, 0.5),
 ]
 LOSSES = ("sequence_bt", "token_bt", "token_bce", "sequence_bce")
-FILE = HERE / "results" / "seeds.jsonl"
+FILE = "seeds.jsonl"
 
 
 def name_of(settings: Settings) -> str:
@@ -124,8 +124,8 @@ def boundaries(wrapped: RewardTransformer, prompts: list[str]) -> dict[str, floa
     return found
 
 
-def report() -> None:
-    lines = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
+def report(folder: Path) -> None:
+    lines = [json.loads(line) for line in (folder / FILE).read_text(encoding="utf-8").splitlines()]
     of_main = [line["results"]["sequence_bt"] for line in lines]
 
     def over_seeds(key: str, name: str, loss: str = "sequence_bt") -> list[float]:
@@ -174,13 +174,13 @@ def report() -> None:
     for name in lines[0]["agreement"]:
         values = [line["agreement"][name] for line in lines]
         text.append(f"| {name} | {mean(values):.3f} | {less(values, by_surprisal)} |")
-    (HERE / "results" / "tables.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    (folder / "tables.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     means = {
         name: {key: mean(over_seeds(key, name)) for key in ("tokens", "accuracy")}
         for name in of_main[0]
         if name != "with end"
     }
-    draw(means, HERE / "results" / "accuracy.png")
+    draw(means, folder / "accuracy.png")
 
 
 def main() -> None:
@@ -190,16 +190,17 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=900)
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--prompts", type=int, default=600)
-    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     if args.report:
-        report()
+        report(args.out)
         return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line)["seed"] for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    args.out.mkdir(parents=True, exist_ok=True)
+    target = args.out / FILE
+    done = [json.loads(line)["seed"] for line in target.read_text().splitlines()] if target.exists() else []
     for seed in sorted(set(range(args.seeds)) - set(done)):
         line = run_seed(seed, args.warmup_steps, args.problems, args.prompts)
-        with args.out.open("a", encoding="utf-8") as file:
+        with target.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"seed {seed}: {line['seconds']:.0f} s", flush=True)
 
