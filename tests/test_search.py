@@ -196,17 +196,34 @@ def test_deep_enough_it_finds_the_best_of_all_leaves(
     assert found.score == max(map(score, answers)) == score([1, 2, *found.token_ids])
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2), st.integers(1, 20))
-def test_commits_come_in_time_and_stay(seed: int, width: int, chunk: int, depth: int, limit: int) -> None:
-    found = _run(seed, 2, width=width, chunk=chunk, depth=depth, max_new_tokens=limit)
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 2),
+    st.integers(1, 20),
+    st.booleans(),
+    st.sampled_from([0.0, 0.5]),
+)
+def test_commits_come_in_time_and_stay(
+    seed: int, width: int, chunk: int, depth: int, limit: int, with_end: bool, min_p: float
+) -> None:
+    options = {"width": width, "chunk": chunk, "depth": depth, "max_new_tokens": limit}
+    options |= {"with_end": with_end, "min_p": min_p}
+    found = _run(seed, 2, **options)
     assert [commit.forward for commit in found.commits] == [
         (number + depth) * chunk + 1 for number in range(1, len(found.commits) + 1)
     ]
     streamed = [token for commit in found.commits for token in commit.token_ids]
     assert found.token_ids[: len(streamed)] == streamed
     assert found.peak_branches <= width ** (depth + 1)
-    assert found == _run(seed, 2, width=width, chunk=chunk, depth=depth, max_new_tokens=limit)
+    assert found.num_tokens >= len(found.token_ids) - (not with_end)
+    assert found == _run(seed, 2, **options)
+    # Of the answer, the score is the mean over what has run.
+    table, answer = Table(seed, 6, 2, 3, eos_id=0), [1, 2, *found.token_ids]
+    rewards = [table.at(answer[:end])[1] for end in range(2, len(answer) + with_end)]
+    assert found.score == pytest.approx(sum(rewards) / len(rewards))
 
 
 @pytest.mark.parametrize(
