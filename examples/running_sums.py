@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +95,14 @@ def build_model(hidden_size: int = 64, num_layers: int = 2) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def supervised_batch(rng: random.Random, num_terms: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+def supervised_batch(
+    rng: random.Random, num_terms: Sequence[int], size: int, teacher: Callable[[str, random.Random], str]
+) -> tuple[Tensor, Tensor]:
     """Draw worked examples: ids and labels, both (size, T); prompt and padding are left out of the loss by -100."""
     rows, prompt_lengths = [], []
     for _ in range(size):
         prompt = draw_prompt(rng, rng.choice(num_terms), held_out=False)
-        rows.append(torch.tensor(encode(prompt + worked_answer(prompt, rng))))
+        rows.append(torch.tensor(encode(prompt + teacher(prompt, rng))))
         prompt_lengths.append(len(prompt))
     token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
     is_prompt = torch.arange(token_ids.shape[1]) < torch.tensor(prompt_lengths)[:, None]
@@ -108,7 +110,13 @@ def supervised_batch(rng: random.Random, num_terms: Sequence[int], size: int) ->
 
 
 def warm_up(
-    model: LlamaForCausalLM, rng: random.Random, *, num_terms: Sequence[int], steps: int, batch_size: int = 64
+    model: LlamaForCausalLM,
+    rng: random.Random,
+    *,
+    num_terms: Sequence[int],
+    steps: int,
+    batch_size: int = 64,
+    teacher: Callable[[str, random.Random], str] = worked_answer,
 ) -> Iterator[tuple[int, float]]:
     """Train on worked examples and yield (step, loss) after each step, so that the caller may stop early."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
@@ -116,7 +124,7 @@ def warm_up(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     model.train()
     for step in range(1, steps + 1):
-        token_ids, labels = supervised_batch(rng, num_terms, batch_size)
+        token_ids, labels = supervised_batch(rng, num_terms, batch_size, teacher)
         loss = model(input_ids=token_ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

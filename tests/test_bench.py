@@ -1,6 +1,7 @@
 """The benches run, on tiny shapes, and their report is written: JSON and Markdown."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,6 +178,18 @@ def test_worst_errors() -> None:
     assert wrong["entropy"]["relative"] is None and wrong["entropy"]["absolute"] == pytest.approx(1e-7)
     assert wrong["gradient"] == {"absolute": None, "relative": None}
     assert peers.worst([None, found[1]], want).keys() == {"gradient"}
+
+
+def test_branches_packed_in_rows_and_without_a_cache() -> None:
+    """It compares logits and counts the cache's columns before it takes a time."""
+    pytest.importorskip("transformers")
+    output = run_python("-m", "bench.branches", "--tiny").stdout
+    # 16 + 4 x 6 columns packed, 4 x (16 + 6) in rows, of 2 x 2 x 32 float32 each.
+    for line, numbers in (("packed", (20, 20)), ("rows", (45, 45)), ("no cache", (0, 45))):
+        (found,) = [
+            row for row in output.splitlines() if line in row and re.search(r"16 .* 4 .*", row) and " 4 │" in row
+        ]
+        assert tuple(map(int, re.findall(r"(\d+) │", found)[-2:])) == numbers
 
 
 @pytest.mark.skipif(not memory.MEASURABLE, reason="needs Linux's /proc")

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -45,6 +47,51 @@ def test_distill_runs(method: str) -> None:
     output = run_example("distill.py", "--method", method, *steps)
     assert "teacher less student log-probability of a token, first -" in output
     assert "student, after 2 steps: held-out accuracy" in output
+
+
+def test_lookahead_runs(tmp_path: Path) -> None:
+    """The whole way, in few steps; what a channel that has learnt is worth is in examples/study/lookahead."""
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[speech]'")
+    picture, channel = tmp_path / "picture.png", tmp_path / "channel"
+    steps = ("--warmup-steps", "150", "--prompts", "60", "--channel-steps", "5", "--problems", "4")
+    output = run_example("lookahead.py", *steps, "--picture", str(picture), "--save", str(channel))
+    assert picture.stat().st_size > 1000 and (channel / "reward_channel.safetensors").exists()
+    for name in ("greedy", "best of 8", "4 beams", "look ahead 2, 10, 2", "look ahead 2, 1, 3, min_p 0.25"):
+        assert name in output
+
+
+def test_tables_of_the_lookahead_study_are_those_of_its_results(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="needs scipy: pip install -e '.[speech]'")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[speech]'")
+    results = ROOT / "examples" / "study" / "lookahead" / "results"
+    shutil.copy(results / "seeds.jsonl", tmp_path)
+    run_example("study/lookahead/run.py", "--report", "--out", str(tmp_path))
+    assert (tmp_path / "tables.md").read_text() == (results / "tables.md").read_text()
+    assert (tmp_path / "accuracy.png").stat().st_size > 1000
+    # README shows rows of them.
+    readme = (results.parent / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if line.startswith("| ") or line.startswith("Primary")]
+    assert len(rows) > 20 and set(rows) <= set((results / "tables.md").read_text().splitlines())
+
+
+def test_the_teacher_of_lookahead_slips_where_it_misremembers() -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import lookahead
+    finally:
+        sys.path.pop(0)
+    assert lookahead.right_steps("1+2=3,3+4=8,8+9=17.") == pytest.approx(2 / 3)
+    assert lookahead.right_steps("1+=3,4.") == 0
+    rng, steps, slips = random.Random(0), 0, 0
+    for _ in range(500):
+        prompt = lookahead.draw_prompt(rng, 5, held_out=False)
+        for step in lookahead.slipping_answer(prompt, rng).rstrip(".").split(","):
+            terms, result = step.split("=")
+            total, term = map(int, terms.split("+"))
+            slip = int(result) - total - term
+            assert slip == 0 or (slip == 1 and lookahead.misremembers(total, term))
+            steps, slips = steps + 1, slips + slip
+    assert 0.05 < slips / steps < 0.3
 
 
 def test_sample_rollouts_writes_what_the_command_reads(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pages import PAGES, ROOT
 from support import run_python
+from tiny_decoders import build_model, build_tokenizer
 
 import leafkernels
 import leafkernels.distributed
@@ -46,6 +47,13 @@ def commands(*names: str) -> list[str]:
     return list(dict.fromkeys(line for line in "".join(found).splitlines() if line))
 
 
+def names_of_lookahead() -> dict[str, Any]:
+    """What README leaves to its reader: a model, its tokenizer, and preferences."""
+    pytest.importorskip("transformers")
+    preferences = [{"prompt": "ab", "chosen": "c" * length, "rejected": "d"} for length in range(1, 9)]
+    return {"model": build_model("llama"), "tokenizer": build_tokenizer(), "preferences": preferences}
+
+
 COMMANDS = commands("README.md", "performance.md")
 
 
@@ -53,7 +61,7 @@ COMMANDS = commands("README.md", "performance.md")
 def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    pages.run(pages.read(page), {})
+    pages.run(pages.read(page), names_of_lookahead() if page == "README.md" else {})
 
 
 @pytest.mark.parametrize(("page", "test"), RUN_ELSEWHERE.items())

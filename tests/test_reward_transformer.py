@@ -1,6 +1,7 @@
 """Rewards beside logits, on every kind of decoder."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -221,15 +222,78 @@ def test_packed_branches_and_rows_give_the_same_answer(name: str) -> None:
     assert found[0].score == pytest.approx(found[1].score, rel=1e-4)
 
 
-def test_a_streamer_of_transformers_prints_the_chunks(capsys: pytest.CaptureFixture[str]) -> None:
-    from transformers import TextStreamer
+class Letters:
+    """A tokenizer for whom a token is a letter."""
 
-    class Letters:
-        def decode(self, ids: Any, **_: Any) -> str:
-            return "".join(chr(ord("a") + int(i) % 26) for i in ids)
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(chr(ord("a") + int(i)) for i in ids)
 
+
+def test_streamers_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    """One prints the chunks, the other hands them to another thread as they are committed."""
+    from transformers import TextIteratorStreamer, TextStreamer
+
+    wrapped, letters = wrap("llama"), Letters()
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 7}
+    found = wrapped.generate(IDS[0], streamer=TextStreamer(letters, skip_prompt=True), **options)
+    assert capsys.readouterr().out.strip() == letters.decode(found.token_ids)
+    streamer = TextIteratorStreamer(letters, skip_prompt=True)
+    thread = threading.Thread(target=lambda: wrapped.generate(IDS[0], streamer=streamer, **options))
+    thread.start()
+    assert "".join(streamer) == letters.decode(found.token_ids)
+    thread.join()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["llama", "mistral with a window", "gpt2"])
+def test_several_prompts_get_the_answers_that_they_get_alone(name: str, packed: bool) -> None:
+    wrapped = wrap(name)
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 11, "packed": packed, "eos_token_ids": (7, 20)}
+    heard: list[list[int]] = [[], []]
+    together = wrapped.generate_all(IDS, MASK, on_commit=lambda number, ids: heard[number].extend(ids), **options)
+    alone = [wrapped.generate(row[mask.bool()], **options) for row, mask in zip(IDS, MASK, strict=True)]
+    for one, other, streamed in zip(together, alone, heard, strict=True):
+        assert one.token_ids == other.token_ids == streamed and one.num_tokens == other.num_tokens
+        assert one.score == pytest.approx(other.score, rel=1e-4)
+    assert wrapped.generate_all([], **options) == []
+    assert wrapped.generate(IDS[1:], MASK[1:], **options).token_ids == alone[1].token_ids
+    with pytest.raises(ValueError, match=r"for several prompts there is generate_all, got shape \(2, 8\)"):
+        wrapped.generate(IDS)
+
+
+def test_stop_strings() -> None:
+    wrapped, letters = wrap("llama"), Letters()
+    options = {"width": 2, "chunk": 3, "depth": 1, "max_new_tokens": 30}
+    whole = letters.decode(wrapped.generate(IDS[0], **options | {"width": 1}).token_ids)
+    stop = whole[9:12]
+    found = wrapped.generate(IDS[0], **options | {"width": 1}, stop_strings=["never", stop], tokenizer=letters)
+    text = letters.decode(found.token_ids)
+    assert text == whole[: whole.index(stop) + len(stop)] and found.finish_reason == "stop"
+    # Of several branches, each that holds it ends there.
+    found = wrapped.generate(IDS[0], **options, stop_strings=stop[0], tokenizer=letters)
+    text = letters.decode(found.token_ids)
+    assert stop[0] not in text[:-1] and (text.endswith(stop[0]) == (found.finish_reason == "stop"))
+    with pytest.raises(ValueError, match="tokenizer must be given with stop_strings"):
+        wrapped.generate(IDS[0], stop_strings="a")
+
+
+@pytest.mark.parametrize("mask", [None, MASK])
+def test_in_the_models_own_generate(mask: torch.Tensor | None) -> None:
+    """``custom_generate`` of transformers takes a callable: same answers, behind the prompts."""
     wrapped = wrap("llama")
-    found = wrapped.generate(
-        IDS[0], width=2, chunk=2, depth=1, max_new_tokens=7, streamer=TextStreamer(Letters(), skip_prompt=True)
+    options = {"width": 2, "chunk": 2, "depth": 1}
+    expected = wrapped.generate_all(IDS, mask, **options, max_new_tokens=9, eos_token_ids=(20,))
+    found = wrapped.model.generate(
+        IDS,
+        attention_mask=torch.ones_like(IDS) if mask is None else mask,
+        custom_generate=wrapped.custom_generate,
+        **options,
+        max_new_tokens=9,
+        eos_token_id=20,
+        pad_token_id=0,
     )
-    assert capsys.readouterr().out.strip() == Letters().decode(found.token_ids)
+    assert torch.equal(found[:, :8], IDS)
+    for row, of_one in zip(found[:, 8:].tolist(), expected, strict=True):
+        assert row[: len(of_one.token_ids)] == of_one.token_ids and not any(row[len(of_one.token_ids) :])
+    with pytest.raises(ValueError, match="called by the model that the channel runs beside"):
+        build_model("llama").generate(IDS, custom_generate=wrapped.custom_generate, max_new_tokens=3, pad_token_id=0)

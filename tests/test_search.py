@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +109,15 @@ def test_the_authors_results(shared: Path) -> None:
             ), case["id"]
             assert [c._asdict() for c in commit.candidates] == [
                 {
+                    "token_ids": ours.token_ids,
                     "first_token": c["first_token"],
                     "length": c["length"],
                     "is_finished": c["finished"],
                     "value": c["value"],
                 }
-                for c in theirs["candidates"]
+                for c, ours in zip(theirs["candidates"], commit.candidates, strict=True)
             ], case["id"]
+            assert all(c.token_ids[0] == c.first_token for c in commit.candidates), case["id"]
     assert seen > 90
 
 
@@ -151,46 +154,76 @@ def test_one_branch_is_greedy(seed: int, chunk: int, depth: int, limit: int) -> 
     assert _run(seed, 5, width=1, chunk=chunk, depth=depth, max_new_tokens=limit).token_ids == tokens[2:]
 
 
-def _every_answer(table: Table, prefix: list[int], grown: int, width: int, chunk: int, limit: int) -> list[list[int]]:
+def _every_answer(
+    table: Table, prefix: list[int], grown: int, width: int, chunk: int, limit: int, min_p: float
+) -> list[list[int]]:
     if grown == limit or (grown and prefix[-1] == 0):
         return [prefix]
     logits = table.at(prefix)[0]
     best = sorted(range(len(logits)), key=lambda token: -logits[token])
     forks = width if grown and grown % chunk == 0 else 1
+    likely = [token for token in best[:forks] if math.exp(logits[token] - max(logits)) >= min_p]
     return [
         answer
-        for token in best[:forks]
-        for answer in _every_answer(table, [*prefix, token], grown + 1, width, chunk, limit)
+        for token in likely
+        for answer in _every_answer(table, [*prefix, token], grown + 1, width, chunk, limit, min_p)
     ]
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 3), st.integers(1, 8))
-def test_deep_enough_it_finds_the_best_of_all_leaves(seed: int, width: int, chunk: int, limit: int) -> None:
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 8),
+    st.booleans(),
+    st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+)
+def test_deep_enough_it_finds_the_best_of_all_leaves(
+    seed: int, width: int, chunk: int, limit: int, with_end: bool, min_p: float
+) -> None:
     # So deep that no chunk is committed before the end.
     depth = -(-limit // chunk)
     options = {"width": width, "chunk": chunk, "depth": depth, "max_new_tokens": limit, "max_branches": 10**9}
+    options |= {"with_end": with_end, "min_p": min_p}
     found, table = _run(seed, 500, **options), Table(seed, 6, 500, 3, eos_id=0)
 
     def score(answer: list[int]) -> float:
-        rewards = [table.at(answer[:end])[1] for end in range(2, len(answer))]
+        rewards = [table.at(answer[:end])[1] for end in range(2, len(answer) + with_end)]
         return sum(rewards) / len(rewards)
 
-    answers = _every_answer(table, [1, 2], 0, width, chunk, limit)
+    answers = _every_answer(table, [1, 2], 0, width, chunk, limit, min_p)
     assert found.score == max(map(score, answers)) == score([1, 2, *found.token_ids])
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2), st.integers(1, 20))
-def test_commits_come_in_time_and_stay(seed: int, width: int, chunk: int, depth: int, limit: int) -> None:
-    found = _run(seed, 2, width=width, chunk=chunk, depth=depth, max_new_tokens=limit)
+@settings(max_examples=60)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 2),
+    st.integers(1, 20),
+    st.booleans(),
+    st.sampled_from([0.0, 0.5]),
+)
+def test_commits_come_in_time_and_stay(
+    seed: int, width: int, chunk: int, depth: int, limit: int, with_end: bool, min_p: float
+) -> None:
+    options = {"width": width, "chunk": chunk, "depth": depth, "max_new_tokens": limit}
+    options |= {"with_end": with_end, "min_p": min_p}
+    found = _run(seed, 2, **options)
     assert [commit.forward for commit in found.commits] == [
         (number + depth) * chunk + 1 for number in range(1, len(found.commits) + 1)
     ]
     streamed = [token for commit in found.commits for token in commit.token_ids]
     assert found.token_ids[: len(streamed)] == streamed
     assert found.peak_branches <= width ** (depth + 1)
-    assert found == _run(seed, 2, width=width, chunk=chunk, depth=depth, max_new_tokens=limit)
+    assert found.num_tokens >= len(found.token_ids) - (not with_end)
+    assert found == _run(seed, 2, **options)
+    # Of the answer, the score is the mean over what has run.
+    table, answer = Table(seed, 6, 2, 3, eos_id=0), [1, 2, *found.token_ids]
+    rewards = [table.at(answer[:end])[1] for end in range(2, len(answer) + with_end)]
+    assert found.score == pytest.approx(sum(rewards) / len(rewards))
 
 
 @pytest.mark.parametrize(
@@ -200,6 +233,7 @@ def test_commits_come_in_time_and_stay(seed: int, width: int, chunk: int, depth:
         ({"chunk": 1.5}, "chunk must be an int"),
         ({"depth": -1}, "depth must be .*at least 0, got -1"),
         ({"width": 5, "depth": 3}, r"at 256 branches \(max_branches\), got 5 \*\* 4 = 625"),
+        ({"min_p": 1.5}, "min_p must lie between 0 and 1, got 1.5"),
         ({"width": 9, "depth": 0}, "width must be at most the vocabulary, 6 ids, got 9"),
         ({"prompt_ids": torch.zeros(0, dtype=torch.int64)}, r"prompt_ids must be .* got \(0,\)"),
     ],

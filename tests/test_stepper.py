@@ -54,6 +54,31 @@ def test_branches_are_what_they_are_alone(name: str, attention: str, packed: boo
         logits, rewards = stepper.extend(torch.tensor(parents), torch.tensor(tokens))
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen2 with a window", "gemma2", "gpt2"])
+def test_branches_of_several_prompts_are_what_they_are_alone(name: str, packed: bool) -> None:
+    """Prompts of several lengths, each with other numbers of branches; prompts end one after the other."""
+    model = build(name)
+    stepper, choose = TransformersStepper(model, packed=packed), random.Random(name)
+    branches = [[[3, 1, 4, 1, 5]], [[2, 7]], [[9, 8, 7, 6, 5, 4, 3, 2, 1]]]
+    logits, rewards = stepper.prefill([torch.tensor(of_one[0]) for of_one in branches])
+    for sizes in ((1, 1, 1), (3, 1, 2), (6, 2, 2), (2, 4, 0), (1, 5, 0), (0, 3, 0), (0, 6, 0)):
+        flat = [branch for of_one in branches for branch in of_one]
+        for branch, found, reward in zip(flat, logits, rewards, strict=True):
+            torch.testing.assert_close(found, alone(model, branch)[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(reward, alone(model, branch)[1], rtol=1e-4, atol=1e-5)
+        parents, tokens, grown, first = [], [], [], 0
+        for size, of_one in zip(sizes, branches, strict=True):
+            chosen = sorted(choose.randrange(len(of_one)) for _ in range(size))
+            added = [choose.randrange(29) for _ in chosen]
+            grown.append([[*of_one[parent], token] for parent, token in zip(chosen, added, strict=True)])
+            parents += [first + parent for parent in chosen]
+            tokens += added
+            first += len(of_one)
+        branches = grown
+        logits, rewards = stepper.extend(torch.tensor(parents), torch.tensor(tokens))
+
+
 def test_the_cache_holds_what_live_branches_see() -> None:
     stepper = TransformersStepper(build("llama"))
     stepper.prefill(torch.arange(10))

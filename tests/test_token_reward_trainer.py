@@ -6,25 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import build_model
+from tiny_decoders import build_model, build_tokenizer
 
 from leafkernels.lookahead import RewardChannel, RewardTransformer, TokenRewardConfig, TokenRewardTrainer
 
 datasets = pytest.importorskip("datasets", reason="needs datasets: pip install -e '.[trl]'")
 
 LETTERS = "abcdefgh"
-
-
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {token: number for number, token in enumerate(["<pad>", "<eos>", "<unk>", *LETTERS])}
-    whole = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    whole.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=whole, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
 
 
 def pairs(count: int, seed: int) -> Any:
@@ -55,7 +43,9 @@ def trainer(folder: Path, rows: Any = None, model: Any = None, **changes: Any) -
         torch.manual_seed(1)
         model = RewardTransformer(build_model("llama"), RewardChannel(3, 16, width=4))
     rows = pairs(320, 0) if rows is None else rows
-    return TokenRewardTrainer(model, args, processing_class=tokenizer(), train_dataset=rows, eval_dataset=pairs(32, 1))
+    return TokenRewardTrainer(
+        model, args, processing_class=build_tokenizer(), train_dataset=rows, eval_dataset=pairs(32, 1)
+    )
 
 
 def test_learns_what_is_preferred_and_leaves_the_model_alone(tmp_path: Path) -> None:
@@ -128,3 +118,48 @@ def test_refuses_rows(tmp_path: Path, row: dict[str, str], changes: dict[str, An
 def test_refuses_options(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="kind must be one of .* got 'hinge'"):
         trainer(tmp_path, kind="hinge")
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_trains_the_model_along(tmp_path: Path, with_adapter: bool) -> None:
+    """SimPO and SFT teach the model; a checkpoint holds what has learnt, and training goes on from it to the bit."""
+
+    def start(folder: Path) -> TokenRewardTrainer:
+        base = build_model("llama")
+        if with_adapter:
+            peft = pytest.importorskip("peft")
+            torch.manual_seed(2)
+            base = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"]))
+        torch.manual_seed(1)
+        model = RewardTransformer(base, RewardChannel(3, 16, width=4))
+        options = {"simpo_weight": 0.5, "sft_weight": 0.2, "train_model": True}
+        return trainer(folder, model=model, **options, max_steps=6, save_strategy="steps", save_steps=3)
+
+    whole = start(tmp_path / "whole")
+    before = {name: tensor.clone() for name, tensor in whole.model.model.state_dict().items()}
+    whole.train()
+    logged = [line for line in whole.state.log_history if "loss" in line]
+    assert logged[-1]["sft_loss"] < logged[0]["sft_loss"] and logged[-1]["simpo_loss"] < logged[0]["simpo_loss"]
+    line = logged[0]
+    total = line["reward_loss"] + 0.5 * line["simpo_loss"] + 0.2 * line["sft_loss"]
+    assert line["loss"] == pytest.approx(total, rel=1e-4)
+    changed = {name for name, tensor in whole.model.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed and all("lora" in name for name in changed) == with_adapter
+    again = start(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    losses = [[line["loss"] for line in run.state.log_history if "loss" in line] for run in (whole, again)]
+    assert losses[0][-3:] == losses[1][-3:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"simpo_weight": 1.0}, r"must be 0 where the model is frozen \(train_model=False\), got 1.0 and 0.0"),
+        ({"sft_weight": -1.0}, "sft_weight must be finite and at least 0, got -1.0"),
+        ({"reward_weight": 0.0}, "one of reward_weight, simpo_weight, sft_weight must be positive"),
+        ({"simpo_kind": "ipo"}, "kind must be one of 'sigmoid', 'hinge', got 'ipo'"),
+    ],
+)
+def test_refuses_weights(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **changes)

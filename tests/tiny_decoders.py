@@ -1,5 +1,6 @@
 """Decoders of random weights, of every kind that transformers has for one that this package names."""
 
+import string
 from typing import Any
 
 import torch
@@ -38,3 +39,16 @@ def build_model(name: str, attention: str = "eager") -> Any:
     kind, sizes = MODELS[name]
     config = getattr(transformers, kind)(**sizes, attn_implementation=attention, pad_token_id=0)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def build_tokenizer() -> Any:
+    """A tokenizer for the 29 ids of these models: a letter is a token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {token: number for number, token in enumerate(["<pad>", "<eos>", "<unk>", *string.ascii_lowercase])}
+    whole = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    whole.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=whole, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from leafkernels.lookahead.reward_channel import RewardChannel
-from leafkernels.lookahead.search import Candidate, Commit, Search, Stepper, search
+from leafkernels.lookahead.search import Candidate, Commit, Search, Stepper, search, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
 from leafkernels.lookahead.transformers import RewardTransformer
 from leafkernels.losses.preference import token_reward_loss, token_reward_metrics
@@ -19,6 +19,7 @@ __all__ = [
     "TokenRewardTrainer",
     "TransformersStepper",
     "search",
+    "search_all",
     "token_reward_loss",
     "token_reward_metrics",
 ]

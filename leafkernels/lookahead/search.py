@@ -3,17 +3,22 @@
 The search of SLA (arXiv 2503.00029) as its released code computes it. It knows no model: a stepper runs the branches.
 """
 
-from collections.abc import Callable, Collection
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Generator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from leafkernels._core.checks import check_count
+from leafkernels._core.checks import check_count, check_finite
 
 
 class Stepper(Protocol):
-    """What ``search`` asks of a model. S branches, V ids; a reward says how good the answer is up to a token."""
+    """What ``search`` asks of a model. S branches, V ids; a reward says how good the answer is up to a token.
+
+    For ``search_all`` the branches of all prompts are counted through, and ``prefill`` takes a list of B prompts and
+    gives (B, V) and (B,).
+    """
 
     def prefill(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Run a prompt (P,) int64: logits (1, V) of the next token, and the reward (1,) of the last prompt token."""
@@ -32,6 +37,7 @@ class Candidate(NamedTuple):
     length: int  # tokens of the answer, this chunk included
     is_finished: bool
     value: float  # the best mean reward of a leaf below it
+    token_ids: list[int]  # of this chunk
 
 
 class Commit(NamedTuple):
@@ -52,6 +58,7 @@ class Search(NamedTuple):
     commits: list[Commit]
     num_forwards: int
     peak_branches: int  # most branches in a forward
+    num_tokens: int  # branches of all forwards but the prompt's: tokens that the model has run
 
 
 class _Branch(NamedTuple):
@@ -78,6 +85,9 @@ def search(
     max_new_tokens: int,
     eos_token_ids: Collection[int] = (),
     on_commit: Callable[[list[int]], None] | None = None,
+    is_stop: Callable[[Sequence[int]], bool] | None = None,
+    with_end: bool = False,
+    min_p: float = 0.0,
     max_branches: int = 256,
 ) -> Search:
     """Decode with a look at what follows: every ``chunk`` tokens each branch forks into its ``width`` best tokens.
@@ -102,6 +112,11 @@ def search(
             an end token.
         eos_token_ids: a branch that takes one of them ends by "stop". They stay in the answer.
         on_commit: called with each chunk when it is committed, and at the end with what remains.
+        is_stop: called with the tokens of a branch after each; True ends it by "stop", also at ``max_new_tokens``.
+        with_end: run the last token of a branch too and count its reward, so that an answer can be worth less for where
+            it ends. False is as the authors have it.
+        min_p: fork only into tokens that have at least this share of the probability of the model's best one. With 0,
+            as the authors have it, every fork has ``width`` branches, also where the model is sure.
         max_branches: what ``width ** (depth + 1)`` may be at most.
 
     Returns:
@@ -110,10 +125,122 @@ def search(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
     """
+    run = _run(
+        prompt_ids,
+        width,
+        chunk,
+        depth,
+        max_new_tokens,
+        eos_token_ids,
+        on_commit,
+        is_stop,
+        with_end,
+        min_p,
+        max_branches,
+    )
+    next(run)
+    logits, rewards = stepper.prefill(prompt_ids)
+    while True:
+        try:
+            parents, token_ids = run.send((logits, rewards.tolist()))
+        except StopIteration as end:
+            found: Search = end.value
+            return found
+        logits, rewards = stepper.extend(torch.tensor(parents), torch.tensor(token_ids))
+
+
+def search_all(
+    stepper: Any,
+    prompts: Sequence[Tensor],
+    *,
+    width: int,
+    chunk: int,
+    depth: int,
+    max_new_tokens: int,
+    eos_token_ids: Collection[int] = (),
+    on_commit: Callable[[int, list[int]], None] | None = None,
+    is_stop: Callable[[Sequence[int]], bool] | None = None,
+    with_end: bool = False,
+    min_p: float = 0.0,
+    max_branches: int = 256,
+) -> list[Search]:
+    """``search`` for several prompts in the same forwards: each has its own tree, and the answer that it has alone.
+
+    Args:
+        stepper: one whose ``prefill`` takes several prompts, as ``TransformersStepper``'s.
+        prompts: B tensors (P,) int64, which may differ in length.
+        on_commit: called with the number of the prompt and the chunk.
+        others: as in ``search``; ``max_branches`` is for each prompt.
+
+    Returns:
+        A ``Search`` for each prompt; its ``num_forwards`` are those that its own tree took part in.
+    """
+    listeners = [None if on_commit is None else partial(on_commit, number) for number in range(len(prompts))]
+    runs = [
+        _run(
+            prompt_ids,
+            width,
+            chunk,
+            depth,
+            max_new_tokens,
+            eos_token_ids,
+            listener,
+            is_stop,
+            with_end,
+            min_p,
+            max_branches,
+        )
+        for prompt_ids, listener in zip(prompts, listeners, strict=True)
+    ]
+    for run in runs:
+        next(run)
+    found: list[Search | None] = [None] * len(prompts)
+    if prompts:
+        logits, rewards = stepper.prefill(prompts)
+    counts = dict.fromkeys(range(len(prompts)), 1)  # branches of each prompt in the last forward
+    while counts:
+        asked, first = {}, 0
+        values = rewards.tolist()
+        for number, count in counts.items():
+            part = slice(first, first + count)
+            try:
+                parents, token_ids = runs[number].send((logits[part], values[part]))
+            except StopIteration as end:
+                found[number] = end.value
+            else:
+                asked[number] = [first + parent for parent in parents], token_ids
+            first += count
+        counts = {number: len(token_ids) for number, (_, token_ids) in asked.items()}
+        if counts:
+            parents, token_ids = ([i for of_one in asked.values() for i in of_one[side]] for side in (0, 1))
+            logits, rewards = stepper.extend(torch.tensor(parents), torch.tensor(token_ids))
+    return [of_one for of_one in found if of_one is not None]
+
+
+def _run(
+    prompt_ids: Tensor,
+    width: int,
+    chunk: int,
+    depth: int,
+    max_new_tokens: int,
+    eos_token_ids: Collection[int],
+    on_commit: Callable[[list[int]], None] | None,
+    is_stop: Callable[[Sequence[int]], bool] | None,
+    with_end: bool,
+    min_p: float,
+    max_branches: int,
+) -> Generator[tuple[list[int], list[int]], tuple[Tensor, list[float]], Search]:
+    """One search, that asks for forwards: it yields parents and tokens, and is sent logits and rewards.
+
+    It checks its arguments and then yields empty lists for the forward of the prompt.
+    """
     check_count("width", width, 1)
     check_count("chunk", chunk, 1)
     check_count("depth", depth, 0)
     check_count("max_new_tokens", max_new_tokens, 1)
+    check_finite("min_p", min_p)
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must lie between 0 and 1, got {min_p}")
     if width ** (depth + 1) > max_branches:
         raise ValueError(
             f"width and depth must keep width ** (depth + 1) at {max_branches} branches (max_branches), got "
@@ -123,22 +250,25 @@ def search(
         came = tuple(prompt_ids.shape) if isinstance(prompt_ids, Tensor) else type(prompt_ids).__name__
         raise ValueError(f"prompt_ids must be a tensor of shape (P,) with P at least 1, got {came}")
 
-    logits, rewards = stepper.prefill(prompt_ids)
+    logits, rewards = yield [], []
     if width > logits.shape[-1]:
         raise ValueError(f"width must be at most the vocabulary, {logits.shape[-1]} ids, got {width}")
-    running = [_Branch((), (), float(rewards[0]), 1)]
+    ends = _Ends(max_new_tokens, eos_token_ids, is_stop)
+    running = [_Branch((), (), rewards[0], 1)]
     finished: list[_Branch] = []
     commits: list[Commit] = []
     forwards = peak = 1
+    num_tokens = 0
     while True:
         grown = forwards - 1
         is_fork = grown > 0 and grown % chunk == 0
-        grown_parents, branches = _grow(
-            running, logits, width if is_fork else 1, is_fork, max_new_tokens, eos_token_ids
-        )
-        finished += [branch for branch in branches if branch.finish_reason]
-        live = [index for index, branch in enumerate(branches) if not branch.finish_reason]
-        if is_fork and live and grown == (len(commits) + 1 + depth) * chunk:
+        finished += [branch for branch in running if branch.finish_reason]  # whose last token has run
+        grown_parents, branches = _grow(running, logits, width if is_fork else 1, is_fork, min_p, ends)
+        if not with_end:
+            finished += [branch for branch in branches if branch.finish_reason]
+        live = [index for index, branch in enumerate(branches) if with_end or not branch.finish_reason]
+        goes_on = any(not branch.finish_reason for branch in branches)
+        if is_fork and goes_on and grown == (len(commits) + 1 + depth) * chunk:
             commit, chosen = _commit([*finished, *(branches[index] for index in live)], len(commits), chunk, forwards)
             commits.append(commit)
             if on_commit:
@@ -148,41 +278,55 @@ def search(
         if not live:
             break
         running = [branches[index] for index in live]
-        parents = torch.tensor([grown_parents[index] for index in live])
-        logits, rewards = stepper.extend(parents, torch.tensor([branch.tokens[-1] for branch in running]))
+        logits, rewards = yield [grown_parents[index] for index in live], [branch.tokens[-1] for branch in running]
         running = [
             branch._replace(total=branch.total + reward, num_rewards=branch.num_rewards + 1)
-            for branch, reward in zip(running, rewards.tolist(), strict=True)
+            for branch, reward in zip(running, rewards, strict=True)
         ]
-        forwards, peak = forwards + 1, max(peak, len(running))
+        forwards, peak, num_tokens = forwards + 1, max(peak, len(running)), num_tokens + len(running)
 
     answer = min(finished, key=lambda b: (-b.score, b.finish_reason != "length", len(b.path), b.path))
     rest = list(answer.tokens[len(commits) * chunk :])
     if rest and on_commit:
         on_commit(rest)
     assert answer.finish_reason is not None
-    return Search(list(answer.tokens), answer.score, answer.finish_reason, commits, forwards, peak)
+    return Search(list(answer.tokens), answer.score, answer.finish_reason, commits, forwards, peak, num_tokens)
+
+
+class _Ends(NamedTuple):
+    """What ends a branch."""
+
+    max_new_tokens: int
+    eos_token_ids: Collection[int]
+    is_stop: Callable[[Sequence[int]], bool] | None
+
+    def reason(self, tokens: tuple[int, ...]) -> str | None:
+        if self.is_stop is not None and self.is_stop(tokens):
+            return "stop"
+        if len(tokens) == self.max_new_tokens:
+            return "length"
+        return "stop" if tokens[-1] in self.eos_token_ids else None
 
 
 def _grow(
-    running: list[_Branch],
-    logits: Tensor,
-    width: int,
-    is_fork: bool,
-    max_new_tokens: int,
-    eos_token_ids: Collection[int],
+    running: list[_Branch], logits: Tensor, width: int, is_fork: bool, min_p: float, ends: _Ends
 ) -> tuple[list[int], list[_Branch]]:
     """Every branch with each of its ``width`` best tokens, and the indices of the branches they come from."""
-    best = logits.argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
+    if width == 1:
+        best = logits.argmax(-1, keepdim=True).tolist()
+    else:
+        values, indices = logits.topk(width, dim=-1)
+        counts = ((values - values[:, :1]).float().exp() >= min_p).sum(1).tolist()
+        best = [tokens[:count] for tokens, count in zip(indices.tolist(), counts, strict=True)]
     parents, branches = [], []
-    for index, (branch, tokens) in enumerate(zip(running, best.tolist(), strict=True)):
+    for index, (branch, tokens) in enumerate(zip(running, best, strict=True)):
+        if branch.finish_reason:
+            continue
         for rank, token in enumerate(tokens):
-            reason = "stop" if token in eos_token_ids else None
-            if len(branch.tokens) + 1 == max_new_tokens:
-                reason = "length"
             path = (*branch.path, rank) if is_fork else branch.path
+            grown = (*branch.tokens, token)
             parents.append(index)
-            branches.append(branch._replace(path=path, tokens=(*branch.tokens, token), finish_reason=reason))
+            branches.append(branch._replace(path=path, tokens=grown, finish_reason=ends.reason(grown)))
     return parents, branches
 
 
@@ -199,10 +343,9 @@ def _commit(leaves: list[_Branch], committed: int, chunk: int, forward: int) -> 
         # A branch that ended in this very chunk is all that there is of its candidate.
         is_finished = len(below[path][0].path) == committed and below[path][0].finish_reason is not None
         value = max(leaf.score for leaf in below[path])
-        candidates.append(Candidate(tokens[start], len(tokens), is_finished, value))
+        candidates.append(Candidate(tokens[start], len(tokens), is_finished, value, list(tokens[start:])))
     chosen = max(range(len(candidates)), key=lambda index: candidates[index].value)
-    token_ids = list(below[paths[chosen]][0].tokens[start:end])
-    return Commit(forward, token_ids, chosen, candidates), paths[chosen]
+    return Commit(forward, candidates[chosen].token_ids, chosen, candidates), paths[chosen]
 
 
 def _is_below(branch: _Branch, path: tuple[int, ...]) -> bool:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from leafkernels.lookahead.transformers import RewardTransformer
-from leafkernels.losses.preference import KINDS, token_reward_loss, token_reward_metrics
+from leafkernels.losses.preference import KINDS, simpo_loss, token_reward_loss, token_reward_metrics
+from leafkernels.vocabulary.surprisal import surprisal_entropy
 
 _SIDES = ("chosen", "rejected")
 
@@ -21,12 +22,27 @@ class TokenRewardConfig(TrainingArguments):
     kind: str = field(default="sequence_bt", metadata={"help": f"The loss: {', '.join(map(repr, KINDS))}."})
     scale: float = field(default=1.0, metadata={"help": "A factor, for the two Bradley-Terry kinds."})
     margin: float = field(default=0.0, metadata={"help": "By how much the better answer should be better, likewise."})
+    reward_weight: float = field(default=1.0, metadata={"help": "Of the loss of the rewards; 0 leaves it out."})
+    simpo_weight: float = field(default=0.0, metadata={"help": "Of SimPO, for a model that is trained along."})
+    sft_weight: float = field(default=0.0, metadata={"help": "Of the chosen answers' cross entropy, likewise."})
+    simpo_kind: str = field(default="sigmoid", metadata={"help": "'sigmoid' or 'hinge'."})
+    simpo_beta: float = field(default=2.0, metadata={"help": "A factor."})
+    simpo_margin: float = field(default=0.5, metadata={"help": "The paper's gamma / beta."})
+    simpo_label_smoothing: float = field(default=0.0, metadata={"help": "Share of pairs taken to be the wrong way."})
+    train_model: bool = field(
+        default=False,
+        metadata={"help": "Train the model along: those of its parameters that require a gradient, as PEFT sets them."},
+    )
     max_length: int | None = field(default=None, metadata={"help": "Tokens of prompt and answer; the end is cut off."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the texts."})
 
 
 class TokenRewardTrainer(Trainer):
     """Teaches the channel of a ``RewardTransformer`` which of two answers is better; the model itself is frozen.
+
+    With ``train_model=True`` the model learns along (LoRA or whole), by the paper's total loss: reward_weight x loss of
+    the rewards + simpo_weight x SimPO + sft_weight x mean cross entropy of the chosen answers' tokens. A checkpoint
+    then holds adapter or model beside the channel.
 
     The dataset has TRL's columns ``prompt``, ``chosen`` and ``rejected``: texts, or lists of messages for the chat
     template of the tokenizer. Answers end with the tokenizer's end token. Logging, saving, resuming, accelerate,
@@ -51,9 +67,12 @@ class TokenRewardTrainer(Trainer):
         if processing_class is None or processing_class.pad_token_id is None:
             raise ValueError("processing_class must be a tokenizer with a padding token")
         model = model if isinstance(model, RewardTransformer) else RewardTransformer(model)
-        model.model.requires_grad_(False)
+        _check_weights(args, model.model)
+        if not args.train_model:
+            model.model.requires_grad_(False)
         one = torch.zeros(1, 1)
         token_reward_loss(one, one, one + 1, one + 1, kind=args.kind, scale=args.scale, margin=args.margin)
+        simpo_loss(one, one, one + 1, one + 1, **_simpo_options(args))
         self._tokenizer: Any = processing_class
         kwargs.setdefault("data_collator", self._collate)
         super().__init__(model, args, processing_class=processing_class, **kwargs)
@@ -99,13 +118,24 @@ class TokenRewardTrainer(Trainer):
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a batch of ``_collate``'s."""
-        rewards = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).rewards
-        pairs = *rewards.chunk(2), *inputs["answer_mask"].chunk(2)
-        args = self.args
-        loss = token_reward_loss(*pairs, kind=args.kind, scale=args.scale, margin=args.margin)
+        ids, mask, args = inputs["input_ids"], inputs["answer_mask"], self.args
+        output = model(input_ids=ids, attention_mask=inputs["attention_mask"])
+        pairs = *output.rewards.chunk(2), *mask.chunk(2)
+        terms = {}
+        if args.reward_weight:
+            terms["reward_loss"] = token_reward_loss(*pairs, kind=args.kind, scale=args.scale, margin=args.margin)
+        if args.simpo_weight or args.sft_weight:
+            # A prompt has a token at least, so that the first one of an answer has a log-probability.
+            logprobs = surprisal_entropy(output.logits[:, :-1], ids[:, 1:], response_mask=mask[:, 1:]).logprobs
+            (chosen, rejected), masks = logprobs.chunk(2), mask[:, 1:].chunk(2)
+            if args.simpo_weight:
+                terms["simpo_loss"] = simpo_loss(chosen, rejected, *masks, **_simpo_options(args))
+            if args.sft_weight:
+                terms["sft_loss"] = -chosen.sum() / masks[0].sum()
+        loss = sum(getattr(args, name.replace("loss", "weight")) * term for name, term in terms.items())
         if model.training and self.state.global_step % max(int(args.logging_steps), 1) == 0:
-            self._noted = token_reward_metrics(*pairs)
-        return (loss, {"rewards": rewards}) if return_outputs else loss
+            self._noted = token_reward_metrics(*pairs) | {name: term.detach() for name, term in terms.items()}
+        return (loss, {"rewards": output.rewards}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Also what the last batch that was looked at says of the rewards."""
@@ -125,6 +155,8 @@ class TokenRewardTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        if self.args.train_model:
+            self.accelerator.unwrap_model(self.model).model.save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -132,3 +164,31 @@ class TokenRewardTrainer(Trainer):
         wrapped = self.accelerator.unwrap_model(model)
         read = RewardTransformer.read_channel(resume_from_checkpoint, wrapped.model)
         wrapped.channel.load_state_dict(read.state_dict())
+        if not self.args.train_model:
+            return
+        if hasattr(wrapped.model, "peft_config"):
+            from peft import load_peft_weights, set_peft_model_state_dict
+
+            set_peft_model_state_dict(wrapped.model, load_peft_weights(resume_from_checkpoint))
+        else:
+            wrapped.model.load_state_dict(type(wrapped.model).from_pretrained(resume_from_checkpoint).state_dict())
+
+
+def _simpo_options(args: TokenRewardConfig) -> dict[str, Any]:
+    return {name: getattr(args, f"simpo_{name}") for name in ("kind", "beta", "margin", "label_smoothing")}
+
+
+def _check_weights(args: TokenRewardConfig, model: nn.Module) -> None:
+    weights = {name: getattr(args, name) for name in ("reward_weight", "simpo_weight", "sft_weight")}
+    for name, weight in weights.items():
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"{name} must be finite and at least 0, got {weight}")
+    if not any(weights.values()):
+        raise ValueError(f"one of {', '.join(weights)} must be positive, got 0 for all")
+    if args.train_model and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("train_model=True needs a model of which some parameter requires a gradient, got none")
+    if not args.train_model and (args.simpo_weight or args.sft_weight):
+        raise ValueError(
+            f"simpo_weight and sft_weight must be 0 where the model is frozen (train_model=False), got "
+            f"{args.simpo_weight} and {args.sft_weight}"
+        )

@@ -1,7 +1,7 @@
 """A transformers model that scores its own tokens, and decodes with a look at what follows."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leafkernels.lookahead.reward_channel import LayerWeights, RewardChannel
-from leafkernels.lookahead.search import Search, search
+from leafkernels.lookahead.search import Search, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
 
 _CHANNEL, _SETTINGS = "reward_channel.safetensors", "reward_channel.json"
@@ -91,54 +91,151 @@ class RewardTransformer(nn.Module):
         if self._run is not None:
             self._run.finish(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         *,
         width: int = 2,
         chunk: int = 10,
         depth: int = 2,
         max_new_tokens: int = 256,
         eos_token_ids: Iterable[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        tokenizer: Any = None,
         streamer: Any = None,
+        with_end: bool = False,
+        min_p: float = 0.0,
         packed: bool = True,
         max_branches: int = 256,
     ) -> Search:
-        """Look ahead from one prompt, (P,) or (1, P) without padding, as ``search`` does; ``width=1`` is greedy.
+        """Look ahead from one prompt as ``search`` does; ``width=1`` is greedy.
 
         Args:
-            input_ids: of the prompt.
-            width, chunk, depth, max_new_tokens, max_branches: as in ``search``; the paper's are 2, 10, 2.
+            input_ids: (P,) or (1, P), of the prompt.
+            attention_mask: of the same shape, 0 at padding.
+            width, chunk, depth, max_new_tokens, with_end, min_p, max_branches: as in ``search``; the paper's first
+                three are 2, 10, 2.
             eos_token_ids: None: those of the model's generation config.
+            stop_strings: a branch whose text has come to hold one of them ends by "stop". They stay in the answer.
+            tokenizer: which decodes the text for them.
             streamer: one of transformers, which is given each chunk when it is committed (``TextStreamer`` prints it).
             packed: as in ``TransformersStepper``.
         """
-        prompt_ids = input_ids[0] if input_ids.dim() == 2 and input_ids.shape[0] == 1 else input_ids
-        if eos_token_ids is None:
-            of_model = self.model.generation_config.eos_token_id
-            eos_token_ids = () if of_model is None else of_model if isinstance(of_model, list) else (of_model,)
+        if input_ids.dim() not in (1, 2) or (input_ids.dim() == 2 and input_ids.shape[0] != 1):
+            raise ValueError(
+                f"input_ids must have shape (P,) or (1, P), for several prompts there is generate_all, got shape "
+                f"{tuple(input_ids.shape)}"
+            )
+        (prompt_ids,) = _prompts(torch.atleast_2d(input_ids), attention_mask)
         if streamer is not None:
             streamer.put(prompt_ids.cpu())
+        (found,) = self.generate_all(
+            [prompt_ids],
+            width=width,
+            chunk=chunk,
+            depth=depth,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+            on_commit=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
+            with_end=with_end,
+            min_p=min_p,
+            packed=packed,
+            max_branches=max_branches,
+        )
+        if streamer is not None:
+            streamer.end()
+        return found
+
+    @torch.no_grad()
+    def generate_all(
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        *,
+        width: int = 2,
+        chunk: int = 10,
+        depth: int = 2,
+        max_new_tokens: int = 256,
+        eos_token_ids: Iterable[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        tokenizer: Any = None,
+        on_commit: Callable[[int, list[int]], None] | None = None,
+        with_end: bool = False,
+        min_p: float = 0.0,
+        packed: bool = True,
+        max_branches: int = 256,
+    ) -> list[Search]:
+        """``generate`` for several prompts in the same forwards, each with its own tree (``search_all``).
+
+        Args:
+            input_ids: (B, P), or B tensors of any length.
+            attention_mask: (B, P), 0 at padding on the left or on the right, where ``input_ids`` is a tensor.
+            on_commit: called with the number of the prompt and each chunk, when it is committed.
+            others: as in ``generate``.
+        """
+        prompts = _prompts(input_ids, attention_mask) if isinstance(input_ids, Tensor) else list(input_ids)
+        if eos_token_ids is None:
+            eos_token_ids = _as_ids(self.model.generation_config.eos_token_id)
         was_training = self.training
         self.eval()
         try:
-            found = search(
+            return search_all(
                 TransformersStepper(self, packed=packed),
-                prompt_ids,
+                prompts,
                 width=width,
                 chunk=chunk,
                 depth=depth,
                 max_new_tokens=max_new_tokens,
                 eos_token_ids=tuple(eos_token_ids),
-                on_commit=None if streamer is None else lambda ids: streamer.put(torch.tensor(ids)),
+                on_commit=on_commit,
+                is_stop=_holds(stop_strings, tokenizer),
+                with_end=with_end,
+                min_p=min_p,
                 max_branches=max_branches,
             )
         finally:
             self.train(was_training)
-        if streamer is not None:
-            streamer.end()
-        return found
+
+    def custom_generate(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        width: int = 2,
+        chunk: int = 10,
+        depth: int = 2,
+        tokenizer: Any = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """For ``model.generate(..., custom_generate=self.custom_generate, width=2, chunk=10, depth=2)``.
+
+        From the generation config come the length, the end tokens, the stop strings and the padding. Nothing is
+        sampled, and logits processors are not asked. transformers hands no streamer over: ``generate`` has one.
+
+        Returns:
+            (B, P + T) prompts and answers, padded on the right.
+        """
+        if model is not self.model:
+            raise ValueError("custom_generate must be called by the model that the channel runs beside")
+        found = self.generate_all(
+            input_ids,
+            inputs.get("attention_mask"),
+            width=width,
+            chunk=chunk,
+            depth=depth,
+            max_new_tokens=generation_config.max_length - input_ids.shape[1],
+            eos_token_ids=_as_ids(generation_config.eos_token_id),
+            stop_strings=generation_config.stop_strings or (),
+            tokenizer=tokenizer,
+        )
+        answers = [torch.tensor(of_one.token_ids, device=input_ids.device) for of_one in found]
+        padding = _as_ids(generation_config.pad_token_id) or (0,)
+        return torch.cat([input_ids, nn.utils.rnn.pad_sequence(answers, True, float(padding[0]))], dim=1)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the channel alone, and which base it belongs to, into a folder."""
@@ -213,6 +310,38 @@ class _Run:
             else:
                 assert self._state is not None
                 self.rewards = self._channel.reward(hidden, self._state)
+
+
+def _as_ids(of_config: Any) -> tuple[int, ...]:
+    """What a generation config says of an id: none, one, or several."""
+    if of_config is None:
+        return ()
+    return tuple(of_config) if isinstance(of_config, list) else (int(of_config),)
+
+
+def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+    """Every row (B, P) without its padding."""
+    if attention_mask is None:
+        return list(input_ids)
+    return [ids[mask] for ids, mask in zip(input_ids, attention_mask.view(input_ids.shape).bool(), strict=True)]
+
+
+def _holds(stop_strings: str | Sequence[str], tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
+    """Whether the text of a branch has come to hold one of the strings with its last token."""
+    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    if not strings:
+        return None
+    if tokenizer is None:
+        raise ValueError("tokenizer must be given with stop_strings, got None")
+    # A token has a byte of text at least, but for a few that show as nothing. Where the tail begins amid a character
+    # or drops a space, that is before the string.
+    most = max(len(string.encode()) for string in strings) + 16
+
+    def holds(token_ids: Sequence[int]) -> bool:
+        text = tokenizer.decode(list(token_ids[-most:]))
+        return any(string in text for string in strings)
+
+    return holds
 
 
 def _find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:

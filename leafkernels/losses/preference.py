@@ -81,6 +81,61 @@ def token_reward_loss(
     return -0.5 * (_log_mean_sigmoid(chosen, chosen_mask) + _log_mean_sigmoid(-rejected, rejected_mask)).mean()
 
 
+def simpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    *,
+    kind: str = "sigmoid",
+    beta: float = 2.0,
+    margin: float = 0.5,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """SimPO (arXiv 2405.14734): teach the model itself which of two answers is better, without a reference model.
+
+    With x the mean log-probability of the chosen answer's tokens less that of the rejected one's, less the margin,
+    averaged over the pairs:
+
+        sigmoid    (1 - label_smoothing) -log sigmoid(beta x) + label_smoothing -log sigmoid(-beta x)
+        hinge      max(0, 1 - beta x)
+
+    Args:
+        chosen_logprobs: (B, T) log-probabilities of the tokens, as ``surprisal_entropy`` gives them; what stands
+            outside of the mask is not read.
+        rejected_logprobs: (B, T').
+        chosen_mask, rejected_mask: of the same shapes, nonzero at the tokens of the answers.
+        kind: one of the above.
+        beta: positive.
+        margin: by how much the better answer's mean should be higher; the paper's gamma / beta.
+        label_smoothing: from 0 to less than 1, for "sigmoid".
+
+    Returns:
+        A scalar, float32 (float64 if a log-probability is), differentiable in both.
+
+    Raises:
+        TypeError, ValueError: as ``token_reward_loss``.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-2.0, -3.0]])
+        >>> leafkernels.simpo_loss(chosen, rejected, torch.ones(1, 2), torch.ones(1, 2))
+        tensor(0.1269)
+    """
+    check_choice("kind", kind, ("sigmoid", "hinge"))
+    check_positive("beta", beta)
+    check_finite("margin", margin)
+    check_finite("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
+    chosen, chosen_mask = _answers("chosen", chosen_logprobs, chosen_mask, "logprobs")
+    rejected, rejected_mask = _answers("rejected", rejected_logprobs, rejected_mask, "logprobs")
+    _check_pairs(chosen, rejected, "logprobs")
+    x = beta * (_mean(chosen, chosen_mask) - _mean(rejected, rejected_mask) - margin)
+    if kind == "hinge":
+        return (1 - x).clamp_min(0).mean()
+    return ((1 - label_smoothing) * softplus(-x) + label_smoothing * softplus(x)).mean()
+
+
 @torch.no_grad()
 def token_reward_metrics(
     chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_mask: Tensor, rejected_mask: Tensor
@@ -133,12 +188,12 @@ def token_reward_metrics(
     return {name: values.mean() for name, values in found.items()}
 
 
-def _answers(name: str, rewards: Any, mask: Any) -> tuple[Tensor, Tensor]:
-    check_real(f"{name}_rewards", rewards)
+def _answers(name: str, rewards: Any, mask: Any, what: str = "rewards") -> tuple[Tensor, Tensor]:
+    check_real(f"{name}_{what}", rewards)
     if rewards.dim() != 2:
-        raise ValueError(f"{name}_rewards must have shape (pairs, tokens), got shape {tuple(rewards.shape)}")
+        raise ValueError(f"{name}_{what} must have shape (pairs, tokens), got shape {tuple(rewards.shape)}")
     check_tensor(f"{name}_mask", mask)
-    is_token = cast(Tensor, check_mask(mask, f"{name}_rewards", rewards.shape, rewards.device, f"{name}_mask"))
+    is_token = cast(Tensor, check_mask(mask, f"{name}_{what}", rewards.shape, rewards.device, f"{name}_mask"))
     if values_readable(is_token):
         empty = (~is_token.any(1)).nonzero()[:, 0].tolist()
         if empty:
@@ -147,14 +202,14 @@ def _answers(name: str, rewards: Any, mask: Any) -> tuple[Tensor, Tensor]:
     return torch.where(is_token, rewards, 0.0), is_token
 
 
-def _check_pairs(chosen: Tensor, rejected: Tensor) -> None:
+def _check_pairs(chosen: Tensor, rejected: Tensor, what: str = "rewards") -> None:
     if chosen.shape[0] != rejected.shape[0] or chosen.shape[0] == 0:
         raise ValueError(
-            f"rejected_rewards must have the rows of chosen_rewards, {chosen.shape[0]}, and at least one, got "
+            f"rejected_{what} must have the rows of chosen_{what}, {chosen.shape[0]}, and at least one, got "
             f"{rejected.shape[0]}"
         )
     if chosen.device != rejected.device:
-        raise ValueError(f"rejected_rewards must be on {chosen.device}, got {rejected.device}")
+        raise ValueError(f"rejected_{what} must be on {chosen.device}, got {rejected.device}")
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""``python -m leafkernels.lookahead``: what it streams and shows, and what it says when something is wrong."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import run_python
+from tiny_decoders import build_model, build_tokenizer
+
+from leafkernels.lookahead import RewardChannel, RewardTransformer
+from leafkernels.lookahead.__main__ import main
+
+pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """--model and --channel, of a tiny model that begins at random."""
+    base = build_model("llama")
+    base.generation_config.eos_token_id = base.config.eos_token_id = None  # so that chunks are committed
+    base.save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    base.config.name_or_path = str(tmp_path / "base")
+    torch.manual_seed(1)
+    RewardTransformer(base, RewardChannel(3, 16, width=4)).save_pretrained(tmp_path / "channel")
+    return ["--model", str(tmp_path / "base"), "--channel", str(tmp_path / "channel")]
+
+
+OPTIONS = ["--chunk", "2", "--depth", "1", "--max-new-tokens", "9"]
+
+
+def answer(folders: list[str], width: int) -> str:
+    model = RewardTransformer.from_pretrained(folders[3], folders[1])
+    ids = torch.tensor(build_tokenizer()("abc")["input_ids"])
+    found = model.generate(ids, width=width, chunk=2, depth=1, max_new_tokens=9)
+    return str(build_tokenizer().decode(found.token_ids, skip_special_tokens=True))
+
+
+def test_streams_the_answer(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*folders, *OPTIONS, "abc"]) == 0
+    assert capsys.readouterr().out.strip() == answer(folders, 2).strip()
+    # The channel names its base; greedy by a width of one.
+    assert main([*folders[2:], *OPTIONS, "--width", "1", "abc"]) == 0
+    assert capsys.readouterr().out.strip() == answer(folders, 1).strip()
+
+
+def test_reads_the_prompt_from_standard_input(
+    folders: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    assert main([*folders, *OPTIONS, "-"]) == 0
+    assert capsys.readouterr().out.strip() == answer(folders, 2).strip()
+
+
+def test_explains_and_compares(
+    folders: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main([*folders, *OPTIONS, "--explain", "--compare", "abc"]) == 0
+    out = capsys.readouterr().out
+    model, ids = RewardTransformer.from_pretrained(folders[3], folders[1]), torch.tensor([3, 4, 5])
+    found, greedy = (model.generate(ids, width=width, chunk=2, depth=1, max_new_tokens=9) for width in (2, 1))
+    assert len(found.commits) > 1
+    for commit in found.commits:
+        for candidate in commit.candidates:
+            assert f"{candidate.value:.3f}" in out
+    assert out.count("*") == len(found.commits) + (sum(len(c.token_ids) for c in found.commits) < len(found.token_ids))
+    assert f"{found.score:.3f}" in out and f"{greedy.score:.3f}" in out
+    assert f"{found.num_forwards}, {found.num_tokens}" in out and f"{greedy.num_forwards}, {greedy.num_tokens}" in out
+
+
+def test_stops_at_a_text(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    letter = answer(folders, 1).strip()[-1]
+    assert main([*folders, *OPTIONS, "--width", "1", "--stop", letter, "abc"]) == 0
+    out = capsys.readouterr().out.strip()
+    assert out.endswith(letter) and out.count(letter) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (["--width", "20", "--depth", "2"], "must keep width ** (depth + 1) at 256 branches"),
+        (["--chunk", "0"], "chunk must be"),
+        (["--channel", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_says_what_is_wrong(
+    folders: list[str], change: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*folders, *OPTIONS, *change, "abc"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_as_a_command(folders: list[str]) -> None:
+    run = run_python("-m", "leafkernels.lookahead", *folders, *OPTIONS, "abc")
+    assert run.stdout.strip() == answer(folders, 2).strip()
