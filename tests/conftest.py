@@ -41,6 +41,7 @@ SLOW_FILES = (
     "test_readme",
     "test_speech",
     "test_trl",
+    "test_trl_audio",
     "test_trl_distillation",
     "test_unequal_prompts",
     "test_wheel",
