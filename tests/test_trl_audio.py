@@ -1,7 +1,11 @@
 """AudioGRPOTrainer in TRL itself, on small models of random weights that hear tones."""
 
 import math
+import os
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,7 +99,7 @@ def test_log_probabilities_are_those_of_the_model_alone(name: str, tmp_path: Pat
         if weight.requires_grad:
             torch.nn.init.normal_(weight, std=0.2)
     before = {part: weight.clone() for part, weight in run.model.named_parameters()}
-    checked = []
+    checked, differs = [], []
     compute = run._compute_loss
 
     def check(model: Any, inputs: Any) -> torch.Tensor:
@@ -112,13 +116,17 @@ def test_log_probabilities_are_those_of_the_model_alone(name: str, tmp_path: Pat
                     expected = alone(run, prompt + completion, features, adapted)[-length:]
                     # Float32 sums in another order, padded on the left.
                     torch.testing.assert_close(batch[column][i, :length], expected, rtol=1e-4, atol=1e-4)
+                # What it hears matters, or nothing above would be tested.
+                features["input_features"] = features["input_features"] * -2
+                other = alone(run, prompt + completion, features, False)[-length:]
+                differs.append((other - expected).abs().max() > 1e-3)
             checked.append(1)
         return loss
 
     run._compute_loss = check
     run.train()
     batch = run.batches[0]
-    assert len(run.batches) == 1 and checked
+    assert len(run.batches) == 1 and checked and any(differs)
     assert batch["prompt_mask"].eq(0).any(), "the case wants left padding"
     assert not torch.allclose(batch["old_per_token_logps"], batch["ref_per_token_logps"], atol=1e-3)
     # The policy's own forward, of shuffled rows, gives what was noted when they were sampled.
@@ -371,3 +379,85 @@ def test_a_checkpoint_is_loaded_by_name(tmp_path: Path) -> None:
     run.train()
     assert (tmp_path / "run" / "checkpoint-1" / "processor_config.json").exists()
     assert len(run.state.log_history) == 3
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
+    """Accumulated gradients, several updates a batch, dropout: the same losses to the last digit."""
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_iterations": 2}
+    changes |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "beta": 0.1}
+
+    def losses(folder: Path, resume: str | None) -> list[list[float]]:
+        run = trainer(LeafAudioGRPOTrainer, settings(folder, LeafGRPOConfig, **changes))
+        run.train(resume_from_checkpoint=resume)
+        return [[line[name] for name in ("loss", "grad_norm", "kl")] for line in run.state.log_history[:-1]]
+
+    whole = losses(tmp_path / "whole", None)
+    assert len(whole) == 4 and len({tuple(line) for line in whole}) == 4
+    assert losses(tmp_path / "part", str(tmp_path / "whole" / "checkpoint-2")) == whole
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Twelve rows in groups of four, on one rank and on two, the middle group on both; clips of unequal length."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).resolve().parents[1]
+    ranks = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(root),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(root / "tests" / "tiny_audio.py"), str(rank), str(tmp_path / f"{rank}.pt")]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
+    whole = tiny_audio.one_step(str(tmp_path / "run"), 12)
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for name in ("completion_ids", "advantages", "encoded"):
+        joined = [row for half in halves for row in half[name]]
+        assert len(joined) == len(whole[name]) == 12
+        assert all(torch.equal(a, b) for a, b in zip(joined, whole[name], strict=True)), name
+    assert whole["advantages"].any()
+    joined = torch.cat([half["old_per_token_logps"] for half in halves])
+    # Float32 matrix products of six rows or of twelve.
+    torch.testing.assert_close(joined, whole["old_per_token_logps"], rtol=1e-5, atol=1e-5)
+    for mine, theirs, one in zip(*(half["weights"] for half in halves), whole["weights"], strict=True):
+        assert torch.equal(mine, theirs)
+        # Two steps of AdamW of 1e-3 each, whose sign a rounding turns only where a gradient is next to nothing.
+        assert (mine - one).abs().mean() < 1e-5
+    assert halves[0]["log"] == halves[1]["log"] or len(halves[0]["log"]) == 2
+    for line, expected in zip(halves[0]["log"], whole["log"], strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_adapter_of_a_checkpoint_is_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Granite-Speech's own LoRA: the model says what it said, and what is trained comes on top."""
+    model, processor = tiny_audio.granite_speech()
+    model.add_adapter(lora(target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.config.has_lora_adapter = True
+    model.eval()
+    ids = torch.tensor([[4, 5, 6, 7]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        model.disable_adapters()
+        assert not torch.allclose(model(input_ids=ids).logits, before, atol=1e-2)
+        model.enable_adapters()
+    run = trainer(AudioGRPOTrainer, settings(tmp_path, max_steps=1, beta=0.1), (model, processor))
+    with torch.no_grad():
+        torch.testing.assert_close(run.model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+    assert "The LoRA adapter of the checkpoint is merged into the weights" in caplog.text
+    assert not model.config.has_lora_adapter
+    run.train()
+    assert run.state.log_history[0]["grad_norm"] > 0

@@ -102,6 +102,11 @@ class AudioGRPOTrainer(GRPOTrainer):
         self._rate, self._audio_token = _audio_of(processing_class)
         _encoder(base)
         _merge_own_adapter(base)
+        if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
+            _logger.warning("%s cannot recompute its activations: gradient_checkpointing is off.", type(base).__name__)
+            for option in ("gradient_checkpointing", "activation_checkpointing"):
+                if hasattr(args, option):
+                    setattr(args, option, False)
         if args.ddp_find_unused_parameters is None and not (args.gradient_checkpointing_kwargs or {}).get(
             "use_reentrant"
         ):
@@ -195,8 +200,11 @@ class AudioGRPOTrainer(GRPOTrainer):
         )
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
+        processor = self.processing_class
+        template = processor if getattr(processor, "chat_template", None) else self._tokenizer
+
         def render(messages: list[dict[str, Any]]) -> str:
-            return self.processing_class.apply_chat_template(
+            return template.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
             )
 
