@@ -127,6 +127,48 @@ class AudioGRPOTrainer(GRPOTrainer):
         # Whose audio the next forward hears: TRL calls it with tensors only.
         self._rows: Sequence[_Prompt] = ()
 
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Any], *, batch_size: int | None = None, max_tokens: int | None = None) -> list[str]:
+        """The most likely answers (greedy, in eval mode) to rows with ``prompt`` and ``audio``.
+
+        Args:
+            rows: dicts, or a dataset; of a dataset that decodes its recordings, each is decoded.
+            batch_size: rows at a time; ``per_device_eval_batch_size`` where None.
+            max_tokens: of an answer; ``max_completion_length`` where None.
+
+        Each process answers the rows that it is given; models in one piece only (no ZeRO-3, no FSDP).
+        """
+        size = batch_size or self.args.per_device_eval_batch_size
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        answers: list[str] = []
+        try:
+            for start in range(0, len(rows), size):
+                taken = [rows[i] for i in range(start, min(start + size, len(rows)))]
+                prompts = [self._read(row["prompt"], row["audio"]) for row in taken]
+                longest = max(len(prompt.token_ids) for prompt in prompts)
+                gaps = [longest - len(prompt.token_ids) for prompt in prompts]
+                pad = self._tokenizer.pad_token_id
+                token_ids = [[pad] * gap + prompt.token_ids for gap, prompt in zip(gaps, prompts, strict=True)]
+                mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+                device = self.accelerator.device
+                with self._ear(self.model).hearing(prompts):
+                    found = model.generate(
+                        input_ids=torch.tensor(token_ids, device=device),
+                        attention_mask=torch.tensor(mask, device=device),
+                        **_join_features(prompts),
+                        max_new_tokens=max_tokens or self.max_completion_length,
+                        do_sample=False,
+                        pad_token_id=pad,
+                        eos_token_id=self.eos_token_ids,
+                        suppress_tokens=self.generation_kwargs["suppress_tokens"],
+                    )
+                answers += self._tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+        finally:
+            model.train(was_training)
+        return answers
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if "audio" not in self._signature_columns:
