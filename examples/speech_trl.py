@@ -8,8 +8,8 @@
 
 All options of TRL's GRPOConfig, of LeafGRPOConfig and of TRL's ModelConfig are taken, from the command line or a YAML
 file. ``--data`` is fsdd:PATH, espeak, manifest:FILE.jsonl (as in ``speech_leaf.py``) or tsv:FILE. Without
-``--model_name_or_path`` the model is the small Qwen2-Audio of ``speech_leaf.py``, after its supervised start. A run that
-was stopped goes on from its last checkpoint. ``docs/speech.md`` is the whole way.
+``--model_name_or_path`` the model is the small Qwen2-Audio of ``speech_leaf.py``, after its supervised start. A stopped
+run goes on from its last checkpoint. ``docs/speech.md`` is the whole way.
 """
 
 from __future__ import annotations

@@ -216,6 +216,22 @@ def test_a_trained_encoder_gets_gradients(tmp_path: Path) -> None:
     assert any("audio_tower" in part for part in changed) and any("language_model" in part for part in changed)
 
 
+def test_a_frozen_encoder_under_a_trained_model(tmp_path: Path) -> None:
+    """With a reference model of its own: both hear a prompt once, and at first they say the same."""
+    model, processor = tiny_audio.qwen2_audio()
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    model.model.audio_tower.requires_grad_(False)
+    args = settings(tmp_path / "run", beta=0.1, learning_rate=1e-2, max_steps=3)
+    run = trainer(Recorded, args, (model, processor), peft_config=None)
+    assert run.ref_model is not None and [ear.is_frozen for ear in run._ears.values()] == [True, True]
+    run.train()
+    assert {len(row.encoded) for row in run.batches[0]["audio"]} == {2}
+    kl = [line["kl"] for line in run.state.log_history[:-1]]
+    # Float32 sums of the same numbers; exp(x) - x - 1 of a rounding.
+    assert abs(kl[0]) < 1e-6 < kl[2]
+
+
 def test_bfloat16_and_dropout(tmp_path: Path) -> None:
     """A model in bfloat16, a dropping adapter, activation checkpointing as TRL has it."""
     model, processor = tiny_audio.qwen2_audio()

@@ -123,7 +123,7 @@ class AudioGRPOTrainer(GRPOTrainer):
         for listener in (self.model, self.ref_model):
             if listener is not None:
                 base = _base(self.accelerator.unwrap_model(listener))
-                self._ears[id(base)] = _Ear(base)
+                self._ears[id(base)] = _Ear(base, is_trained=listener is self.model)
         # Whose audio the next forward hears: TRL calls it with tensors only.
         self._rows: Sequence[_Prompt] = ()
 
@@ -281,9 +281,9 @@ class LeafAudioGRPOTrainer(LeafGRPOTrainer, AudioGRPOTrainer):
 class _Ear:
     """Hands a model the audio of the rows that its next forwards are about."""
 
-    def __init__(self, base: Any) -> None:
+    def __init__(self, base: Any, *, is_trained: bool) -> None:
         self.base, self.encoder = base, _encoder(base)
-        self.is_frozen = not any(weight.requires_grad for weight in self.encoder.parameters())
+        self.is_frozen = not (is_trained and any(weight.requires_grad for weight in self.encoder.parameters()))
         self._rows: Sequence[_Prompt] = ()
         self._encoded: Tensor | None = None
         base.base_model.register_forward_pre_hook(self._hand, with_kwargs=True)
