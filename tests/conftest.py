@@ -40,7 +40,7 @@ SLOW_FILES = (
     "test_prefix_lengths",
     "test_readme",
     "test_speech",
-    "test_speech_trl",
+    "test_speech_leaf",
     "test_trl",
     "test_trl_audio",
     "test_trl_distillation",
