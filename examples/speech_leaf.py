@@ -10,10 +10,10 @@ All options of TRL's GRPOConfig, of LeafGRPOConfig and of TRL's ModelConfig are 
 file. ``--data`` is fsdd:PATH (the Free Spoken Digit Dataset, github.com/Jakobovski/free-spoken-digit-dataset: ``tar czf
 fsdd.tar.gz -C recordings .`` makes the archive), espeak (synthetic voices), manifest:FILE.jsonl, or tsv:FILE.
 
-Without ``--model_name_or_path`` the model is a Qwen2-Audio of random weights and 0.2 M parameters. It hears a few digits
-and writes them down with their running sums, ``3+5=8 8+9=17`` for 3 5 9; first it learns from a teacher that hears
-well and gets every other sum wrong. Voices of the evaluation are heard in neither part. A stopped run goes on from its
-last checkpoint. ``docs/speech.md`` is the whole way with a corpus and a large model.
+Without ``--model_name_or_path`` the model is a Qwen2-Audio of random weights and 0.2 M parameters. It hears a few
+digits and writes them down with their running sums, ``3+5=8 8+9=17`` for 3 5 9; first it learns from a teacher that
+hears well and gets every other sum wrong. Voices of the evaluation are heard in neither part. A stopped run goes on
+from its last checkpoint. ``docs/speech.md`` is the whole way with a corpus and a large model.
 """
 
 from __future__ import annotations
