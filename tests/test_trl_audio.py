@@ -242,6 +242,27 @@ def test_bfloat16_and_dropout(tmp_path: Path) -> None:
     assert run.batches[0]["audio"][0].encoded.popitem()[1].dtype == torch.bfloat16
 
 
+class OnCPU(GRPOConfig):
+    """TRL's own defaults want a GPU."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, use_cpu=True, bf16=False, max_steps=1, report_to=[])
+
+
+def test_without_args_and_from_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's defaults, and rows that come one after the other, decoded by the trainer."""
+    from leafkernels.integrations import trl_audio
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trl_audio, "GRPOConfig", OnCPU)
+    stream = recordings(4).cast_column("audio", Audio()).to_iterable_dataset()
+    run = trainer(Recorded, None, train_dataset=stream)
+    assert run.args.output_dir.endswith("-GRPO")
+    run.generation_config.max_new_tokens = 4
+    run.train()
+    assert len({id(row) for row in run.batches[0]["audio"]}) == len(run.batches[0]["audio"]) // run.num_generations
+
+
 # The dataset
 
 

@@ -402,7 +402,6 @@ def _load(name: str, args: Any, quantization_config: Any) -> Any:
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     options.setdefault("trust_remote_code", args.trust_remote_code)
-    args.model_init_kwargs = None if args.beta == 0 else args.model_init_kwargs
     return create_model_from_path(name, **options)
 
 
