@@ -61,7 +61,9 @@ setup(
             "soundfile>=0.12",
             "matplotlib>=3.8",
             "sacrebleu>=2.4",
+            "jiwer>=3",
             "scipy>=1.11",
+            "trl>=1.14,<2",
         ],
         "bench": [
             "pytest>=8",

@@ -1,137 +1,187 @@
-"""Teach a speech model by the reward of its answers alone: LoRA, groups of rollouts, and one of four ways of credit.
+"""Train a model that hears by the reward of its answers, in TRL: one process or many, LEAF or GRPO.
 
-    python examples/speech_leaf.py --data fsdd:PATH/fsdd.tar.gz --out runs/leaf              # spoken digits
-    python examples/speech_leaf.py --data fsdd:PATH/fsdd.tar.gz --out runs/grpo --method grpo
-    python examples/speech_leaf.py --data espeak --out runs/espeak                           # synthetic voices
-    python examples/speech_leaf.py --data manifest:corpus.jsonl --model Qwen/Qwen2-Audio-7B-Instruct --out runs/mine
+    python examples/speech_leaf.py --data fsdd:PATH/fsdd.tar.gz --output_dir runs/small --use_cpu --bf16 false
+    accelerate launch examples/speech_leaf.py --config examples/recipes/leaf_qwen2_audio.yaml \\
+        --data tsv:corpus/train.tsv --eval_data tsv:corpus/dev.tsv
+    python examples/speech_leaf.py --config examples/recipes/leaf_qwen2_audio.yaml --data tsv:corpus/train.tsv \\
+        --eval_data tsv:corpus/test.tsv --evaluate runs/leaf_qwen2_audio/checkpoint-500
 
-The model hears a few digits and writes them down with their running sums, ``3+5=8 8+9=17`` for 3 5 9; by default it is
-rewarded if the last number is right. Without ``--model`` it is a Qwen2-Audio of random weights and 0.2 M parameters,
-which first learns from a teacher that hears well and gets every other sum wrong. Voices of the evaluation are heard in
-neither part. That takes about two minutes on one core.
+All options of TRL's GRPOConfig, of LeafGRPOConfig and of TRL's ModelConfig are taken, from the command line or a YAML
+file. ``--data`` is fsdd:PATH (the Free Spoken Digit Dataset, github.com/Jakobovski/free-spoken-digit-dataset: ``tar czf
+fsdd.tar.gz -C recordings .`` makes the archive), espeak (synthetic voices), manifest:FILE.jsonl, or tsv:FILE.
 
-A run that was stopped goes on when it is started again with the same ``--out``, which holds metrics.jsonl, curves.png,
-warm.pt and checkpoint.pt at the end. The Free Spoken Digit Dataset is at
-github.com/Jakobovski/free-spoken-digit-dataset; ``tar czf fsdd.tar.gz -C recordings .`` makes the archive.
+Without ``--model_name_or_path`` the model is a Qwen2-Audio of random weights and 0.2 M parameters. It hears a few
+digits and writes them down with their running sums, ``3+5=8 8+9=17`` for 3 5 9; first it learns from a teacher that
+hears well and gets every other sum wrong. Voices of the evaluation are heard in neither part. A stopped run goes on
+from its last checkpoint. ``docs/speech.md`` is the whole way with a corpus and a large model.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from speech.credit import METHODS
-from speech.data import make_source
-from speech.model import Speaker
-from speech.plot import draw_curves
-from speech.sums import REWARDS
-from speech.training import PolicyRun, Settings, save, warm_start
+from rich.progress import Progress
+from speech.data import Source, make_source
+from speech.evaluation import measure, table_of
+from speech.model import LORA_TARGETS, Speaker
+from speech.rows import drawn, read_table
+from speech.sums import REWARDS as SUMS
+from speech.sums import scores
+from speech.training import Settings, save, warm_start
+from transformers import AutoProcessor
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config
+from trl.trainer.utils import create_model_from_path
+
+from leafkernels.integrations.speech_rewards import REWARDS
+from leafkernels.integrations.trl import LeafGRPOConfig
+from leafkernels.integrations.trl_audio import AudioGRPOTrainer, LeafAudioGRPOTrainer
+
+# GRPO as TRL has it; all others are credit for tokens.
+METHODS = {"grpo": AudioGRPOTrainer, **dict.fromkeys(("leaf", "dr_grpo", "tempo", "tree_td"), LeafAudioGRPOTrainer)}
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = Settings()
-    parser.add_argument("--data", required=True, help="fsdd:PATH, espeak or manifest:FILE.jsonl")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run goes on")
-    parser.add_argument("--model", help="name or path of a Qwen2-Audio checkpoint (default: a small one, built here)")
-    parser.add_argument("--device", default="cpu", help="where the model is (default: cpu)")
-    parser.add_argument("--held-out", default="", help="voices of the evaluation, with commas between them")
-    parser.add_argument("--digits", type=int, default=3, help="spoken digits in an utterance (default: 3)")
-    parser.add_argument("--reward", choices=REWARDS, default="final", help="for spoken digits (default: final)")
-    parser.add_argument("--method", choices=METHODS, default=defaults.method, help="way of credit (default: leaf)")
-    parser.add_argument("--no-rescale", action="store_true", help="leave advantages as large as the method makes them")
-    parser.add_argument("--max-tokens", type=int, help="of an answer (default: the longest reference, and two)")
-    numbers = {
-        "num_boundaries": "boundaries of a prompt, for leaf",
-        "seed": "seed of weights, utterances and samples",
-        "steps": "policy steps",
-        "prompts": "prompts of a step",
-        "rollouts": "rollouts of a prompt",
-        "updates": "optimiser steps on one batch of rollouts",
-        "learning_rate": "of the adapter",
-        "temperature": "of sampling",
-        "rank": "of the adapter",
-        "pool": "training utterances",
-        "evaluated": "utterances of the evaluation",
-        "eval_every": "policy steps from one evaluation and checkpoint to the next",
-        "warm_steps": "supervised steps before, for the small model",
-        "warm_pool": "utterances of the supervised steps",
-    }
-    for name, meaning in numbers.items():
-        value = getattr(defaults, name)
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=type(value), default=value, help=f"{meaning} (default: {value})")
-    args = parser.parse_args()
-    for name in (
-        "prompts",
-        "updates",
-        "rank",
-        "pool",
-        "evaluated",
-        "eval_every",
-        "warm_pool",
-        "learning_rate",
-        "temperature",
-    ):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
-    if args.rollouts < 2:
-        parser.error(f"--rollouts must be at least 2, got {args.rollouts}: credit compares rollouts of one prompt")
-    return args
+@dataclass
+class SpeechArguments:
+    """Data, reward and method."""
+
+    data: str = field(metadata={"help": "fsdd:PATH, espeak, manifest:FILE.jsonl or tsv:FILE"})
+    eval_data: str = field(default="", metadata={"help": "tsv:FILE of evaluation; other data hold voices out"})
+    method: str = field(default="leaf", metadata={"help": f"credit: {', '.join(METHODS)}"})
+    reward: str = field(default="", metadata={"help": f"of {', '.join(REWARDS)}; of spoken digits {', '.join(SUMS)}"})
+    instruction: str = field(default="Transcribe the audio.", metadata={"help": "what is asked about a table's audio"})
+    audio_column: str = field(default="path", metadata={"help": "of a table"})
+    reference_column: str = field(default="translation", metadata={"help": "of a table"})
+    held_out: str = field(default="", metadata={"help": "voices of the evaluation, with commas between them"})
+    digits: int = field(default=3, metadata={"help": "spoken digits in an utterance"})
+    utterances: int = field(default=1000, metadata={"help": "drawn for training, where data are drawn"})
+    evaluated: int = field(default=200, metadata={"help": "utterances of the evaluation"})
+    warm_steps: int = field(default=1200, metadata={"help": "supervised steps of the small model"})
+    evaluate: str = field(default="", metadata={"help": "train nothing, evaluate this checkpoint ('base': the model)"})
 
 
-def main() -> None:
-    args = parse_args()
-    console = Console()
-    transformers.logging.set_verbosity_error()
+def sums_reward(name: str) -> Any:
+    def reward(completions: list[Any], reference: list[str], **_: Any) -> list[float]:
+        texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
+        return [scores(right, text)[name] for text, right in zip(texts, reference, strict=True)]
+
+    reward.__name__ = name
+    return reward
+
+
+def load(model_args: ModelConfig) -> tuple[Any, Any]:
+    name = model_args.model_name_or_path
+    model = create_model_from_path(name, revision=model_args.model_revision, dtype=model_args.dtype)
+    return model, AutoProcessor.from_pretrained(name, revision=model_args.model_revision, padding_side="left")
+
+
+def load_small(source: Source, warm_steps: int, seed: int, out: Path) -> tuple[Any, Any]:
+    """The small model after its supervised start, which the first process makes."""
+    torch.manual_seed(seed)
+    speaker = Speaker.load(None, source.alphabet, source.seconds)
+    warm = out / "warm.pt"
+    with PartialState().main_process_first():
+        if not warm.exists() and warm_steps:
+            settings = Settings(seed=seed, warm_steps=warm_steps, warm_pool=min(4000, 8 * warm_steps))
+            with Progress(disable=not PartialState().is_main_process) as bar:
+                task = bar.add_task("supervised", total=warm_steps)
+                warm_start(source, speaker, settings, lambda step, _: bar.update(task, completed=step))
+            out.mkdir(parents=True, exist_ok=True)
+            save(speaker.model.state_dict(), warm)
+    if warm_steps:
+        speaker.model.load_state_dict(torch.load(warm, weights_only=True))
+    return speaker.model, speaker.processor
+
+
+def read_data(args: SpeechArguments, seed: int, small: bool) -> tuple[Any, Any, Any, Source | None]:
+    """Rows to train on, rows to evaluate on, the reward, and the source of what is drawn."""
+    kind, _, path = args.data.partition(":")
+    if kind == "tsv":
+        columns = (args.audio_column, args.reference_column, args.instruction)
+        train = read_table(Path(path), *columns)
+        of_evaluation = args.eval_data.partition(":")[2]
+        evaluation = read_table(Path(of_evaluation), *columns) if of_evaluation else None
+        return train, evaluation, named_reward(args.reward or "sentence_bleu"), None
     held_out = [voice for voice in args.held_out.split(",") if voice]
+    spoken = args.reward if args.reward in SUMS else "final"
+    source = make_source(args.data, held_out, args.digits, spoken, ask=not small)
+    train = drawn(source, f"{seed} training", args.utterances, small, held_out=False)
+    evaluation = drawn(source, f"{seed} held out", args.evaluated, small, held_out=True)
+    if args.reward in REWARDS or kind == "manifest":
+        return train, evaluation, named_reward(args.reward or "sentence_bleu"), source
+    return train, evaluation, sums_reward(args.reward or "final"), source
+
+
+def named_reward(name: str) -> Any:
+    if name not in REWARDS:
+        raise ValueError(f"reward must be one of {', '.join(REWARDS)}, got {name!r}")
+    return REWARDS[name]
+
+
+def evaluate(trainer: Any, rows: Any, name: str, out: Path, console: Console) -> dict[str, tuple[float, ...]]:
+    """Answer the rows, and print and keep what the answers are worth."""
+    answers: list[str] = []
+    size = trainer.args.per_device_eval_batch_size
+    with Progress(console=console) as bar:
+        for start in bar.track(range(0, len(rows), size), description=name):
+            answers += trainer.answer([rows[i] for i in range(start, min(start + size, len(rows)))])
+    references = list(rows["reference"])
+    found = measure(answers, references)
+    console.print(table_of(answers, references))
+    for metric, (value, low, high) in found.items():
+        console.print(f"{name}, {metric}: {value:.2f} ({low:.2f} to {high:.2f})")
+    pairs = [{"answer": a, "reference": r} for a, r in zip(answers, references, strict=True)]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps({**found, "answers": pairs}, ensure_ascii=False), encoding="utf-8")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    parser = TrlParser((SpeechArguments, LeafGRPOConfig, ModelConfig), description=__doc__)
+    args, config, model_args = parser.parse_args_and_config(sys.argv[1:] if arguments is None else arguments)
+    if args.method not in METHODS:
+        raise SystemExit(f"--method must be one of {', '.join(METHODS)}, got {args.method!r}")
+    if args.method != "grpo":
+        config.estimator = args.method
+    out = Path(config.output_dir)
+    small = model_args.model_name_or_path is None
     try:
-        source = make_source(args.data, held_out, args.digits, args.reward, ask=args.model is not None)
+        train, evaluation, reward, source = read_data(args, config.seed, small)
+        if small and source is None:
+            raise ValueError("the small model knows the letters of drawn data only: tsv needs --model_name_or_path")
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from None
-    chosen = {name: getattr(args, name) for name in vars(args) if name in Settings.__dataclass_fields__}
-    limit = args.max_tokens or source.answer_length + 2
-    task = f"{args.data} without {args.held_out!r}, {args.digits} digits, {args.reward}, {args.model}"
-    settings = Settings(task=task, limit=limit, rescale=not args.no_rescale, **chosen)
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(settings.seed)
-    speaker = Speaker.load(args.model, source.alphabet, source.seconds)
-    speaker.model.to(args.device)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    model, processor = load_small(source, args.warm_steps, config.seed, out) if small else load(model_args)
+    adapter = get_peft_config(model_args)
+    if small and adapter is None:
+        adapter = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=LORA_TARGETS)
+    if args.evaluate and args.evaluate != "base":
+        model, adapter = PeftModel.from_pretrained(model, args.evaluate), None
+    trainer = METHODS[args.method](
+        model, reward, config, train, evaluation, processing_class=processor, peft_config=adapter
     )
-    with Progress(*columns, console=console) as bar:
-        warm = args.out / "warm.pt"
-        if args.model is None and settings.warm_steps:
-            if warm.exists():
-                speaker.model.load_state_dict(torch.load(warm, weights_only=True))
-            else:
-                task = bar.add_task("supervised", total=settings.warm_steps, note="")
-                warm_start(source, speaker, settings, lambda step, note: bar.update(task, completed=step, note=note))
-                save(speaker.model.state_dict(), warm)
-        try:
-            run = PolicyRun(source, speaker, settings, args.out)
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
-        policy = bar.add_task("policy", total=settings.steps, completed=run.step, note="")
-        run.run(lambda step, note: bar.update(policy, completed=step, note=note))
-
-    evaluated = [line["held_out"] for line in run.history if "held_out" in line]
-    for name in evaluated[0]:
-        console.print(
-            f"unheard voices, greedy, {name}: before {evaluated[0][name]:.3f}, after {evaluated[-1][name]:.3f}"
-        )
-    draw_curves(run.history, f"{settings.method}, seed {settings.seed}", args.out / "curves.png")
+    console = Console()
+    if args.evaluate:
+        rows = train if evaluation is None else evaluation
+        return evaluate(trainer, rows, f"evaluation of {Path(args.evaluate).name}", out, console)
+    is_first = trainer.accelerator.is_main_process
+    if is_first and evaluation is not None:
+        evaluate(trainer, evaluation, "before", out, console)
+    trainer.accelerator.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(config.output_dir) if out.is_dir() else None)
+    trainer.save_model()
+    if is_first and evaluation is not None:
+        evaluate(trainer, evaluation, "after", out, console)
+    trainer.accelerator.wait_for_everyone()
+    return trainer
 
 
 if __name__ == "__main__":

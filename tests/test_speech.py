@@ -27,11 +27,11 @@ try:
     import analyse
     import paired
     import soundfile
-    import speech_leaf
     import tabular
     from speech import data, sums
     from speech.credit import METHODS, Batch, advantages, reach
     from speech.model import AUDIO_BEGIN, Answers, Speaker, add_adapter, build_small
+    from speech.training import PolicyRun, Settings, warm_start
 except ModuleNotFoundError as error:
     pytest.skip(f"needs {error.name}", allow_module_level=True)
 finally:
@@ -69,26 +69,15 @@ def speaker(source: data.SpokenSums) -> Speaker:
     return Speaker(*build_small(source.alphabet, source.seconds, hidden=32), small=True)
 
 
-def run_example(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[dict]:
-    """Run the script in this process, which has transformers already, and return the metrics."""
-    small = [
-        "--warm-steps",
-        "2",
-        "--warm-pool",
-        "12",
-        "--pool",
-        "12",
-        "--evaluated",
-        "8",
-        "--eval-every",
-        "2",
-        "--prompts",
-        "2",
-        "--rollouts",
-        "3",
-    ]
-    monkeypatch.setattr(sys, "argv", ["speech_leaf.py", "--out", str(out), *small, *arguments])
-    speech_leaf.main()
+def run_loop(out: Path, source: data.Source, **changes) -> list[dict]:
+    """The loop of the study on a few utterances; returns the metrics."""
+    few = {"warm_steps": 2, "warm_pool": 12, "pool": 12, "evaluated": 8, "eval_every": 2, "prompts": 2, "rollouts": 3}
+    settings = Settings(**{"limit": source.answer_length + 2, **few, **changes})
+    torch.manual_seed(settings.seed)
+    speaker = Speaker.load(None, source.alphabet, source.seconds)
+    warm_start(source, speaker, settings, lambda step, note: None)
+    out.mkdir(parents=True, exist_ok=True)
+    PolicyRun(source, speaker, settings, out).run(lambda step, note: None)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -265,31 +254,30 @@ def test_reach_of_a_tree_worked_by_hand() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_example_runs_with_every_method(monkeypatch, tmp_path: Path, archive: Path, method: str) -> None:
-    arguments = ["--data", f"fsdd:{archive}", "--held-out", "cat", "--digits", "2", "--method", method, "--steps", "3"]
-    metrics = run_example(monkeypatch, tmp_path, *arguments, "--reward", "prefix", "--updates", "2")
+def test_the_loop_runs_with_every_method(tmp_path: Path, archive: Path, method: str) -> None:
+    source = data.make_source(f"fsdd:{archive}", ["cat"], 2, "prefix", ask=False)
+    metrics = run_loop(tmp_path, source, method=method, steps=3, updates=2)
     assert [line["step"] for line in metrics] == [0, 1, 2, 3]
     assert [line["step"] for line in metrics if "held_out" in line] == [0, 2, 3]
     assert set(metrics[0]["held_out"]) == {"final", "prefix", "fraction", "exact"}
     assert all(0 <= line["span_share"] <= 1 for line in metrics[1:])
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_stopped_run_goes_on_as_if_it_had_not_been(monkeypatch, tmp_path: Path, archive: Path, capsys) -> None:
-    arguments = ["--data", f"fsdd:{archive}", "--held-out", "cat", "--digits", "2", "--reward", "fraction"]
-    whole = run_example(monkeypatch, tmp_path / "whole", *arguments, "--steps", "4")
-    run_example(monkeypatch, tmp_path / "parts", *arguments, "--steps", "2")
+def test_stopped_loop_goes_on_as_if_it_had_not_been(tmp_path: Path, archive: Path) -> None:
+    source = data.make_source(f"fsdd:{archive}", ["cat"], 2, "fraction", ask=False)
+    whole = run_loop(tmp_path / "whole", source, steps=4)
+    run_loop(tmp_path / "parts", source, steps=2)
     # A run that was killed has written lines behind its last checkpoint.
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "reward": 0.')
-    parts = run_example(monkeypatch, tmp_path / "parts", *arguments, "--steps", "4")
+    parts = run_loop(tmp_path / "parts", source, steps=4)
     assert parts == whole
     assert whole[1]["reward"] != whole[2]["reward"]
-    with pytest.raises(SystemExit, match="a run with the same settings.*differs in method, seed"):
-        run_example(monkeypatch, tmp_path / "parts", *arguments, "--method", "grpo", "--seed", "1")
-    with pytest.raises(SystemExit, match="differs in task"):
-        run_example(monkeypatch, tmp_path / "parts", *arguments, "--reward", "prefix")
+    with pytest.raises(ValueError, match="a run with the same settings.*differs in method, seed"):
+        run_loop(tmp_path / "parts", source, steps=4, method="grpo", seed=1)
+    with pytest.raises(ValueError, match="differs in task"):
+        run_loop(tmp_path / "parts", source, steps=4, task="prefix")
 
 
 def write_manifest(folder: Path, with_voices: bool) -> Path:
@@ -303,16 +291,14 @@ def write_manifest(folder: Path, with_voices: bool) -> Path:
     return path
 
 
-def test_manifest_is_rewarded_by_bleu(monkeypatch, tmp_path: Path) -> None:
+def test_manifest_is_rewarded_by_bleu(tmp_path: Path) -> None:
     path = write_manifest(tmp_path, with_voices=True)
     source = data.make_source(f"manifest:{path}", ["bob"], 2, "final", ask=False)
     assert {u.voice for u in source.rows[True]} == {"bob"} and {u.voice for u in source.rows[False]} == {"ann", "cat"}
     utterance = source.rows[True][0]
     assert source.scores(utterance, utterance.reference)["bleu"] == pytest.approx(1.0)
     assert 0 < source.scores(utterance, "das ist eine Nummer")["bleu"] < 1
-    metrics = run_example(
-        monkeypatch, tmp_path / "out", "--data", f"manifest:{path}", "--held-out", "bob", "--steps", "1"
-    )
+    metrics = run_loop(tmp_path / "out", source, steps=1)
     assert set(metrics[0]["held_out"]) == {"bleu", "exact"}
     assert len(data.make_source(f"manifest:{write_manifest(tmp_path, False)}", [], 2, "", ask=False).rows[True]) == 2
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     PreTrainedTokenizerFast,
@@ -53,6 +53,7 @@ def build_small(alphabet: str, seconds: int, hidden: int = 64) -> tuple[Any, Qwe
     vocabulary = {token: index for index, token in enumerate([*specials, *sorted(set(alphabet))])}
     characters = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
     characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    characters.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=characters, pad_token=PAD, eos_token=END, additional_special_tokens=specials[2:]
     )

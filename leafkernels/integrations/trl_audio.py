@@ -1,0 +1,588 @@
+"""GRPO on speech in TRL: ``AudioGRPOTrainer``, and ``LeafAudioGRPOTrainer`` with credit for each token.
+
+TRL's ``GRPOTrainer`` takes images and no audio. Here a row of the batch carries a reference to its prompt's features
+through TRL's shuffling and splitting, and every forward (sampling, policy, old, reference) hears them. Which inputs a
+model reads is what its processor returns; no model is named. A prompt is read once, however many rollouts it has, and
+a frozen audio encoder hears it once.
+"""
+
+import base64
+import inspect
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+try:
+    import trl
+    from datasets import Audio
+    from transformers import AutoProcessor
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.utils import create_model_from_path, get_config_model_id
+except ImportError as error:
+    raise ImportError(
+        f"leafkernels.integrations.trl_audio needs TRL 1.14 or newer, which cannot be imported here ({error}); "
+        "pip install 'leafkernels[trl]'"
+    ) from error
+
+from leafkernels.integrations.trl import LeafGRPOTrainer
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """What a model reads of a prompt, batch of one; rollouts of the prompt share it."""
+
+    token_ids: list[int]
+    features: dict[str, Tensor]
+    encoded: dict[int, Tensor] = field(default_factory=dict)  # by the id of the encoder
+
+
+class AudioGRPOTrainer(GRPOTrainer):
+    """``GRPOTrainer`` for models that hear; same arguments, and a mixin for trainers derived from ``GRPOTrainer``.
+
+    The dataset has ``prompt`` and ``audio``; all other columns go to the reward functions, as TRL has it.
+
+    - ``prompt``: messages with a ``{"type": "audio"}`` part for each recording (with none, the recordings go before the
+      first user message), or text with the processor's audio token in it.
+    - ``audio``: a recording, or a list of them: datasets' ``Audio`` (undecoded or decoded), the path or the bytes of a
+      file that soundfile reads, or ``{"array": (samples,), "sampling_rate": int}``. Of several channels the mean is
+      taken; other rates than the feature extractor's are resampled.
+
+    A frozen encoder (no parameter of it wants a gradient) runs in eval mode, once for a prompt of a generation batch,
+    alone, so that what it gives depends on no other clip. One that is trained runs in every forward, over clips padded
+    to the longest. The audio token is never sampled. A LoRA that the checkpoint itself brings (Granite-Speech) is
+    merged into its weights, and a warning says so; the reference of the KL term then has it.
+
+    Raises:
+        RuntimeError: TRL is older than 1.14.
+        ValueError: vLLM, tools, environments or a ``rollout_func``; a dataset without audio; recordings and audio parts
+            that differ in number; a recording that is silent, empty, not finite, longer than the encoder takes, or of a
+            sampling rate that cannot be.
+        TypeError: the model or the processor takes no audio.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *more: Any,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
+        _check_options(args, kwargs)
+        datasets = [
+            _undecoded(dataset, name)
+            for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
+        ]
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        if isinstance(model, str):
+            model = _load(model, args, kwargs.pop("quantization_config", None))
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(
+                name, revision=revision, padding_side="left", trust_remote_code=args.trust_remote_code
+            )
+        base = _base(model)
+        self._rate, self._audio_token = _audio_of(processing_class)
+        _encoder(base)
+        _merge_own_adapter(base)
+        if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
+            _logger.warning("%s cannot recompute its activations: gradient_checkpointing is off.", type(base).__name__)
+            for option in ("gradient_checkpointing", "activation_checkpointing"):
+                if hasattr(args, option):
+                    setattr(args, option, False)
+        if args.ddp_find_unused_parameters is None and not (args.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ):
+            # What is not heard with has no gradient: the vision tower of a model that also sees.
+            args.ddp_find_unused_parameters = True
+        # TRL takes whatever has a processor for a model that sees; the tokenizer alone keeps it to text.
+        super().__init__(model, reward_funcs, args, *datasets, processing_class.tokenizer, *more, **kwargs)
+        self.processing_class = self.callback_handler.processing_class = processing_class
+        # Its features would be missing.
+        banned = self._tokenizer.convert_tokens_to_ids(self._audio_token)
+        self.generation_kwargs.setdefault("suppress_tokens", [banned])
+        self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"]
+        self._ears: dict[int, _Ear] = {}
+        for listener in (self.model, self.ref_model):
+            if listener is not None:
+                base = _base(self.accelerator.unwrap_model(listener))
+                self._ears[id(base)] = _Ear(base, is_trained=listener is self.model)
+        # Whose audio the next forward hears: TRL calls it with tensors only.
+        self._rows: Sequence[_Prompt] = ()
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Any], *, batch_size: int | None = None, max_tokens: int | None = None) -> list[str]:
+        """The most likely answers (greedy, in eval mode) to rows with ``prompt`` and ``audio``.
+
+        Args:
+            rows: dicts, or a dataset; of a dataset that decodes its recordings, each is decoded.
+            batch_size: rows at a time; ``per_device_eval_batch_size`` where None.
+            max_tokens: of an answer; ``max_completion_length`` where None.
+
+        Each process answers the rows that it is given; models in one piece only (no ZeRO-3, no FSDP).
+        """
+        size = batch_size or self.args.per_device_eval_batch_size
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        answers: list[str] = []
+        try:
+            for start in range(0, len(rows), size):
+                taken = [rows[i] for i in range(start, min(start + size, len(rows)))]
+                prompts = [self._read(row["prompt"], row["audio"]) for row in taken]
+                longest = max(len(prompt.token_ids) for prompt in prompts)
+                gaps = [longest - len(prompt.token_ids) for prompt in prompts]
+                pad = self._tokenizer.pad_token_id
+                token_ids = [[pad] * gap + prompt.token_ids for gap, prompt in zip(gaps, prompts, strict=True)]
+                mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+                device = self.accelerator.device
+                with self._ear(self.model).hearing(prompts):
+                    found = model.generate(
+                        input_ids=torch.tensor(token_ids, device=device),
+                        attention_mask=torch.tensor(mask, device=device),
+                        **_join_features(prompts),
+                        max_new_tokens=max_tokens or self.max_completion_length,
+                        do_sample=False,
+                        pad_token_id=pad,
+                        eos_token_id=self.eos_token_ids,
+                        suppress_tokens=self.generation_kwargs["suppress_tokens"],
+                    )
+                answers += self._tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
+        finally:
+            model.train(was_training)
+        return answers
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "audio" not in self._signature_columns:
+            self._signature_columns.append("audio")
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        read: dict[Any, _Prompt] = {}
+        rows = []
+        for row in inputs:
+            key = (repr(row["prompt"]), _key(row.get("audio")))
+            if key not in read:
+                read[key] = self._read(row["prompt"], row.get("audio"))
+            rows.append(read[key])
+        self._rows = rows
+        batch = super()._generate_and_score_completions(inputs)
+        batch["audio"] = rows
+        return batch
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Tensor]]:
+        return [row.token_ids for row in self._rows], None, _join_features(self._rows)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._ear(self.model).hearing(self._rows):
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._ear(model).hearing(self._rows):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._rows = inputs["audio"]
+        return super()._compute_loss(model, inputs)
+
+    def _ear(self, model: Any) -> "_Ear":
+        return self._ears[id(_base(self.accelerator.unwrap_model(model)))]
+
+    def _read(self, prompt: Any, audio: Any) -> _Prompt:
+        """Turn a row into what the model reads."""
+        try:
+            clips = _read_clips(audio, self._rate)
+            inputs = self._process(prompt, clips)
+            features = {
+                name: values.to(self.accelerator.device)
+                for name, values in inputs.items()
+                if isinstance(values, Tensor) and not name.startswith(("input_ids", "attention_mask"))
+            }
+            _check_length(features, clips, _extractor(self.processing_class), self._rate)
+        except ValueError as error:
+            raise ValueError(f"{error}, with the prompt {_shorten(repr(prompt))}") from error
+        return _Prompt(torch.as_tensor(inputs["input_ids"])[0].tolist(), features)
+
+    def _process(self, prompt: Any, clips: list[np.ndarray]) -> Any:
+        processor = self.processing_class
+        if not isinstance(prompt, str):
+            messages = _placed(prompt, len(clips))
+            if not _takes_audio(processor):
+                return processor.apply_chat_template(
+                    [_filled(messages, clips, self._rate)], tokenize=True, return_dict=True, return_tensors="pt"
+                )
+            prompt = self._render(messages)
+        found = prompt.count(self._audio_token)
+        if found != len(clips):
+            raise ValueError(
+                f"prompt must have the audio token {self._audio_token!r} once for each recording, got {found} for "
+                f"{len(clips)} recordings"
+            )
+        bos = self._tokenizer.bos_token
+        begun = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
+        return processor(
+            text=[prompt], audio=clips, return_tensors="pt", audio_kwargs={"sampling_rate": self._rate}, **begun
+        )
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        processor = self.processing_class
+        template = processor if getattr(processor, "chat_template", None) else self._tokenizer
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            return template.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
+            )
+
+        parts = [{**message, "content": list(message["content"])} for message in messages]
+        try:
+            text = render(parts)
+        except (TypeError, ValueError):
+            text = ""
+        if self._audio_token in text:
+            return text
+        # A template of strings, as Granite-Speech has it.
+        return render(
+            [
+                {
+                    **message,
+                    "content": "".join(
+                        self._audio_token if part["type"] == "audio" else part["text"] for part in message["content"]
+                    ),
+                }
+                for message in messages
+            ]
+        )
+
+
+class LeafAudioGRPOTrainer(LeafGRPOTrainer, AudioGRPOTrainer):
+    """``AudioGRPOTrainer`` whose advantages are one for each token: ``LeafGRPOTrainer`` and ``LeafGRPOConfig``.
+
+    Groups are rollouts of one row of the dataset, so equal texts about different recordings are different prompts.
+    """
+
+
+class _Ear:
+    """Hands a model the audio of the rows that its next forwards are about."""
+
+    def __init__(self, base: Any, *, is_trained: bool) -> None:
+        self.base, self.encoder = base, _encoder(base)
+        self.is_frozen = not (is_trained and any(weight.requires_grad for weight in self.encoder.parameters()))
+        self._rows: Sequence[_Prompt] = ()
+        self._encoded: Tensor | None = None
+        base.base_model.register_forward_pre_hook(self._hand, with_kwargs=True)
+        forward = self.encoder.forward
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            if self._encoded is None:
+                return forward(*args, **kwargs)
+            return BaseModelOutputWithPooling(last_hidden_state=self._encoded)
+
+        self.encoder.forward = answer
+
+    @contextmanager
+    def hearing(self, rows: Sequence[_Prompt]) -> Iterator[None]:
+        """Within, the forwards of the model, in any number, are about ``rows`` one after the other."""
+        if self.is_frozen:
+            for row in rows:
+                if id(self.encoder) not in row.encoded:
+                    row.encoded[id(self.encoder)] = self._hear_alone(row)
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows, self._encoded = (), None
+
+    def _hand(self, _module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not self._rows:  # a step of decoding, or a model that is called by others
+            return None
+        count = len(inputs["input_ids"])
+        rows, self._rows = self._rows[:count], self._rows[count:]
+        if self.is_frozen:
+            self._encoded = _join([row.encoded[id(self.encoder)] for row in rows])
+        return args, {**inputs, **_join_features(rows)}
+
+    @torch.no_grad()
+    def _hear_alone(self, row: _Prompt) -> Tensor:
+        """Let the model itself hand the features to its encoder, and stop it there."""
+
+        def stop(_module: Any, _args: Any, output: Any) -> None:
+            raise _Encoded(output.last_hidden_state)
+
+        was_training = self.encoder.training
+        # Granite's encoder normalises by the statistics of the batch in training mode.
+        self.encoder.eval()
+        hook = self.encoder.register_forward_hook(stop)
+        token_ids = torch.tensor([row.token_ids], device=next(self.encoder.parameters()).device)
+        try:
+            self.base.base_model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), **row.features)
+        except _Encoded as encoded:
+            return encoded.hidden_states
+        finally:
+            hook.remove()
+            self.encoder.train(was_training)
+        raise TypeError(f"model must hand its audio to its encoder, {type(self.base).__name__} did not call it")
+
+
+class _Encoded(Exception):
+    """Carries what the encoder gave out of a forward that goes no further."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        self.hidden_states = hidden_states
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first dimension, the others padded with 0 to the longest."""
+    if parts[0].dim() == 2 and parts[0].is_floating_point():
+        return torch.cat(list(parts))  # the frames of all clips, one after the other
+    sizes = [max(size) for size in zip(*(part.shape[1:] for part in parts), strict=True)]
+    padded = []
+    for part in parts:
+        gaps = [size - own for size, own in zip(sizes, part.shape[1:], strict=True)]
+        padded.append(torch.nn.functional.pad(part, [n for gap in reversed(gaps) for n in (0, gap)]))
+    return torch.cat(padded)
+
+
+def _join_features(rows: Sequence[_Prompt]) -> dict[str, Tensor]:
+    return {name: _join([row.features[name] for row in rows]) for name in rows[0].features}
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _encoder(base: Any) -> Any:
+    for module in base.modules():
+        if getattr(module, "input_modalities", None) in ("audio", ("audio",)):
+            return module
+    raise TypeError(f"model must have an audio encoder, got {type(base).__name__}")
+
+
+def _extractor(processor: Any) -> Any:
+    return getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
+
+
+def _audio_of(processor: Any) -> tuple[int, str]:
+    """The sampling rate and the audio token of a processor."""
+    extractor, token = _extractor(processor), getattr(processor, "audio_token", None)
+    if getattr(extractor, "sampling_rate", None) is None or token is None:
+        raise TypeError(
+            "processing_class must be a processor with a feature extractor for audio and an audio token, got "
+            f"{type(processor).__name__}"
+        )
+    return extractor.sampling_rate, str(token)
+
+
+def _takes_audio(processor: Any) -> bool:
+    """Whether a call takes audio; Voxtral's reads it from the messages only."""
+    return "audio" in inspect.signature(type(processor).__call__).parameters
+
+
+def _load(name: str, args: Any, quantization_config: Any) -> Any:
+    """Load a model as TRL does, which would do it too late to look at the model."""
+    options = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    options.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model_from_path(name, **options)
+
+
+def _check_options(args: Any, kwargs: dict[str, Any]) -> None:
+    if Version(trl.__version__).release < (1, 14):
+        raise RuntimeError(f"AudioGRPOTrainer needs TRL 1.14 or newer, got {trl.__version__}; pip install 'trl>=1.14'")
+    if args.use_vllm:
+        raise ValueError(
+            f"use_vllm must be False with AudioGRPOTrainer: vLLM is handed token ids and images by TRL "
+            f"{trl.__version__}, and no audio"
+        )
+    if args.use_transformers_continuous_batching:
+        raise ValueError("use_transformers_continuous_batching must be False with AudioGRPOTrainer: it takes text only")
+    for name in ("tools", "rollout_func", "environment_factory"):
+        if kwargs.get(name):
+            raise ValueError(f"{name} must be None with AudioGRPOTrainer, whose prompts are one turn of audio and text")
+
+
+def _undecoded(dataset: Any, name: str) -> Any:
+    """The dataset with its recordings as files, to be decoded once for a prompt and not once for a rollout."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return type(dataset)({key: _undecoded(part, f"{name}[{key!r}]") for key, part in dataset.items()})
+    columns = dataset.column_names
+    if columns is not None and "audio" not in columns:
+        raise ValueError(
+            f"{name} must have a column 'audio' with the recording of each prompt, got {', '.join(columns)}"
+        )
+    feature = (dataset.features or {}).get("audio")
+    if isinstance(feature, Audio) and feature.decode:
+        return dataset.cast_column("audio", Audio(sampling_rate=feature.sampling_rate, decode=False))
+    return dataset
+
+
+def _merge_own_adapter(base: Any) -> None:
+    """Merge the LoRA that transformers has put into a checkpoint's model, so that it is there with any adapter."""
+    if not getattr(base, "_hf_peft_config_loaded", False):
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            owner, _, attribute = name.rpartition(".")
+            setattr(base.get_submodule(owner), attribute, module.get_base_layer())
+    base._hf_peft_config_loaded = False
+    del base.peft_config
+    if getattr(base.config, "has_lora_adapter", False):
+        base.config.has_lora_adapter = False
+    _logger.warning(
+        "The LoRA adapter of the checkpoint is merged into the weights of %s; what is trained comes on top of it.",
+        type(base).__name__,
+    )
+
+
+def _key(audio: Any) -> Any:
+    """Something that is equal for equal recordings."""
+    if isinstance(audio, dict):
+        return tuple((name, _key(value)) for name, value in sorted(audio.items()))
+    if isinstance(audio, np.ndarray | Tensor):
+        return np.asarray(audio).tobytes()
+    if isinstance(audio, list | tuple):
+        return tuple(_key(value) for value in audio)
+    if isinstance(audio, str | bytes | int | float | None):
+        return audio
+    return id(audio)
+
+
+def _read_clips(audio: Any, rate: int) -> list[np.ndarray]:
+    if audio is None:
+        raise ValueError("audio must be a recording in every row, got None")
+    many = isinstance(audio, list | tuple)
+    clips = [_read_clip(clip, rate) for clip in (audio if many else [audio])]
+    if not clips:
+        raise ValueError("audio must be a recording in every row, got an empty list")
+    return clips
+
+
+def _read_clip(clip: Any, rate: int) -> np.ndarray:
+    """One recording as (samples,) float32 at ``rate``."""
+    if hasattr(clip, "get_all_samples"):  # datasets' decoder
+        decoded = clip.get_all_samples()
+        samples, own_rate = np.asarray(decoded.data).T, decoded.sample_rate
+    elif isinstance(clip, dict) and clip.get("array") is not None:
+        samples, own_rate = np.asarray(clip["array"], dtype=np.float32), clip.get("sampling_rate")
+        # Channels first, as everyone has them who has an array of two dimensions.
+        samples = samples.T
+    else:
+        samples, own_rate = _read_file(clip)
+    if samples.ndim == 2:
+        samples = samples.mean(1)
+    if not isinstance(own_rate, int | np.integer) or own_rate <= 0:
+        raise ValueError(f"audio must have a sampling rate that is a positive integer, got {own_rate!r}")
+    if samples.size == 0:
+        raise ValueError("audio must have samples, got an empty recording")
+    if not np.isfinite(samples).all():
+        raise ValueError("audio must be finite, got NaN or infinity among the samples")
+    if not samples.any():
+        raise ValueError(f"audio must be audible, got {samples.size / own_rate:.2f} s of silence")
+    return resample(samples, int(own_rate), rate)
+
+
+def _read_file(clip: Any) -> tuple[np.ndarray, int]:
+    content = clip.get("bytes") or clip.get("path") if isinstance(clip, dict) else clip
+    if not isinstance(content, str | bytes):
+        raise ValueError(
+            "audio must be a path, bytes, datasets' Audio or {'array', 'sampling_rate'}, got "
+            + (f"a dict of {', '.join(clip)}" if isinstance(clip, dict) else type(clip).__name__)
+        )
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError(
+            f"reading files of audio needs soundfile, which cannot be imported here ({error}); "
+            "pip install 'leafkernels[speech]'"
+        ) from error
+    try:
+        return soundfile.read(io.BytesIO(content) if isinstance(content, bytes) else content, dtype="float32")
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise ValueError(
+            f"audio must be a file that soundfile reads, got {_shorten(repr(content))} ({error})"
+        ) from None
+
+
+def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
+    """Bring (samples,) from ``rate`` to ``to`` Hz by cutting or padding its spectrum; float32."""
+    length = round(len(samples) * to / rate)
+    if rate == to or length == 0:
+        return samples.astype(np.float32)
+    spectrum = np.fft.rfft(samples)
+    return (np.fft.irfft(spectrum[: length // 2 + 1], length) * (length / len(samples))).astype(np.float32)
+
+
+def _check_length(features: dict[str, Tensor], clips: list[np.ndarray], extractor: Any, rate: int) -> None:
+    """Refuse a clip of which the extractor has cut off the end; Whisper's does so in silence."""
+    hop, frames = getattr(extractor, "hop_length", None), features.get("input_features")
+    if hop is None or frames is None:
+        return
+    heard = frames.shape[-1] * hop * (1 if len(frames) == len(clips) else len(frames))
+    longest = max(len(clip) for clip in clips)
+    # The last frame may be cut short.
+    if longest > heard + hop:
+        raise ValueError(
+            f"audio must be no longer than the {heard / rate:g} s that the encoder takes, got {longest / rate:.2f} s"
+        )
+
+
+def _placed(prompt: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Messages of parts without empty keys; where no part is audio, ``count`` of them before the first user text."""
+    messages = []
+    for message in prompt:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        messages.append({**message, "content": [{k: v for k, v in part.items() if v is not None} for part in parts]})
+    found = sum(part["type"] == "audio" for message in messages for part in message["content"])
+    if not found:
+        user = next((message for message in messages if message["role"] == "user"), None)
+        if user is None:
+            raise ValueError("prompt must have a message of the user, got none")
+        user["content"] = [{"type": "audio"}] * count + user["content"]
+    elif found != count:
+        raise ValueError(f"prompt must have an audio part for each recording, got {found} for {count} recordings")
+    return messages
+
+
+def _filled(messages: list[dict[str, Any]], clips: list[np.ndarray], rate: int) -> list[dict[str, Any]]:
+    """The messages with each recording as a WAV file in its part."""
+    import soundfile
+
+    remaining = iter(clips)
+
+    def fill(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "audio":
+            return part
+        file = io.BytesIO()
+        soundfile.write(file, next(remaining), rate, format="WAV", subtype="FLOAT")
+        return {"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()}
+
+    return [{**message, "content": [fill(part) for part in message["content"]]} for message in messages]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,500 @@
+"""AudioGRPOTrainer in TRL itself, on small models of random weights that hear tones."""
+
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.slow
+np = pytest.importorskip("numpy")
+pytest.importorskip("trl", minversion="1.14", reason="needs TRL: pip install -e '.[trl]'")
+pytest.importorskip("transformers", minversion="5.23")
+for package in ("peft", "soundfile"):
+    pytest.importorskip(package)
+
+import tiny_audio
+from datasets import Audio, Dataset
+from tiny_audio import RATE, asked, lora, recordings, tone, trainer, wave
+from tiny_trl import config
+from trl import GRPOConfig
+
+from leafkernels.integrations.trl import LeafGRPOConfig
+from leafkernels.integrations.trl_audio import AudioGRPOTrainer, LeafAudioGRPOTrainer, resample
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Recorded(AudioGRPOTrainer):
+    """Keeps the batches, and what the loss is computed from."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.batches: list[dict[str, Any]] = []
+        self.splits: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        self.batches.append({**batch, "inputs": inputs})
+        return batch
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        self.found = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        return self.found
+
+    def _compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        loss = super()._compute_loss(model, inputs)
+        self.splits.append({**inputs, "logprobs": self.found[0].detach(), "training": model.training})
+        return loss
+
+
+def settings(folder: Path, kind: type = GRPOConfig, **changes: Any) -> Any:
+    return config(folder, kind, **{"max_completion_length": 6, **changes})
+
+
+def alone(run: Any, token_ids: list[int], features: dict[str, Any], adapted: bool) -> torch.Tensor:
+    """Log-probabilities of a sequence's tokens by the model's own forward, a batch of one without padding."""
+    model = run.accelerator.unwrap_model(run.model)
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor([token_ids])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **features}
+    with torch.no_grad():
+        if adapted:
+            logits = model(**inputs).logits
+        else:
+            with model.disable_adapter():
+                logits = model(**inputs).logits
+    model.train(was_training)
+    return logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+
+
+def features_of(run: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """What the processor makes of a row, called here and not by the trainer."""
+    samples, _ = tiny_audio.soundfile.read(tiny_audio.io.BytesIO(row["audio"]["bytes"]), dtype="float32")
+    inputs = tiny_audio.process(run.processing_class, row["prompt"], samples)
+    return {name: value for name, value in inputs.items() if name != "attention_mask"}
+
+
+@pytest.mark.parametrize("name", tiny_audio.MODELS)
+def test_log_probabilities_are_those_of_the_model_alone(name: str, tmp_path: Path) -> None:
+    """Policy, old and reference, on prompts of unequal length, each against the model's own forward of one row."""
+    args = settings(tmp_path, per_device_train_batch_size=16, num_iterations=2, beta=0.1, max_steps=2)
+    run = trainer(Recorded, args, tiny_audio.MODELS[name]())
+    # An adapter that does something: the policy is then not its reference.
+    for weight in run.model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.2)
+    before = {part: weight.clone() for part, weight in run.model.named_parameters()}
+    checked, differs = [], []
+    compute = run._compute_loss
+
+    def check(model: Any, inputs: Any) -> torch.Tensor:
+        loss = compute(model, inputs)
+        if not checked:
+            batch = run.batches[0]
+            for i, row in enumerate(batch["inputs"]):
+                features = features_of(run, row)
+                prompt = features.pop("input_ids")[0].tolist()
+                assert prompt == batch["prompt_ids"][i][batch["prompt_mask"][i].bool()].tolist()
+                length = int(batch["completion_mask"][i].sum())
+                completion = batch["completion_ids"][i, :length].tolist()
+                for column, adapted in (("old_per_token_logps", True), ("ref_per_token_logps", False)):
+                    expected = alone(run, prompt + completion, features, adapted)[-length:]
+                    # Float32 sums in another order, padded on the left.
+                    torch.testing.assert_close(batch[column][i, :length], expected, rtol=1e-4, atol=1e-4)
+                # What it hears matters, or nothing above would be tested.
+                features["input_features"] = features["input_features"] * -2
+                other = alone(run, prompt + completion, features, False)[-length:]
+                differs.append((other - expected).abs().max() > 1e-3)
+            checked.append(1)
+        return loss
+
+    run._compute_loss = check
+    run.train()
+    batch = run.batches[0]
+    assert len(run.batches) == 1 and checked and any(differs)
+    assert batch["prompt_mask"].eq(0).any(), "the case wants left padding"
+    assert not torch.allclose(batch["old_per_token_logps"], batch["ref_per_token_logps"], atol=1e-3)
+    # The policy's own forward, of shuffled rows, gives what was noted when they were sampled.
+    split = run.splits[0]
+    torch.testing.assert_close(split["logprobs"], split["old_per_token_logps"], rtol=1e-4, atol=1e-4)
+    # Only the adapter has learnt, all of it in the language model.
+    changed = {part for part, weight in run.model.named_parameters() if not torch.equal(weight, before[part])}
+    assert changed and all("lora" in part and "language_model" in part for part in changed)
+    assert changed == {part for part, weight in run.model.named_parameters() if weight.requires_grad}
+    banned = run.processing_class.tokenizer.convert_tokens_to_ids(run.processing_class.audio_token)
+    assert not batch["completion_ids"].eq(banned).any()
+    assert all(math.isfinite(line["loss"]) for line in run.state.log_history[:-1])
+
+
+@pytest.mark.parametrize("name", tiny_audio.MODELS)
+def test_a_prompt_is_read_and_heard_once(name: str, tmp_path: Path) -> None:
+    """Four prompts of four rollouts, reference and two updates: four calls of the processor and of the encoder."""
+    args = settings(tmp_path, per_device_train_batch_size=8, steps_per_generation=2, num_iterations=2, beta=0.1)
+    args.max_steps = 4
+    run = trainer(Recorded, args, tiny_audio.MODELS[name]())
+    read, heard = [], []
+    process = run._process
+    run._process = lambda *given: (read.append(1), process(*given))[1]
+    (ear,) = run._ears.values()
+    ear.encoder.register_forward_pre_hook(lambda *_: heard.append(ear._encoded is None))
+    run.train()
+    assert len(run.batches) == 1
+    assert len({id(row) for row in run.batches[0]["audio"]}) == 4
+    assert len(read) == sum(heard) == 4
+    assert len(heard) > 4
+
+
+def test_every_row_keeps_its_own_audio(tmp_path: Path) -> None:
+    """Shuffled, split, and with an evaluation in between: the log-probabilities of a row never change."""
+    args = settings(tmp_path, per_device_train_batch_size=4, steps_per_generation=4, num_iterations=2)
+    args.max_steps, args.learning_rate = 8, 0.0
+    run = trainer(Recorded, args, eval_dataset=recordings(4))
+    step = run.training_step
+
+    def with_evaluation(*given: Any, **more: Any) -> Any:
+        loss = step(*given, **more)
+        if run._step == 3:
+            run.evaluate()
+        return loss
+
+    run.training_step = with_evaluation
+    run.train()
+    training = [split for split in run.splits if split["training"]]
+    assert len(training) == 8 and len(run.splits) > 8
+    for split in training:
+        mask = split["completion_mask"].bool()
+        torch.testing.assert_close(split["logprobs"][mask], split["old_per_token_logps"][mask], rtol=1e-5, atol=1e-5)
+
+
+def test_leaf_credits_tokens(tmp_path: Path) -> None:
+    """The reward rises, the log tells LEAF's shares, and boundaries are ranked by what the model says of the audio."""
+    args = settings(tmp_path, LeafGRPOConfig, per_device_train_batch_size=16, max_steps=8)
+
+    class Both(Recorded, LeafAudioGRPOTrainer):
+        def _ranking_logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
+            self.ranked = super()._ranking_logprobs(batch)
+            return self.ranked
+
+    run = trainer(Both, args)
+    run.train()
+    assert run.batches[0]["advantages"].shape == run.batches[0]["completion_ids"].shape
+    history = run.state.log_history[:-1]
+    assert all(0 <= line["leaf/span_credit_share"] <= 1 for line in history)
+    assert any(line["leaf/span_credit_share"] > 0 for line in history)
+    first, last = (sum(line["reward"] for line in part) / 3 for part in (history[:3], history[-3:]))
+    assert last > first + 0.5
+    split = run.splits[-1]
+    mask = split["completion_mask"].bool()
+    torch.testing.assert_close(
+        split["logprobs"][mask].sum(), run.ranked[run.batches[-1]["completion_mask"].bool()].sum(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_trained_encoder_gets_gradients(tmp_path: Path) -> None:
+    """Without an adapter everything is trained, with a reference of its own."""
+    run = trainer(AudioGRPOTrainer, settings(tmp_path, max_steps=1, learning_rate=1e-3), peft_config=None)
+    before = {part: weight.clone() for part, weight in run.model.named_parameters()}
+    (ear,) = run._ears.values()
+    assert not ear.is_frozen
+    run.train()
+    changed = {part for part, weight in run.model.named_parameters() if not torch.equal(weight, before[part])}
+    assert any("audio_tower" in part for part in changed) and any("language_model" in part for part in changed)
+
+
+def test_a_frozen_encoder_under_a_trained_model(tmp_path: Path) -> None:
+    """With a reference model of its own: both hear a prompt once, and at first they say the same."""
+    model, processor = tiny_audio.qwen2_audio()
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    model.model.audio_tower.requires_grad_(False)
+    args = settings(tmp_path / "run", beta=0.1, learning_rate=1e-2, max_steps=3)
+    run = trainer(Recorded, args, (model, processor), peft_config=None)
+    assert run.ref_model is not None and [ear.is_frozen for ear in run._ears.values()] == [True, True]
+    run.train()
+    assert {len(row.encoded) for row in run.batches[0]["audio"]} == {2}
+    kl = [line["kl"] for line in run.state.log_history[:-1]]
+    # Float32 sums of the same numbers; exp(x) - x - 1 of a rounding.
+    assert abs(kl[0]) < 1e-6 < kl[2]
+
+
+def test_bfloat16_and_dropout(tmp_path: Path) -> None:
+    """A model in bfloat16, a dropping adapter, activation checkpointing as TRL has it."""
+    model, processor = tiny_audio.qwen2_audio()
+    args = settings(tmp_path, max_steps=2, bf16=True, per_device_train_batch_size=8)
+    run = trainer(Recorded, args, (model.bfloat16(), processor), peft_config=lora(lora_dropout=0.1))
+    run.train()
+    assert all(math.isfinite(line["loss"]) for line in run.state.log_history[:-1])
+    assert run.batches[0]["audio"][0].encoded.popitem()[1].dtype == torch.bfloat16
+
+
+class OnCPU(GRPOConfig):
+    """TRL's own defaults want a GPU."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, use_cpu=True, bf16=False, max_steps=1, report_to=[])
+
+
+def test_without_args_and_from_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's defaults, and rows that come one after the other, decoded by the trainer."""
+    from leafkernels.integrations import trl_audio
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trl_audio, "GRPOConfig", OnCPU)
+    stream = recordings(4).cast_column("audio", Audio()).to_iterable_dataset()
+    run = trainer(Recorded, None, train_dataset=stream)
+    assert run.args.output_dir.endswith("-GRPO")
+    run.generation_config.max_new_tokens = 4
+    run.train()
+    assert len({id(row) for row in run.batches[0]["audio"]}) == len(run.batches[0]["audio"]) // run.num_generations
+
+
+# The dataset
+
+
+def heard(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> list[Any]:
+    """What the trainer reads of rows that are asked once each."""
+    args = settings(folder, max_steps=1, num_generations=2, per_device_train_batch_size=2 * len(rows))
+    args.seed = 0
+    run = trainer(Recorded, args, train_dataset=Dataset.from_list(rows), **changes)
+    return [run._read(row["prompt"], row["audio"]) for row in run.train_dataset]
+
+
+def row(audio: Any, prompt: Any = None) -> dict[str, Any]:
+    return {"prompt": prompt or asked("ab"), "audio": audio, "wanted": "c"}
+
+
+def test_recordings_in_every_form(tmp_path: Path) -> None:
+    """Path, bytes, array, two channels, datasets' Audio: the same features to the last bit."""
+    samples = tone(1, 0.7)
+    path = tmp_path / "clip.wav"
+    path.write_bytes(wave(samples))
+    forms: list[Any] = [
+        str(path),
+        {"path": str(path)},
+        {"bytes": wave(samples)},
+        {"array": samples.tolist(), "sampling_rate": RATE},
+        {"array": np.stack([samples, samples]).tolist(), "sampling_rate": RATE},
+        {"bytes": wave(np.stack([samples, samples], 1))},
+    ]
+    found = [heard(tmp_path, [row(form)])[0] for form in forms]
+    decoded = Dataset.from_list([row({"bytes": wave(samples), "path": None})]).cast_column("audio", Audio())
+    run = trainer(AudioGRPOTrainer, settings(tmp_path), train_dataset=decoded, eval_dataset={"one": decoded})
+    assert not run.train_dataset.features["audio"].decode and not run.eval_dataset["one"].features["audio"].decode
+    found.append(run._read(run.train_dataset[0]["prompt"], run.train_dataset[0]["audio"]))
+    for other in found[1:]:
+        assert other.token_ids == found[0].token_ids
+        for name, values in found[0].features.items():
+            assert torch.equal(other.features[name], values)
+
+
+def test_another_rate_is_resampled(tmp_path: Path) -> None:
+    (low,), (high,) = (heard(tmp_path, [row({"bytes": wave(tone(0, 1.0, rate), rate)})]) for rate in (8000, RATE))
+    assert low.token_ids == high.token_ids
+    # A tone far below either rate, away from the clip's ends.
+    torch.testing.assert_close(
+        low.features["input_features"][..., 5:45], high.features["input_features"][..., 5:45], rtol=0, atol=0.05
+    )
+    assert np.abs(resample(tone(0, 1.0, 8000), 8000, RATE) - tone(0, 1.0, RATE)).max() < 1e-3
+
+
+def test_prompts_in_every_form(tmp_path: Path) -> None:
+    """Without a part for the audio it comes first, as TRL has it for images; text holds the token; two recordings."""
+    clip = {"bytes": wave(tone(1))}
+    given = [asked("ab"), [{"role": "user", "content": "ab"}]]
+    first, second = (heard(tmp_path, [row(clip, prompt)])[0] for prompt in given)
+    assert first.token_ids == second.token_ids
+    two = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "a"}, {"type": "audio"}]}]
+    (both,) = heard(tmp_path, [row([clip, {"bytes": wave(tone(2, 1.0))}], two)])
+    assert len(both.features["input_features"]) == 2
+    audio = 3  # of the vocabulary of tests/tiny_audio.py
+    assert both.token_ids.count(audio) > 2 * first.token_ids.count(audio) > 0
+    (text,) = heard(tmp_path, [row(clip, "<|audio_bos|><|AUDIO|><|audio_eos|>ab")])
+    assert text.token_ids.count(audio) == first.token_ids.count(audio)
+    assert text.token_ids[-2:] == [6, 7]
+
+
+def test_text_prompts_train(tmp_path: Path) -> None:
+    rows = [row({"bytes": wave(tone(i, 0.2 + 0.2 * i))}, "<|audio_bos|><|AUDIO|><|audio_eos|>ab") for i in range(4)]
+    run = trainer(LeafAudioGRPOTrainer, settings(tmp_path, LeafGRPOConfig), train_dataset=Dataset.from_list(rows))
+    run.train()
+    assert len({line["grad_norm"] for line in run.state.log_history[:-1]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("audio", "prompt", "message"),
+    [
+        (None, None, "audio must be a recording in every row, got None"),
+        ({"array": [0.0] * 800, "sampling_rate": RATE}, None, "audio must be audible, got 0.05 s of silence"),
+        ({"array": [0.1, math.nan], "sampling_rate": RATE}, None, "audio must be finite, got NaN or infinity among"),
+        ({"array": [0.1] * 9, "sampling_rate": 0}, None, "a sampling rate that is a positive integer, got 0"),
+        ({"array": [0.1] * 9}, None, "a sampling rate that is a positive integer, got None"),
+        ({"array": [], "sampling_rate": RATE}, None, "audio must have samples, got an empty recording"),
+        ({"bytes": wave(tone(1, 3.0))}, None, r"no longer than the 2 s that the encoder takes, got 3\.00 s"),
+        ("nowhere.wav", None, "audio must be a file that soundfile reads, got 'nowhere.wav'"),
+        ({"bytes": b"text"}, None, "audio must be a file that soundfile reads, got b'text'"),
+        ({"url": "x"}, None, "audio must be a path, bytes, .*, got a dict of url"),
+        ([], None, "audio must be a recording in every row, got an empty list"),
+        ([{"bytes": wave(tone(1))}] * 2, None, "prompt must have an audio part for each recording, got 1 for 2"),
+        ({"bytes": wave(tone(1))}, "ab", "the audio token '<|AUDIO|>' once for each recording, got 0 for 1"),
+        ({"bytes": wave(tone(1))}, [{"role": "system", "content": "ab"}], "must have a message of the user, got none"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be(audio: Any, prompt: Any, message: str, tmp_path: Path) -> None:
+    run = trainer(AudioGRPOTrainer, settings(tmp_path))
+    with pytest.raises(ValueError, match=message.replace("|", r"\|") + ".*with the prompt"):
+        run._read(prompt or asked("ab"), audio)
+
+
+def check_refuses(error: type[Exception], message: str, folder: Path, pair: Any = None, **changes: Any) -> None:
+    options = {name: changes.pop(name) for name in ("train_dataset", "rollout_func", "tools") if name in changes}
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        trainer(AudioGRPOTrainer, settings(folder, **changes), pair, **options)
+
+
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiny_trl
+
+    model, processor = tiny_audio.qwen2_audio()
+    check_refuses(
+        TypeError, "model must have an audio encoder, got Qwen2ForCausalLM", tmp_path, (tiny_trl.model(), processor)
+    )
+    check_refuses(
+        TypeError,
+        "processing_class must be a processor with a feature extractor for audio and an audio token, got "
+        f"{type(processor.tokenizer).__name__}",
+        tmp_path,
+        (model, processor.tokenizer),
+    )
+    check_refuses(
+        ValueError,
+        "train_dataset must have a column 'audio' with the recording of each prompt, got prompt, wanted",
+        tmp_path,
+        train_dataset=recordings().remove_columns("audio"),
+    )
+    check_refuses(
+        ValueError,
+        "rollout_func must be None with AudioGRPOTrainer, whose prompts are one turn of audio and text",
+        tmp_path,
+        rollout_func=print,
+    )
+    args = settings(tmp_path)
+    args.use_vllm = True
+    with pytest.raises(ValueError, match="^use_vllm must be False with AudioGRPOTrainer: vLLM is handed token ids"):
+        trainer(AudioGRPOTrainer, args)
+    args.use_vllm, args.use_transformers_continuous_batching = False, True
+    with pytest.raises(ValueError, match="^use_transformers_continuous_batching must be False with AudioGRPOTrainer"):
+        trainer(AudioGRPOTrainer, args)
+    from leafkernels.integrations import trl_audio
+
+    monkeypatch.setattr(trl_audio.trl, "__version__", "1.13.0")
+    check_refuses(RuntimeError, "AudioGRPOTrainer needs TRL 1.14 or newer, got 1.13.0", tmp_path)
+
+
+def test_a_checkpoint_is_loaded_by_name(tmp_path: Path) -> None:
+    """Model and processor from a path; the trainer's checkpoints hold the processor, and go on from there."""
+    model, processor = tiny_audio.qwen2_audio()
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    args = settings(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1, seed=3)
+    args.beta = 0.1
+    run = trainer(AudioGRPOTrainer, args, (str(tmp_path / "base"), None))
+    run.train()
+    assert (tmp_path / "run" / "checkpoint-1" / "processor_config.json").exists()
+    assert len(run.state.log_history) == 3
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
+    """Accumulated gradients, several updates a batch, dropout: the same losses to the last digit."""
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_iterations": 2}
+    changes |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, "beta": 0.1}
+
+    def losses(folder: Path, resume: str | None) -> list[list[float]]:
+        run = trainer(LeafAudioGRPOTrainer, settings(folder, LeafGRPOConfig, **changes))
+        run.train(resume_from_checkpoint=resume)
+        return [[line[name] for name in ("loss", "grad_norm", "kl")] for line in run.state.log_history[:-1]]
+
+    whole = losses(tmp_path / "whole", None)
+    assert len(whole) == 4 and len({tuple(line) for line in whole}) == 4
+    assert losses(tmp_path / "part", str(tmp_path / "whole" / "checkpoint-2")) == whole
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Twelve rows in groups of four, on one rank and on two, the middle group on both; clips of unequal length."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    root = Path(__file__).resolve().parents[1]
+    ranks = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(root),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, str(root / "tests" / "tiny_audio.py"), str(rank), str(tmp_path / f"{rank}.pt")]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
+    whole = tiny_audio.one_step(str(tmp_path / "run"), 12)
+    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for name in ("completion_ids", "advantages", "encoded"):
+        joined = [row for half in halves for row in half[name]]
+        assert len(joined) == len(whole[name]) == 12
+        assert all(torch.equal(a, b) for a, b in zip(joined, whole[name], strict=True)), name
+    assert whole["advantages"].any()
+    joined = torch.cat([half["old_per_token_logps"] for half in halves])
+    # Float32 matrix products of six rows or of twelve.
+    torch.testing.assert_close(joined, whole["old_per_token_logps"], rtol=1e-5, atol=1e-5)
+    for mine, theirs, one in zip(*(half["weights"] for half in halves), whole["weights"], strict=True):
+        assert torch.equal(mine, theirs)
+        # Two steps of AdamW of 1e-3 each, whose sign a rounding turns only where a gradient is next to nothing.
+        assert (mine - one).abs().mean() < 1e-5
+    assert halves[0]["log"] == halves[1]["log"] or len(halves[0]["log"]) == 2
+    for line, expected in zip(halves[0]["log"], whole["log"], strict=True):
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_adapter_of_a_checkpoint_is_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Granite-Speech's own LoRA: the model says what it said, and what is trained comes on top."""
+    model, processor = tiny_audio.granite_speech()
+    model.add_adapter(lora(target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.config.has_lora_adapter = True
+    model.eval()
+    ids = torch.tensor([[4, 5, 6, 7]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        model.disable_adapters()
+        assert not torch.allclose(model(input_ids=ids).logits, before, atol=1e-2)
+        model.enable_adapters()
+    run = trainer(AudioGRPOTrainer, settings(tmp_path, max_steps=1, beta=0.1), (model, processor))
+    with torch.no_grad():
+        torch.testing.assert_close(run.model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+    assert "The LoRA adapter of the checkpoint is merged into the weights" in caplog.text
+    assert not model.config.has_lora_adapter
+    run.train()
+    assert run.state.log_history[0]["grad_norm"] > 0
