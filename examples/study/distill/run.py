@@ -32,6 +32,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from running_sums import (  # noqa: E402
     END_ID,
+    PAD_TOKEN,
     build_model,
     decode,
     draw_prompt,
@@ -140,7 +141,8 @@ class Watched(FireOPDTrainer):
         weights, keep, gaps = self.found.weights.tolist(), self.found.keep.tolist(), self.gaps.tolist()
         rows = []
         for index, (line, ids) in enumerate(zip(inputs, batch["completion_ids"].tolist(), strict=True)):
-            text = decode(ids[: ids.index(END_ID) + 1] if END_ID in ids else ids)
+            # One character a token, whatever an unlearned student says.
+            text = decode(ids[: ids.index(END_ID) + 1] if END_ID in ids else ids).replace(PAD_TOKEN, "_")
             is_right, name = score(line["prompt"], text), "kept" if keep[index] else "dropped"
             rows.append(
                 {
@@ -240,6 +242,10 @@ def main() -> None:
         if not path.exists():
             pair = Pair(seed, args.work, args.teacher_steps, args.student_steps)
             write(distil(arm, seed, pair, prompts, args.steps, args.learning_rate), path)
+    if set(args.arms) == set(ARMS) and len(args.seeds) > 1:
+        import analyse
+
+        analyse.main(args.results)
 
 
 if __name__ == "__main__":
