@@ -20,6 +20,7 @@ sys.path.append(str(HERE.parent))
 from paired import compare, holm, interval  # noqa: E402
 
 RESULTS = HERE / "results"
+STEPS = 150
 ARMS = {
     "opd": ("OPD", "C7"),
     "filter": ("filter alone", "C1"),
@@ -43,6 +44,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def shortened(run: dict[str, Any]) -> dict[str, Any]:
+    """What a run had come to after STEPS; the first seeds went on (PROTOCOL.md, Changes)."""
+    at = [step for step in run["evaluated"]["step"] if step <= STEPS]
+    evaluated = {"step": at, "greedy": run["evaluated"]["greedy"][: len(at)]}
+    return {**run, "evaluated": evaluated, "steps": {name: of[:STEPS] for name, of in run["steps"].items()}}
+
+
 class Study:
     """The runs of each arm, ordered by seed."""
 
@@ -53,7 +61,7 @@ class Study:
             by_seed[run["seed"]][run["arm"]] = run
         # A seed counts where all arms of it have run, so that every comparison is paired.
         self.seeds = [seed for seed in sorted(by_seed) if len(by_seed[seed]) == len(ARMS)]
-        self.runs = {arm: [by_seed[seed][arm] for seed in self.seeds] for arm in ARMS}
+        self.runs = {arm: [shortened(by_seed[seed][arm]) for seed in self.seeds] for arm in ARMS}
 
     def curve(self, arm: str) -> np.ndarray:
         """Greedy accuracy, (seeds, evaluations), the first before the first step."""

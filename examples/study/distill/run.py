@@ -57,7 +57,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "fire_trajectory": {"fire_normalize": "trajectory"},
 }
 BATCH = 64
-STEPS = 300
+STEPS = 150
+POOL = 300 * BATCH  # prompts that a run draws its own from, in an order of its seed
 EVERY = 30  # steps between evaluations
 LEARNING_RATE = 5e-5
 # The teacher stops at the first look, every 50 steps, with so much greedy accuracy on prompts of training.
@@ -179,7 +180,7 @@ class Evaluation(TrainerCallback):
 
 def distil(arm: str, seed: int, pair: Pair, prompts: Sequence[str], steps: int, rate: float) -> dict[str, Any]:
     rng = random.Random(seed)
-    asked = [draw_prompt(rng, TERMS, held_out=False) for _ in range(BATCH * steps)]
+    asked = [draw_prompt(rng, TERMS, held_out=False) for _ in range(POOL)]
     started = time.perf_counter()
     teacher_greedy = greedy_accuracy(pair.teacher, prompts)
     with tempfile.TemporaryDirectory() as folder:
