@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,14 +98,17 @@ def build_model(hidden_size: int = 64, num_layers: int = 2) -> LlamaForCausalLM:
 def supervised_batch(
     rng: random.Random, num_terms: Sequence[int], size: int, teacher: Callable[[str, random.Random], str]
 ) -> tuple[Tensor, Tensor]:
-    """Draw worked examples: ids and labels, both (size, T); prompt and padding are left out of the loss by -100."""
-    rows, prompt_lengths = [], []
-    for _ in range(size):
-        prompt = draw_prompt(rng, rng.choice(num_terms), held_out=False)
-        rows.append(torch.tensor(encode(prompt + teacher(prompt, rng))))
-        prompt_lengths.append(len(prompt))
+    """Draw worked examples, as ``labelled`` gives them."""
+    prompts = (draw_prompt(rng, rng.choice(num_terms), held_out=False) for _ in range(size))
+    return labelled((prompt, teacher(prompt, rng)) for prompt in prompts)
+
+
+def labelled(examples: Iterable[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Of prompts and answers, ids and labels, both (size, T); prompt and padding are left out of the loss by -100."""
+    pairs = list(examples)
+    rows = [torch.tensor(encode(prompt + answer)) for prompt, answer in pairs]
     token_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
-    is_prompt = torch.arange(token_ids.shape[1]) < torch.tensor(prompt_lengths)[:, None]
+    is_prompt = torch.arange(token_ids.shape[1]) < torch.tensor([len(prompt) for prompt, _ in pairs])[:, None]
     return token_ids, token_ids.masked_fill(is_prompt | (token_ids == PAD_ID), -100)
 
 
@@ -119,12 +122,16 @@ def warm_up(
     teacher: Callable[[str, random.Random], str] = worked_answer,
 ) -> Iterator[tuple[int, float]]:
     """Train on worked examples and yield (step, loss) after each step, so that the caller may stop early."""
+    return supervise(model, (supervised_batch(rng, num_terms, batch_size, teacher) for _ in range(steps)))
+
+
+def supervise(model: LlamaForCausalLM, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[int, float]]:
+    """Take a step on each batch of ids and labels, and yield (step, loss) after it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     # A one-cycle schedule would tie the rate to `steps`, which a caller that stops early never reaches.
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     model.train()
-    for step in range(1, steps + 1):
-        token_ids, labels = supervised_batch(rng, num_terms, batch_size, teacher)
+    for step, (token_ids, labels) in enumerate(batches, 1):
         loss = model(input_ids=token_ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()

@@ -39,14 +39,49 @@ def test_trl_leaf_runs(advantages: str) -> None:
     assert ("share of tokens with span credit" in output) == (advantages == "leaf")
 
 
-@pytest.mark.parametrize("method", ["fire", "opd"])
-def test_distill_runs(method: str) -> None:
+@pytest.mark.parametrize(("method", "domains"), [("fire", ["sums", "reversal"]), ("opd", ["sums"])])
+def test_distill_runs(method: str, domains: list[str]) -> None:
     """The whole way, in few steps; tests/test_trl_distillation.py sees the student approach its teacher."""
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
     steps = ("--steps", "2", "--teacher-steps", "5", "--student-steps", "5")
-    output = run_example("distill.py", "--method", method, *steps)
+    output = run_example("distill.py", "--method", method, "--domains", *domains, *steps)
     assert "teacher less student log-probability of a token, first -" in output
-    assert "student, after 2 steps: held-out accuracy" in output
+    assert re.findall(r"teacher, 5 supervised steps: held-out accuracy, (\w+) ", output) == domains
+    last = output.partition("student, after 2 steps: held-out accuracy, ")[2]
+    assert re.findall(r"(\w+) [01]\.\d{3}", last) == domains
+
+
+def test_the_study_of_distillation_runs(tmp_path: Path) -> None:
+    """Two seeds of few steps: what is there is kept, and tables and figures come out."""
+    for package in ("trl", "matplotlib", "scipy"):
+        pytest.importorskip(package)
+    folders = ("--work", str(tmp_path / "work"), "--results", str(tmp_path / "results"))
+    steps = ("--seeds", "0", "1", "--steps", "2", "--teacher-steps", "2", "--student-steps", "2")
+    run_example("study/distill/run.py", *folders, *steps, "--arms", "opd")
+    first = (tmp_path / "results" / "runs" / "opd-0.json").read_bytes()
+    run_example("study/distill/run.py", *folders, *steps)
+    assert (tmp_path / "results" / "runs" / "opd-0.json").read_bytes() == first
+    runs = [json.loads(path.read_text()) for path in (tmp_path / "results" / "runs").glob("*-1.json")]
+    assert len(runs) == 6
+    # The first batch is the same for all arms, which differ from there on.
+    assert len({run["steps"]["gap"][0] for run in runs}) == 1 and len({run["steps"]["gap"][1] for run in runs}) > 1
+    assert {run["arm"] for run in runs if run["steps"]["kept"][0] < 1} == {"filter", "fire_batch", "fire_trajectory"}
+    made = {path.name for path in (tmp_path / "results").iterdir()}
+    assert made == {"runs", "tables.md", "curves.png", "weights.png"}
+
+
+def test_the_tables_of_the_study_of_distillation_are_those_of_its_runs() -> None:
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
+    folder = ROOT / "examples" / "study" / "distill"
+    code = "import analyse, sys; sys.stdout.write(analyse.Study(analyse.RESULTS).tables())"
+    made = run_python("-c", code, cwd=folder).stdout
+    printed = (folder / "results" / "tables.md").read_text(encoding="utf-8")
+    number = re.compile(r"[-+]?\d+(?:\.\d+)?")
+    assert number.sub("", printed) == number.sub("", made)
+    # One digit in the last place: another platform may round the other way.
+    expected, found = ([float(x) for x in number.findall(text)] for text in (printed, made))
+    assert found == pytest.approx(expected, abs=0.0011)
 
 
 def test_lookahead_runs(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """README and the pages of docs/: their Python runs, their commands run, and what they show is what comes out."""
 
 import inspect
+import os
 import re
 import shlex
 from pathlib import Path
@@ -55,13 +56,27 @@ def names_of_lookahead() -> dict[str, Any]:
 
 
 COMMANDS = commands("README.md", "performance.md")
+# Needs TRL, and the folder of examples.
+(DISTILS,) = (block.text for block in pages.blocks(README, "python") if "FireOPDTrainer" in block.text)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in RUN_ELSEWHERE])
 def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    pages.run(pages.read(page), names_of_lookahead() if page == "README.md" else {})
+    pages.run(pages.read(page).replace(DISTILS, ""), names_of_lookahead() if page == "README.md" else {})
+
+
+def test_ten_lines_bring_a_student_closer_to_its_teacher(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
+    assert len([line for line in DISTILS.splitlines() if line]) <= 10
+    where = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+    before = os.times().children_user
+    printed = run_python("-c", DISTILS, cwd=tmp_path, PYTHONPATH=where).stdout
+    assert os.times().children_user - before < 60
+    first, *_, last = (float(gap) for gap in re.findall(r"'fire/teacher_gap': '?(-[\d.]+)", printed))
+    said = [float(gap) for gap in re.findall(r" at (-\d\.\d) and at the end (-\d\.\d)", README)[0]]
+    assert [first, last] == pytest.approx(said, abs=0.15)  # another platform draws other samples
 
 
 @pytest.mark.parametrize(("page", "test"), RUN_ELSEWHERE.items())

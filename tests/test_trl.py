@@ -3,11 +3,7 @@
 import dataclasses
 import inspect
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +18,7 @@ trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 import tiny_trl
 from packaging.version import Version
 from rollouts import assert_rows_close
+from support import run_ranks
 from tiny_trl import Recorded, config, count_a, picky, script, trainer
 from trl import GRPOConfig, GRPOTrainer
 
@@ -415,28 +412,8 @@ def test_nothing_to_share(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_two_processes_are_one(scale: str, tmp_path: Path) -> None:
     """Twelve rows in groups of four, on one rank and on two, the middle group on both; rows of unequal width."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    root = Path(__file__).resolve().parents[1]
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(root),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(root / "tests" / "tiny_trl.py"), str(rank), str(tmp_path / f"{rank}.pt"), scale]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
+    run_ranks("tiny_trl.py", tmp_path, scale)
     (whole,) = tiny_trl.one_step(str(tmp_path / "run"), 12, scale).batches
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
     halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=False)[0] for rank in range(2)]
     assert len({half["completion_ids"].shape[1] for half in halves}) == 2, "the case wants unequal widths"
 

@@ -8,56 +8,15 @@ import torch
 
 pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 
+import tiny_distillation
 import tiny_trl
 from datasets import Dataset
-from tiny_trl import config
+from support import run_ranks
+from tiny_distillation import another, run, settings
 
-from leafkernels.integrations.trl_distillation import FireOPDConfig, FireOPDTrainer
+from leafkernels.integrations.trl_distillation import FireOPDTrainer
 
 PLAIN = {"fire_drop": 0.0, "fire_alpha": 0.0, "fire_beta": 0.0}
-
-
-def settings(folder: Path, **changes: Any) -> FireOPDConfig:
-    defaults = {"num_generations": 1, "logging_steps": 1, "temperature": 0.8}
-    return config(folder, FireOPDConfig, **{**defaults, **changes})
-
-
-def another(seed: int, **changes: Any) -> Any:
-    model = tiny_trl.model(**changes)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
-
-
-class Recorded(FireOPDTrainer):
-    """Keeps every batch, and the loss and the gradient of every step."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.batches: list[dict[str, Any]] = []
-        self.gradients: list[list[torch.Tensor]] = []
-        self.weights: list[list[torch.Tensor]] = []
-
-    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        batch = super()._generate_and_score_completions(inputs)
-        self.batches.append({**batch, "inputs": inputs})
-        return batch
-
-    def training_step(self, model: Any, *args: Any) -> torch.Tensor:
-        self.weights.append([parameter.detach().clone() for parameter in model.parameters()])
-        loss = super().training_step(model, *args)
-        self.gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-        return loss
-
-
-def run(args: FireOPDConfig, teachers: Any, student: Any = None, kind: type = Recorded, **columns: Any) -> Any:
-    rows = Dataset.from_dict({"prompt": ["ab", "abc", "bcd", "dd", "cab", "h"] * 4, **columns})
-    model = tiny_trl.model() if student is None else student
-    trained = kind(model, teachers, args, train_dataset=rows, processing_class=tiny_trl.tokenizer())
-    trained.train()
-    return trained
 
 
 def logged(trained: Any, name: str) -> list[float]:
@@ -122,6 +81,50 @@ def test_a_row_alone_is_never_dropped(tmp_path: Path) -> None:
     trained = run(settings(tmp_path, fire_scope="row", fire_drop=0.9, max_steps=1), another(1))
     assert logged(trained, "fire/keep_share") == [1.0]
     assert trained.batches[0]["advantages"].any()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Twelve rows on one rank and on two: threshold, maxima, mean and the loss's average are those of all rows."""
+    run_ranks("tiny_distillation.py", tmp_path)
+    one = tiny_distillation.one_step(str(tmp_path / "run"), 12)
+    (whole,) = one.batches
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    halves = [rank["batch"] for rank in ranks]
+    assert len({half["completion_ids"].shape[1] for half in halves}) == 2, "the case wants unequal widths"
+    kept = [half["tool_mask"].any(1).sum().item() for half in halves]
+    assert sum(kept) == 9 and len(set(kept)) == 2, "the case wants ranks that keep unequally many"
+
+    def rows(batch: dict[str, Any], name: str) -> list[list[float]]:
+        lengths = batch["completion_mask"].sum(1).tolist()
+        return [row[:length] for row, length in zip(batch[name].tolist(), lengths, strict=True)]
+
+    for name in ("completion_ids", "tool_mask"):
+        assert rows(halves[0], name) + rows(halves[1], name) == rows(whole, name)
+    advantages = rows(halves[0], "advantages") + rows(halves[1], "advantages")
+    for found, expected in zip(advantages, rows(whole, "advantages"), strict=True):
+        # Float32 logits of unequal widths of padding: a few roundings, relative to log-probabilities of up to 10.
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for half in halves:
+        assert half["metrics"] == pytest.approx(whole["metrics"], rel=1e-5)
+    for parts in zip(ranks[0]["gradients"], ranks[1]["gradients"], one.gradients[0], strict=True):
+        torch.testing.assert_close(parts[0], parts[1], rtol=0, atol=0)
+        torch.testing.assert_close(parts[0], parts[2], rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_learns_and_the_model_below_it_does_not(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    plain = run(settings(tmp_path, max_steps=1, **PLAIN), tiny_trl.model(), more={"peft_config": adapter})
+    assert logged(plain, "loss") == [0.0]  # a fresh adapter is the model below it, which is the teacher
+    options = {"max_steps": 40, "learning_rate": 0.02, "per_device_train_batch_size": 24}
+    trained = run(settings(tmp_path, **options), another(1), more={"peft_config": adapter})
+    gaps = logged(trained, "fire/teacher_gap")
+    first, last = sum(gaps[:10]) / 10, sum(gaps[-10:]) / 10
+    assert first < -1.2 and last > 0.8 * first
+    named = dict(tiny_trl.model().named_parameters())
+    below = {n: p for n, p in trained.model.get_base_model().named_parameters() if "lora" not in n}
+    for name, parameter in below.items():
+        assert torch.equal(parameter, named[name.replace(".base_layer", "")])
 
 
 class Refuses(torch.nn.Module):
