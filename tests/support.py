@@ -97,7 +97,7 @@ def run_python(
 
 
 def run_ranks(script: str, folder: Path, *more: str) -> None:
-    """Run a script of this directory as two ranks on a CPU; its arguments: a rank, the path of its results, ``more``."""
+    """Run a script of this directory as two ranks on a CPU; its arguments: a rank, where results go, ``more``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
