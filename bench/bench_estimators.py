@@ -102,7 +102,7 @@ def dense_tempo(token_ids: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
 
 def dense_tree_td(token_ids: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
     centred, differences = dense_values(token_ids, rewards, mask, 1.0)
-    return torch.where(mask, 0.3 * centred + differences, 0.0).float()
+    return torch.where(mask, 0.5 * centred + differences, 0.0).float()
 
 
 def compiled_peer(name: str) -> Prepare:

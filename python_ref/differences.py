@@ -38,8 +38,8 @@ def tree_td(
     *,
     response_mask: Mask = None,
     groups: Groups = None,
-    shrinkage: float = 1.0,
-    group_weight: float = 0.3,
+    shrinkage: float = 0.0,
+    group_weight: float = 0.5,
     normalize: str = "none",
 ) -> list[list[float]]:
     """V(s_{t+1}) - V(s_t) + group_weight (r - mean); where rows leave, V moves from the parent's value to the mean of

@@ -78,12 +78,12 @@ def tree_td(
     groups: Tensor | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
-    shrinkage: float = 1.0,
-    group_weight: float = 0.3,
+    shrinkage: float = 0.0,
+    group_weight: float = 0.5,
     normalize: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    """What a token changed, from means of few rollouts shrunk towards their parent's, plus a part of GRPO's credit.
+    """What a token changed in the mean reward of those who share its prefix, plus a part of GRPO's credit.
 
         A_t = V(s_{t+1}) - V(s_t) + group_weight * (r - mean)
         V_0 = mean        V_k = (n_k mean_k + shrinkage V_{k-1}) / (n_k + shrinkage)
@@ -107,10 +107,10 @@ def tree_td(
 
     Example:
         >>> token_ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 6]])
-        >>> leafkernels.tree_td(torch.zeros(3, 3), token_ids, torch.tensor([1.0, 0.0, 0.0]))
-        tensor([[ 0.2000,  0.3111,  0.4778],
-                [-0.1000,  0.0111, -0.3222],
-                [-0.1000, -0.2667, -0.1000]])
+        >>> leafkernels.tree_td(torch.zeros(3, 3), token_ids, torch.tensor([1.0, 0.5, 0.0]))
+        tensor([[ 0.2500,  0.5000,  0.5000],
+                [ 0.0000,  0.2500, -0.2500],
+                [-0.2500, -0.7500, -0.2500]])
     """
     check_shrinkage(shrinkage)
     check_finite("group_weight", group_weight)

@@ -80,9 +80,9 @@ class LeafGRPOConfig(GRPOConfig):
         },
     )
     shrinkage: float = field(
-        default=1.0, metadata={"help": "tree_td: how many rollouts' worth the parent's value counts at a node."}
+        default=0.0, metadata={"help": "tree_td: how many rollouts' worth the parent's value counts at a node."}
     )
-    group_weight: float = field(default=0.3, metadata={"help": "tree_td: weight of the reward less the group's mean."})
+    group_weight: float = field(default=0.5, metadata={"help": "tree_td: weight of the reward less the group's mean."})
     preset: str | None = field(
         default=None,
         metadata={

@@ -395,11 +395,11 @@ def candidates_by_length() -> dict[str, Scheme]:
         "dr_grpo": leafkernels.dr_grpo,
         "fixed 4, 0.2": partial(fixed, shrinkage=4.0, group_weight=0.2),
     }
-    for name in ("dr_grpo", "tempo", "tree_td", "leaf", "treerl"):
+    schemes = {name: leafkernels.ESTIMATORS[name] for name in ("dr_grpo", "tempo", "leaf", "treerl")}
+    schemes["tree_td 1, 0.3"] = partial(leafkernels.tree_td, shrinkage=1.0, group_weight=0.3)
+    for name, scheme in schemes.items():
         for power in (0.0, 0.5, 1.0, 1.5, 2.0):
-            found[f"{name}, length {power:g}"] = partial(
-                whole_by_length, scheme=leafkernels.ESTIMATORS[name], power=power
-            )
+            found[f"{name}, length {power:g}"] = partial(whole_by_length, scheme=scheme, power=power)
     return found
 
 

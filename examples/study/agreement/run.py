@@ -104,7 +104,7 @@ def rounded(found: leafkernels.GradientAgreement, name: str, to: str) -> list[fl
 def table(path: Path) -> None:
     schemes: dict[str, Callable[..., Tensor]] = dict(leafkernels.ESTIMATORS)
     schemes["leaf, 8 boundaries"] = partial(leafkernels.span_advantages, num_boundaries=8, min_separation=2)
-    schemes |= weights((0.0, 0.0), (0.0, 0.2), (0.0, 0.5), (4.0, 0.2), (8.0, 0.2))
+    schemes |= weights((0.0, 0.0), (0.0, 0.2), (1.0, 0.3), (4.0, 0.2), (8.0, 0.2))
     rows = []
     for rollouts in (4, 8, 16, 32):
         for context in CONTEXTS:
