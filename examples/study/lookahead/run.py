@@ -34,7 +34,7 @@ from lookahead import (  # noqa: E402
 from paired import compare  # noqa: E402
 from running_sums import build_model, draw_prompt, sample, seed_everything, token_logprobs, warm_up  # noqa: E402
 
-from leafkernels import ESTIMATORS, gradient_agreement, span_advantages, surprisal_entropy  # noqa: E402
+from leafkernels import ESTIMATORS, gradient_agreement, span_advantages, surprisal_entropy  # noqa: E402, tree_td
 from leafkernels.lookahead import RewardChannel, RewardTransformer  # noqa: E402
 
 MAIN: Settings = (2, 1, 3, 0.25)
@@ -113,7 +113,8 @@ def boundaries(wrapped: RewardTransformer, prompts: list[str]) -> dict[str, floa
     logprobs = token_logprobs(wrapped.model, rollouts)
     common = {"response_mask": rollouts.response_mask, "group_size": count}
     found: dict[str, float] = {}
-    others = {name: ESTIMATORS[name] for name in ("dr_grpo", "tempo", "tree_td")}
+    others = {name: ESTIMATORS[name] for name in ("dr_grpo", "tempo")}
+    others["tree_td 1, 0.3"] = partial(tree_td, shrinkage=1.0, group_weight=0.3)
     leaf = partial(span_advantages, num_boundaries=2)
     # Of a split a scheme sees log-probabilities, not `boundary_scores`; what else ranks boundaries goes in their place.
     for name, ranked in {"leaf by surprisal": -logprobs, **scores}.items():
