@@ -34,7 +34,7 @@ from lookahead import (  # noqa: E402
 from paired import compare  # noqa: E402
 from running_sums import build_model, draw_prompt, sample, seed_everything, token_logprobs, warm_up  # noqa: E402
 
-from leafkernels import ESTIMATORS, gradient_agreement, span_advantages, surprisal_entropy  # noqa: E402, tree_td
+from leafkernels import ESTIMATORS, gradient_agreement, span_advantages, surprisal_entropy, tree_td  # noqa: E402
 from leafkernels.lookahead import RewardChannel, RewardTransformer  # noqa: E402
 
 MAIN: Settings = (2, 1, 3, 0.25)
