@@ -137,3 +137,14 @@ def test_chunks_give_the_same(layout: str, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert sum(sizes) == expected.numel()
     assert len(sizes) > 2
+
+
+def test_spans_of_the_tree_that_end_after_a_row() -> None:
+    """Identical rows share a node at a boundary that lies beyond them: found with masks without holes."""
+    mask = torch.zeros(5, 5, dtype=torch.bool)
+    for row, length in enumerate([0, 1, 1, 2, 4]):
+        mask[row, 1 : 1 + length] = True
+    case = torch.zeros(5, 5), torch.zeros(5, 5, dtype=torch.long), torch.tensor([0.0, 0, 0, 0, 1])
+    found = leafkernels.span_advantages(*case, response_mask=mask, backend="torch")
+    assert not found[~mask].any()
+    assert torch.allclose(found, leafkernels.span_advantages(*case, response_mask=mask, backend="reference"))

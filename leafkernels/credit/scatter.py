@@ -65,6 +65,9 @@ def scatter_to_tokens(
     """
     refuse_forward_mode("scatter_spans", values)
     layout = rows.layout
+    if rows.is_cut:
+        # A node's span may end after some of its rows.
+        span_ends = torch.minimum(span_ends, layout.row_lengths.unsqueeze(1).to(span_ends.dtype))
     places = (span_ends, rows.mask, *layout.slots, layout.row_starts)
     size = shape if len(shape) < 3 else (layout.row_starts.shape[0], shape[-1])
     if values.requires_grad:
@@ -126,13 +129,9 @@ def scatter_spans(
         raise ValueError(
             f"values must have one row for each of the {num_rows} rows of cu_seqlens, got shape {tuple(values.shape)}"
         )
-    ends = to_int32(span_ends.reshape(num_rows, values.shape[-1]))
-    if response_mask is not None and rows.mask is None:
-        # The mask, which ended the rows, is in the layout only.
-        ends = torch.minimum(ends, rows.layout.row_lengths.unsqueeze(1).to(torch.int32))
     return scatter_to_tokens(
         values.reshape(num_rows, values.shape[-1]),
-        ends,
+        to_int32(span_ends.reshape(num_rows, values.shape[-1])),
         rows,
         size,
         values.dtype,

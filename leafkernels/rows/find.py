@@ -26,6 +26,8 @@ class Rows(NamedTuple):
     """Shape of one entry for each row."""
     prompt_shape: tuple[int, ...] | None
     """Shape of one entry for each prompt; None: prompts are named by a tensor, and each row holds its prompt's."""
+    is_cut: bool = False
+    """Whether there was a mask of which only the layout is left: what lies after a row's length is masked."""
 
     def per_prompt(self, of_groups: Tensor) -> Tensor:
         """What holds a line for each group, as the caller counts prompts."""
@@ -105,7 +107,7 @@ def find_rows(
     if groups is None and group_size is None:
         layout = with_prompts(layout, row_shape)
     if mask_rows is not None and backend == "torch" and values_readable(mask_rows) and _has_no_hole(mask_rows, layout):
-        mask_rows = None  # the layout says all of it
+        return Rows(layout, None, row_shape, prompt_shape, is_cut=True)
     return Rows(layout, mask_rows, row_shape, prompt_shape)
 
 
