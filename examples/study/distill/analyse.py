@@ -139,7 +139,7 @@ class Study:
         head = ["arm", "rollouts dropped", "tokens dropped", "right, of those dropped", "right, of those kept"]
         text += table([*head, "tokens of one dropped", "tokens of one kept"], rows)
 
-        text += "\nTokens by kind, all that were sampled; the last column as in the first table\n\n"
+        text += "\nTokens by kind, all that were sampled\n\n"
         rows = []
         for arm, (label, _) in ARMS.items():
             row = [label]
@@ -192,7 +192,7 @@ class Study:
                     is_gap = row["gaps"][place] < -1
                     color, heavy = ("red", "bold") if is_gap else ("black", "normal")
                     axis.text(place, index, character, ha="center", va="center", fontsize=8, color=color, weight=heavy)
-            image = axis.imshow(weights, aspect="auto", cmap="Blues", vmin=0, vmax=2.2)
+            image = axis.imshow(weights, aspect="auto", cmap="Blues", vmin=0.6, vmax=2.2)
             axis.set_yticks(
                 range(len(rows)),
                 [
