@@ -1,5 +1,6 @@
 """Rewards beside logits, on every kind of decoder."""
 
+import importlib
 import json
 import threading
 from pathlib import Path
@@ -297,3 +298,31 @@ def test_in_the_models_own_generate(mask: torch.Tensor | None) -> None:
         assert row[: len(of_one.token_ids)] == of_one.token_ids and not any(row[len(of_one.token_ids) :])
     with pytest.raises(ValueError, match="called by the model that the channel runs beside"):
         build_model("llama").generate(IDS, custom_generate=wrapped.custom_generate, max_new_tokens=3, pad_token_id=0)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_audio_model_looks_ahead_from_what_it_hears(packed: bool) -> None:
+    pytest.importorskip("trl", reason="needs the extras trl and speech")
+    pytest.importorskip("soundfile")
+    tiny_audio = importlib.import_module("tiny_audio")
+    model, processor = tiny_audio.qwen2_audio()
+    scored = RewardTransformer(model.eval())
+    numbers = torch.Generator().manual_seed(0)
+    said = []
+    heard = ["<|audio_bos|><|AUDIO|><|audio_eos|>ab", "<|audio_bos|><|AUDIO|><|audio_eos|>hello"]
+    for text, seconds in zip(heard, (0.4, 1.1), strict=True):
+        clip = torch.randn(int(seconds * tiny_audio.RATE), generator=numbers).numpy()
+        audio = {"audio": [clip], "sampling_rate": tiny_audio.RATE}
+        read = dict(processor(text=[text], return_tensors="pt", **audio))
+        ids, mask = read.pop("input_ids"), read.pop("attention_mask")
+        greedy = model.generate(input_ids=ids, attention_mask=mask, **read, max_new_tokens=12, do_sample=False)
+        found = scored.generate(ids, mask, inputs=read, width=1, chunk=3, depth=1, max_new_tokens=12, packed=packed)
+        assert found.token_ids == greedy[0, ids.shape[1] :].tolist()
+        silent = {**read, "input_features": torch.zeros_like(read["input_features"])}
+        options = {"width": 2, "chunk": 2, "depth": 2, "max_new_tokens": 8, "packed": packed}
+        ahead, other = (scored.generate(ids, inputs=features, **options) for features in (read, silent))
+        assert ahead.score != other.score
+        said.append((ids[0], read, ahead))
+    inputs = {name: torch.cat([read[name] for _, read, _ in said]) for name in said[0][1]}
+    together = scored.generate_all([ids for ids, *_ in said], inputs=inputs, **options)
+    assert [of_one.token_ids for of_one in together] == [ahead.token_ids for *_, ahead in said]

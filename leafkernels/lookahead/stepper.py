@@ -1,6 +1,6 @@
 """How ``search`` runs a transformers model: one prefix, many branches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,15 @@ class TransformersStepper:
         model: a ``RewardTransformer``, or another causal language model whose output has ``rewards`` beside ``logits``.
         packed: False for a row a branch, where a model's attention takes no mask of four dimensions (flash attention).
             Every row then holds the prefix again.
+        inputs: what the model reads of the prompts beside their ids, by the names of its forward: the features of their
+            audio or images, a row or rows for each prompt, in their order.
 
     Raises:
         ValueError: the model has layers that are no attention (a state-space model, for instance), or packed branches
             are asked of an attention that takes no such mask.
     """
 
-    def __init__(self, model: Any, *, packed: bool = True) -> None:
+    def __init__(self, model: Any, *, packed: bool = True, inputs: Mapping[str, Tensor] | None = None) -> None:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         if kinds - _KINDS_OF_ATTENTION:
@@ -40,7 +42,7 @@ class TransformersStepper:
                 f"packed branches need a mask of four dimensions, which the attention {attention!r} does not take: "
                 "load the model with attn_implementation='sdpa', or ask for packed=False"
             )
-        self._model, self._packed = model, packed
+        self._model, self._packed, self._inputs = model, packed, dict(inputs or {})
         self._window = _window_of(config, kinds)
         self._has_kinds = bool(kinds)
         self._cache: Any = None
@@ -62,7 +64,7 @@ class TransformersStepper:
         prompts = [prompt_ids] if isinstance(prompt_ids, Tensor) else list(prompt_ids)
         # Without the config: each layer keeps all columns, also where it sees a window of them only.
         self._cache = DynamicCache()
-        inputs: dict[str, Tensor] = {}
+        inputs = self._inputs
         if len({len(prompt) for prompt in prompts}) == 1:
             input_ids = torch.stack(prompts)
             seen = torch.ones_like(input_ids, dtype=torch.bool)
@@ -72,7 +74,8 @@ class TransformersStepper:
             lengths = torch.tensor([len(prompt) for prompt in prompts], device=input_ids.device)
             at = torch.arange(input_ids.shape[1], device=input_ids.device)
             seen = at >= input_ids.shape[1] - lengths[:, None]
-            inputs = {"attention_mask": seen.long(), "position_ids": (seen.cumsum(1) - 1).clamp_min(0)}
+            places = {"attention_mask": seen.long(), "position_ids": (seen.cumsum(1) - 1).clamp_min(0)}
+            inputs = {**inputs, **places}
         output = self._model(input_ids=input_ids, past_key_values=self._cache, use_cache=True, **inputs)
         # (S, columns): which columns of its prompt's row of the cache a branch sees; (S,): which row that is;
         # (rows, columns): at which position a column stands.

@@ -1,7 +1,7 @@
 """A transformers model that scores its own tokens, and decodes with a look at what follows."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,7 @@ class RewardTransformer(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        inputs: Mapping[str, Tensor] | None = None,
         width: int = 2,
         chunk: int = 10,
         depth: int = 2,
@@ -114,6 +115,8 @@ class RewardTransformer(nn.Module):
         Args:
             input_ids: (P,) or (1, P), of the prompt.
             attention_mask: of the same shape, 0 at padding.
+            inputs: what else the model reads of the prompt, as its processor gives it: ``input_features`` and
+                ``feature_attention_mask`` of a Qwen2-Audio, for instance.
             width, chunk, depth, max_new_tokens, with_end, min_p, max_branches: as in ``search``; the paper's first
                 three are 2, 10, 2.
             eos_token_ids: None: those of the model's generation config.
@@ -132,6 +135,7 @@ class RewardTransformer(nn.Module):
             streamer.put(prompt_ids.cpu())
         (found,) = self.generate_all(
             [prompt_ids],
+            inputs=inputs,
             width=width,
             chunk=chunk,
             depth=depth,
@@ -155,6 +159,7 @@ class RewardTransformer(nn.Module):
         input_ids: Tensor | Sequence[Tensor],
         attention_mask: Tensor | None = None,
         *,
+        inputs: Mapping[str, Tensor] | None = None,
         width: int = 2,
         chunk: int = 10,
         depth: int = 2,
@@ -173,6 +178,7 @@ class RewardTransformer(nn.Module):
         Args:
             input_ids: (B, P), or B tensors of any length.
             attention_mask: (B, P), 0 at padding on the left or on the right, where ``input_ids`` is a tensor.
+            inputs: as in ``generate``, with the rows of all prompts in their order.
             on_commit: called with the number of the prompt and each chunk, when it is committed.
             others: as in ``generate``.
         """
@@ -183,7 +189,7 @@ class RewardTransformer(nn.Module):
         self.eval()
         try:
             return search_all(
-                TransformersStepper(self, packed=packed),
+                TransformersStepper(self, packed=packed, inputs=inputs),
                 prompts,
                 width=width,
                 chunk=chunk,

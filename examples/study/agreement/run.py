@@ -5,6 +5,7 @@
     python examples/study/agreement/run.py ROLLOUTS --part lengths
     python examples/study/agreement/run.py --part tabular
     python examples/study/agreement/run.py --part sweep
+    python examples/study/agreement/run.py --part picture     # results/agreement.png, from the results
 
 ROLLOUTS is a file of many rollouts a prompt, in the format of ``python -m leafkernels``; PROTOCOL.md says what is run.
 """
@@ -182,12 +183,50 @@ def weights(*pairs: tuple[float, float]) -> dict[str, Callable[..., Tensor]]:
     }
 
 
+def draw() -> None:
+    """Left the differences in agreement by K, right what training gained in each setting, over agreement at K = 8."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    table = [row for row in json.loads((RESULTS / "table.json").read_text()) if row["context"] == 4]
+    gains = json.loads((RESULTS / "tabular.json").read_text())
+    named = {"tree_td 0, 0.5": "tree_td"}
+    figure, (by_size, by_gain) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    by_size.axhline(0.0, color="grey", linewidth=0.8)
+    by_gain.axhline(0.0, color="grey", linewidth=0.8)
+    for place, scheme in enumerate(("tree_td", "tree_td 1, 0.3", "tree_td 4, 0.2", "tempo", "leaf")):
+        rows = [row for row in table if row["scheme"] == scheme]
+        means, lows, highs = zip(*(row["to_dr_grpo"] for row in rows), strict=True)
+        sizes = [row["rollouts"] * 1.03 ** (place - 2) for row in rows]
+        bars = [
+            [m - low for m, low in zip(means, lows, strict=True)],
+            [h - m for h, m in zip(highs, means, strict=True)],
+        ]
+        by_size.errorbar(sizes, means, bars, marker="o", markersize=4, capsize=2, label=scheme)
+        (at,) = (row["to_dr_grpo"][0] for row in rows if row["rollouts"] == 8)
+        found = [row["gain"] for row in gains if named.get(row["scheme"], row["scheme"]) == scheme]
+        by_gain.plot([at] * len(found), found, "o", markersize=5, alpha=0.7, label=scheme)
+    by_size.set_xscale("log", base=2)
+    by_size.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
+    by_size.set(xlabel="K, rollouts that a scheme sees", ylabel="gradient agreement less Dr. GRPO's (context 4)")
+    by_size.legend(frameon=False, fontsize=8)
+    by_gain.set(
+        xlabel="agreement less Dr. GRPO's on code (K = 8, context 4)",
+        ylabel="mean reward over training less GRPO's,\neight settings of the policy that is a table",
+    )
+    figure.savefig(RESULTS / "agreement.png", dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS")
-    parser.add_argument("--part", choices=("table", "search", "lengths", "tabular", "sweep"), required=True)
+    parser.add_argument("--part", choices=("table", "search", "lengths", "tabular", "sweep", "picture"), required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.part == "picture":
+        return draw()
     if arguments.part not in ("tabular", "sweep") and arguments.rollouts is None:
         parser.error("name a file of rollouts")
     peers: dict[str, Callable[..., Tensor]] = {"tempo": leafkernels.tempo, "leaf": leafkernels.span_advantages}
