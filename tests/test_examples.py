@@ -157,3 +157,11 @@ def check_sample(path: Path, prompts: int, rollouts: int) -> None:
             text = running_sums.decode(completion["token_ids"])
             assert text == "".join(completion["tokens"])
             assert completion["reward"] == running_sums.score(line["prompt"], text)
+
+
+def test_the_tables_of_agreement_with_a_speech_model_are_those_of_its_results() -> None:
+    pytest.importorskip("soundfile", reason="needs the extra speech")
+    pytest.importorskip("scipy", reason="needs the extra speech")
+    study = ROOT / "examples" / "study" / "agreement"
+    printed = run_python(str(study / "speech_model.py"), "--report").stdout
+    assert printed.count("|") > 100 and printed.strip() in (study / "README.md").read_text(encoding="utf-8")
