@@ -101,7 +101,7 @@ def dense_tempo(token_ids: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def dense_tree_td(token_ids: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-    centred, differences = dense_values(token_ids, rewards, mask, 1.0)
+    centred, differences = dense_values(token_ids, rewards, mask, 0.0)
     return torch.where(mask, 0.5 * centred + differences, 0.0).float()
 
 

@@ -12,6 +12,7 @@ from support import examples
 import leafkernels
 from leafkernels.credit.nodes import nodes_of_groups, nodes_of_table
 from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
+from leafkernels.eager import prefix_lengths as eager_prefix_lengths
 from leafkernels.rows.find import build_layout
 from leafkernels.rows.layout import Layout
 
@@ -105,3 +106,20 @@ def test_a_tree_names_the_same_nodes() -> None:
         assert set(tree.nodes.flatten().tolist()) <= {-1, *names}
         expected = [[0, 0], [0, 0], [0, -1], [-1, -1]] if not prompts else [[0, 0], [0, 0], [-1, -1], [-1, -1]]
         assert tree.nodes.tolist() == expected
+
+
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_rows_that_part_after_the_head(num_prompts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many pairs are compared in their first tokens before the rest; of one prompt, too."""
+    monkeypatch.setattr(eager_prefix_lengths, "_HARDLY_ANY_TOKENS", 0)
+    monkeypatch.setattr(eager_prefix_lengths, "_HEAD", 4)
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.zeros(num_prompts, 6, 40, dtype=torch.long)
+    token_ids[..., 20:] = torch.randint(0, 2, (num_prompts, 6, 20), generator=generator)
+    logprobs = -torch.rand(num_prompts, 6, 40, generator=generator)
+    rewards = torch.rand(num_prompts, 6, generator=generator)
+    found, expected = (
+        leafkernels.span_tree(logprobs, token_ids, rewards, num_boundaries=6, backend=backend).nodes
+        for backend in ("torch", "reference")
+    )
+    assert torch.equal(found, expected) and bool((found > 0).any())

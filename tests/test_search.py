@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from leafkernels.lookahead import Search, search
@@ -206,6 +206,7 @@ def test_deep_enough_it_finds_the_best_of_all_leaves(
     st.booleans(),
     st.sampled_from([0.0, 0.5]),
 )
+@example(seed=1, width=2, chunk=1, depth=0, limit=3, with_end=True, min_p=0.0)  # all candidates end at once
 def test_commits_come_in_time_and_stay(
     seed: int, width: int, chunk: int, depth: int, limit: int, with_end: bool, min_p: float
 ) -> None:
@@ -217,7 +218,7 @@ def test_commits_come_in_time_and_stay(
     ]
     streamed = [token for commit in found.commits for token in commit.token_ids]
     assert found.token_ids[: len(streamed)] == streamed
-    assert found.peak_branches <= width ** (depth + 1)
+    assert found.peak_branches <= width ** (depth + 1 + with_end)
     assert found.num_tokens >= len(found.token_ids) - (not with_end)
     assert found == _run(seed, 2, **options)
     # Of the answer, the score is the mean over what has run.
@@ -233,6 +234,7 @@ def test_commits_come_in_time_and_stay(
         ({"chunk": 1.5}, "chunk must be an int"),
         ({"depth": -1}, "depth must be .*at least 0, got -1"),
         ({"width": 5, "depth": 3}, r"at 256 branches \(max_branches\), got 5 \*\* 4 = 625"),
+        ({"width": 3, "depth": 4, "with_end": True}, r"at 256 branches .*, got 3 \*\* 6 = 729"),
         ({"min_p": 1.5}, "min_p must lie between 0 and 1, got 1.5"),
         ({"width": 9, "depth": 0}, "width must be at most the vocabulary, 6 ids, got 9"),
         ({"prompt_ids": torch.zeros(0, dtype=torch.int64)}, r"prompt_ids must be .* got \(0,\)"),

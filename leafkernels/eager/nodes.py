@@ -112,7 +112,7 @@ def _look_further(shared: Tensor, tokens: Tensor, members: Tensor, head: int) ->
     smaller = members < torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
     at = is_alike.logical_and_(smaller).view(-1).nonzero().squeeze(1)
     rest = tokens[:, head:]
-    differs = rest.index_select(0, at // members.shape[1]) != rest.index_select(0, members.view(-1)[at])
+    differs = rest.index_select(0, at // members.shape[1]) != rest.index_select(0, members.reshape(-1)[at])
     shared.view(-1)[at] = pairs.first_true(differs).add_(head)
 
 

@@ -241,10 +241,12 @@ def _run(
     check_finite("min_p", min_p)
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p must lie between 0 and 1, got {min_p}")
-    if width ** (depth + 1) > max_branches:
+    # With the end counted, candidates that all end at once fork once more before one is chosen.
+    forks = depth + 1 + bool(with_end)
+    if width**forks > max_branches:
         raise ValueError(
-            f"width and depth must keep width ** (depth + 1) at {max_branches} branches (max_branches), got "
-            f"{width} ** {depth + 1} = {width ** (depth + 1)}"
+            f"width and depth must keep width ** (depth + {forks - depth}) at {max_branches} branches (max_branches), "
+            f"got {width} ** {forks} = {width**forks}"
         )
     if not isinstance(prompt_ids, Tensor) or prompt_ids.dim() != 1 or prompt_ids.numel() == 0:
         came = tuple(prompt_ids.shape) if isinstance(prompt_ids, Tensor) else type(prompt_ids).__name__
