@@ -75,6 +75,33 @@ class _Branch(NamedTuple):
         return self.total / self.num_rewards
 
 
+class _Ends(NamedTuple):
+    """What ends a branch."""
+
+    max_new_tokens: int
+    eos_token_ids: Collection[int]
+    is_stop: Callable[[Sequence[int]], bool] | None
+
+    def reason(self, tokens: tuple[int, ...]) -> str | None:
+        if self.is_stop is not None and self.is_stop(tokens):
+            return "stop"
+        if len(tokens) == self.max_new_tokens:
+            return "length"
+        return "stop" if tokens[-1] in self.eos_token_ids else None
+
+
+class _Options(NamedTuple):
+    """What all searches of a call share; the arguments of ``search``."""
+
+    width: int
+    chunk: int
+    depth: int
+    ends: _Ends
+    with_end: bool
+    min_p: float
+    max_branches: int
+
+
 def search(
     stepper: Stepper,
     prompt_ids: Tensor,
@@ -100,7 +127,8 @@ def search(
     decoding where ``width`` is 1. When no branch runs any more, the finished branch of the highest score is the answer
     (ties: one that ended by length, then the one that began earlier, then the model's preference).
 
-    Chunk c is committed at forward (c + depth) chunk + 1; live branches are width ** (depth + 1) at most.
+    Chunk c is committed at forward (c + depth) chunk + 1; live branches are width ** (depth + 1) at most, and width
+    times as many with ``with_end``, where candidates that all end at once fork before one is chosen.
 
     Args:
         stepper: see ``Stepper``; ``TransformersStepper`` is one.
@@ -117,7 +145,7 @@ def search(
             it ends. False is as the authors have it.
         min_p: fork only into tokens that have at least this share of the probability of the model's best one. With 0,
             as the authors have it, every fork has ``width`` branches, also where the model is sure.
-        max_branches: what ``width ** (depth + 1)`` may be at most.
+        max_branches: what that number of live branches may be at most.
 
     Returns:
         ``Search``.
@@ -125,19 +153,8 @@ def search(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
     """
-    run = _run(
-        prompt_ids,
-        width,
-        chunk,
-        depth,
-        max_new_tokens,
-        eos_token_ids,
-        on_commit,
-        is_stop,
-        with_end,
-        min_p,
-        max_branches,
-    )
+    ends = _Ends(max_new_tokens, eos_token_ids, is_stop)
+    run = _run(prompt_ids, on_commit, _Options(width, chunk, depth, ends, with_end, min_p, max_branches))
     next(run)
     logits, rewards = stepper.prefill(prompt_ids)
     while True:
@@ -176,22 +193,9 @@ def search_all(
         A ``Search`` for each prompt; its ``num_forwards`` are those that its own tree took part in.
     """
     listeners = [None if on_commit is None else partial(on_commit, number) for number in range(len(prompts))]
-    runs = [
-        _run(
-            prompt_ids,
-            width,
-            chunk,
-            depth,
-            max_new_tokens,
-            eos_token_ids,
-            listener,
-            is_stop,
-            with_end,
-            min_p,
-            max_branches,
-        )
-        for prompt_ids, listener in zip(prompts, listeners, strict=True)
-    ]
+    ends = _Ends(max_new_tokens, eos_token_ids, is_stop)
+    options = _Options(width, chunk, depth, ends, with_end, min_p, max_branches)
+    runs = [_run(prompt_ids, listener, options) for prompt_ids, listener in zip(prompts, listeners, strict=True)]
     for run in runs:
         next(run)
     found: list[Search | None] = [None] * len(prompts)
@@ -218,26 +222,17 @@ def search_all(
 
 
 def _run(
-    prompt_ids: Tensor,
-    width: int,
-    chunk: int,
-    depth: int,
-    max_new_tokens: int,
-    eos_token_ids: Collection[int],
-    on_commit: Callable[[list[int]], None] | None,
-    is_stop: Callable[[Sequence[int]], bool] | None,
-    with_end: bool,
-    min_p: float,
-    max_branches: int,
+    prompt_ids: Tensor, on_commit: Callable[[list[int]], None] | None, options: _Options
 ) -> Generator[tuple[list[int], list[int]], tuple[Tensor, list[float]], Search]:
     """One search, that asks for forwards: it yields parents and tokens, and is sent logits and rewards.
 
     It checks its arguments and then yields empty lists for the forward of the prompt.
     """
+    width, chunk, depth, ends, with_end, min_p, max_branches = options
     check_count("width", width, 1)
     check_count("chunk", chunk, 1)
     check_count("depth", depth, 0)
-    check_count("max_new_tokens", max_new_tokens, 1)
+    check_count("max_new_tokens", ends.max_new_tokens, 1)
     check_finite("min_p", min_p)
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p must lie between 0 and 1, got {min_p}")
@@ -255,7 +250,6 @@ def _run(
     logits, rewards = yield [], []
     if width > logits.shape[-1]:
         raise ValueError(f"width must be at most the vocabulary, {logits.shape[-1]} ids, got {width}")
-    ends = _Ends(max_new_tokens, eos_token_ids, is_stop)
     running = [_Branch((), (), rewards[0], 1)]
     finished: list[_Branch] = []
     commits: list[Commit] = []
@@ -293,21 +287,6 @@ def _run(
         on_commit(rest)
     assert answer.finish_reason is not None
     return Search(list(answer.tokens), answer.score, answer.finish_reason, commits, forwards, peak, num_tokens)
-
-
-class _Ends(NamedTuple):
-    """What ends a branch."""
-
-    max_new_tokens: int
-    eos_token_ids: Collection[int]
-    is_stop: Callable[[Sequence[int]], bool] | None
-
-    def reason(self, tokens: tuple[int, ...]) -> str | None:
-        if self.is_stop is not None and self.is_stop(tokens):
-            return "stop"
-        if len(tokens) == self.max_new_tokens:
-            return "length"
-        return "stop" if tokens[-1] in self.eos_token_ids else None
 
 
 def _grow(
