@@ -127,3 +127,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the folder of reference data, {folder} (or $LEAFKERNELS_SHARED), which is not here")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

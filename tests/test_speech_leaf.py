@@ -7,12 +7,10 @@ import math
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 np = pytest.importorskip("numpy")
 pytest.importorskip("trl", minversion="1.14", reason="needs TRL: pip install -e '.[trl]'")
 pytest.importorskip("transformers", minversion="5.23")
@@ -34,14 +32,6 @@ from tiny_audio import tone, wave
 
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 ON_CPU = ["--use_cpu", "--bf16", "false", "--dtype", "float32", "--disable_tqdm", "true"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

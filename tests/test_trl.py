@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 
 import tiny_trl
@@ -33,14 +32,6 @@ LOSS_TYPES = sorted(
     set(re.findall(r'"(\w+)"', " ".join(re.findall(r'self\.loss_type (?:==|in) (\[[^\]]*\]|"\w+")', LOSS))))
     - ({"sapo"} if Version(trl.__version__) < Version("0.28") else set())  # refused
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Flat(LeafGRPOTrainer):

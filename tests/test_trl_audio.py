@@ -1,19 +1,14 @@
 """AudioGRPOTrainer in TRL itself, on small models of random weights that hear tones."""
 
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 np = pytest.importorskip("numpy")
 pytest.importorskip("trl", minversion="1.14", reason="needs TRL: pip install -e '.[trl]'")
 pytest.importorskip("transformers", minversion="5.23")
@@ -22,20 +17,13 @@ for package in ("peft", "soundfile"):
 
 import tiny_audio
 from datasets import Audio, Dataset
+from support import run_ranks
 from tiny_audio import RATE, asked, lora, recordings, tone, trainer, wave
 from tiny_trl import config
 from trl import GRPOConfig
 
 from leafkernels.integrations.trl import LeafGRPOConfig
 from leafkernels.integrations.trl_audio import AudioGRPOTrainer, LeafAudioGRPOTrainer, resample
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Recorded(AudioGRPOTrainer):
@@ -435,28 +423,8 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Twelve rows in groups of four, on one rank and on two, the middle group on both; clips of unequal length."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = Path(__file__).resolve().parents[1]
-    ranks = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(root),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, str(root / "tests" / "tiny_audio.py"), str(rank), str(tmp_path / f"{rank}.pt")]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
+    run_ranks("tiny_audio.py", tmp_path)
     whole = tiny_audio.one_step(str(tmp_path / "run"), 12)
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
     halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for name in ("completion_ids", "advantages", "encoded"):
         joined = [row for half in halves for row in half[name]]

@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from paired import compare, holm, interval
+from paired import compare, holm, interval, table
 from tabular import BASES, VARIANTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -42,11 +42,6 @@ SIGNED = "{difference:+.3f} ± {half:.3f}"
 
 def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 class Speech:

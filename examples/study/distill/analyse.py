@@ -17,7 +17,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
-from paired import compare, holm, interval  # noqa: E402
+from paired import compare, holm, interval, table  # noqa: E402
 
 RESULTS = HERE / "results"
 STEPS = 150
@@ -37,11 +37,6 @@ OUTCOMES = {
 }
 KINDS = {"result": "results of a step", "operand": "operands", "sign": "signs"}
 SIGNED = "{difference:+.3f} ± {half:.3f}"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def shortened(run: dict[str, Any]) -> dict[str, Any]:
