@@ -1,15 +1,23 @@
-"""From rewards to one advantage for each token, by one of four methods, and how much of the batch the tree reached."""
+"""From rewards to one advantage for each token, by name, and how much of the batch the tree reached."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import leafkernels
 
-METHODS = ("leaf", "grpo", "dr_grpo", "tempo")
+METHODS = {
+    "leaf": leafkernels.span_advantages,
+    "grpo": leafkernels.grpo,
+    "dr_grpo": leafkernels.dr_grpo,
+    "tempo": leafkernels.tempo,
+    "tree_td": leafkernels.tree_td,
+    "tree_td 1, 0.3": partial(leafkernels.tree_td, shrinkage=1.0, group_weight=0.3),
+}
 
 
 @dataclass(frozen=True)
@@ -29,14 +37,17 @@ def advantages(batch: Batch, method: str, num_boundaries: int, *, rescale: bool)
     Methods differ in how large their advantages are, and so in how far a step goes. With the same scale for all, what
     is left between them is where the credit lies.
     """
-    arguments = (batch.logprobs, batch.token_ids, batch.rewards)
-    options = {"response_mask": batch.mask, "group_size": batch.rollouts}
-    if method == "leaf":
-        credit = leafkernels.span_advantages(*arguments, num_boundaries=num_boundaries, **options)
-    elif method in METHODS:
-        credit = getattr(leafkernels, method)(*arguments, **options)
-    else:
+    if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    options = {"num_boundaries": num_boundaries} if method == "leaf" else {}
+    credit = METHODS[method](
+        batch.logprobs,
+        batch.token_ids,
+        batch.rewards,
+        response_mask=batch.mask,
+        group_size=batch.rollouts,
+        **options,
+    )
     size = credit[batch.mask].square().mean().sqrt()
     return credit / size if rescale and size > 0 else credit
 

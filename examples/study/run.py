@@ -31,17 +31,32 @@ from speech.training import PolicyRun, Settings, save, warm_start  # noqa: E402
 
 # Of the five, those that take turns in being unheard; the fifth is always trained on.
 VOICES = ("george", "jackson", "nicolas", "theo")
-SEEDS = range(8)
 # Spoken digits, what is rewarded, and how often the teacher of the supervised start slips.
 TASKS = ((2, "final", 0.5), (4, "final", 0.5), (4, "prefix", 0.5), (4, "prefix", 0.9))
 LONGEST = max(digits for digits, _, _ in TASKS)
-ARMS = {
-    "grpo": ("grpo", 2),
-    "dr_grpo": ("dr_grpo", 2),
-    "tempo": ("tempo", 2),
-    "leaf_b2": ("leaf", 2),
-    "leaf_b4": ("leaf", 4),
+# Of each round of runs its seeds, and its arms: method and boundaries.
+ROUNDS = {
+    "first": (
+        range(8),
+        {
+            "grpo": ("grpo", 2),
+            "dr_grpo": ("dr_grpo", 2),
+            "tempo": ("tempo", 2),
+            "leaf_b2": ("leaf", 2),
+            "leaf_b4": ("leaf", 4),
+        },
+    ),
+    "second": (
+        range(8, 16),
+        {
+            "grpo": ("grpo", 2),
+            "tempo": ("tempo", 2),
+            "tree_td": ("tree_td", 2),
+            "tree_td_1": ("tree_td 1, 0.3", 2),
+        },
+    ),
 }
+ARMS = {arm: settings for _, arms in ROUNDS.values() for arm, settings in arms.items()}
 COMMON = {"steps": 80, "prompts": 16, "rollouts": 8, "learning_rate": 1e-3, "pool": 600, "eval_every": 10}
 WARM = Settings(warm_steps=2400, warm_pool=6000)
 RESULTS = HERE / "results"
@@ -70,7 +85,7 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    return [Run(seed, *task, arm) for task in TASKS for seed in SEEDS for arm in ARMS]
+    return [Run(seed, *task, arm) for seeds, arms in ROUNDS.values() for seed in seeds for task in TASKS for arm in arms]
 
 
 def write(content: Any, path: Path) -> None:

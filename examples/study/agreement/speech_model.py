@@ -23,7 +23,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from run import ARMS, TASKS, Run, warm_speaker  # noqa: E402
+from run import ROUNDS, TASKS, Run, warm_speaker  # noqa: E402
 from speech.data import SpokenSums, read_fsdd  # noqa: E402
 from speech.model import Answers, Prompts  # noqa: E402
 from speech.training import add_adapter, draw_pool  # noqa: E402
@@ -101,12 +101,13 @@ def measure(task: Task, clips: Any, work: Path, bar: Progress, num_prompts: int,
 def trained() -> dict[tuple[str, str], float]:
     """The study's mean sampled reward less GRPO's, by task and arm."""
     gains = {}
+    seeds, arms = ROUNDS["first"]
     for task in TASKS:
         rewards = {}
-        for arm in ARMS:
-            runs = [json.loads(Run(seed, *task, arm).path.read_text()) for seed in range(8)]
+        for arm in arms:
+            runs = [json.loads(Run(seed, *task, arm).path.read_text()) for seed in seeds]
             rewards[arm] = sum(sum(run["steps"]["reward"]) / len(run["steps"]["reward"]) for run in runs) / len(runs)
-        gains |= {(str(list(task)), arm): rewards[arm] - rewards["grpo"] for arm in ARMS}
+        gains |= {(str(list(task)), arm): rewards[arm] - rewards["grpo"] for arm in arms}
     return gains
 
 
