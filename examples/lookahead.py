@@ -94,26 +94,34 @@ def draw_pairs(model: Any, prompts: Sequence[str], num_rollouts: int = 8) -> Pai
     return Pairs(rollouts, prompt * num_rollouts + chosen, prompt * num_rollouts + rejected)
 
 
-def train_channel(model: Any, pairs: Pairs, *, kind: str = "sequence_bt", steps: int = 300) -> RewardTransformer:
-    """Teach a new channel beside the frozen model which of its answers are right."""
-    model.requires_grad_(False).eval()
-    config, rollouts = model.config, pairs.rollouts
-    channel = RewardChannel(config.num_hidden_layers, config.hidden_size, width=64)
-    # A frozen model computes the same in every step; RewardTransformer(...)(input_ids=...).rewards would do as well.
-    with torch.no_grad():
-        whole = model(input_ids=rollouts.sequences, output_hidden_states=True).hidden_states
-    hidden = [states[:, -rollouts.token_ids.shape[1] :] for states in whole]
+def learn(
+    hidden: Sequence[Tensor], mask: Tensor, chosen: Tensor, rejected: Tensor, *, kind: str, steps: int
+) -> RewardChannel:
+    """Teach a new channel which rows are better, from what the frozen model has at their tokens, (rows, T, D) each."""
+    channel = RewardChannel(len(hidden) - 1, hidden[0].shape[-1], width=64)
     optimizer = torch.optim.Adam(channel.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     for _ in range(steps):
-        drawn = torch.randint(0, len(pairs.chosen), (32,))
-        rows = torch.cat([pairs.chosen[drawn], pairs.rejected[drawn]])
+        drawn = torch.randint(0, len(chosen), (32,))
+        rows = torch.cat([chosen[drawn], rejected[drawn]])
         rewards = channel([states[rows] for states in hidden])
-        loss = token_reward_loss(*rewards.chunk(2), *rollouts.response_mask[rows].chunk(2), kind=kind)
+        loss = token_reward_loss(*rewards.chunk(2), *mask[rows].chunk(2), kind=kind)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+    return channel
+
+
+def train_channel(model: Any, pairs: Pairs, *, kind: str = "sequence_bt", steps: int = 300) -> RewardTransformer:
+    """Teach a new channel beside the frozen model which of its answers are right."""
+    model.requires_grad_(False).eval()
+    rollouts = pairs.rollouts
+    # A frozen model computes the same in every step; RewardTransformer(...)(input_ids=...).rewards would do as well.
+    with torch.no_grad():
+        whole = model(input_ids=rollouts.sequences, output_hidden_states=True).hidden_states
+    hidden = [states[:, -rollouts.token_ids.shape[1] :] for states in whole]
+    channel = learn(hidden, rollouts.response_mask, pairs.chosen, pairs.rejected, kind=kind, steps=steps)
     return RewardTransformer(model, channel)
 
 
@@ -211,14 +219,8 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """One picture: the share of right answers by tokens run for an answer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+def plot(axes: Any, results: dict[str, dict[str, Any]]) -> None:
+    """The share of right answers by tokens run for an answer."""
     kinds = {
         "greedy": ("k*", lambda name: name == "greedy"),
         "best of n": ("C0o-", lambda name: name.startswith("best")),
@@ -234,6 +236,17 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
                 short = name.removeprefix("look ahead ").partition(", min_p")[0]
                 axes.annotate(short, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
     axes.set(xlabel="tokens run for an answer", ylabel="share of right answers", xscale="log", ylim=(0, None))
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """One picture of it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    plot(axes, results)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -301,6 +301,31 @@ def test_in_the_models_own_generate(mask: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
+def test_suppressed_tokens_are_never_taken(packed: bool) -> None:
+    """Greedy agrees with ``generate``, and forks have no branch of them, however few tokens are left."""
+    wrapped = wrap("llama")
+    options = {"chunk": 2, "depth": 1, "max_new_tokens": 8, "eos_token_ids": (), "packed": packed}
+    free = wrapped.generate(IDS[0], width=1, **options).token_ids
+    banned = sorted({*free, *range(10)})
+    wrapped.model.generation_config.suppress_tokens = banned
+    greedy = wrapped.model.generate(
+        IDS[:1], do_sample=False, max_new_tokens=8, attention_mask=torch.ones_like(IDS[:1]), pad_token_id=0
+    )
+    assert wrapped.generate(IDS[0], width=1, **options).token_ids == greedy[0, IDS.shape[1] :].tolist()
+    assert wrapped.generate(IDS[0], width=1, suppress_tokens=(), **options).token_ids == free
+    vocabulary = wrapped.config.vocab_size
+    allowed = [free[0], *(set(range(vocabulary)) - set(free[:1]))][:2]
+    found = wrapped.generate(
+        IDS[0], width=4, suppress_tokens=[i for i in range(vocabulary) if i not in allowed], **options
+    )
+    assert {token for commit in found.commits for of_one in commit.candidates for token in of_one.token_ids} <= {
+        *allowed
+    }
+    # Two tokens and two chunks.
+    assert found.peak_branches == 4
+
+
+@pytest.mark.parametrize("packed", [True, False])
 def test_an_audio_model_looks_ahead_from_what_it_hears(packed: bool) -> None:
     pytest.importorskip("trl", reason="needs the extras trl and speech")
     pytest.importorskip("soundfile")

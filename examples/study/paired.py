@@ -42,6 +42,12 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected
 
 
+def cheapest(cost: float, peers: dict[str, float]) -> str | None:
+    """The name of the cheapest of ``peers`` that costs at least ``cost``, so that it is never the poorer for it."""
+    found = [(of_one, name) for name, of_one in peers.items() if of_one >= cost]
+    return min(found)[1] if found else None
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A table of Markdown."""
     lines = [head, ["---"] * len(head), *rows]

@@ -85,7 +85,8 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    return [Run(seed, *task, arm) for seeds, arms in ROUNDS.values() for seed in seeds for task in TASKS for arm in arms]
+    rounds = ROUNDS.values()
+    return [Run(seed, *task, arm) for seeds, arms in rounds for seed in seeds for task in TASKS for arm in arms]
 
 
 def write(content: Any, path: Path) -> None:

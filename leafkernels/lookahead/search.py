@@ -297,7 +297,8 @@ def _grow(
         best = logits.argmax(-1, keepdim=True).tolist()
     else:
         values, indices = logits.topk(width, dim=-1)
-        counts = ((values - values[:, :1]).float().exp() >= min_p).sum(1).tolist()
+        is_taken = (values - values[:, :1]).float().exp() >= min_p
+        counts = (is_taken & (values > float("-inf"))).sum(1).tolist()
         best = [tokens[:count] for tokens, count in zip(indices.tolist(), counts, strict=True)]
     parents, branches = [], []
     for index, (branch, tokens) in enumerate(zip(running, best, strict=True)):

@@ -24,13 +24,21 @@ class TransformersStepper:
             Every row then holds the prefix again.
         inputs: what the model reads of the prompts beside their ids, by the names of its forward: the features of their
             audio or images, a row or rows for each prompt, in their order.
+        suppress_tokens: ids that no branch takes: their logits are -inf.
 
     Raises:
         ValueError: the model has layers that are no attention (a state-space model, for instance), or packed branches
             are asked of an attention that takes no such mask.
     """
 
-    def __init__(self, model: Any, *, packed: bool = True, inputs: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        packed: bool = True,
+        inputs: Mapping[str, Tensor] | None = None,
+        suppress_tokens: Sequence[int] = (),
+    ) -> None:
         config = model.config.get_text_config()
         kinds = set(getattr(config, "layer_types", None) or ())
         if kinds - _KINDS_OF_ATTENTION:
@@ -43,6 +51,7 @@ class TransformersStepper:
                 "load the model with attn_implementation='sdpa', or ask for packed=False"
             )
         self._model, self._packed, self._inputs = model, packed, dict(inputs or {})
+        self._suppressed = torch.tensor(list(suppress_tokens), dtype=torch.int64)
         self._window = _window_of(config, kinds)
         self._has_kinds = bool(kinds)
         self._cache: Any = None
@@ -82,7 +91,7 @@ class TransformersStepper:
         self._seen = seen
         self._rows = torch.arange(len(prompts), device=input_ids.device)
         self._positions = seen.cumsum(1) - 1
-        return output.logits[:, -1], output.rewards[:, -1]
+        return self._allowed(output.logits[:, -1]), output.rewards[:, -1]
 
     @torch.no_grad()
     def extend(self, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +100,14 @@ class TransformersStepper:
         Branches of one prompt stand together, and prompts in their order.
         """
         parents, token_ids = parents.to(self._seen.device), token_ids.to(self._seen.device)
-        return self._extend_packed(parents, token_ids) if self._packed else self._extend_rows(parents, token_ids)
+        extend = self._extend_packed if self._packed else self._extend_rows
+        logits, rewards = extend(parents, token_ids)
+        return self._allowed(logits), rewards
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        if not len(self._suppressed):
+            return logits
+        return logits.index_fill(-1, self._suppressed.to(logits.device), float("-inf"))
 
     def _extend_packed(self, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         rows, counts = self._rows[parents].unique_consecutive(return_counts=True)

@@ -102,6 +102,7 @@ class RewardTransformer(nn.Module):
         depth: int = 2,
         max_new_tokens: int = 256,
         eos_token_ids: Iterable[int] | None = None,
+        suppress_tokens: Iterable[int] | None = None,
         stop_strings: str | Sequence[str] = (),
         tokenizer: Any = None,
         streamer: Any = None,
@@ -120,6 +121,7 @@ class RewardTransformer(nn.Module):
             width, chunk, depth, max_new_tokens, with_end, min_p, max_branches: as in ``search``; the paper's first
                 three are 2, 10, 2.
             eos_token_ids: None: those of the model's generation config.
+            suppress_tokens: ids that no branch takes; None: those of the model's generation config.
             stop_strings: a branch whose text has come to hold one of them ends by "stop". They stay in the answer.
             tokenizer: which decodes the text for them.
             streamer: one of transformers, which is given each chunk when it is committed (``TextStreamer`` prints it).
@@ -141,6 +143,7 @@ class RewardTransformer(nn.Module):
             depth=depth,
             max_new_tokens=max_new_tokens,
             eos_token_ids=eos_token_ids,
+            suppress_tokens=suppress_tokens,
             stop_strings=stop_strings,
             tokenizer=tokenizer,
             on_commit=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
@@ -165,6 +168,7 @@ class RewardTransformer(nn.Module):
         depth: int = 2,
         max_new_tokens: int = 256,
         eos_token_ids: Iterable[int] | None = None,
+        suppress_tokens: Iterable[int] | None = None,
         stop_strings: str | Sequence[str] = (),
         tokenizer: Any = None,
         on_commit: Callable[[int, list[int]], None] | None = None,
@@ -185,11 +189,13 @@ class RewardTransformer(nn.Module):
         prompts = _prompts(input_ids, attention_mask) if isinstance(input_ids, Tensor) else list(input_ids)
         if eos_token_ids is None:
             eos_token_ids = _as_ids(self.model.generation_config.eos_token_id)
+        if suppress_tokens is None:
+            suppress_tokens = _as_ids(self.model.generation_config.suppress_tokens)
         was_training = self.training
         self.eval()
         try:
             return search_all(
-                TransformersStepper(self, packed=packed, inputs=inputs),
+                TransformersStepper(self, packed=packed, inputs=inputs, suppress_tokens=tuple(suppress_tokens)),
                 prompts,
                 width=width,
                 chunk=chunk,
@@ -220,8 +226,9 @@ class RewardTransformer(nn.Module):
     ) -> Tensor:
         """For ``model.generate(..., custom_generate=self.custom_generate, width=2, chunk=10, depth=2)``.
 
-        From the generation config come the length, the end tokens, the stop strings and the padding. Nothing is
-        sampled, and logits processors are not asked. transformers hands no streamer over: ``generate`` has one.
+        From the generation config come the length, the end tokens, the suppressed ones, the stop strings and the
+        padding. Nothing is sampled, and logits processors are not asked. transformers hands no streamer over:
+        ``generate`` has one.
 
         Returns:
             (B, P + T) prompts and answers, padded on the right.
@@ -236,6 +243,7 @@ class RewardTransformer(nn.Module):
             depth=depth,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             eos_token_ids=_as_ids(generation_config.eos_token_id),
+            suppress_tokens=_as_ids(generation_config.suppress_tokens),
             stop_strings=generation_config.stop_strings or (),
             tokenizer=tokenizer,
         )
