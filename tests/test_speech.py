@@ -97,10 +97,12 @@ def test_worked_answers_and_their_scores() -> None:
 
 
 def test_resampling_keeps_a_tone() -> None:
+    from leafkernels.rows.recordings import resample
+
     at_8k, at_16k = tone(3, 0, 0.5), tone(3, 0, 0.5, 16000)
     # A whole number of periods, so that cutting the spectrum has no edges to ring at; float32 is the rest.
-    np.testing.assert_allclose(data.resample(at_8k, 8000), at_16k, atol=1e-6)
-    np.testing.assert_allclose(data.resample(at_16k, 16000), at_16k, atol=1e-7)
+    np.testing.assert_allclose(resample(at_8k, 8000, 16000), at_16k, atol=1e-6)
+    np.testing.assert_allclose(resample(at_16k, 16000, 16000), at_16k, atol=1e-7)
     faster = data.play_faster(at_16k, 2.0)
     np.testing.assert_allclose(faster, at_16k[:-1:2], atol=1e-6)
 

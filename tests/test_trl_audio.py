@@ -23,7 +23,8 @@ from tiny_trl import config
 from trl import GRPOConfig
 
 from leafkernels.integrations.trl import LeafGRPOConfig
-from leafkernels.integrations.trl_audio import AudioGRPOTrainer, LeafAudioGRPOTrainer, resample
+from leafkernels.integrations.trl_audio import AudioGRPOTrainer, LeafAudioGRPOTrainer
+from leafkernels.rows.recordings import resample
 
 
 class Recorded(AudioGRPOTrainer):
@@ -136,8 +137,8 @@ def test_a_prompt_is_read_and_heard_once(name: str, tmp_path: Path) -> None:
     args.max_steps = 4
     run = trainer(Recorded, args, tiny_audio.MODELS[name]())
     read, heard = [], []
-    process = run._process
-    run._process = lambda *given: (read.append(1), process(*given))[1]
+    process = run._reader._process
+    run._reader._process = lambda *given: (read.append(1), process(*given))[1]
     (ear,) = run._ears.values()
     ear.encoder.register_forward_pre_hook(lambda *_: heard.append(ear._encoded is None))
     run.train()

@@ -21,6 +21,8 @@ from typing import Protocol
 import numpy as np
 import soundfile
 
+from leafkernels.rows.recordings import resample
+
 from . import sums
 
 SAMPLING_RATE = 16_000
@@ -51,15 +53,6 @@ class Source(Protocol):
         """Score an answer, from 0 to 1, in each way that the source knows."""
 
 
-def resample(audio: np.ndarray, rate: int) -> np.ndarray:
-    """Bring mono audio to SAMPLING_RATE by cutting or padding its spectrum."""
-    length = round(len(audio) * SAMPLING_RATE / rate)
-    if rate == SAMPLING_RATE or length == 0:
-        return audio.astype(np.float32)
-    spectrum = np.fft.rfft(audio)
-    return (np.fft.irfft(spectrum[: length // 2 + 1], length) * (length / len(audio))).astype(np.float32)
-
-
 def play_faster(audio: np.ndarray, speed: float) -> np.ndarray:
     """Play the audio at another speed, pitch and all."""
     return np.interp(np.arange(0, len(audio) - 1, speed), np.arange(len(audio)), audio).astype(np.float32)
@@ -68,7 +61,7 @@ def play_faster(audio: np.ndarray, speed: float) -> np.ndarray:
 def read_audio(file: Path | io.BytesIO) -> np.ndarray:
     """Read a sound file as mono at SAMPLING_RATE; of several channels, their mean."""
     audio, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    return resample(audio.mean(axis=1), rate)
+    return resample(audio.mean(axis=1), rate, SAMPLING_RATE)
 
 
 class SpokenSums:

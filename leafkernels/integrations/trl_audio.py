@@ -6,9 +6,6 @@ model reads is what its processor returns; no model is named. A prompt is read o
 a frozen audio encoder hears it once.
 """
 
-import base64
-import inspect
-import io
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +19,6 @@ from torch import Tensor
 
 try:
     import trl
-    from datasets import Audio
     from transformers import AutoProcessor
     from transformers.modeling_outputs import BaseModelOutputWithPooling
     from trl import GRPOConfig, GRPOTrainer
@@ -34,16 +30,15 @@ except ImportError as error:
     ) from error
 
 from leafkernels.integrations.trl import LeafGRPOTrainer
+from leafkernels.rows.recordings import Heard, PromptReader, find_encoder, join, join_features, undecoded
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Prompt:
-    """What a model reads of a prompt, batch of one; rollouts of the prompt share it."""
+class _Prompt(Heard):
+    """What rollouts of a prompt share."""
 
-    token_ids: list[int]
-    features: dict[str, Tensor]
     encoded: dict[int, Tensor] = field(default_factory=dict)  # by the id of the encoder
 
 
@@ -86,10 +81,8 @@ class AudioGRPOTrainer(GRPOTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GRPOConfig(f"{name.split('/')[-1]}-GRPO")
         _check_options(args, kwargs)
-        datasets = [
-            _undecoded(dataset, name)
-            for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset"))
-        ]
+        _check_columns(train_dataset, "train_dataset")
+        _check_columns(eval_dataset, "eval_dataset")
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         if isinstance(model, str):
@@ -99,8 +92,8 @@ class AudioGRPOTrainer(GRPOTrainer):
                 name, revision=revision, padding_side="left", trust_remote_code=args.trust_remote_code
             )
         base = _base(model)
-        self._rate, self._audio_token = _audio_of(processing_class)
-        _encoder(base)
+        self._reader = PromptReader(processing_class, args.chat_template_kwargs)
+        find_encoder(base)
         _merge_own_adapter(base)
         if args.gradient_checkpointing and not base.supports_gradient_checkpointing:
             _logger.warning("%s cannot recompute its activations: gradient_checkpointing is off.", type(base).__name__)
@@ -113,10 +106,11 @@ class AudioGRPOTrainer(GRPOTrainer):
             # What is not heard with has no gradient: the vision tower of a model that also sees.
             args.ddp_find_unused_parameters = True
         # TRL takes whatever has a processor for a model that sees; the tokenizer alone keeps it to text.
+        datasets = undecoded(train_dataset), undecoded(eval_dataset)
         super().__init__(model, reward_funcs, args, *datasets, processing_class.tokenizer, *more, **kwargs)
         self.processing_class = self.callback_handler.processing_class = processing_class
         # Its features would be missing.
-        banned = self._tokenizer.convert_tokens_to_ids(self._audio_token)
+        banned = self._tokenizer.convert_tokens_to_ids(self._reader.audio_token)
         self.generation_kwargs.setdefault("suppress_tokens", [banned])
         self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"]
         self._ears: dict[int, _Ear] = {}
@@ -157,7 +151,7 @@ class AudioGRPOTrainer(GRPOTrainer):
                     found = model.generate(
                         input_ids=torch.tensor(token_ids, device=device),
                         attention_mask=torch.tensor(mask, device=device),
-                        **_join_features(prompts),
+                        **join_features(prompts),
                         max_new_tokens=max_tokens or self.max_completion_length,
                         do_sample=False,
                         pad_token_id=pad,
@@ -188,7 +182,7 @@ class AudioGRPOTrainer(GRPOTrainer):
         return batch
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Tensor]]:
-        return [row.token_ids for row in self._rows], None, _join_features(self._rows)
+        return [row.token_ids for row in self._rows], None, join_features(self._rows)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         with self._ear(self.model).hearing(self._rows):
@@ -206,69 +200,9 @@ class AudioGRPOTrainer(GRPOTrainer):
         return self._ears[id(_base(self.accelerator.unwrap_model(model)))]
 
     def _read(self, prompt: Any, audio: Any) -> _Prompt:
-        """Turn a row into what the model reads."""
-        try:
-            clips = _read_clips(audio, self._rate)
-            inputs = self._process(prompt, clips)
-            features = {
-                name: values.to(self.accelerator.device)
-                for name, values in inputs.items()
-                if isinstance(values, Tensor) and not name.startswith(("input_ids", "attention_mask"))
-            }
-            _check_length(features, clips, _extractor(self.processing_class), self._rate)
-        except ValueError as error:
-            raise ValueError(f"{error}, with the prompt {_shorten(repr(prompt))}") from error
-        return _Prompt(torch.as_tensor(inputs["input_ids"])[0].tolist(), features)
-
-    def _process(self, prompt: Any, clips: list[np.ndarray]) -> Any:
-        processor = self.processing_class
-        if not isinstance(prompt, str):
-            messages = _placed(prompt, len(clips))
-            if not _takes_audio(processor):
-                return processor.apply_chat_template(
-                    [_filled(messages, clips, self._rate)], tokenize=True, return_dict=True, return_tensors="pt"
-                )
-            prompt = self._render(messages)
-        found = prompt.count(self._audio_token)
-        if found != len(clips):
-            raise ValueError(
-                f"prompt must have the audio token {self._audio_token!r} once for each recording, got {found} for "
-                f"{len(clips)} recordings"
-            )
-        bos = self._tokenizer.bos_token
-        begun = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
-        return processor(
-            text=[prompt], audio=clips, return_tensors="pt", audio_kwargs={"sampling_rate": self._rate}, **begun
-        )
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        processor = self.processing_class
-        template = processor if getattr(processor, "chat_template", None) else self._tokenizer
-
-        def render(messages: list[dict[str, Any]]) -> str:
-            return template.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.chat_template_kwargs
-            )
-
-        parts = [{**message, "content": list(message["content"])} for message in messages]
-        try:
-            text = render(parts)
-        except (TypeError, ValueError):
-            text = ""
-        if self._audio_token in text:
-            return text
-        # A template of strings, as Granite-Speech has it.
-        return render(
-            [
-                {
-                    **message,
-                    "content": "".join(
-                        self._audio_token if part["type"] == "audio" else part["text"] for part in message["content"]
-                    ),
-                }
-                for message in messages
-            ]
-        )
+        heard = self._reader.read(prompt, audio)
+        features = {name: values.to(self.accelerator.device) for name, values in heard.features.items()}
+        return _Prompt(heard.token_ids, features)
 
 
 class LeafAudioGRPOTrainer(LeafGRPOTrainer, AudioGRPOTrainer):
@@ -282,7 +216,7 @@ class _Ear:
     """Hands a model the audio of the rows that its next forwards are about."""
 
     def __init__(self, base: Any, *, is_trained: bool) -> None:
-        self.base, self.encoder = base, _encoder(base)
+        self.base, self.encoder = base, find_encoder(base)
         self.is_frozen = not (is_trained and any(weight.requires_grad for weight in self.encoder.parameters()))
         self._rows: Sequence[_Prompt] = ()
         self._encoded: Tensor | None = None
@@ -315,8 +249,8 @@ class _Ear:
         count = len(inputs["input_ids"])
         rows, self._rows = self._rows[:count], self._rows[count:]
         if self.is_frozen:
-            self._encoded = _join([row.encoded[id(self.encoder)] for row in rows])
-        return args, {**inputs, **_join_features(rows)}
+            self._encoded = join([row.encoded[id(self.encoder)] for row in rows])
+        return args, {**inputs, **join_features(rows)}
 
     @torch.no_grad()
     def _hear_alone(self, row: _Prompt) -> Tensor:
@@ -347,51 +281,8 @@ class _Encoded(Exception):
         self.hidden_states = hidden_states
 
 
-def _join(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first dimension, the others padded with 0 to the longest."""
-    if parts[0].dim() == 2 and parts[0].is_floating_point():
-        return torch.cat(list(parts))  # the frames of all clips, one after the other
-    sizes = [max(size) for size in zip(*(part.shape[1:] for part in parts), strict=True)]
-    padded = []
-    for part in parts:
-        gaps = [size - own for size, own in zip(sizes, part.shape[1:], strict=True)]
-        padded.append(torch.nn.functional.pad(part, [n for gap in reversed(gaps) for n in (0, gap)]))
-    return torch.cat(padded)
-
-
-def _join_features(rows: Sequence[_Prompt]) -> dict[str, Tensor]:
-    return {name: _join([row.features[name] for row in rows]) for name in rows[0].features}
-
-
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _encoder(base: Any) -> Any:
-    for module in base.modules():
-        if getattr(module, "input_modalities", None) in ("audio", ("audio",)):
-            return module
-    raise TypeError(f"model must have an audio encoder, got {type(base).__name__}")
-
-
-def _extractor(processor: Any) -> Any:
-    return getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
-
-
-def _audio_of(processor: Any) -> tuple[int, str]:
-    """The sampling rate and the audio token of a processor."""
-    extractor, token = _extractor(processor), getattr(processor, "audio_token", None)
-    if getattr(extractor, "sampling_rate", None) is None or token is None:
-        raise TypeError(
-            "processing_class must be a processor with a feature extractor for audio and an audio token, got "
-            f"{type(processor).__name__}"
-        )
-    return extractor.sampling_rate, str(token)
-
-
-def _takes_audio(processor: Any) -> bool:
-    """Whether a call takes audio; Voxtral's reads it from the messages only."""
-    return "audio" in inspect.signature(type(processor).__call__).parameters
 
 
 def _load(name: str, args: Any, quantization_config: Any) -> Any:
@@ -420,21 +311,18 @@ def _check_options(args: Any, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be None with AudioGRPOTrainer, whose prompts are one turn of audio and text")
 
 
-def _undecoded(dataset: Any, name: str) -> Any:
-    """The dataset with its recordings as files, to be decoded once for a prompt and not once for a rollout."""
+def _check_columns(dataset: Any, name: str) -> None:
     if dataset is None:
-        return None
+        return
     if isinstance(dataset, dict):
-        return type(dataset)({key: _undecoded(part, f"{name}[{key!r}]") for key, part in dataset.items()})
+        for key, part in dataset.items():
+            _check_columns(part, f"{name}[{key!r}]")
+        return
     columns = dataset.column_names
     if columns is not None and "audio" not in columns:
         raise ValueError(
             f"{name} must have a column 'audio' with the recording of each prompt, got {', '.join(columns)}"
         )
-    feature = (dataset.features or {}).get("audio")
-    if isinstance(feature, Audio) and feature.decode:
-        return dataset.cast_column("audio", Audio(sampling_rate=feature.sampling_rate, decode=False))
-    return dataset
 
 
 def _merge_own_adapter(base: Any) -> None:
@@ -469,120 +357,3 @@ def _key(audio: Any) -> Any:
     if isinstance(audio, str | bytes | int | float | None):
         return audio
     return id(audio)
-
-
-def _read_clips(audio: Any, rate: int) -> list[np.ndarray]:
-    if audio is None:
-        raise ValueError("audio must be a recording in every row, got None")
-    many = isinstance(audio, list | tuple)
-    clips = [_read_clip(clip, rate) for clip in (audio if many else [audio])]
-    if not clips:
-        raise ValueError("audio must be a recording in every row, got an empty list")
-    return clips
-
-
-def _read_clip(clip: Any, rate: int) -> np.ndarray:
-    """One recording as (samples,) float32 at ``rate``."""
-    if hasattr(clip, "get_all_samples"):  # datasets' decoder
-        decoded = clip.get_all_samples()
-        samples, own_rate = np.asarray(decoded.data).T, decoded.sample_rate
-    elif isinstance(clip, dict) and clip.get("array") is not None:
-        samples, own_rate = np.asarray(clip["array"], dtype=np.float32), clip.get("sampling_rate")
-        # Channels first, as everyone has them who has an array of two dimensions.
-        samples = samples.T
-    else:
-        samples, own_rate = _read_file(clip)
-    if samples.ndim == 2:
-        samples = samples.mean(1)
-    if not isinstance(own_rate, int | np.integer) or own_rate <= 0:
-        raise ValueError(f"audio must have a sampling rate that is a positive integer, got {own_rate!r}")
-    if samples.size == 0:
-        raise ValueError("audio must have samples, got an empty recording")
-    if not np.isfinite(samples).all():
-        raise ValueError("audio must be finite, got NaN or infinity among the samples")
-    if not samples.any():
-        raise ValueError(f"audio must be audible, got {samples.size / own_rate:.2f} s of silence")
-    return resample(samples, int(own_rate), rate)
-
-
-def _read_file(clip: Any) -> tuple[np.ndarray, int]:
-    content = clip.get("bytes") or clip.get("path") if isinstance(clip, dict) else clip
-    if not isinstance(content, str | bytes):
-        raise ValueError(
-            "audio must be a path, bytes, datasets' Audio or {'array', 'sampling_rate'}, got "
-            + (f"a dict of {', '.join(clip)}" if isinstance(clip, dict) else type(clip).__name__)
-        )
-    try:
-        import soundfile
-    except ImportError as error:
-        raise ImportError(
-            f"reading files of audio needs soundfile, which cannot be imported here ({error}); "
-            "pip install 'leafkernels[speech]'"
-        ) from error
-    try:
-        return soundfile.read(io.BytesIO(content) if isinstance(content, bytes) else content, dtype="float32")
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise ValueError(
-            f"audio must be a file that soundfile reads, got {_shorten(repr(content))} ({error})"
-        ) from None
-
-
-def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
-    """Bring (samples,) from ``rate`` to ``to`` Hz by cutting or padding its spectrum; float32."""
-    length = round(len(samples) * to / rate)
-    if rate == to or length == 0:
-        return samples.astype(np.float32)
-    spectrum = np.fft.rfft(samples)
-    return (np.fft.irfft(spectrum[: length // 2 + 1], length) * (length / len(samples))).astype(np.float32)
-
-
-def _check_length(features: dict[str, Tensor], clips: list[np.ndarray], extractor: Any, rate: int) -> None:
-    """Refuse a clip of which the extractor has cut off the end; Whisper's does so in silence."""
-    hop, frames = getattr(extractor, "hop_length", None), features.get("input_features")
-    if hop is None or frames is None:
-        return
-    heard = frames.shape[-1] * hop * (1 if len(frames) == len(clips) else len(frames))
-    longest = max(len(clip) for clip in clips)
-    # The last frame may be cut short.
-    if longest > heard + hop:
-        raise ValueError(
-            f"audio must be no longer than the {heard / rate:g} s that the encoder takes, got {longest / rate:.2f} s"
-        )
-
-
-def _placed(prompt: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Messages of parts without empty keys; where no part is audio, ``count`` of them before the first user text."""
-    messages = []
-    for message in prompt:
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        messages.append({**message, "content": [{k: v for k, v in part.items() if v is not None} for part in parts]})
-    found = sum(part["type"] == "audio" for message in messages for part in message["content"])
-    if not found:
-        user = next((message for message in messages if message["role"] == "user"), None)
-        if user is None:
-            raise ValueError("prompt must have a message of the user, got none")
-        user["content"] = [{"type": "audio"}] * count + user["content"]
-    elif found != count:
-        raise ValueError(f"prompt must have an audio part for each recording, got {found} for {count} recordings")
-    return messages
-
-
-def _filled(messages: list[dict[str, Any]], clips: list[np.ndarray], rate: int) -> list[dict[str, Any]]:
-    """The messages with each recording as a WAV file in its part."""
-    import soundfile
-
-    remaining = iter(clips)
-
-    def fill(part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] != "audio":
-            return part
-        file = io.BytesIO()
-        soundfile.write(file, next(remaining), rate, format="WAV", subtype="FLOAT")
-        return {"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()}
-
-    return [{**message, "content": [fill(part) for part in message["content"]]} for message in messages]
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,289 @@
+"""From a row of a dataset, a prompt about recordings, to what a model that hears reads: token ids and features.
+
+Which inputs a model reads is what its processor returns; no model is named. Trainers use it, and the public names do
+not load it.
+"""
+
+import base64
+import inspect
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Heard:
+    """What a model reads of a prompt, batch of one."""
+
+    token_ids: list[int]
+    features: dict[str, Tensor]
+
+
+class PromptReader:
+    """Reads prompts about recordings by the processor of a model that hears.
+
+    Attributes: ``rate``, of samples that the processor takes; ``audio_token``, which stands for a recording in a text.
+
+    Args:
+        processor: of the model; it has a feature extractor for audio, an audio token and a tokenizer.
+        chat_template_kwargs: further arguments of its chat template.
+
+    Raises:
+        TypeError: the processor takes no audio.
+    """
+
+    def __init__(self, processor: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
+        extractor: Any = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
+        token = getattr(processor, "audio_token", None)
+        if getattr(extractor, "sampling_rate", None) is None or token is None:
+            raise TypeError(
+                "processing_class must be a processor with a feature extractor for audio and an audio token, got "
+                f"{type(processor).__name__}"
+            )
+        self.rate, self.audio_token = extractor.sampling_rate, str(token)
+        self._processor, self._extractor = processor, extractor
+        self._chat_template_kwargs = dict(chat_template_kwargs or {})
+
+    def read(self, prompt: Any, audio: Any) -> Heard:
+        """Turn a row into what the model reads.
+
+        Args:
+            prompt: messages with a ``{"type": "audio"}`` part for each recording (with none, the recordings go before
+                the first user message), or text with the audio token in it.
+            audio: a recording, or a list of them: datasets' ``Audio`` (undecoded or decoded), the path or the bytes of
+                a file that soundfile reads, or ``{"array": (samples,), "sampling_rate": int}``. Of several channels
+                the mean is taken; other rates are resampled.
+
+        Raises:
+            ValueError: recordings and audio parts that differ in number; a recording that is silent, empty, not finite,
+                longer than the encoder takes, or of a sampling rate that cannot be.
+        """
+        try:
+            clips = _read_clips(audio, self.rate)
+            inputs = self._process(prompt, clips)
+            features = {
+                name: values
+                for name, values in inputs.items()
+                if isinstance(values, Tensor) and not name.startswith(("input_ids", "attention_mask"))
+            }
+            _check_length(features, clips, self._extractor, self.rate)
+        except ValueError as error:
+            raise ValueError(f"{error}, with the prompt {_shorten(repr(prompt))}") from error
+        return Heard(torch.as_tensor(inputs["input_ids"])[0].tolist(), features)
+
+    def _process(self, prompt: Any, clips: list[np.ndarray]) -> Any:
+        processor = self._processor
+        if not isinstance(prompt, str):
+            messages = _placed(prompt, len(clips))
+            if not _takes_audio(processor):
+                return processor.apply_chat_template(
+                    [_filled(messages, clips, self.rate)], tokenize=True, return_dict=True, return_tensors="pt"
+                )
+            prompt = self._render(messages)
+        found = prompt.count(self.audio_token)
+        if found != len(clips):
+            raise ValueError(
+                f"prompt must have the audio token {self.audio_token!r} once for each recording, got {found} for "
+                f"{len(clips)} recordings"
+            )
+        bos = processor.tokenizer.bos_token
+        begun = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
+        return processor(
+            text=[prompt], audio=clips, return_tensors="pt", audio_kwargs={"sampling_rate": self.rate}, **begun
+        )
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        processor = self._processor
+        template = processor if getattr(processor, "chat_template", None) else processor.tokenizer
+
+        def render(messages: list[dict[str, Any]]) -> str:
+            return template.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self._chat_template_kwargs
+            )
+
+        parts = [{**message, "content": list(message["content"])} for message in messages]
+        try:
+            text = render(parts)
+        except (TypeError, ValueError):
+            text = ""
+        if self.audio_token in text:
+            return text
+        # A template of strings, as Granite-Speech has it.
+        return render(
+            [
+                {
+                    **message,
+                    "content": "".join(
+                        self.audio_token if part["type"] == "audio" else part["text"] for part in message["content"]
+                    ),
+                }
+                for message in messages
+            ]
+        )
+
+
+def join_features(rows: Sequence[Heard]) -> dict[str, Tensor]:
+    """The features of a batch, in the order of its rows."""
+    names = rows[0].features if rows else ()
+    return {name: join([row.features[name] for row in rows]) for name in names}
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first dimension, the others padded with 0 to the longest."""
+    if parts[0].dim() == 2 and parts[0].is_floating_point():
+        return torch.cat(list(parts))  # the frames of all clips, one after the other
+    sizes = [max(size) for size in zip(*(part.shape[1:] for part in parts), strict=True)]
+    padded = []
+    for part in parts:
+        gaps = [size - own for size, own in zip(sizes, part.shape[1:], strict=True)]
+        padded.append(torch.nn.functional.pad(part, [n for gap in reversed(gaps) for n in (0, gap)]))
+    return torch.cat(padded)
+
+
+def undecoded(dataset: Any) -> Any:
+    """The dataset, or each of a dict of them, with its recordings as files, which the reader decodes."""
+    if isinstance(dataset, dict):
+        return type(dataset)({name: undecoded(part) for name, part in dataset.items()})
+    if not hasattr(dataset, "cast_column"):
+        return dataset
+    from datasets import Audio
+
+    feature = (dataset.features or {}).get("audio")
+    if isinstance(feature, Audio) and feature.decode:
+        return dataset.cast_column("audio", Audio(sampling_rate=feature.sampling_rate, decode=False))
+    return dataset
+
+
+def find_encoder(model: Any) -> Any:
+    """The audio encoder of a model that hears; raises TypeError where there is none."""
+    for module in model.modules():
+        if getattr(module, "input_modalities", None) in ("audio", ("audio",)):
+            return module
+    raise TypeError(f"model must have an audio encoder, got {type(model).__name__}")
+
+
+def _takes_audio(processor: Any) -> bool:
+    """Whether a call takes audio; Voxtral's reads it from the messages only."""
+    return "audio" in inspect.signature(type(processor).__call__).parameters
+
+
+def _read_clips(audio: Any, rate: int) -> list[np.ndarray]:
+    if audio is None:
+        raise ValueError("audio must be a recording in every row, got None")
+    many = isinstance(audio, list | tuple)
+    clips = [_read_clip(clip, rate) for clip in (audio if many else [audio])]
+    if not clips:
+        raise ValueError("audio must be a recording in every row, got an empty list")
+    return clips
+
+
+def _read_clip(clip: Any, rate: int) -> np.ndarray:
+    """One recording as (samples,) float32 at ``rate``."""
+    if hasattr(clip, "get_all_samples"):  # datasets' decoder
+        decoded = clip.get_all_samples()
+        samples, own_rate = np.asarray(decoded.data).T, decoded.sample_rate
+    elif isinstance(clip, dict) and clip.get("array") is not None:
+        samples, own_rate = np.asarray(clip["array"], dtype=np.float32), clip.get("sampling_rate")
+        # Channels first, as everyone has them who has an array of two dimensions.
+        samples = samples.T
+    else:
+        samples, own_rate = _read_file(clip)
+    if samples.ndim == 2:
+        samples = samples.mean(1)
+    if not isinstance(own_rate, int | np.integer) or own_rate <= 0:
+        raise ValueError(f"audio must have a sampling rate that is a positive integer, got {own_rate!r}")
+    if samples.size == 0:
+        raise ValueError("audio must have samples, got an empty recording")
+    if not np.isfinite(samples).all():
+        raise ValueError("audio must be finite, got NaN or infinity among the samples")
+    if not samples.any():
+        raise ValueError(f"audio must be audible, got {samples.size / own_rate:.2f} s of silence")
+    return resample(samples, int(own_rate), rate)
+
+
+def _read_file(clip: Any) -> tuple[np.ndarray, int]:
+    content = clip.get("bytes") or clip.get("path") if isinstance(clip, dict) else clip
+    if not isinstance(content, str | bytes):
+        raise ValueError(
+            "audio must be a path, bytes, datasets' Audio or {'array', 'sampling_rate'}, got "
+            + (f"a dict of {', '.join(clip)}" if isinstance(clip, dict) else type(clip).__name__)
+        )
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError(
+            f"reading files of audio needs soundfile, which cannot be imported here ({error}); "
+            "pip install 'leafkernels[speech]'"
+        ) from error
+    try:
+        return soundfile.read(io.BytesIO(content) if isinstance(content, bytes) else content, dtype="float32")
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise ValueError(
+            f"audio must be a file that soundfile reads, got {_shorten(repr(content))} ({error})"
+        ) from None
+
+
+def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
+    """Bring (samples,) from ``rate`` to ``to`` Hz by cutting or padding its spectrum; float32."""
+    length = round(len(samples) * to / rate)
+    if rate == to or length == 0:
+        return samples.astype(np.float32)
+    spectrum = np.fft.rfft(samples)
+    return (np.fft.irfft(spectrum[: length // 2 + 1], length) * (length / len(samples))).astype(np.float32)
+
+
+def _check_length(features: dict[str, Tensor], clips: list[np.ndarray], extractor: Any, rate: int) -> None:
+    """Refuse a clip of which the extractor has cut off the end; Whisper's does so in silence."""
+    hop, frames = getattr(extractor, "hop_length", None), features.get("input_features")
+    if hop is None or frames is None:
+        return
+    heard = frames.shape[-1] * hop * (1 if len(frames) == len(clips) else len(frames))
+    longest = max(len(clip) for clip in clips)
+    # The last frame may be cut short.
+    if longest > heard + hop:
+        raise ValueError(
+            f"audio must be no longer than the {heard / rate:g} s that the encoder takes, got {longest / rate:.2f} s"
+        )
+
+
+def _placed(prompt: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Messages of parts without empty keys; where no part is audio, ``count`` of them before the first user text."""
+    messages = []
+    for message in prompt:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        messages.append({**message, "content": [{k: v for k, v in part.items() if v is not None} for part in parts]})
+    found = sum(part["type"] == "audio" for message in messages for part in message["content"])
+    if not found:
+        user = next((message for message in messages if message["role"] == "user"), None)
+        if user is None:
+            raise ValueError("prompt must have a message of the user, got none")
+        user["content"] = [{"type": "audio"}] * count + user["content"]
+    elif found != count:
+        raise ValueError(f"prompt must have an audio part for each recording, got {found} for {count} recordings")
+    return messages
+
+
+def _filled(messages: list[dict[str, Any]], clips: list[np.ndarray], rate: int) -> list[dict[str, Any]]:
+    """The messages with each recording as a WAV file in its part."""
+    import soundfile
+
+    remaining = iter(clips)
+
+    def fill(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] != "audio":
+            return part
+        file = io.BytesIO()
+        soundfile.write(file, next(remaining), rate, format="WAV", subtype="FLOAT")
+        return {"type": "audio", "base64": base64.b64encode(file.getvalue()).decode()}
+
+    return [{**message, "content": [fill(part) for part in message["content"]]} for message in messages]
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
