@@ -327,17 +327,16 @@ def test_suppressed_tokens_are_never_taken(packed: bool) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_an_audio_model_looks_ahead_from_what_it_hears(packed: bool) -> None:
-    pytest.importorskip("trl", reason="needs the extras trl and speech")
-    pytest.importorskip("soundfile")
-    tiny_audio = importlib.import_module("tiny_audio")
-    model, processor = tiny_audio.qwen2_audio()
+    pytest.importorskip("soundfile", reason="needs soundfile: pip install -e '.[speech]'")
+    tiny_listeners = importlib.import_module("tiny_listeners")
+    model, processor = tiny_listeners.qwen2_audio()
     scored = RewardTransformer(model.eval())
     numbers = torch.Generator().manual_seed(0)
     said = []
     heard = ["<|audio_bos|><|AUDIO|><|audio_eos|>ab", "<|audio_bos|><|AUDIO|><|audio_eos|>hello"]
     for text, seconds in zip(heard, (0.4, 1.1), strict=True):
-        clip = torch.randn(int(seconds * tiny_audio.RATE), generator=numbers).numpy()
-        audio = {"audio": [clip], "sampling_rate": tiny_audio.RATE}
+        clip = torch.randn(int(seconds * tiny_listeners.RATE), generator=numbers).numpy()
+        audio = {"audio": [clip], "sampling_rate": tiny_listeners.RATE}
         read = dict(processor(text=[text], return_tensors="pt", **audio))
         ids, mask = read.pop("input_ids"), read.pop("attention_mask")
         greedy = model.generate(input_ids=ids, attention_mask=mask, **read, max_new_tokens=12, do_sample=False)

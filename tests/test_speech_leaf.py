@@ -28,7 +28,8 @@ finally:
     sys.path.remove(str(EXAMPLES))
 
 import tiny_audio
-from tiny_audio import tone, wave
+import tiny_listeners
+from tiny_listeners import tone, wave
 
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
 ON_CPU = ["--use_cpu", "--bf16", "false", "--dtype", "float32", "--disable_tqdm", "true"]
@@ -49,7 +50,7 @@ def table(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_trains(recipe: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps with a small model in place of the checkpoint, which is then evaluated."""
-    pair = tiny_audio.granite_speech if "granite" in recipe.stem else tiny_audio.qwen2_audio
+    pair = tiny_listeners.granite_speech if "granite" in recipe.stem else tiny_listeners.qwen2_audio
     monkeypatch.setattr(speech_leaf, "load", lambda _: pair())
     small = ["--max_steps", "2", "--max_completion_length", "8", "--gradient_accumulation_steps", "1"]
     steps = ["--logging_steps", "1", "--save_steps", "2", "--output_dir", str(tmp_path / "run"), "--instruction", "a b"]
@@ -134,8 +135,8 @@ def test_answers_are_the_most_likely_ones(table: Path, tmp_path: Path) -> None:
     rows = tiny_audio.recordings(5)
     expected = []
     for row in rows:
-        samples, _ = tiny_audio.soundfile.read(tiny_audio.io.BytesIO(row["audio"]["bytes"]), dtype="float32")
-        inputs = dict(tiny_audio.process(run.processing_class, row["prompt"], samples))
+        samples, _ = tiny_listeners.soundfile.read(tiny_listeners.io.BytesIO(row["audio"]["bytes"]), dtype="float32")
+        inputs = dict(tiny_listeners.process(run.processing_class, row["prompt"], samples))
         found = run.model.eval().generate(
             **inputs, max_new_tokens=5, do_sample=False, suppress_tokens=[3], pad_token_id=0, eos_token_id=1
         )

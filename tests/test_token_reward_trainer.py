@@ -1,9 +1,12 @@
 """The trainer of reward channels, on a tiny model whose preferences have a rule."""
 
+import importlib
 import random
+import re
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 from tiny_decoders import build_model, build_tokenizer
@@ -26,7 +29,9 @@ def pairs(count: int, seed: int) -> Any:
     return datasets.Dataset.from_list(rows)
 
 
-def trainer(folder: Path, rows: Any = None, model: Any = None, **changes: Any) -> TokenRewardTrainer:
+def trainer(
+    folder: Path, rows: Any = None, model: Any = None, processor: Any = None, **changes: Any
+) -> TokenRewardTrainer:
     settings = {
         "per_device_train_batch_size": 16,
         "max_steps": 20,
@@ -43,9 +48,8 @@ def trainer(folder: Path, rows: Any = None, model: Any = None, **changes: Any) -
         torch.manual_seed(1)
         model = RewardTransformer(build_model("llama"), RewardChannel(3, 16, width=4))
     rows = pairs(320, 0) if rows is None else rows
-    return TokenRewardTrainer(
-        model, args, processing_class=build_tokenizer(), train_dataset=rows, eval_dataset=pairs(32, 1)
-    )
+    processor = processor or build_tokenizer()
+    return TokenRewardTrainer(model, args, processing_class=processor, train_dataset=rows, eval_dataset=pairs(32, 1))
 
 
 def test_learns_what_is_preferred_and_leaves_the_model_alone(tmp_path: Path) -> None:
@@ -163,3 +167,200 @@ def test_trains_the_model_along(tmp_path: Path, with_adapter: bool) -> None:
 def test_refuses_weights(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **changes)
+
+
+# Models that hear
+
+
+@pytest.fixture
+def tiny() -> Any:
+    """tests/tiny_listeners.py."""
+    pytest.importorskip("transformers", minversion="5.23")
+    pytest.importorskip("soundfile", reason="needs soundfile: pip install -e '.[speech]'")
+    return importlib.import_module("tiny_listeners")
+
+
+def listening(tiny: Any, folder: Path, rows: Any, pair: Any = None, **changes: Any) -> TokenRewardTrainer:
+    model, processor = pair or tiny.qwen2_audio()
+    torch.manual_seed(1)
+    channel = RewardChannel(model.config.get_text_config().num_hidden_layers, 16, width=16)
+    return trainer(folder, rows, RewardTransformer(model, channel), processor, **changes)
+
+
+def low_or_high(tiny: Any, count: int, seed: int, decodes: bool = False) -> Any:
+    """The same texts in every row: after a low tone a is better than b, after a high one b than a."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        letters = ["a", "b"] if number % 2 else ["b", "a"]
+        clip = tiny.tone(rng.uniform(0, 2) if number % 2 else rng.uniform(12, 20), rng.uniform(0.2, 0.8))
+        answers = {side: letter for side, letter in zip(("chosen", "rejected"), letters, strict=True)}
+        rows.append({"prompt": tiny.asked("ab?"), "audio": {"bytes": tiny.wave(clip), "path": None}, **answers})
+    found = datasets.Dataset.from_list(rows)
+    return found.cast_column("audio", datasets.Audio()) if decodes else found
+
+
+def test_learns_what_only_the_recording_tells(tiny: Any, tmp_path: Path) -> None:
+    """From datasets' Audio; the channel and the processor come back from a checkpoint, and look ahead by ear."""
+    rows = low_or_high(tiny, 96, 0, decodes=True)
+    pair = tiny.qwen2_audio(num_hidden_layers=2)
+    run = listening(tiny, tmp_path, rows, pair, max_steps=60, save_strategy="steps", save_steps=60)
+    assert not run.train_dataset.features["audio"].decode
+    run.train()
+    assert run.evaluate(low_or_high(tiny, 16, 1))["eval_loss"] < 0.3
+    folder = tmp_path / "checkpoint-60"
+    assert not list(folder.glob("model*.safetensors"))
+    model, _ = tiny.qwen2_audio(num_hidden_layers=2)
+    processor = tiny.Qwen2AudioProcessor.from_pretrained(folder)
+    again = RewardTransformer.from_pretrained(folder, model).eval()
+    scores = []
+    for number, better in ((0, 0), (16, 1)):
+        read = dict(tiny.process(processor, tiny.asked("ab?"), tiny.tone(number)))
+        ids, mask = read.pop("input_ids"), read.pop("attention_mask")
+        letters = torch.tensor(processor.tokenizer.convert_tokens_to_ids(["a", "b"]))[:, None]
+        with torch.no_grad():
+            rewards = [again(input_ids=torch.cat([ids, letter[None]], 1), **read).rewards[0, -1] for letter in letters]
+        assert rewards[better] > rewards[1 - better]
+        options = {"inputs": read, "width": 2, "chunk": 1, "depth": 1, "max_new_tokens": 4}
+        found, expected = (scored.generate(ids, mask, **options) for scored in (again, run.model))
+        assert found.token_ids == expected.token_ids and found.score == expected.score
+        scores.append(found.score)
+    assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "granite_speech", "voxtral", "qwen2_5_omni"])
+def test_a_batch_is_what_the_processor_gives_row_by_row(name: str, tiny: Any, tmp_path: Path) -> None:
+    """Prompts and recordings of several lengths, a row without one, padded: rewards are those of a row alone."""
+    texts, seconds = ("ab?", "b", "abcdef"), (0.3, 1.2, 0.2)
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": tiny.asked(text),
+            "audio": {"array": tiny.tone(number, length), "sampling_rate": tiny.RATE},
+            "chosen": "abc"[:number] + "d",
+            "rejected": [{"role": "assistant", "content": "ef"}],
+        }
+        for number, (text, length) in enumerate(zip(texts, seconds, strict=True))
+    ]
+    if name != "voxtral":  # whose tokenizer here reads messages with audio only
+        rows.insert(1, {"prompt": "hab", "audio": None, "chosen": "a", "rejected": "b"})
+    run = listening(tiny, tmp_path, rows, tiny.MODELS[name]())
+    model, processor = run.model.eval(), run.processing_class
+    read = []
+    process = run._reader._process
+    run._reader._process = lambda *given: (read.append(1), process(*given))[1]
+    batch = run._collate(rows)
+    assert len(read) == 3
+    mask = batch.pop("answer_mask")
+    found = model(**batch).rewards
+    for number, row in enumerate([*rows, *rows]):
+        if row["audio"] is None:
+            inputs = dict(processor.tokenizer(row["prompt"], return_tensors="pt"))
+        else:
+            inputs = dict(tiny.process(processor, row["prompt"], row["audio"]["array"]))
+        prompt = torch.as_tensor(inputs.pop("input_ids"))
+        answer = row["chosen"] if number < len(rows) else row["rejected"]
+        text = answer if isinstance(answer, str) else answer[0]["content"]
+        letters = [*processor.tokenizer.convert_tokens_to_ids(list(text)), processor.tokenizer.eos_token_id]
+        ids = torch.cat([prompt, torch.tensor([letters])], 1)
+        length = ids.shape[1]
+        assert torch.equal(batch["input_ids"][number, :length], ids[0])
+        assert batch["attention_mask"][number].nonzero()[:, 0].tolist() == list(range(length))
+        assert mask[number].nonzero()[:, 0].tolist() == list(range(prompt.shape[1], length))
+        features = {name: values for name, values in inputs.items() if name.startswith(("input_f", "feature_"))}
+        if name == "granite_speech":
+            # Its encoder has no mask, and hears the padding a little.
+            features = {
+                part: torch.nn.functional.pad(
+                    values, (0, 0) * (values.dim() - 2) + (0, batch[part].shape[1] - values.shape[1])
+                )
+                for part, values in features.items()
+            }
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids), **features).rewards[0]
+        # Float32 sums in another order.
+        torch.testing.assert_close(found[number, :length], alone, rtol=1e-5, atol=1e-6)
+        # What it hears matters, or nothing above would be tested.
+        if features:
+            features["input_features"] = features["input_features"] * -2
+            other = model(input_ids=ids, attention_mask=torch.ones_like(ids), **features).rewards[0]
+            assert (other - alone).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_what_does_not_learn_runs_in_eval_mode(with_adapter: bool, tiny: Any, tmp_path: Path) -> None:
+    """The encoder of Granite-Speech would keep the statistics of each batch, with a gradient or without."""
+    model, processor = tiny.granite_speech()
+    options: dict[str, Any] = {"max_steps": 2}
+    if with_adapter:
+        peft = pytest.importorskip("peft")
+        targets = r".*language_model.*\.(q_proj|v_proj)"
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+        options |= {"train_model": True, "simpo_weight": 0.5}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert any("running_mean" in name for name in before)
+    run = trainer(tmp_path, low_or_high(tiny, 32, 0), RewardTransformer(model), processor, **options)
+    run.train()
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert all("lora" in name for name in changed) and bool(changed) == with_adapter
+
+
+def test_several_recordings_of_a_prompt(tiny: Any, tmp_path: Path) -> None:
+    prompt = "<|AUDIO|>a<|AUDIO|>b"
+    clips = [tiny.wave(tiny.tone(number, 0.2 + 0.3 * number)) for number in range(2)]
+    run = listening(tiny, tmp_path, [])
+    row = {"prompt": prompt, "audio": clips, "chosen": "c", "rejected": "d"}
+    batch = run._collate([row, {**row, "audio": clips[::-1]}])
+    assert batch["input_features"].shape[0] == 8
+    order = [0, 1, 1, 0] * 2
+    for place, clip in enumerate(order):
+        assert torch.equal(batch["input_features"][place], batch["input_features"][clip])
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"audio": None}, {}, "audio must be a recording in every row, got None, with the prompt '<|AUDIO|>ab'"),
+        ({"prompt": "ab"}, {}, "prompt must have the audio token '<|AUDIO|>' once for each recording, got 0 for 1"),
+        ({}, {"max_length": 5}, "chosen must have a token after its prompt of 8 tokens (max_length is 5), got 'c'"),
+        (
+            {"audio": {"array": [0.0] * 800, "sampling_rate": 16000}},
+            {},
+            "audio must be audible, got 0.05 s of silence, with the prompt",
+        ),
+    ],
+)
+def test_refuses_rows_with_audio(
+    changes: dict[str, Any], options: dict[str, Any], message: str, tiny: Any, tmp_path: Path
+) -> None:
+    row = {"prompt": "<|AUDIO|>ab", "audio": tiny.wave(tiny.tone(1)), "chosen": "c", "rejected": "d", **changes}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        listening(tiny, tmp_path, [row], **options)._collate([row])
+
+
+def test_refuses_who_does_not_hear(tiny: Any, tmp_path: Path) -> None:
+    row = {"prompt": "ab", "audio": tiny.wave(tiny.tone(1)), "chosen": "c", "rejected": "d"}
+    message = "^processing_class must be the processor of a model that hears where rows have audio, got Tok"
+    with pytest.raises(TypeError, match=message):
+        trainer(tmp_path)._collate([row])
+    _, processor = tiny.qwen2_audio()
+    with pytest.raises(TypeError, match="^model must have an audio encoder, got LlamaForCausalLM"):
+        trainer(tmp_path, processor=processor)
+    processor.tokenizer.pad_token = None
+    with pytest.raises(
+        ValueError, match="^processing_class must be a tokenizer with a padding token, or the processor"
+    ):
+        trainer(tmp_path, processor=processor)
+    processor.feature_extractor = None
+    with pytest.raises(TypeError, match="^processing_class must be a processor with a feature extractor for audio and"):
+        trainer(tmp_path, processor=processor)
+
+
+def test_the_page_teaches_a_model_that_hears(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function of docs/lookahead.md, on a model that hears tones."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = (block.text for block in pages.blocks(pages.read("lookahead.md"), "python") if "audio=" in block.text)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    model, processor = tiny.qwen2_audio()
+    answer = names["taught_by_ear"](model, processor, low_or_high(tiny, 8, 0), "<|AUDIO|>ab?", tiny.tone(3))
+    assert answer.token_ids
+    assert processor.tokenizer.get_vocab() == tiny.Qwen2AudioProcessor.from_pretrained("channel").tokenizer.get_vocab()

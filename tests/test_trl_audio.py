@@ -16,15 +16,16 @@ for package in ("peft", "soundfile"):
     pytest.importorskip(package)
 
 import tiny_audio
+import tiny_listeners
 from datasets import Audio, Dataset
 from support import run_ranks
-from tiny_audio import RATE, asked, lora, recordings, tone, trainer, wave
+from tiny_audio import lora, recordings, trainer
+from tiny_listeners import tone, wave
 from tiny_trl import config
 from trl import GRPOConfig
 
 from leafkernels.integrations.trl import LeafGRPOConfig
 from leafkernels.integrations.trl_audio import AudioGRPOTrainer, LeafAudioGRPOTrainer
-from leafkernels.rows.recordings import resample
 
 
 class Recorded(AudioGRPOTrainer):
@@ -73,16 +74,16 @@ def alone(run: Any, token_ids: list[int], features: dict[str, Any], adapted: boo
 
 def features_of(run: Any, row: dict[str, Any]) -> dict[str, Any]:
     """What the processor makes of a row, called here and not by the trainer."""
-    samples, _ = tiny_audio.soundfile.read(tiny_audio.io.BytesIO(row["audio"]["bytes"]), dtype="float32")
-    inputs = tiny_audio.process(run.processing_class, row["prompt"], samples)
+    samples, _ = tiny_listeners.soundfile.read(tiny_listeners.io.BytesIO(row["audio"]["bytes"]), dtype="float32")
+    inputs = tiny_listeners.process(run.processing_class, row["prompt"], samples)
     return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
-@pytest.mark.parametrize("name", tiny_audio.MODELS)
+@pytest.mark.parametrize("name", tiny_listeners.MODELS)
 def test_log_probabilities_are_those_of_the_model_alone(name: str, tmp_path: Path) -> None:
     """Policy, old and reference, on prompts of unequal length, each against the model's own forward of one row."""
     args = settings(tmp_path, per_device_train_batch_size=16, num_iterations=2, beta=0.1, max_steps=2)
-    run = trainer(Recorded, args, tiny_audio.MODELS[name]())
+    run = trainer(Recorded, args, tiny_listeners.MODELS[name]())
     # An adapter that does something: the policy is then not its reference.
     for weight in run.model.parameters():
         if weight.requires_grad:
@@ -130,12 +131,12 @@ def test_log_probabilities_are_those_of_the_model_alone(name: str, tmp_path: Pat
     assert all(math.isfinite(line["loss"]) for line in run.state.log_history[:-1])
 
 
-@pytest.mark.parametrize("name", tiny_audio.MODELS)
+@pytest.mark.parametrize("name", tiny_listeners.MODELS)
 def test_a_prompt_is_read_and_heard_once(name: str, tmp_path: Path) -> None:
     """Four prompts of four rollouts, reference and two updates: four calls of the processor and of the encoder."""
     args = settings(tmp_path, per_device_train_batch_size=8, steps_per_generation=2, num_iterations=2, beta=0.1)
     args.max_steps = 4
-    run = trainer(Recorded, args, tiny_audio.MODELS[name]())
+    run = trainer(Recorded, args, tiny_listeners.MODELS[name]())
     read, heard = [], []
     process = run._reader._process
     run._reader._process = lambda *given: (read.append(1), process(*given))[1]
@@ -207,7 +208,7 @@ def test_a_trained_encoder_gets_gradients(tmp_path: Path) -> None:
 
 def test_a_frozen_encoder_under_a_trained_model(tmp_path: Path) -> None:
     """With a reference model of its own: both hear a prompt once, and at first they say the same."""
-    model, processor = tiny_audio.qwen2_audio()
+    model, processor = tiny_listeners.qwen2_audio()
     model.save_pretrained(tmp_path / "base")
     model = type(model).from_pretrained(tmp_path / "base")
     model.model.audio_tower.requires_grad_(False)
@@ -223,7 +224,7 @@ def test_a_frozen_encoder_under_a_trained_model(tmp_path: Path) -> None:
 
 def test_bfloat16_and_dropout(tmp_path: Path) -> None:
     """A model in bfloat16, a dropping adapter, activation checkpointing as TRL has it."""
-    model, processor = tiny_audio.qwen2_audio()
+    model, processor = tiny_listeners.qwen2_audio()
     args = settings(tmp_path, max_steps=2, bf16=True, per_device_train_batch_size=8)
     run = trainer(Recorded, args, (model.bfloat16(), processor), peft_config=lora(lora_dropout=0.1))
     run.train()
@@ -255,66 +256,20 @@ def test_without_args_and_from_a_stream(tmp_path: Path, monkeypatch: pytest.Monk
 # The dataset
 
 
-def heard(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> list[Any]:
-    """What the trainer reads of rows that are asked once each."""
-    args = settings(folder, max_steps=1, num_generations=2, per_device_train_batch_size=2 * len(rows))
-    args.seed = 0
-    run = trainer(Recorded, args, train_dataset=Dataset.from_list(rows), **changes)
-    return [run._read(row["prompt"], row["audio"]) for row in run.train_dataset]
+def row(audio: Any, prompt: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "audio": audio, "wanted": "c"}
 
 
-def row(audio: Any, prompt: Any = None) -> dict[str, Any]:
-    return {"prompt": prompt or asked("ab"), "audio": audio, "wanted": "c"}
-
-
-def test_recordings_in_every_form(tmp_path: Path) -> None:
-    """Path, bytes, array, two channels, datasets' Audio: the same features to the last bit."""
-    samples = tone(1, 0.7)
-    path = tmp_path / "clip.wav"
-    path.write_bytes(wave(samples))
-    forms: list[Any] = [
-        str(path),
-        {"path": str(path)},
-        {"bytes": wave(samples)},
-        {"array": samples.tolist(), "sampling_rate": RATE},
-        {"array": np.stack([samples, samples]).tolist(), "sampling_rate": RATE},
-        {"bytes": wave(np.stack([samples, samples], 1))},
-    ]
-    found = [heard(tmp_path, [row(form)])[0] for form in forms]
-    decoded = Dataset.from_list([row({"bytes": wave(samples), "path": None})]).cast_column("audio", Audio())
+def test_recordings_are_decoded_by_the_trainer(tmp_path: Path) -> None:
+    coded = recordings(2)
+    decoded = Dataset.from_list([{**row, "audio": {**row["audio"], "path": None}} for row in coded])
+    decoded = decoded.cast_column("audio", Audio())
     run = trainer(AudioGRPOTrainer, settings(tmp_path), train_dataset=decoded, eval_dataset={"one": decoded})
     assert not run.train_dataset.features["audio"].decode and not run.eval_dataset["one"].features["audio"].decode
-    found.append(run._read(run.train_dataset[0]["prompt"], run.train_dataset[0]["audio"]))
-    for other in found[1:]:
-        assert other.token_ids == found[0].token_ids
-        for name, values in found[0].features.items():
-            assert torch.equal(other.features[name], values)
-
-
-def test_another_rate_is_resampled(tmp_path: Path) -> None:
-    (low,), (high,) = (heard(tmp_path, [row({"bytes": wave(tone(0, 1.0, rate), rate)})]) for rate in (8000, RATE))
-    assert low.token_ids == high.token_ids
-    # A tone far below either rate, away from the clip's ends.
-    torch.testing.assert_close(
-        low.features["input_features"][..., 5:45], high.features["input_features"][..., 5:45], rtol=0, atol=0.05
-    )
-    assert np.abs(resample(tone(0, 1.0, 8000), 8000, RATE) - tone(0, 1.0, RATE)).max() < 1e-3
-
-
-def test_prompts_in_every_form(tmp_path: Path) -> None:
-    """Without a part for the audio it comes first, as TRL has it for images; text holds the token; two recordings."""
-    clip = {"bytes": wave(tone(1))}
-    given = [asked("ab"), [{"role": "user", "content": "ab"}]]
-    first, second = (heard(tmp_path, [row(clip, prompt)])[0] for prompt in given)
-    assert first.token_ids == second.token_ids
-    two = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "a"}, {"type": "audio"}]}]
-    (both,) = heard(tmp_path, [row([clip, {"bytes": wave(tone(2, 1.0))}], two)])
-    assert len(both.features["input_features"]) == 2
-    audio = 3  # of the vocabulary of tests/tiny_audio.py
-    assert both.token_ids.count(audio) > 2 * first.token_ids.count(audio) > 0
-    (text,) = heard(tmp_path, [row(clip, "<|audio_bos|><|AUDIO|><|audio_eos|>ab")])
-    assert text.token_ids.count(audio) == first.token_ids.count(audio)
-    assert text.token_ids[-2:] == [6, 7]
+    for found, expected in zip(run.train_dataset, coded, strict=True):
+        heard, same = (run._read(row["prompt"], row["audio"]) for row in (found, expected))
+        assert heard.token_ids == same.token_ids
+        assert torch.equal(heard.features["input_features"], same.features["input_features"])
 
 
 def test_text_prompts_train(tmp_path: Path) -> None:
@@ -324,29 +279,11 @@ def test_text_prompts_train(tmp_path: Path) -> None:
     assert len({line["grad_norm"] for line in run.state.log_history[:-1]}) > 1
 
 
-@pytest.mark.parametrize(
-    ("audio", "prompt", "message"),
-    [
-        (None, None, "audio must be a recording in every row, got None"),
-        ({"array": [0.0] * 800, "sampling_rate": RATE}, None, "audio must be audible, got 0.05 s of silence"),
-        ({"array": [0.1, math.nan], "sampling_rate": RATE}, None, "audio must be finite, got NaN or infinity among"),
-        ({"array": [0.1] * 9, "sampling_rate": 0}, None, "a sampling rate that is a positive integer, got 0"),
-        ({"array": [0.1] * 9}, None, "a sampling rate that is a positive integer, got None"),
-        ({"array": [], "sampling_rate": RATE}, None, "audio must have samples, got an empty recording"),
-        ({"bytes": wave(tone(1, 3.0))}, None, r"no longer than the 2 s that the encoder takes, got 3\.00 s"),
-        ("nowhere.wav", None, "audio must be a file that soundfile reads, got 'nowhere.wav'"),
-        ({"bytes": b"text"}, None, "audio must be a file that soundfile reads, got b'text'"),
-        ({"url": "x"}, None, "audio must be a path, bytes, .*, got a dict of url"),
-        ([], None, "audio must be a recording in every row, got an empty list"),
-        ([{"bytes": wave(tone(1))}] * 2, None, "prompt must have an audio part for each recording, got 1 for 2"),
-        ({"bytes": wave(tone(1))}, "ab", "the audio token '<|AUDIO|>' once for each recording, got 0 for 1"),
-        ({"bytes": wave(tone(1))}, [{"role": "system", "content": "ab"}], "must have a message of the user, got none"),
-    ],
-)  # fmt: skip
-def test_rows_that_cannot_be(audio: Any, prompt: Any, message: str, tmp_path: Path) -> None:
-    run = trainer(AudioGRPOTrainer, settings(tmp_path))
-    with pytest.raises(ValueError, match=message.replace("|", r"\|") + ".*with the prompt"):
-        run._read(prompt or asked("ab"), audio)
+def test_a_row_without_a_recording(tmp_path: Path) -> None:
+    rows = [{**row, "audio": None} for row in recordings(4)]
+    run = trainer(AudioGRPOTrainer, settings(tmp_path), train_dataset=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match="^audio must be a recording in every row, got None, with the prompt"):
+        run.train()
 
 
 def check_refuses(error: type[Exception], message: str, folder: Path, pair: Any = None, **changes: Any) -> None:
@@ -358,7 +295,7 @@ def check_refuses(error: type[Exception], message: str, folder: Path, pair: Any 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tiny_trl
 
-    model, processor = tiny_audio.qwen2_audio()
+    model, processor = tiny_listeners.qwen2_audio()
     check_refuses(
         TypeError, "model must have an audio encoder, got Qwen2ForCausalLM", tmp_path, (tiny_trl.model(), processor)
     )
@@ -396,7 +333,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_checkpoint_is_loaded_by_name(tmp_path: Path) -> None:
     """Model and processor from a path; the trainer's checkpoints hold the processor, and go on from there."""
-    model, processor = tiny_audio.qwen2_audio()
+    model, processor = tiny_listeners.qwen2_audio()
     model.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     args = settings(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1, seed=3)
@@ -446,7 +383,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 def test_the_adapter_of_a_checkpoint_is_merged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Granite-Speech's own LoRA: the model says what it said, and what is trained comes on top."""
-    model, processor = tiny_audio.granite_speech()
+    model, processor = tiny_listeners.granite_speech()
     model.add_adapter(lora(target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(1)
     for name, weight in model.named_parameters():

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import ProcessorMixin, Trainer, TrainingArguments
 
 from leafkernels.lookahead.transformers import RewardTransformer
 from leafkernels.losses.preference import KINDS, simpo_loss, token_reward_loss, token_reward_metrics
+from leafkernels.rows.recordings import Heard, PromptReader, find_encoder, join_features, text_of, undecoded
 from leafkernels.vocabulary.surprisal import surprisal_entropy
 
 _SIDES = ("chosen", "rejected")
@@ -45,18 +46,26 @@ class TokenRewardTrainer(Trainer):
     then holds adapter or model beside the channel.
 
     The dataset has TRL's columns ``prompt``, ``chosen`` and ``rejected``: texts, or lists of messages for the chat
-    template of the tokenizer. Answers end with the tokenizer's end token. Logging, saving, resuming, accelerate,
+    template of the tokenizer. Answers end with the tokenizer's end token.
+
+    For a model that hears, ``processing_class`` is its processor, and rows have ``audio`` too: a recording or a list of
+    them, each datasets' ``Audio``, the path or the bytes of a file that soundfile reads, or ``{"array": (samples,),
+    "sampling_rate": int}``. The prompt has a ``{"type": "audio"}`` part for each (with none, they go before the first
+    user message), or is text with the processor's audio token in it. The answer follows as text, also where it is given
+    as messages, with the end token. Rows without ``audio`` may stand among them.
+
+    A model that is frozen runs in eval mode, and so does a frozen audio encoder. Logging, saving, resuming, accelerate,
     DeepSpeed and FSDP are those of ``Trainer``; a checkpoint holds the channel alone, as
     ``RewardTransformer.save_pretrained`` writes it. Beside the loss it logs the metrics of ``token_reward_metrics``.
 
     Args:
         model: a ``RewardTransformer``, or a causal language model, which gets a new channel.
         args: ``TokenRewardConfig``.
-        processing_class: the tokenizer, with a padding token.
+        processing_class: the tokenizer, with a padding token, or the processor of a model that hears.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be, or an answer has no token or is the same as the
-            other; the message names it.
+        TypeError, ValueError: an argument is not what it must be, an answer has no token or is the same as the other,
+            a recording is missing, or is silent, empty, not finite or too long for the encoder; the message names it.
     """
 
     args: TokenRewardConfig
@@ -64,17 +73,24 @@ class TokenRewardTrainer(Trainer):
     def __init__(self, model: Any, args: TokenRewardConfig, *, processing_class: Any, **kwargs: Any) -> None:
         if not isinstance(args, TokenRewardConfig):
             raise TypeError(f"args must be a TokenRewardConfig, got {type(args).__name__}")
-        if processing_class is None or processing_class.pad_token_id is None:
-            raise ValueError("processing_class must be a tokenizer with a padding token")
+        hears = isinstance(processing_class, ProcessorMixin)
+        self._reader = PromptReader(processing_class) if hears else None
+        self._tokenizer: Any = processing_class.tokenizer if hears else processing_class
+        if self._tokenizer is None or self._tokenizer.pad_token_id is None:
+            raise ValueError("processing_class must be a tokenizer with a padding token, or the processor around one")
         model = model if isinstance(model, RewardTransformer) else RewardTransformer(model)
         _check_weights(args, model.model)
         if not args.train_model:
             model.model.requires_grad_(False)
+        parts = [model.model, find_encoder(model.model)] if hears else [model.model]
+        # They run in eval mode: Granite-Speech's encoder would normalise by the batch, and keep its statistics.
+        self._frozen = [part for part in parts if not any(weight.requires_grad for weight in part.parameters())]
         one = torch.zeros(1, 1)
         token_reward_loss(one, one, one + 1, one + 1, kind=args.kind, scale=args.scale, margin=args.margin)
         simpo_loss(one, one, one + 1, one + 1, **_simpo_options(args))
-        self._tokenizer: Any = processing_class
         kwargs.setdefault("data_collator", self._collate)
+        if hears:
+            kwargs |= {name: undecoded(kwargs.get(name)) for name in ("train_dataset", "eval_dataset")}
         super().__init__(model, args, processing_class=processing_class, **kwargs)
 
     def _collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -86,9 +102,10 @@ class TokenRewardTrainer(Trainer):
                 raise ValueError(f"the dataset must have the columns prompt, chosen and rejected, got {sorted(row)}")
             if row["chosen"] == row["rejected"]:
                 raise ValueError(f"chosen and rejected must differ, got {row['chosen']!r:.80} twice")
+        prompts = [self._hear(row) for row in rows]
         for side in _SIDES:
-            for row in rows:
-                prompt, answer = self._tokens(row["prompt"], row[side])
+            for row, heard in zip(rows, prompts, strict=True):
+                prompt, answer = self._tokens(row["prompt"], row[side], heard)
                 whole = (prompt + answer)[: self.args.max_length]
                 if len(whole) <= len(prompt):
                     raise ValueError(
@@ -102,13 +119,27 @@ class TokenRewardTrainer(Trainer):
         at, lengths = torch.arange(input_ids.shape[1]), torch.tensor([len(row) for row in ids])[:, None]
         attention_mask = (at < lengths).long()
         answer_mask = attention_mask * (at >= torch.tensor(starts)[:, None])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "answer_mask": answer_mask}
+        features = join_features([heard for heard in prompts if heard is not None] * 2)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "answer_mask": answer_mask, **features}
 
-    def _tokens(self, prompt: Any, answer: Any) -> tuple[list[int], list[int]]:
+    def _hear(self, row: dict[str, Any]) -> Heard | None:
+        """What the model reads of the prompt of a row with a recording; None: the row has text only."""
+        prompt, audio = row["prompt"], row.get("audio")
+        if self._reader is None:
+            if audio is not None:
+                raise TypeError(
+                    "processing_class must be the processor of a model that hears where rows have audio, got "
+                    f"{type(self._tokenizer).__name__}"
+                )
+            return None
+        return None if audio is None and not self._reader.asks(prompt) else self._reader.read(prompt, audio)
+
+    def _tokens(self, prompt: Any, answer: Any, heard: Heard | None) -> tuple[list[int], list[int]]:
         tokenizer = self._tokenizer
-        if isinstance(prompt, str):
+        if heard is not None or isinstance(prompt, str):
             end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-            return tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"] + end
+            first = tokenizer(prompt)["input_ids"] if heard is None else heard.token_ids
+            return first, tokenizer(text_of(answer), add_special_tokens=False)["input_ids"] + end
         options = {"tokenize": True, "return_dict": False}
         first = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
         whole = tokenizer.apply_chat_template([*prompt, *answer], **options)
@@ -119,7 +150,9 @@ class TokenRewardTrainer(Trainer):
     ) -> Any:
         """The loss of a batch of ``_collate``'s."""
         ids, mask, args = inputs["input_ids"], inputs["answer_mask"], self.args
-        output = model(input_ids=ids, attention_mask=inputs["attention_mask"])
+        for part in self._frozen:
+            part.eval()
+        output = model(**{name: values for name, values in inputs.items() if name != "answer_mask"})
         pairs = *output.rewards.chunk(2), *mask.chunk(2)
         terms = {}
         if args.reward_weight:
@@ -157,7 +190,8 @@ class TokenRewardTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
         if self.args.train_model:
             self.accelerator.unwrap_model(self.model).model.save_pretrained(folder)
-        self._tokenizer.save_pretrained(folder)
+        processing_class: Any = self.processing_class
+        processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model

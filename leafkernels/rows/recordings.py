@@ -76,6 +76,13 @@ class PromptReader:
             raise ValueError(f"{error}, with the prompt {_shorten(repr(prompt))}") from error
         return Heard(torch.as_tensor(inputs["input_ids"])[0].tolist(), features)
 
+    def asks(self, prompt: Any) -> bool:
+        """Whether a prompt has a place for a recording."""
+        if isinstance(prompt, str):
+            return self.audio_token in prompt
+        parts = [part for message in _in_parts(prompt) for part in message["content"]]
+        return any(part["type"] == "audio" or self.audio_token in part.get("text", "") for part in parts)
+
     def _process(self, prompt: Any, clips: list[np.ndarray]) -> Any:
         processor = self._processor
         if not isinstance(prompt, str):
@@ -251,13 +258,26 @@ def _check_length(features: dict[str, Tensor], clips: list[np.ndarray], extracto
         )
 
 
-def _placed(prompt: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Messages of parts without empty keys; where no part is audio, ``count`` of them before the first user text."""
+def text_of(answer: str | list[dict[str, Any]]) -> str:
+    """The text of an answer, which may be given as messages."""
+    if isinstance(answer, str):
+        return answer
+    return "".join(part.get("text", "") for message in _in_parts(answer) for part in message["content"])
+
+
+def _in_parts(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose contents are parts without empty keys."""
     messages = []
     for message in prompt:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         messages.append({**message, "content": [{k: v for k, v in part.items() if v is not None} for part in parts]})
+    return messages
+
+
+def _placed(prompt: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Messages of parts; where none is audio, ``count`` of them before the first user text."""
+    messages = _in_parts(prompt)
     found = sum(part["type"] == "audio" for message in messages for part in message["content"])
     if not found:
         user = next((message for message in messages if message["role"] == "user"), None)

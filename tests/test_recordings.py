@@ -1,0 +1,165 @@
+"""What a model that hears reads of a row, by the real processor of a small Qwen2-Audio."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", minversion="5.23")
+np = pytest.importorskip("numpy")
+pytest.importorskip("soundfile", reason="needs soundfile: pip install -e '.[speech]'")
+
+from support import run_python
+from tiny_decoders import build_model
+from tiny_listeners import MODELS, RATE, asked, process, qwen2_audio, tone, wave
+
+from leafkernels.rows.recordings import Heard, PromptReader, find_encoder, join_features, resample, undecoded
+
+
+@pytest.fixture(scope="module")
+def reader() -> PromptReader:
+    return PromptReader(qwen2_audio()[1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_is_what_the_processor_makes_of_it(name: str) -> None:
+    model, processor = MODELS[name]()
+    samples = tone(1, 0.7)
+    heard = PromptReader(processor).read(asked("ab"), {"array": samples, "sampling_rate": RATE})
+    expected = dict(process(processor, asked("ab"), samples))
+    assert heard.token_ids == torch.as_tensor(expected.pop("input_ids"))[0].tolist()
+    del expected["attention_mask"]
+    assert heard.features.keys() == expected.keys()
+    for feature, values in expected.items():
+        assert torch.equal(heard.features[feature], values), feature
+    assert find_encoder(model) is not None
+
+
+def test_recordings_in_every_form(reader: PromptReader, tmp_path: Path) -> None:
+    """Path, bytes, array, two channels: the same features to the last bit."""
+    samples = tone(1, 0.7)
+    path = tmp_path / "clip.wav"
+    path.write_bytes(wave(samples))
+    forms: list[Any] = [
+        str(path),
+        {"path": str(path)},
+        wave(samples),
+        {"bytes": wave(samples)},
+        {"array": samples.tolist(), "sampling_rate": RATE},
+        {"array": np.stack([samples, samples]).tolist(), "sampling_rate": RATE},
+        {"bytes": wave(np.stack([samples, samples], 1))},
+    ]
+    first, *others = (reader.read(asked("ab"), form) for form in forms)
+    for other in others:
+        assert other.token_ids == first.token_ids
+        for name, values in first.features.items():
+            assert torch.equal(other.features[name], values)
+
+
+def test_another_rate_is_resampled(reader: PromptReader) -> None:
+    low, high = (reader.read(asked("ab"), wave(tone(0, 1.0, rate), rate)) for rate in (8000, RATE))
+    assert low.token_ids == high.token_ids
+    # A tone far below either rate, away from the clip's ends.
+    torch.testing.assert_close(
+        low.features["input_features"][..., 5:45], high.features["input_features"][..., 5:45], rtol=0, atol=0.05
+    )
+    assert np.abs(resample(tone(0, 1.0, 8000), 8000, RATE) - tone(0, 1.0, RATE)).max() < 1e-3
+
+
+def test_resampling_keeps_a_tone() -> None:
+    # A whole number of periods, so that cutting the spectrum has no edges to ring at; float32 is the rest.
+    at_8k, at_16k = (0.5 * np.sin(2 * np.pi * 650 * np.arange(rate // 2) / rate) for rate in (8000, 16000))
+    np.testing.assert_allclose(resample(at_8k, 8000, 16000), at_16k, atol=1e-6)
+    np.testing.assert_allclose(resample(at_16k, 16000, 16000), at_16k, atol=1e-7)
+    assert resample(at_8k, 8000, 16000).dtype == np.float32
+
+
+def test_prompts_in_every_form(reader: PromptReader) -> None:
+    """Without a part for the audio it comes first, as TRL has it for images; text holds the token; two recordings."""
+    clip = wave(tone(1))
+    first, second = (reader.read(prompt, clip) for prompt in (asked("ab"), [{"role": "user", "content": "ab"}]))
+    assert first.token_ids == second.token_ids
+    two = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "a"}, {"type": "audio"}]}]
+    both = reader.read(two, [clip, wave(tone(2, 1.0))])
+    assert len(both.features["input_features"]) == 2
+    audio = 3  # of the vocabulary of tests/tiny_listeners.py
+    assert both.token_ids.count(audio) > 2 * first.token_ids.count(audio) > 0
+    text = reader.read("<|audio_bos|><|AUDIO|><|audio_eos|>ab", clip)
+    assert text.token_ids.count(audio) == first.token_ids.count(audio)
+    assert text.token_ids[-2:] == [6, 7]
+
+
+def test_which_prompts_ask_for_a_recording(reader: PromptReader) -> None:
+    asking = ["<|AUDIO|>a", asked("ab"), [{"role": "user", "content": "a<|AUDIO|>"}]]
+    silent = ["ab", [{"role": "user", "content": "ab"}], [{"role": "user", "content": [{"type": "text", "text": "a"}]}]]
+    assert [reader.asks(prompt) for prompt in asking + silent] == [True] * 3 + [False] * 3
+
+
+def test_features_of_a_batch_are_padded_with_zeros() -> None:
+    """Frames and masks to the longest; clips of a prompt stay together; frames one after the other are not padded."""
+    rows = [
+        Heard(
+            [], {"frames": torch.ones(2, 3, 4), "mask": torch.ones(2, 4, dtype=torch.int64), "flat": torch.ones(3, 2)}
+        ),
+        Heard(
+            [], {"frames": torch.ones(1, 3, 6), "mask": torch.ones(1, 6, dtype=torch.int64), "flat": torch.ones(1, 2)}
+        ),
+    ]
+    found = join_features(rows)
+    assert {name: tuple(values.shape) for name, values in found.items()} == {
+        "frames": (3, 3, 6),
+        "mask": (3, 6),
+        "flat": (4, 2),
+    }
+    assert found["mask"].tolist() == [[1] * 4 + [0] * 2] * 2 + [[1] * 6]
+    assert torch.equal(found["frames"].sum(1), 3.0 * found["mask"])
+    assert join_features([]) == {}
+
+
+def test_datasets_audio_is_left_to_the_reader() -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"audio": {"bytes": wave(tone(1)), "path": None}}])
+    decoding = rows.cast_column("audio", datasets.Audio())
+    found = undecoded({"one": decoding, "other": rows})
+    assert not found["one"].features["audio"].decode and found["one"][0]["audio"]["bytes"] == wave(tone(1))
+    assert found["other"] is rows
+    for other in (None, [{"audio": None}], decoding.to_iterable_dataset().map(lambda row: row)):
+        undecoded(other)
+
+
+@pytest.mark.parametrize(
+    ("audio", "prompt", "message"),
+    [
+        (None, None, "audio must be a recording in every row, got None"),
+        ({"array": [0.0] * 800, "sampling_rate": RATE}, None, "audio must be audible, got 0.05 s of silence"),
+        ({"array": [0.1, math.nan], "sampling_rate": RATE}, None, "audio must be finite, got NaN or infinity among"),
+        ({"array": [0.1] * 9, "sampling_rate": 0}, None, "a sampling rate that is a positive integer, got 0"),
+        ({"array": [0.1] * 9}, None, "a sampling rate that is a positive integer, got None"),
+        ({"array": [], "sampling_rate": RATE}, None, "audio must have samples, got an empty recording"),
+        ({"bytes": wave(tone(1, 3.0))}, None, r"no longer than the 2 s that the encoder takes, got 3\.00 s"),
+        ("nowhere.wav", None, "audio must be a file that soundfile reads, got 'nowhere.wav'"),
+        ({"bytes": b"text"}, None, "audio must be a file that soundfile reads, got b'text'"),
+        ({"url": "x"}, None, "audio must be a path, bytes, .*, got a dict of url"),
+        ([], None, "audio must be a recording in every row, got an empty list"),
+        ([{"bytes": wave(tone(1))}] * 2, None, "prompt must have an audio part for each recording, got 1 for 2"),
+        ({"bytes": wave(tone(1))}, "ab", "the audio token '<|AUDIO|>' once for each recording, got 0 for 1"),
+        ({"bytes": wave(tone(1))}, [{"role": "system", "content": "ab"}], "must have a message of the user, got none"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be(audio: Any, prompt: Any, message: str, reader: PromptReader) -> None:
+    with pytest.raises(ValueError, match=message.replace("|", r"\|") + ".*with the prompt"):
+        reader.read(prompt or asked("ab"), audio)
+
+
+def test_what_does_not_hear() -> None:
+    with pytest.raises(TypeError, match="^processing_class must be a processor with .* got TokenizersBackend"):
+        PromptReader(qwen2_audio()[1].tokenizer)
+    with pytest.raises(TypeError, match="^model must have an audio encoder, got LlamaForCausalLM"):
+        find_encoder(build_model("llama"))
+
+
+def test_the_public_names_do_not_load_it() -> None:
+    code = "import sys, leafkernels; print('leafkernels.rows.recordings' in sys.modules)"
+    assert run_python("-c", code).stdout.strip() == "False"
