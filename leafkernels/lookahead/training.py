@@ -132,7 +132,9 @@ class TokenRewardTrainer(Trainer):
                     f"{type(self._tokenizer).__name__}"
                 )
             return None
-        return None if audio is None and not self._reader.asks(prompt) else self._reader.read(prompt, audio)
+        if audio is None and not self._reader.asks(prompt):
+            return None
+        return self._reader.read(prompt, audio)
 
     def _tokens(self, prompt: Any, answer: Any, heard: Heard | None) -> tuple[list[int], list[int]]:
         tokenizer = self._tokenizer
