@@ -18,7 +18,7 @@ from leafkernels.credit.tree import SpanTree, span_tree
 from leafkernels.credit.values import SpanValues, span_values
 from leafkernels.losses.policy_loss import PolicyLoss, policy_loss
 from leafkernels.losses.policy_loss_from_logits import policy_loss_from_logits
-from leafkernels.losses.preference import simpo_loss, token_reward_loss, token_reward_metrics
+from leafkernels.losses.preference import simpo_loss, simpo_metrics, token_reward_loss, token_reward_metrics
 from leafkernels.rows.groups import group_index
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
 from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
@@ -65,6 +65,7 @@ __all__ = [
     "scatter_spans",
     "select_boundaries",
     "simpo_loss",
+    "simpo_metrics",
     "span_advantages",
     "span_tree",
     "span_values",

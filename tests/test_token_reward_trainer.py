@@ -112,6 +112,11 @@ def test_conversations(tmp_path: Path) -> None:
             {"max_length": 3},
             "chosen must have a token after its prompt",
         ),
+        (
+            {"prompt": "ab", "chosen": "cd", "rejected": "ce"},
+            {"max_length": 3},
+            r"chosen and rejected must differ in their tokens \(max_length is 3\), got 'cd' and 'ce'",
+        ),
     ],
 )
 def test_refuses_rows(tmp_path: Path, row: dict[str, str], changes: dict[str, Any], message: str) -> None:
@@ -119,9 +124,41 @@ def test_refuses_rows(tmp_path: Path, row: dict[str, str], changes: dict[str, An
         trainer(tmp_path, **changes)._collate([row])
 
 
-def test_refuses_options(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="kind must be one of .* got 'hinge'"):
-        trainer(tmp_path, kind="hinge")
+def test_refuses_a_template_whose_prompt_does_not_begin_the_conversation(tmp_path: Path) -> None:
+    """The prompt's tokens are told from the answer's by their number: this one opens the answer with a token more."""
+    run = trainer(tmp_path)
+    run.processing_class.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}hh{% endif %}"
+    )
+    row = {
+        "prompt": [{"role": "user", "content": "ab"}],
+        "chosen": [{"role": "assistant", "content": "cde"}],
+        "rejected": [{"role": "assistant", "content": "efg"}],
+    }
+    with pytest.raises(ValueError, match="chat template whose prompt .* got 'a b h h' and 'a b c d e'"):
+        run._collate([row])
+    with pytest.raises(TypeError, match="chosen and rejected must be messages where prompt is, got 'cde'"):
+        run._collate([{**row, "chosen": "cde"}])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "hinge"}, "kind must be one of .* got 'hinge'"),
+        ({"max_length": -1}, "max_length must be at least 2, got -1"),
+        ({"max_length": "9"}, "max_length must be an int, got str"),
+        ({"reward_weight": None}, "reward_weight must be a number, got NoneType"),
+    ],
+)
+def test_refuses_options(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        trainer(tmp_path, **changes)
+
+
+def test_refuses_who_is_no_tokenizer(tmp_path: Path) -> None:
+    args = TokenRewardConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ValueError, match="processing_class must be a tokenizer .* got str"):
+        TokenRewardTrainer(build_model("llama"), args, processing_class="gpt2", train_dataset=pairs(2, 0))
 
 
 @pytest.mark.parametrize("with_adapter", [True, False])
@@ -147,6 +184,7 @@ def test_trains_the_model_along(tmp_path: Path, with_adapter: bool) -> None:
     line = logged[0]
     total = line["reward_loss"] + 0.5 * line["simpo_loss"] + 0.2 * line["sft_loss"]
     assert line["loss"] == pytest.approx(total, rel=1e-4)
+    assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-5)
     changed = {name for name, tensor in whole.model.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed and all("lora" in name for name in changed) == with_adapter
     again = start(tmp_path / "again")
@@ -159,7 +197,7 @@ def test_trains_the_model_along(tmp_path: Path, with_adapter: bool) -> None:
     ("changes", "message"),
     [
         ({"simpo_weight": 1.0}, r"must be 0 where the model is frozen \(train_model=False\), got 1.0 and 0.0"),
-        ({"sft_weight": -1.0}, "sft_weight must be finite and at least 0, got -1.0"),
+        ({"sft_weight": -1.0}, "sft_weight must be at least 0, got -1.0"),
         ({"reward_weight": 0.0}, "one of reward_weight, simpo_weight, sft_weight must be positive"),
         ({"simpo_kind": "ipo"}, "kind must be one of 'sigmoid', 'hinge', got 'ipo'"),
     ],

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin, Trainer, TrainingArguments
 
+from leafkernels._core.checks import check_count, check_finite
 from leafkernels.lookahead.transformers import RewardTransformer
-from leafkernels.losses.preference import KINDS, simpo_loss, token_reward_loss, token_reward_metrics
+from leafkernels.losses.preference import KINDS, simpo_loss, simpo_metrics, token_reward_loss, token_reward_metrics
 from leafkernels.rows.recordings import Heard, PromptReader, find_encoder, join_features, text_of, undecoded
 from leafkernels.vocabulary.surprisal import surprisal_entropy
 
@@ -56,7 +57,8 @@ class TokenRewardTrainer(Trainer):
 
     A model that is frozen runs in eval mode, and so does a frozen audio encoder. Logging, saving, resuming, accelerate,
     DeepSpeed and FSDP are those of ``Trainer``; a checkpoint holds the channel alone, as
-    ``RewardTransformer.save_pretrained`` writes it. Beside the loss it logs the metrics of ``token_reward_metrics``.
+    ``RewardTransformer.save_pretrained`` writes it. Beside the loss it logs the metrics of ``token_reward_metrics``,
+    and with SimPO those of ``simpo_metrics``.
 
     Args:
         model: a ``RewardTransformer``, or a causal language model, which gets a new channel.
@@ -73,11 +75,16 @@ class TokenRewardTrainer(Trainer):
     def __init__(self, model: Any, args: TokenRewardConfig, *, processing_class: Any, **kwargs: Any) -> None:
         if not isinstance(args, TokenRewardConfig):
             raise TypeError(f"args must be a TokenRewardConfig, got {type(args).__name__}")
+        if args.max_length is not None:
+            check_count("max_length", args.max_length, 2)
         hears = isinstance(processing_class, ProcessorMixin)
         self._reader = PromptReader(processing_class) if hears else None
         self._tokenizer: Any = processing_class.tokenizer if hears else processing_class
-        if self._tokenizer is None or self._tokenizer.pad_token_id is None:
-            raise ValueError("processing_class must be a tokenizer with a padding token, or the processor around one")
+        if getattr(self._tokenizer, "pad_token_id", None) is None:
+            raise ValueError(
+                "processing_class must be a tokenizer with a padding token, or the processor around one, got "
+                f"{type(processing_class).__name__}"
+            )
         model = model if isinstance(model, RewardTransformer) else RewardTransformer(model)
         _check_weights(args, model.model)
         if not args.train_model:
@@ -114,6 +121,12 @@ class TokenRewardTrainer(Trainer):
                     )
                 ids.append(torch.tensor(whole))
                 starts.append(len(prompt))
+        for row, chosen, rejected in zip(rows, ids[: len(rows)], ids[len(rows) :], strict=True):
+            if torch.equal(chosen, rejected):
+                raise ValueError(
+                    f"chosen and rejected must differ in their tokens (max_length is {self.args.max_length}), got "
+                    f"{row['chosen']!r:.80} and {row['rejected']!r:.80}"
+                )
         padding = self._tokenizer.pad_token_id
         input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding)
         at, lengths = torch.arange(input_ids.shape[1]), torch.tensor([len(row) for row in ids])[:, None]
@@ -142,9 +155,18 @@ class TokenRewardTrainer(Trainer):
             end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
             first = tokenizer(prompt)["input_ids"] if heard is None else heard.token_ids
             return first, tokenizer(text_of(answer), add_special_tokens=False)["input_ids"] + end
+        if isinstance(answer, str):
+            raise TypeError(f"chosen and rejected must be messages where prompt is, got {answer!r:.80}")
         options = {"tokenize": True, "return_dict": False}
         first = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
         whole = tokenizer.apply_chat_template([*prompt, *answer], **options)
+        if whole[: len(first)] != first:
+            # Some templates open the answer with what they leave out of a finished one, as in "<think>".
+            raise ValueError(
+                "processing_class must have a chat template whose prompt with the generation prompt begins the whole "
+                f"conversation, got {tokenizer.decode(first)!r:.160} and {tokenizer.decode(whole)!r:.160}; prompt, "
+                "chosen and rejected may also be texts"
+            )
         return first, whole[len(first) :]
 
     def compute_loss(
@@ -170,6 +192,8 @@ class TokenRewardTrainer(Trainer):
         loss = sum(getattr(args, name.replace("loss", "weight")) * term for name, term in terms.items())
         if model.training and self.state.global_step % max(int(args.logging_steps), 1) == 0:
             self._noted = token_reward_metrics(*pairs) | {name: term.detach() for name, term in terms.items()}
+            if args.simpo_weight:
+                self._noted |= simpo_metrics(chosen, rejected, *masks, beta=args.simpo_beta)
         return (loss, {"rewards": output.rewards}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -217,8 +241,9 @@ def _simpo_options(args: TokenRewardConfig) -> dict[str, Any]:
 def _check_weights(args: TokenRewardConfig, model: nn.Module) -> None:
     weights = {name: getattr(args, name) for name in ("reward_weight", "simpo_weight", "sft_weight")}
     for name, weight in weights.items():
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"{name} must be finite and at least 0, got {weight}")
+        check_finite(name, weight)
+        if weight < 0:
+            raise ValueError(f"{name} must be at least 0, got {weight}")
     if not any(weights.values()):
         raise ValueError(f"one of {', '.join(weights)} must be positive, got 0 for all")
     if args.train_model and not any(parameter.requires_grad for parameter in model.parameters()):

@@ -137,6 +137,44 @@ def simpo_loss(
 
 
 @torch.no_grad()
+def simpo_metrics(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    *,
+    beta: float = 2.0,
+) -> dict[str, Tensor]:
+    """How well the model itself tells two answers apart. Arguments as in ``simpo_loss``.
+
+    Each is a mean over the pairs, under the name that preference trainers log: ``logps/chosen`` and ``logps/rejected``,
+    an answer's mean log-probability a token; ``rewards/chosen`` and ``rewards/rejected``, ``beta`` times that;
+    ``rewards/margins``, their difference; ``rewards/accuracies``, the share of pairs where it is above 0.
+
+    Returns:
+        Scalars on the device of the log-probabilities.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-2.0, -3.0]])
+        >>> leafkernels.simpo_metrics(chosen, rejected, torch.ones(1, 2), torch.ones(1, 2))["rewards/margins"]
+        tensor(3.)
+    """
+    check_positive("beta", beta)
+    means = {}
+    for name, logprobs, mask in (
+        ("chosen", chosen_logprobs, chosen_mask),
+        ("rejected", rejected_logprobs, rejected_mask),
+    ):
+        means[name] = _mean(*_answers(name, logprobs, mask, "logprobs"))
+    _check_pairs(*means.values(), "logprobs")
+    margins = beta * (means["chosen"] - means["rejected"])
+    found = {f"rewards/{name}": beta * values for name, values in means.items()}
+    found |= {"rewards/accuracies": (margins > 0).to(margins.dtype), "rewards/margins": margins}
+    found |= {f"logps/{name}": values for name, values in means.items()}
+    return {name: values.mean() for name, values in found.items()}
+
+
+@torch.no_grad()
 def token_reward_metrics(
     chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_mask: Tensor, rejected_mask: Tensor
 ) -> dict[str, Tensor]:
