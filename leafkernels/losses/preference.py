@@ -166,7 +166,7 @@ def simpo_metrics(
         ("rejected", rejected_logprobs, rejected_mask),
     ):
         means[name] = _mean(*_answers(name, logprobs, mask, "logprobs"))
-    _check_pairs(*means.values(), "logprobs")
+    _check_pairs(means["chosen"], means["rejected"], "logprobs")
     margins = beta * (means["chosen"] - means["rejected"])
     found = {f"rewards/{name}": beta * values for name, values in means.items()}
     found |= {"rewards/accuracies": (margins > 0).to(margins.dtype), "rewards/margins": margins}
