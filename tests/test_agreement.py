@@ -9,10 +9,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import ROOT
 from rollouts import DEVICE
 from support import examples
 
@@ -473,6 +475,130 @@ def test_errors_of_what_was_measured(ask: dict[str, Any], error: type[Exception]
     with pytest.raises(error) as raised:
         found.mean(**ask) if "of" in ask else found.difference(**{"name": "a", "to": "b", **ask})
     assert str(raised.value) == text
+
+
+STUDY = ROOT / "examples" / "study" / "agreement"
+Row = dict[str, Any]
+
+
+def results(name: str) -> list[Row]:
+    return json.loads((STUDY / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def in_words(path: Path) -> str:
+    """A page without its line breaks."""
+    return " ".join(path.read_text(encoding="utf-8").split())
+
+
+def with_interval(row: Row) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["to_dr_grpo"])
+
+
+def line_of(scheme: str, rollouts: int, label: str) -> str:
+    """A line of a table, contexts of 2, 4 and 8 tokens; Dr. GRPO has its agreement, others the difference to it."""
+    rows = [row for row in results("table") if row["scheme"] == scheme and row["rollouts"] == rollouts]
+    assert [row["context"] for row in rows] == [2, 4, 8] and {row["problems"] for row in rows} == {41}
+    cells = [f"{row['agreement']:.3f}" if scheme == "dr_grpo" else with_interval(row) for row in rows]
+    return f"| {' | '.join([label, *cells])} |"
+
+
+# Names of the schemes on the pages for users.
+LABELS = {
+    "dr_grpo": "Dr. GRPO, GRPO, RLOO",
+    "leaf": "LEAF, 2 boundaries",
+    "leaf, 8 boundaries": "LEAF, 8 boundaries",
+    "treerl": "TreeRL",
+    "tempo": "TEMPO",
+    "tree_td 1, 0.3": "`tree_td` (1, 0.3)",
+    "tree_td 4, 0.2": "`tree_td` (4, 0.2)",
+    "tree_td": "`tree_td`, (0, 0.5)",
+    "tree_td 0, 0": "differences alone, (0, 0)",
+}
+
+
+def test_tables_of_agreement_are_those_of_the_results() -> None:
+    study = (STUDY / "README.md").read_text(encoding="utf-8").splitlines()
+    # One scheme at several K has several lines, each under the K of its own.
+    for rollouts in (4, 8, 16, 32):
+        start = study.index(f"| K = {rollouts} | context 2 | context 4 | context 8 |") + 2
+        shown = study[start : study.index("", start)]
+        names = [line.split(" | ")[0].removeprefix("| ") for line in shown]
+        assert len(names) == 11 and shown == [line_of(name, rollouts, name) for name in names]
+    credit = pages.read("credit.md").splitlines()
+    assert [
+        line for line in (line_of(*of) for of in ((n, 8, label) for n, label in LABELS.items())) if line not in credit
+    ] == []
+    said = in_words(pages.PAGES["credit.md"])
+    leaf, tempo, tree_td = (line_of(name, 32, "").split(" | ")[2].split()[0] for name in ("leaf", "tempo", "tree_td"))
+    assert f"at K = 32 and context 4 LEAF is at {leaf}, TEMPO at {tempo} and `tree_td` at {tree_td}" in said
+    readme = pages.read("README.md").splitlines()
+    start = readme.index("| K = 8 | context 2 | context 4 | context 8 |") + 2
+    names = ("dr_grpo", "leaf", "treerl", "tempo", "tree_td")
+    assert readme[start : readme.index("", start)] == [line_of(n, 8, LABELS[n].split(", (")[0]) for n in names]
+
+
+def test_what_is_said_of_the_first_rule_is_in_its_results() -> None:
+    rows = results("first")
+    counts = {row["unlike"]: row["problems"] for row in rows if "unlike" in row}
+    found = {(row["seed"], row["scheme"], row["context"]): row for row in rows if "seed" in row}
+    assert {row["problems"] for row in found.values()} == {counts[2]}
+    order = {
+        "(4, 0.2)": "tree_td 4, 0.2",
+        "(1, 0.3)": "tree_td 1, 0.3",
+        "TEMPO": "tempo",
+        "`tree_td`": "tree_td",
+        "LEAF": "leaf",
+    }
+    by_seed = [", ".join(f"{k} {with_interval(found[s, n, 4])}" for k, n in order.items()) for s in (0, 1000)]
+    said = in_words(pages.PAGES["credit.md"])
+    assert (
+        f"with the seeds of the table above (0 on): {by_seed[0]}; with those of the search (1000 on): {by_seed[1]}."
+        in said
+    )
+    assert f"{counts[1]} of 82, of which the {counts[2]} with two or more" in said and f"{counts[8]} remained" in said
+    tree_td, tempo, leaf = (with_interval(found[0, name, 4]) for name in ("tree_td", "tempo", "leaf"))
+    short = f"`tree_td` is at {tree_td}, TEMPO at {tempo.split()[0]}, LEAF at {leaf.split()[0]}."
+    assert f"By the first rule for which problems count ({counts[2]})" in in_words(pages.PAGES["README.md"])
+    assert short in in_words(pages.PAGES["README.md"])
+    protocol = in_words(STUDY / "PROTOCOL.md")
+    of_fixed, of_tempo = (
+        "{:+.3f}, {:+.3f} and {:+.3f}".format(*(found[1000, name, c]["to_dr_grpo"][0] for c in (2, 4, 8)))
+        for name in ("tree_td 4, 0.2", "tempo")
+    )
+    assert f"at {of_fixed} for contexts 2, 4 and 8, TEMPO at {of_tempo};" in protocol
+    assert f"{counts[2]} of 82 measured" in protocol and f"{counts[1]} problems have mixed rewards" in protocol
+
+
+def test_tables_of_training_are_those_of_the_results() -> None:
+    """The eight settings on both pages, and what is counted in all of them."""
+    rows = results("tabular")
+    settings = [row["setting"] for row in rows if row["scheme"] == "tempo"]
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    found = {(row["scheme"], settings.index(row["setting"])): row for row in rows}
+    study = (STUDY / "README.md").read_text(encoding="utf-8").splitlines()
+    for name in schemes:
+        cells = [f"{found[name, k]['gain']:+.3f} ± {found[name, k]['interval']:.3f}" for k in range(8)]
+        assert f"| {' | '.join([name, *cells])} |" in study
+    credit = pages.read("credit.md").splitlines()
+    start = (
+        credit.index("| mean reward over training less GRPO's | LEAF | TEMPO | (4, 0.2) | (1, 0.3) | (0, 0.5) |") + 2
+    )
+    columns = ("leaf", "tempo", "tree_td 4, 0.2", "tree_td 1, 0.3", "tree_td 0, 0.5")
+    shown = [line.strip("| ").split(" | ")[1:] for line in credit[start : credit.index("", start)]]
+    assert shown == [[f"{found[name, k]['gain']:+.3f}" for name in columns] for k in range(8)]
+    swept = results("sweep")
+    of_tempo = {str(row["setting"]): row["gain"] for row in swept if row["scheme"] == "tempo"}
+    for label in ("(4, 0.2)", "(1, 0.3)", "(0, 0.5)", "TEMPO"):
+        of_one = [row for row in swept if row["scheme"] == (f"tree_td {label[1:-1]}" if label != "TEMPO" else "tempo")]
+        prefix = [row for row in of_one if row["setting"]["reward"] == "prefix"]
+        ahead = sum(row["gain"] > of_tempo[str(row["setting"])] for row in prefix)
+        worst = min(of_one, key=lambda row: row["gain"])
+        cells = [
+            f"{ahead} of {len(prefix)}" if label != "TEMPO" else "",
+            f"{sum(row['gain'] < -0.003 for row in of_one)} of {len(of_one)}",
+            f"{worst['gain']:+.3f} ± {worst['interval']:.3f}",
+        ]
+        assert f"| {' | '.join([label, *cells])} |".replace("  ", " ") in credit
 
 
 # What was found on 39 of the problems by another program, which chose them and their splits otherwise: the difference

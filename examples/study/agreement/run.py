@@ -134,7 +134,7 @@ def first_rule(path: Path) -> None:
         counts = prompt["rewards"].unique(return_counts=True)[1]
         unlike.append(int(counts.sum() - counts.max()))
     rows: list[dict[str, Any]] = [
-        {"unlike": least, "problems": sum(count >= least for count in unlike)} for least in (1, 3, 8)
+        {"unlike": least, "problems": sum(count >= least for count in unlike)} for least in (1, 2, 3, 8)
     ]
     for seed in (0, 1000):
         for context in CONTEXTS:
