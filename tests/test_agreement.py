@@ -9,10 +9,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import ROOT
 from rollouts import DEVICE
 from support import examples
 
@@ -295,6 +297,83 @@ def test_what_cannot_be_measured_is_nan() -> None:
     assert not can_be_measured(torch.tensor([1.0] * 7 + [0.0] * 17), 8)
 
 
+def test_a_prompt_without_a_token_cannot_be_measured() -> None:
+    """Neither masked nor packed, and the prompts beside it are what they are alone."""
+    call = prompts(2)
+    mask = torch.ones(2, 40, 6, dtype=torch.bool)
+    mask[0] = False
+    found = gradient_agreement(ESTIMATORS, **call, response_mask=mask)
+    assert found.cosines[0].isnan().all() and found.differing[0].isnan().all() and found.num_measured == 1
+    alone = gradient_agreement(ESTIMATORS, **{name: tensor[1] for name, tensor in call.items()}, seed=1)
+    torch.testing.assert_close(found.cosines[1:], alone.cosines, rtol=0, atol=0, equal_nan=True)
+    bounds = torch.tensor([0] * 41 + list(range(6, 241, 6)), dtype=torch.int32)
+    packed = {name: tensor[1].flatten() for name, tensor in call.items()} | {"rewards": call["rewards"].flatten()}
+    other = gradient_agreement(ESTIMATORS, **packed, cu_seqlens=bounds, group_size=40)
+    torch.testing.assert_close(other.cosines, found.cosines, rtol=0, atol=1e-12, equal_nan=True)
+    gone = gradient_agreement(ESTIMATORS, **packed, cu_seqlens=bounds, group_size=40, gradients=first_column)
+    assert gone.cosines[0].isnan().all()
+
+
+def first_column(advantages: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return advantages[:1].flatten()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_does_not_pass_for_no_agreement(value: float) -> None:
+    """A scheme that gives nothing has 0; one that gives NaN or inf has no agreement at all."""
+    call, generator = prompts(1), torch.Generator().manual_seed(0)
+    seen = (torch.rand((1, 40, 6), generator=generator) < 0.9) | (torch.arange(6) == 0)
+
+    def nothing(logprobs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros_like(logprobs)
+
+    def once(logprobs: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros_like(logprobs).index_fill_(-1, torch.tensor([0]), value)
+
+    def where_masked(logprobs: torch.Tensor, *_: Any, response_mask: torch.Tensor) -> torch.Tensor:
+        return torch.where(response_mask & (logprobs == 0), 1.0, value)
+
+    found = gradient_agreement({"nothing": nothing}, **call)
+    assert found.mean() == {"nothing": 0.0}
+    with pytest.raises(ValueError, match=rf"^what schemes\['once'\] returns must be finite, got {value}$"):
+        gradient_agreement({"grpo": leafkernels.grpo, "once": once}, **call)
+    with pytest.raises(ValueError, match=f"^what gradients returns must be finite, got {value}$"):
+        gradient_agreement(ESTIMATORS, **call, gradients=lambda *_: torch.tensor([0.0, value]))
+    # What the mask hides is not looked at.
+    logprobs = torch.where(seen, 0.0, -1.0)
+    found = gradient_agreement({"mine": where_masked}, **(call | {"logprobs": logprobs}), response_mask=seen)
+    assert found.num_measured == 1 and found.cosines.nan_to_num().isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e300])
+def test_rewards_that_are_too_large_are_refused(value: float) -> None:
+    call = prompts(1)
+    largest = call | {"rewards": (call["rewards"] - 0.5) * 2e37}
+    found, expected = gradient_agreement(ESTIMATORS, **largest), gradient_agreement(ESTIMATORS, **call)
+    torch.testing.assert_close(found.cosines, expected.cosines, rtol=0, atol=1e-6, equal_nan=True)
+    call["rewards"][0, 3] = value
+    with pytest.raises(ValueError) as raised:
+        gradient_agreement(ESTIMATORS, **call)
+    text = f"rewards must be at most 1e+37 in size, or NaN for a rollout without one, got {value}"
+    assert str(raised.value) == text
+
+
+@pytest.mark.parametrize("factor", [1e-250, 1e-20, 1e250])
+def test_a_factor_of_the_gradients_changes_nothing(factor: float) -> None:
+    """Of any size: squares that leave the range of float64 must not pass for no agreement."""
+    call = prompts(1)
+
+    def gradients(advantages: torch.Tensor, rows: torch.Tensor, size: float) -> torch.Tensor:
+        return (advantages * (call["token_ids"] == 1))[0].sum(0).double() * size
+
+    found = [
+        gradient_agreement({"grpo": leafkernels.grpo}, **call, gradients=partial(gradients, size=size)).cosines
+        for size in (1.0, factor)
+    ]
+    assert bool((found[0] != 0).all())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0, equal_nan=True)
+
+
 def test_intervals_come_from_prompts() -> None:
     """A difference that all splits of a prompt share is no surer for many splits."""
     generator = torch.Generator().manual_seed(0)
@@ -314,6 +393,11 @@ def test_intervals_come_from_prompts() -> None:
     assert low < narrow.low < narrow.mean < narrow.high < high
 
 
+def gives(value: Any) -> Any:
+    """A function of anything that returns the value."""
+    return lambda *_, **__: value
+
+
 def unchanged(advantages: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """No gradient: advantages as they come."""
     return advantages
@@ -322,17 +406,45 @@ def unchanged(advantages: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"schemes": {}}, ValueError, "schemes must map names to functions, and hold one at least"),
-        ({"schemes": {"grpo": "grpo"}}, ValueError, "schemes must map names to functions, and hold one at least"),
+        ({"schemes": {}}, ValueError, "schemes must hold one scheme at least, got none"),
+        ({"schemes": [leafkernels.grpo]}, TypeError, "schemes must map names to functions, got list"),
+        ({"schemes": "grpo"}, TypeError, "schemes must map names to functions, got str"),
+        (
+            {"schemes": {"grpo": "grpo"}},
+            TypeError,
+            "schemes must map names to functions, got 'grpo' with a value of str",
+        ),
+        (
+            {"schemes": {1: leafkernels.grpo}},
+            TypeError,
+            "schemes must map names to functions, got 1 with a value of function",
+        ),
+        ({"schemes": {"a": gives(None)}}, TypeError, "what schemes['a'] returns must be a torch.Tensor, got NoneType"),
+        (
+            {"schemes": {"a": gives(torch.zeros(3))}},
+            ValueError,
+            "what schemes['a'] returns must have the shape of token_ids, (7, 8, 6), got shape (3,)",
+        ),
         ({"num_rollouts": 1}, ValueError, "num_rollouts must be at least 2, got 1"),
         ({"num_splits": 0}, ValueError, "num_splits must be at least 1, got 0"),
         ({"context": -1}, ValueError, "context must be at least 0, got -1"),
         ({"context": 2.0}, TypeError, "context must be an int, got float"),
         ({"logprobs": [0.0]}, TypeError, "logprobs must be a torch.Tensor, got list"),
+        ({"seed": "a"}, TypeError, "seed must be an int, got str"),
+        ({"seed": None}, TypeError, "seed must be an int, got NoneType"),
+        ({"seed": 2**63}, ValueError, f"seed must be at most {2**63 - 1}, got {2**63}"),
+        ({"gradients": "a"}, TypeError, "gradients must be a function or None, got str"),
+        ({"gradients": gives(None)}, TypeError, "what gradients returns must be a torch.Tensor, got NoneType"),
+        ({"gradients": unchanged}, ValueError, "what gradients returns must be a vector (D,), got shape (1, 40, 6)"),
         (
-            {"gradients": unchanged},
+            {"gradients": gives(torch.ones(0))},
             ValueError,
-            "gradients must return vectors of one length, got shape (1, 40, 6)",
+            "what gradients returns must be a vector (D,), got shape (0,)",
+        ),
+        (
+            {"gradients": lambda advantages, rows: torch.ones(len(rows))},
+            ValueError,
+            "what gradients returns must be as long in every call, 32, got 8",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -343,21 +455,175 @@ def test_errors(change: dict[str, Any], error: type[Exception], text: str) -> No
     assert str(raised.value) == text
 
 
-@pytest.mark.slow
-def test_real_rollouts_of_code(shared: Path) -> None:
-    """What was found on 39 of these problems by another program, which chose them and their splits otherwise: the
-    difference to Dr. GRPO at K = 8 and a context of 4, with the half of its interval."""
-    known = {"leaf": -0.014, "treerl": -0.013, "tempo": 0.018, "4, 0.2": 0.024, "td": -0.072, "surprisal": -0.065}
+@pytest.mark.parametrize(
+    ("ask", "error", "text"),
+    [
+        ({"of": "names"}, ValueError, "of must be one of 'cosines', 'token_accuracy', 'differing', got 'names'"),
+        ({"name": "c"}, ValueError, "name must be one of 'a', 'b', got 'c'"),
+        ({"to": None}, ValueError, "to must be one of 'a', 'b', got None"),
+        ({"resamples": 0}, ValueError, "resamples must be at least 1, got 0"),
+        ({"resamples": "9"}, TypeError, "resamples must be an int, got str"),
+        ({"coverage": 95}, ValueError, "coverage must lie between 0 and 1, got 95"),
+        ({"coverage": 0.0}, ValueError, "coverage must lie between 0 and 1, got 0.0"),
+        ({"coverage": "95%"}, TypeError, "coverage must be a number, got str"),
+    ],
+    ids=str,
+)
+def test_errors_of_what_was_measured(ask: dict[str, Any], error: type[Exception], text: str) -> None:
+    nothing = torch.full((3, 2, 2), math.nan, dtype=torch.float64)
+    found = GradientAgreement(("a", "b"), nothing, nothing, nothing)
+    with pytest.raises(error) as raised:
+        found.mean(**ask) if "of" in ask else found.difference(**{"name": "a", "to": "b", **ask})
+    assert str(raised.value) == text
 
-    def by_surprisal(logprobs: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        return leafkernels.dr_grpo(logprobs, *arguments, **options) * -logprobs.nan_to_num(0.0)
 
-    schemes = {**ESTIMATORS, "td": partial(leafkernels.tree_td, shrinkage=0.0, group_weight=0.0)}
-    schemes["4, 0.2"] = partial(leafkernels.tree_td, shrinkage=4.0, group_weight=0.2)
-    schemes["surprisal"] = by_surprisal
-    parts = []
-    with gzip.open(shared / "rollouts" / "humaneval_codegen16b.jsonl.gz", "rt") as file:
-        for number, line in enumerate(file):
+STUDY = ROOT / "examples" / "study" / "agreement"
+Row = dict[str, Any]
+
+
+def results(name: str) -> list[Row]:
+    return json.loads((STUDY / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def in_words(path: Path) -> str:
+    """A page without its line breaks."""
+    return " ".join(path.read_text(encoding="utf-8").split())
+
+
+def with_interval(row: Row) -> str:
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["to_dr_grpo"])
+
+
+def line_of(scheme: str, rollouts: int, label: str) -> str:
+    """A line of a table, contexts of 2, 4 and 8 tokens; Dr. GRPO has its agreement, others the difference to it."""
+    rows = [row for row in results("table") if row["scheme"] == scheme and row["rollouts"] == rollouts]
+    assert [row["context"] for row in rows] == [2, 4, 8] and {row["problems"] for row in rows} == {41}
+    cells = [f"{row['agreement']:.3f}" if scheme == "dr_grpo" else with_interval(row) for row in rows]
+    return f"| {' | '.join([label, *cells])} |"
+
+
+# Names of the schemes on the pages for users.
+LABELS = {
+    "dr_grpo": "Dr. GRPO, GRPO, RLOO",
+    "leaf": "LEAF, 2 boundaries",
+    "leaf, 8 boundaries": "LEAF, 8 boundaries",
+    "treerl": "TreeRL",
+    "tempo": "TEMPO",
+    "tree_td 1, 0.3": "`tree_td` (1, 0.3)",
+    "tree_td 4, 0.2": "`tree_td` (4, 0.2)",
+    "tree_td": "`tree_td`, (0, 0.5)",
+    "tree_td 0, 0": "differences alone, (0, 0)",
+}
+
+
+def test_tables_of_agreement_are_those_of_the_results() -> None:
+    study = (STUDY / "README.md").read_text(encoding="utf-8").splitlines()
+    # One scheme at several K has several lines, each under the K of its own.
+    for rollouts in (4, 8, 16, 32):
+        start = study.index(f"| K = {rollouts} | context 2 | context 4 | context 8 |") + 2
+        shown = study[start : study.index("", start)]
+        names = [line.split(" | ")[0].removeprefix("| ") for line in shown]
+        assert len(names) == 11 and shown == [line_of(name, rollouts, name) for name in names]
+    credit = pages.read("credit.md").splitlines()
+    assert [
+        line for line in (line_of(*of) for of in ((n, 8, label) for n, label in LABELS.items())) if line not in credit
+    ] == []
+    said = in_words(pages.PAGES["credit.md"])
+    leaf, tempo, tree_td = (line_of(name, 32, "").split(" | ")[2].split()[0] for name in ("leaf", "tempo", "tree_td"))
+    assert f"at K = 32 and context 4 LEAF is at {leaf}, TEMPO at {tempo} and `tree_td` at {tree_td}" in said
+    readme = pages.read("README.md").splitlines()
+    start = readme.index("| K = 8 | context 2 | context 4 | context 8 |") + 2
+    names = ("dr_grpo", "leaf", "treerl", "tempo", "tree_td")
+    assert readme[start : readme.index("", start)] == [line_of(n, 8, LABELS[n].split(", (")[0]) for n in names]
+
+
+def test_what_is_said_of_the_first_rule_is_in_its_results() -> None:
+    rows = results("first")
+    counts = {row["unlike"]: row["problems"] for row in rows if "unlike" in row}
+    found = {(row["seed"], row["scheme"], row["context"]): row for row in rows if "seed" in row}
+    assert {row["problems"] for row in found.values()} == {counts[2]}
+    order = {
+        "(4, 0.2)": "tree_td 4, 0.2",
+        "(1, 0.3)": "tree_td 1, 0.3",
+        "TEMPO": "tempo",
+        "`tree_td`": "tree_td",
+        "LEAF": "leaf",
+    }
+    by_seed = [", ".join(f"{k} {with_interval(found[s, n, 4])}" for k, n in order.items()) for s in (0, 1000)]
+    said = in_words(pages.PAGES["credit.md"])
+    assert (
+        f"with the seeds of the table above (0 on): {by_seed[0]}; with those of the search (1000 on): {by_seed[1]}."
+        in said
+    )
+    assert f"{counts[1]} of 82, of which the {counts[2]} with two or more" in said and f"{counts[8]} remained" in said
+    tree_td, tempo, leaf = (with_interval(found[0, name, 4]) for name in ("tree_td", "tempo", "leaf"))
+    short = f"`tree_td` is at {tree_td}, TEMPO at {tempo.split()[0]}, LEAF at {leaf.split()[0]}."
+    assert f"By the first rule for which problems count ({counts[2]})" in in_words(pages.PAGES["README.md"])
+    assert short in in_words(pages.PAGES["README.md"])
+    protocol = in_words(STUDY / "PROTOCOL.md")
+    of_fixed, of_tempo = (
+        "{:+.3f}, {:+.3f} and {:+.3f}".format(*(found[1000, name, c]["to_dr_grpo"][0] for c in (2, 4, 8)))
+        for name in ("tree_td 4, 0.2", "tempo")
+    )
+    assert f"at {of_fixed} for contexts 2, 4 and 8, TEMPO at {of_tempo};" in protocol
+    assert f"{counts[2]} of 82 measured" in protocol and f"{counts[1]} problems have mixed rewards" in protocol
+
+
+def test_tables_of_training_are_those_of_the_results() -> None:
+    """The eight settings on both pages, and what is counted in all of them."""
+    rows = results("tabular")
+    settings = [row["setting"] for row in rows if row["scheme"] == "tempo"]
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    found = {(row["scheme"], settings.index(row["setting"])): row for row in rows}
+    study = (STUDY / "README.md").read_text(encoding="utf-8").splitlines()
+    for name in schemes:
+        cells = [f"{found[name, k]['gain']:+.3f} ± {found[name, k]['interval']:.3f}" for k in range(8)]
+        assert f"| {' | '.join([name, *cells])} |" in study
+    credit = pages.read("credit.md").splitlines()
+    start = (
+        credit.index("| mean reward over training less GRPO's | LEAF | TEMPO | (4, 0.2) | (1, 0.3) | (0, 0.5) |") + 2
+    )
+    columns = ("leaf", "tempo", "tree_td 4, 0.2", "tree_td 1, 0.3", "tree_td 0, 0.5")
+    shown = [line.strip("| ").split(" | ")[1:] for line in credit[start : credit.index("", start)]]
+    assert shown == [[f"{found[name, k]['gain']:+.3f}" for name in columns] for k in range(8)]
+    swept = results("sweep")
+    of_tempo = {str(row["setting"]): row["gain"] for row in swept if row["scheme"] == "tempo"}
+    for label in ("(4, 0.2)", "(1, 0.3)", "(0, 0.5)", "TEMPO"):
+        of_one = [row for row in swept if row["scheme"] == (f"tree_td {label[1:-1]}" if label != "TEMPO" else "tempo")]
+        prefix = [row for row in of_one if row["setting"]["reward"] == "prefix"]
+        ahead = sum(row["gain"] > of_tempo[str(row["setting"])] for row in prefix)
+        worst = min(of_one, key=lambda row: row["gain"])
+        cells = [
+            f"{ahead} of {len(prefix)}" if label != "TEMPO" else "",
+            f"{sum(row['gain'] < -0.003 for row in of_one)} of {len(of_one)}",
+            f"{worst['gain']:+.3f} ± {worst['interval']:.3f}",
+        ]
+        assert f"| {' | '.join([label, *cells])} |".replace("  ", " ") in credit
+
+
+# What was found on 39 of the problems by another program, which chose them and their splits otherwise: the difference
+# to Dr. GRPO at K = 8, with contexts of 2, 4 and 8 tokens.
+FOUND = {
+    "leaf": (-0.014, -0.014, -0.015),
+    "leaf, 8 boundaries": (-0.015, -0.016, -0.017),
+    "treerl": (-0.013, -0.013, -0.015),
+    "tempo": (0.009, 0.018, 0.033),
+    "0, 0": (-0.110, -0.072, 0.011),
+    "0, 0.2": (-0.018, 0.002, 0.041),
+    "4, 0.2": (0.010, 0.024, 0.046),
+    "8, 0.2": (0.011, 0.022, 0.038),
+    "surprisal": (-0.16, -0.065, -0.008),
+}
+
+
+def by_surprisal(logprobs: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    return leafkernels.dr_grpo(logprobs, *arguments, **options) * -logprobs.nan_to_num(0.0)
+
+
+def packed_prompts(path: Path) -> list[Call]:
+    calls = []
+    with gzip.open(path, "rt") as file:
+        for line in file:
             rows = json.loads(line)["completions"]
             packed = {
                 "logprobs": torch.tensor([x for row in rows for x in row["logprobs"]]),
@@ -365,17 +631,36 @@ def test_real_rollouts_of_code(shared: Path) -> None:
                 "rewards": torch.tensor([float(row["reward"]) for row in rows]),
                 "cu_seqlens": torch.tensor([0, *(len(row["token_ids"]) for row in rows)]).cumsum(0).int(),
             }
-            parts.append(gradient_agreement(schemes, **packed, num_splits=4, seed=number))
-    found = GradientAgreement(parts[0].names, *(torch.cat(columns) for columns in list(zip(*parts, strict=True))[1:]))
-    assert found.num_measured == 41
-    for name, value in known.items():
-        mean, low, high = found.difference(name, "dr_grpo")
-        # Their splits, and two problems of 41, are others: half a unit of our interval more on either side.
-        slack = (high - low) / 2
-        assert low - slack < value < high + slack, (name, mean, low, high)
-        assert (mean > 0) == (value > 0)
-    assert found.difference("tree_td", "dr_grpo").mean > 0.02
-    assert found.difference("tree_td", "tempo").mean > 0
-    # The measure that misleads: the tree's differences alone have the highest.
-    accuracy = found.mean("token_accuracy")
-    assert max(accuracy, key=accuracy.__getitem__) == "td"
+            calls.append(packed)
+    return calls
+
+
+@pytest.mark.slow
+def test_real_rollouts_of_code(shared: Path) -> None:
+    """Each difference that was found elsewhere has our sign and lies in our interval."""
+    schemes = {**ESTIMATORS, "surprisal": by_surprisal}
+    schemes["leaf, 8 boundaries"] = partial(leafkernels.span_advantages, num_boundaries=8, min_separation=2)
+    for shrinkage, group_weight in ((0.0, 0.0), (0.0, 0.2), (4.0, 0.2), (8.0, 0.2)):
+        name = f"{shrinkage:g}, {group_weight:g}"
+        schemes[name] = partial(leafkernels.tree_td, shrinkage=shrinkage, group_weight=group_weight)
+    calls = packed_prompts(shared / "rollouts" / "humaneval_codegen16b.jsonl.gz")
+    outside = []
+    for place, context in enumerate((2, 4, 8)):
+        parts = [
+            gradient_agreement(schemes, **call, num_splits=4, context=context, seed=number)
+            for number, call in enumerate(calls)
+        ]
+        columns = list(zip(*parts, strict=True))[1:]
+        found = GradientAgreement(parts[0].names, *(torch.cat(column) for column in columns))
+        assert found.num_measured == 41
+        for name, values in FOUND.items():
+            mean, low, high = found.difference(name, "dr_grpo")
+            if not low < values[place] < high or (mean > 0) != (values[place] > 0):
+                outside.append((context, name, mean, low, high))
+        if context > 2:  # with two tokens they are level
+            assert found.difference("tree_td", "dr_grpo").low > 0
+            assert found.difference("tree_td", "tempo").mean > 0
+        # The measure that misleads: the tree's differences alone have the highest.
+        accuracy = found.mean("token_accuracy")
+        assert max(accuracy, key=accuracy.__getitem__) == "0, 0"
+    assert outside == []

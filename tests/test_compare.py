@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,40 @@ def test_what_it_prints(file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "It misleads" in text and "an n-gram policy that looks back 4 tokens" in text
 
 
+def test_a_terminal_sees_how_far_it_is(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["compare", str(file), "--splits", "1", "--schemes", "grpo"]) == 0
+    captured = capsys.readouterr()
+    # The last that is drawn, before it is wiped out: all of the file, and all of its prompts.
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", captured.err).strip().splitlines()[-1]
+    assert "reading" in last and "100%" in last and "9 prompts" in last
+    assert "reading" not in captured.out
+
+
+def test_a_prompt_of_empty_completions_is_counted_apart(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hollow = prompt(9)
+    for completion in hollow["completions"]:
+        completion["token_ids"], completion["logprobs"] = [], []
+    without = measured(file, tmp_path)
+    capsys.readouterr()
+    file.write_text(file.read_text() + json.dumps(hollow) + "\n")
+    result = measured(file, tmp_path)
+    changed = {"prompts": 10, "empty": 1}
+    assert without["empty"] == 0 and result == without | changed
+    text = " ".join(capsys.readouterr().out.split())
+    assert "6 of 10 prompts" in text and "In 1 all completions are empty. In 1 nearly all rewards are equal." in text
+    alone = save(tmp_path / "alone.jsonl", [hollow])
+    assert main(["compare", str(alone)]) == 2
+    sentence = f"{alone}: no prompt can be measured: in 1 of 1 all completions are empty"
+    assert capsys.readouterr().err == f"leafkernels: {sentence}\n"
+
+
 def test_two_runs_write_the_same_bytes(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     written = []
@@ -181,6 +217,9 @@ def test_what_a_person_can_mend(file: Path, tmp_path: Path, capsys: pytest.Captu
     for completion in flat["completions"]:
         completion["reward"] = 0.5
     mixed = save(tmp_path / "mixed.jsonl", [prompt(0, rows=23), flat])
+    huge = prompt(3)
+    huge["completions"][0]["reward"] = 1e300
+    large = save(tmp_path / "large.jsonl", [prompt(2), huge])
     cases: list[tuple[list[str], str]] = [
         ([str(empty)], f"{empty} is empty: there is no prompt in it"),
         (
@@ -191,6 +230,10 @@ def test_what_a_person_can_mend(file: Path, tmp_path: Path, capsys: pytest.Captu
             [str(mixed)],
             f"{mixed}: no prompt can be measured: 1 of 2 have fewer than 24 scored completions, which --rollouts 8 "
             "needs, and in 1 of 2 fewer than 8 rewards differ from the commonest",
+        ),
+        (
+            [str(large)],
+            f"{large}, line 2: rewards must be at most 1e+37 in size, or NaN for a rollout without one, got 1e+300",
         ),
         ([str(tmp_path / "none.jsonl")], f"cannot read {tmp_path / 'none.jsonl'}: no such file or directory"),
         ([str(file), "--json", str(tmp_path)], f"cannot write {tmp_path}: not a regular file"),

@@ -153,7 +153,7 @@ def test_every_law_has_its_test() -> None:
     assert [law for law in laws if f"def test_{law.replace(' ', '_')}(" not in tests] == []
 
 
-@pytest.mark.parametrize(("page", "most"), [("README.md", 175), ("CONTRIBUTING.md", 80)])
+@pytest.mark.parametrize(("page", "most"), [("README.md", 180), ("CONTRIBUTING.md", 80)])
 def test_pages_stay_short(page: str, most: int) -> None:
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     assert len(lines) <= most

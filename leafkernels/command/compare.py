@@ -41,6 +41,7 @@ class Comparison:
     parts: list[GradientAgreement] = field(default_factory=list)
     prompts: int = 0
     too_few: int = 0
+    empty: int = 0
 
     def add(self, prompt: Prompt) -> None:
         """Measure one prompt."""
@@ -50,15 +51,21 @@ class Comparison:
         if scored < needed:
             self.too_few += 1
             return
+        if not any(prompt.token_ids):
+            self.empty += 1
+            return
         names = dict.fromkeys([*self.arguments.schemes, _BASE])
-        found = gradient_agreement(
-            {name: ESTIMATORS[name] for name in names},
-            **pack_prompt(prompt, torch.device("cpu")),
-            num_rollouts=self.arguments.rollouts,
-            num_splits=self.arguments.splits,
-            context=self.arguments.context,
-            seed=number,
-        )
+        try:
+            found = gradient_agreement(
+                {name: ESTIMATORS[name] for name in names},
+                **pack_prompt(prompt, torch.device("cpu")),
+                num_rollouts=self.arguments.rollouts,
+                num_splits=self.arguments.splits,
+                context=self.arguments.context,
+                seed=number,
+            )
+        except ValueError as error:  # rewards that are too large
+            raise Failure(f"{prompt.where}: {error}") from error
         self.parts.append(found)
 
     def whole(self) -> GradientAgreement:
@@ -69,13 +76,15 @@ class Comparison:
             found = GradientAgreement(self.parts[0].names, *tensors)
             if found.num_measured:
                 return found
-        rollouts, few = self.arguments.rollouts, self.too_few
-        reasons = [
-            f"{few:,} of {self.prompts:,} have fewer than {2 * rollouts + 8} scored completions, which --rollouts "
-            f"{rollouts} needs",
-            f"in {self.prompts - few:,} of {self.prompts:,} fewer than 8 rewards differ from the commonest",
-        ]
-        shown = [reason for reason, count in zip(reasons, (few, self.prompts - few), strict=True) if count]
+        rollouts, few, empty, total = self.arguments.rollouts, self.too_few, self.empty, self.prompts
+        rare = total - few - empty
+        reasons = {
+            f"{few:,} of {total:,} have fewer than {2 * rollouts + 8} scored completions, which --rollouts {rollouts} "
+            "needs": few,
+            f"in {empty:,} of {total:,} all completions are empty": empty,
+            f"in {rare:,} of {total:,} fewer than 8 rewards differ from the commonest": rare,
+        }
+        shown = [reason for reason, count in reasons.items() if count]
         raise Failure(f"{self.arguments.file}: no prompt can be measured: {', and '.join(shown)}")
 
 
@@ -137,6 +146,7 @@ def _result(comparison: Comparison) -> dict[str, Any]:
         "prompts": comparison.prompts,
         "measured": found.num_measured,
         "too_few_completions": comparison.too_few,
+        "empty": comparison.empty,
         "schemes": rows,
     }
     return result | {"in_words": _in_words(result)}
@@ -187,10 +197,12 @@ def draw_comparison(console: Console, result: dict[str, Any]) -> None:
     console.print()
     lines = [Text(result["in_words"], style="bold")]
     left = result["prompts"] - result["measured"]
-    rare = left - result["too_few_completions"]
+    rare = left - result["too_few_completions"] - result["empty"]
     counted = f"{result['measured']:,} of {result['prompts']:,} prompts, {result['splits']} splits of each."
     if result["too_few_completions"]:
         counted += f" {result['too_few_completions']:,} have fewer than {2 * result['rollouts'] + 8} scored rollouts."
+    if result["empty"]:
+        counted += f" In {result['empty']:,} all completions are empty."
     if rare:
         counted += f" In {rare:,} nearly all rewards are equal."
     policy = f"for an n-gram policy that looks back {result['context']} tokens"

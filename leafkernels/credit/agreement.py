@@ -6,12 +6,12 @@ of the model itself are best, and an n-gram policy fitted on the prompt's rollou
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from leafkernels._core.checks import check_count
+from leafkernels._core.checks import check_choice, check_count, check_finite, check_like, check_real
 from leafkernels.credit.estimators import dr_grpo
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
 from leafkernels.rows.layout import as_rows
@@ -26,6 +26,8 @@ SPARE = 8
 LEAST_COMMON = 8
 # Held-out rollouts that share a prefix, and those of them that go on with the token, for the token to have a truth.
 _SHARING, _CHOOSING = 8, 4
+# Credit is float32: what a scheme makes of larger rewards may not be.
+_LARGEST_REWARD = 1e37
 
 
 class Difference(NamedTuple):
@@ -39,8 +41,9 @@ class Difference(NamedTuple):
 class GradientAgreement(NamedTuple):
     """What was measured, by prompt in the order of the groups, split and scheme. All tensors are float64 on the CPU.
 
-    NaN marks what could not be measured: a prompt with too few scored rollouts, or with fewer than 8 whose reward is
-    not the commonest, or a split in which the rewards that the schemes saw, or the others, were all equal.
+    NaN marks what could not be measured: a prompt without a token, with too few scored rollouts, or with fewer than 8
+    whose reward is not the commonest, or a split in which the rewards that the schemes saw, or the others, were all
+    equal. A gradient of 0 agrees with nothing: its cosine is 0.
     """
 
     names: tuple[str, ...]
@@ -55,6 +58,7 @@ class GradientAgreement(NamedTuple):
 
     def mean(self, of: str = "cosines") -> dict[str, float]:
         """The mean over prompts of the mean over splits of ``"cosines"``, ``"token_accuracy"`` or ``"differing"``."""
+        check_choice("of", of, ("cosines", "token_accuracy", "differing"))
         means = getattr(self, of).nanmean(1).nanmean(0).tolist()
         return dict(zip(self.names, means, strict=True))
 
@@ -64,6 +68,12 @@ class GradientAgreement(NamedTuple):
         Prompts are drawn with replacement, not splits: the splits of a prompt share rollouts. The draws are the same in
         every call. Without a prompt that was measured all three are NaN.
         """
+        check_choice("name", name, self.names)
+        check_choice("to", to, self.names)
+        check_count("resamples", resamples, 1)
+        check_finite("coverage", coverage)
+        if not 0 < coverage < 1:
+            raise ValueError(f"coverage must lie between 0 and 1, got {coverage}")
         first, second = (self.cosines[:, :, self.names.index(scheme)] for scheme in (name, to))
         of_prompts = (first - second).nanmean(1)
         of_prompts = of_prompts[~of_prompts.isnan()]
@@ -99,8 +109,8 @@ def gradient_agreement(
         agreement = cosine of g(scheme, seen rollouts) and g(RLOO, all others)
 
     One prompt is worked on at a time, on the CPU, and two runs give the same bits. Rollouts whose reward is NaN are
-    left out. A prompt needs 2 * num_rollouts + 8 scored ones, and 8 of them must have another reward than the
-    commonest: else the gradient to agree with would be that of a handful.
+    left out; rewards beyond 1e37 are refused. A prompt needs 2 * num_rollouts + 8 scored ones, and 8 of them must have
+    another reward than the commonest: else the gradient to agree with would be that of a handful.
 
     Args:
         schemes: functions by name, called as ``grpo`` is with tensors (splits, K, T): ``leafkernels.ESTIMATORS``, or
@@ -131,8 +141,10 @@ def gradient_agreement(
         >>> found.difference("tree_td", "grpo").low > 0
         True
     """
-    if not schemes or not all(isinstance(name, str) and callable(scheme) for name, scheme in schemes.items()):
-        raise ValueError("schemes must map names to functions, and hold one at least")
+    _check_schemes(schemes)
+    if gradients is not None and not callable(gradients):
+        raise TypeError(f"gradients must be a function or None, got {type(gradients).__name__}")
+    check_count("seed", seed, -(2**63), 2**63 - 1)
     for name, value, least in (
         ("num_rollouts", num_rollouts, 2),
         ("num_splits", num_splits, 1),
@@ -140,6 +152,12 @@ def gradient_agreement(
     ):
         check_count(name, value, least)
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, "auto")
+    too_large = rollouts.rewards.abs() > _LARGEST_REWARD
+    if bool(too_large.any()):
+        raise ValueError(
+            f"rewards must be at most {_LARGEST_REWARD} in size, or NaN for a rollout without one, got "
+            f"{float(rollouts.rewards[too_large][0])}"
+        )
     results = []
     layout = rollouts.layout
     starts = layout.group_starts.tolist()
@@ -151,6 +169,24 @@ def gradient_agreement(
     if not results:
         return GradientAgreement(tuple(schemes), *torch.zeros((3, 0, num_splits, len(schemes)), dtype=torch.float64))
     return GradientAgreement(tuple(schemes), *torch.stack(results, 1))
+
+
+def _check_schemes(schemes: Any) -> None:
+    if not isinstance(schemes, Mapping):
+        raise TypeError(f"schemes must map names to functions, got {type(schemes).__name__}")
+    if not schemes:
+        raise ValueError("schemes must hold one scheme at least, got none")
+    for name, scheme in schemes.items():
+        if not isinstance(name, str) or not callable(scheme):
+            raise TypeError(
+                f"schemes must map names to functions, got {name!r} with a value of {type(scheme).__name__}"
+            )
+
+
+def _check_all_finite(name: str, value: Tensor) -> None:
+    is_wrong = ~value.isfinite()
+    if bool(is_wrong.any()):
+        raise ValueError(f"{name} must be finite, got {float(value[is_wrong][0])}")
 
 
 class _Prompt:
@@ -172,11 +208,15 @@ class _Prompt:
         self.mask = live.cpu()
         self.rewards = rollouts.rewards[rows].detach().to("cpu", torch.float64)
 
-    def credit(self, scheme: Scheme, members: Tensor) -> Tensor:
+    def credit(self, scheme: Scheme, members: Tensor, name: str = "dr_grpo") -> Tensor:
         """(splits, k, T) float64 of the rows ``members`` (splits, k), 0 where the mask is False."""
-        mask = self.is_token[members]
+        mask, result = self.is_token[members], f"what {name} returns"
         credit = scheme(self.logprobs[members], self.token_ids[members], self.rewards[members], response_mask=mask)
-        return credit.to(torch.float64).masked_fill(~self.mask[members], 0.0)
+        check_real(result, credit)
+        check_like(result, credit, "token_ids", mask.shape, mask.device)
+        credit = credit.to(torch.float64).masked_fill(~self.mask[members], 0.0)
+        _check_all_finite(result, credit)
+        return credit
 
 
 def _taken(tensor: Tensor, places: Tensor) -> Tensor:
@@ -221,19 +261,24 @@ class _OfCaller:
     """The gradients that ``gradients=`` computes, a split at a time."""
 
     def __init__(self, prompt: _Prompt, gradients: Gradients, rollouts: Rollouts) -> None:
-        self._prompt, self._function, self._rollouts = prompt, gradients, rollouts
+        self._prompt, self._function, self._rollouts, self._size = prompt, gradients, rollouts, 0
 
     def gradients(self, credit: Tensor, members: Tensor) -> Tensor:
-        prompt, token_ids = self._prompt, self._rollouts.token_ids
+        prompt, token_ids, name = self._prompt, self._rollouts.token_ids, "what gradients returns"
         found = []
         for of_split, chosen in zip(credit, members, strict=True):
             flat = torch.zeros(token_ids.numel(), dtype=torch.float32, device=token_ids.device)
             taken = prompt.is_token[chosen]
             flat[prompt.places[chosen][taken]] = of_split[taken].to(flat)
-            found.append(self._function(flat.reshape(token_ids.shape), prompt.rows[chosen]))
-            if found[0].dim() != 1 or found[-1].shape != found[0].shape:
-                raise ValueError(f"gradients must return vectors of one length, got shape {tuple(found[-1].shape)}")
-        return torch.stack(found).detach().to("cpu", torch.float64)
+            vector = check_real(name, self._function(flat.reshape(token_ids.shape), prompt.rows[chosen]))
+            if vector.dim() != 1 or not len(vector):
+                raise ValueError(f"{name} must be a vector (D,), got shape {tuple(vector.shape)}")
+            self._size = self._size or len(vector)
+            if len(vector) != self._size:
+                raise ValueError(f"{name} must be as long in every call, {self._size}, got {len(vector)}")
+            _check_all_finite(name, vector)
+            found.append(vector.detach().to("cpu", torch.float64))
+        return torch.stack(found)
 
 
 def _measure(
@@ -241,7 +286,7 @@ def _measure(
 ) -> Tensor:
     """(3, splits, S): cosines, token accuracy and share of differing tokens, NaN where a split says nothing."""
     found = torch.full((3, splits, len(schemes)), torch.nan, dtype=torch.float64)
-    if not can_be_measured(prompt.rewards, seen):
+    if not prompt.mask.any() or not can_be_measured(prompt.rewards, seen):
         return found
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(len(prompt.rewards), generator=generator) for _ in range(splits)])
@@ -264,8 +309,8 @@ def _hold_against(
     token_truth, is_known = _token_truth(prompt, members, others)
     flat, live = prompt.credit(dr_grpo, members), prompt.mask[members]
     found = []
-    for scheme in schemes.values():
-        credit = prompt.credit(scheme, members)
+    for name, scheme in schemes.items():
+        credit = prompt.credit(scheme, members, f"schemes[{name!r}]")
         cosine = _cosine(policy.gradients(credit, members), truth)
         accuracy = _cosine(torch.where(is_known, credit, 0.0).flatten(1), token_truth.flatten(1))
         found.append(torch.stack([cosine, accuracy, _differing(credit, flat, live)]))
@@ -282,9 +327,11 @@ def can_be_measured(rewards: Tensor, num_rollouts: int) -> bool:
 
 def _cosine(first: Tensor, second: Tensor) -> Tensor:
     """(splits,) cosines of the rows of two matrices; 0 where one of them is 0: it agrees with nothing."""
-    product = (first * second).sum(1)
+    # By the largest number of each row first, so that no square leaves the range of float64.
+    largest = [rows.abs().amax(1, keepdim=True) for rows in (first, second)]
+    first, second = (rows / size.where(size > 0, 1.0) for rows, size in zip((first, second), largest, strict=True))
     sizes = first.square().sum(1).sqrt() * second.square().sum(1).sqrt()
-    return torch.where(sizes > 0, product / sizes, 0.0)
+    return torch.where(sizes == 0, 0.0, (first * second).sum(1) / sizes)
 
 
 def _token_truth(prompt: _Prompt, members: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

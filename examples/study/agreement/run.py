@@ -1,6 +1,7 @@
 """Which credit fits real rollouts? The table, the search for a better estimator, and the policy that is a table.
 
     python examples/study/agreement/run.py ROLLOUTS --part table
+    python examples/study/agreement/run.py ROLLOUTS --part first      # by the first rule for which problems count
     python examples/study/agreement/run.py ROLLOUTS --part search
     python examples/study/agreement/run.py ROLLOUTS --part lengths
     python examples/study/agreement/run.py --part tabular
@@ -31,6 +32,7 @@ from rich.progress import track
 from torch import Tensor
 
 import leafkernels
+from leafkernels.credit import agreement
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import tabular
@@ -117,6 +119,30 @@ def table(path: Path) -> None:
                 row |= {"token_accuracy": round(accuracy[name], 3), "differing": round(differing[name], 3)}
                 rows.append(row)
             save("table", rows)
+
+
+def first_rule(path: Path) -> None:
+    """Agreement where one reward unlike the commonest is enough for a problem to count; with the seeds of the table and
+    with those of the search."""
+    agreement.LEAST_COMMON = 1
+    schemes: dict[str, Callable[..., Tensor]] = {
+        name: leafkernels.ESTIMATORS[name] for name in ("dr_grpo", "leaf", "tempo", "tree_td")
+    }
+    schemes |= weights((1.0, 0.3), (4.0, 0.2))
+    unlike = []
+    for prompt in prompts_of(path):
+        counts = prompt["rewards"].unique(return_counts=True)[1]
+        unlike.append(int(counts.sum() - counts.max()))
+    rows: list[dict[str, Any]] = [
+        {"unlike": least, "problems": sum(count >= least for count in unlike)} for least in (1, 2, 3, 8)
+    ]
+    for seed in (0, 1000):
+        for context in CONTEXTS:
+            found = measure(path, schemes, 8, context, seed)
+            for name in list(schemes)[1:]:
+                row = {"seed": seed, "context": context, "problems": found.num_measured, "scheme": name}
+                rows.append(row | {"to_dr_grpo": rounded(found, name, "dr_grpo")})
+            save("first", rows)
 
 
 def search(path: Path, name: str, sets: list[tuple[bool, dict[str, Callable[..., Tensor]]]]) -> None:
@@ -222,7 +248,8 @@ def draw() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS")
-    parser.add_argument("--part", choices=("table", "search", "lengths", "tabular", "sweep", "picture"), required=True)
+    parts = ("table", "first", "search", "lengths", "tabular", "sweep", "picture")
+    parser.add_argument("--part", choices=parts, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "picture":
@@ -244,6 +271,8 @@ def main() -> None:
         train_all("sweep", settings, {**peers, **weights((4.0, 0.2), (1.0, 0.3), (0.0, 0.5))})
     elif arguments.part == "table":
         table(arguments.rollouts)
+    elif arguments.part == "first":
+        first_rule(arguments.rollouts)
     elif arguments.part == "search":
         search(arguments.rollouts, "search", [(False, candidates()), (True, candidates_by_entropy())])
     else:
