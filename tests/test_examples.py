@@ -104,9 +104,22 @@ def test_tables_of_the_lookahead_study_are_those_of_its_results(tmp_path: Path) 
     assert (tmp_path / "tables.md").read_text() == (results / "tables.md").read_text()
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
     # README shows rows of them.
-    readme = (results.parent / "README.md").read_text(encoding="utf-8")
+    readme = (results.parent / "README.md").read_text(encoding="utf-8").partition("## A speech model")[0]
     rows = [line for line in readme.splitlines() if line.startswith("| ") or line.startswith("Primary")]
     assert len(rows) > 20 and set(rows) <= set((results / "tables.md").read_text().splitlines())
+
+
+def test_tables_of_lookahead_on_speech_are_those_of_their_results(tmp_path: Path) -> None:
+    for package in ("soundfile", "scipy", "matplotlib", "peft"):
+        pytest.importorskip(package, reason="needs the extra speech")
+    results = ROOT / "examples" / "study" / "lookahead" / "results"
+    shutil.copy(results / "speech.jsonl", tmp_path)
+    run_example("study/lookahead/speech_model.py", "--report", "--out", str(tmp_path / "speech.jsonl"))
+    tables = (tmp_path / "speech_tables.md").read_text()
+    assert tables == (results / "speech_tables.md").read_text()
+    readme = (results.parent / "README.md").read_text(encoding="utf-8").partition("## A speech model")[2]
+    rows = [line for line in readme.splitlines() if line.startswith("| ")]
+    assert len(rows) > 60 and set(rows) <= set(tables.splitlines())
 
 
 def test_the_teacher_of_lookahead_slips_where_it_misremembers() -> None:

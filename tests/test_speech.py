@@ -235,7 +235,7 @@ def test_advantages_of_every_method_have_one_size(method: str) -> None:
 
 
 def test_unknown_method_is_told() -> None:
-    with pytest.raises(ValueError, match="method must be one of leaf, grpo, dr_grpo, tempo, got 'ppo'"):
+    with pytest.raises(ValueError, match="method must be one of leaf, grpo, dr_grpo, tempo, .*, got 'ppo'"):
         advantages(batch_of(SPECIFIED, [1.0, 0, 0, 0], 4), "ppo", 2, rescale=False)
 
 
@@ -401,7 +401,7 @@ def test_tabular_policies_learn_and_start_alike() -> None:
 def test_committed_tables_are_those_of_the_committed_results() -> None:
     """Every number of results/tables.md follows from the runs beside it, to the last digit printed."""
     printed = (EXAMPLES / "study" / "results" / "tables.md").read_text()
-    made = f"# Speech\n\n{analyse.Speech().tables()[0]}\n# Table\n\n{analyse.Tabular().tables()}"
+    made = analyse.tables()[0]
     number = re.compile(r"[-+]?\d+(?:\.\d+)?")
     assert number.sub("", printed) == number.sub("", made)
     # One digit in the last place: another platform may round the other way.

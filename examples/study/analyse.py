@@ -14,22 +14,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from paired import compare, holm, interval, table
+from rounds import ROUNDS, TASKS, Task
 from tabular import BASES, VARIANTS
 
 RESULTS = Path(__file__).resolve().parent / "results"
-ARMS = {
-    "grpo": ("GRPO", "C7"),
-    "dr_grpo": ("Dr. GRPO", "C8"),
-    "tempo": ("TEMPO", "C2"),
-    "leaf_b2": ("LEAF, B = 2", "C0"),
-    "leaf_b4": ("LEAF, B = 4", "C1"),
-}
-TASKS = {
-    "2 final 0.5": "2 digits, right last number",
-    "4 final 0.5": "4 digits, right last number",
-    "4 prefix 0.5": "4 digits, right prefix",
-    "4 prefix 0.9": "4 digits, right prefix, sure and wrong",
-}
 OUTCOMES = {
     "during": "greedy, mean of steps 10 to 80",
     "end": "greedy, after step 80",
@@ -45,57 +33,61 @@ def p_value(p: float) -> str:
 
 
 class Speech:
-    """The runs of a task and arm, ordered by seed."""
+    """The runs of a round by task and arm, ordered by seed."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.round = ROUNDS[name]
+        self.arms = self.round.arms
         runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "speech").glob("*.json"))]
-        by_seed: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
+        by_seed: dict[tuple[Task, int], dict[str, Any]] = defaultdict(dict)
         for run in runs:
             what = run["run"]
-            by_seed[f"{what['digits']} {what['reward']} {what['slip']}", what["seed"]][what["arm"]] = run
+            by_seed[(what["digits"], what["reward"], what["slip"]), what["seed"]][what["arm"]] = run
         # A seed counts where all arms of it have run, so that every comparison is paired.
-        whole = {key: arms for key, arms in by_seed.items() if len(arms) == len(ARMS)}
+        whole = {
+            key: arms for key, arms in by_seed.items() if key[1] in self.round.seeds and len(arms) == len(self.arms)
+        }
         self.tasks = [task for task in TASKS if any(task == found for found, _ in whole)]
         self.runs = {
             (task, arm): [whole[key][arm] for key in sorted(whole) if key[0] == task]
             for task in self.tasks
-            for arm in ARMS
+            for arm in self.arms
         }
 
-    def curve(self, task: str, arm: str) -> np.ndarray:
+    def curve(self, task: Task, arm: str) -> np.ndarray:
         """Greedy answers, (seeds, evaluations), measured by what is rewarded."""
-        return np.array([run["evaluated"][task.split()[1]] for run in self.runs[task, arm]])
+        return np.array([run["evaluated"][task[1]] for run in self.runs[task, arm]])
 
-    def steps(self, task: str, arm: str, name: str) -> np.ndarray:
+    def steps(self, task: Task, arm: str, name: str) -> np.ndarray:
         return np.array([run["steps"][name] for run in self.runs[task, arm]])
 
-    def outcome(self, task: str, arm: str, name: str) -> np.ndarray:
+    def outcome(self, task: Task, arm: str, name: str) -> np.ndarray:
         if name == "during":
             return self.curve(task, arm)[:, 1:].mean(1)
         return self.curve(task, arm)[:, -1] if name == "end" else self.steps(task, arm, "reward").mean(1)
 
     def tables(self) -> tuple[str, dict[str, Any]]:
-        keys = [(task, arm) for task in self.tasks for arm in ARMS if arm != "grpo"]
+        keys = [(task, arm) for task in self.tasks for arm in self.arms if arm != "grpo"]
         found = {
             (task, arm, name): compare(self.outcome(task, arm, name), self.outcome(task, "grpo", name))
             for task, arm in keys
             for name in OUTCOMES
         }
         corrected = {}
-        # The last task was added after the others had been seen, and is corrected by itself.
-        for family in (keys[: 3 * (len(ARMS) - 1)], keys[3 * (len(ARMS) - 1) :]):
+        for family in self.round.primary:
+            family = [key for key in family if key in keys]
             corrected.update(zip(family, holm([found[(*key, "during")]["p"] for key in family]), strict=True))
         text = ""
         for task in self.tasks:
             rows = []
-            for arm, (label, _) in ARMS.items():
+            for arm, (_, _, label, _) in self.arms.items():
                 row = [label]
                 for name in OUTCOMES:
                     mean, half = interval(self.outcome(task, arm, name))
                     row.append(f"{mean:.3f} ± {half:.3f}")
                     row.append("" if arm == "grpo" else SIGNED.format(**found[task, arm, name]))
                     row.append("" if arm == "grpo" else p_value(found[task, arm, name]["p"]))
-                row.append("" if arm == "grpo" else p_value(corrected[task, arm]))
+                row.append(p_value(corrected[task, arm]) if (task, arm) in corrected else "")
                 rows.append(row)
             head = ["arm"]
             for label in OUTCOMES.values():
@@ -105,7 +97,7 @@ class Speech:
             text += table([*head, "p, first column, Holm"], rows) + "\n"
         rows = []
         for task in self.tasks:
-            for arm, (label, _) in ARMS.items():
+            for arm, (_, _, label, _) in self.arms.items():
                 runs = self.runs[task, arm]
                 shares = [self.steps(task, arm, "span_share").mean()]
                 for name in ("nodes", "fire_rate", "part_rate", "mixed_groups", "length"):
@@ -113,15 +105,36 @@ class Speech:
                 rows.append([TASKS[task], label, *(f"{share:.3f}" for share in shares)])
         head = ["task", "arm", "tokens in shared spans", "nodes a group", "boundaries with a node"]
         head += ["boundaries where rollouts part", "groups of mixed reward", "tokens"]
-        summary = {f"{task} {arm} {name}": value for (task, arm, name), value in found.items()}
-        return text + table(head, rows), summary
+        text += table(head, rows)
+        others = {
+            (task, f"{arm} less {base}", name): compare(self.outcome(task, arm, name), self.outcome(task, base, name))
+            for task in self.tasks
+            for arm, base in self.round.pairs
+            for name in OUTCOMES
+        }
+        if others:
+            rows = []
+            for task in self.tasks:
+                for arm, base in self.round.pairs:
+                    row = [TASKS[task], f"{self.arms[arm].label} less {self.arms[base].label}"]
+                    for name in OUTCOMES:
+                        pair = others[task, f"{arm} less {base}", name]
+                        row += [SIGNED.format(**pair), p_value(pair["p"])]
+                    rows.append(row)
+            head = ["task", "arms"]
+            for label in OUTCOMES.values():
+                head += [label, "p"]
+            text += "\n" + table(head, rows)
+        compared = {**found, **others}
+        summary = {f"{' '.join(map(str, task))} {arm} {name}": value for (task, arm, name), value in compared.items()}
+        return text, summary
 
     def draw_curves(self, path: Path) -> None:
         figure, axes = plt.subplots(
             2, len(self.tasks), figsize=(6 * len(self.tasks), 8), layout="constrained", squeeze=False
         )
         for (above, below), task in zip(axes.T, self.tasks, strict=True):
-            for arm, (label, color) in ARMS.items():
+            for arm, (_, _, label, color) in self.arms.items():
                 mean, half = interval(self.curve(task, arm))
                 steps = self.runs[task, arm][0]["evaluated"]["step"]
                 above.plot(steps, mean, color=color, label=label)
@@ -141,19 +154,25 @@ class Speech:
 
     def draw_differences(self, path: Path) -> None:
         figure, axes = plt.subplots(
-            1, len(self.tasks), figsize=(6 * len(self.tasks), 4), layout="constrained", squeeze=False
+            2, len(self.tasks), figsize=(6 * len(self.tasks), 7.5), layout="constrained", squeeze=False
         )
-        for axis, task in zip(axes[0], self.tasks, strict=True):
-            for arm, (label, color) in ARMS.items():
+        for pair, task in zip(axes.T, self.tasks, strict=True):
+            for arm, (_, _, label, color) in self.arms.items():
                 if arm == "grpo":
                     continue
-                mean, half = interval(self.curve(task, arm) - self.curve(task, "grpo"))
-                steps = self.runs[task, arm][0]["evaluated"]["step"]
-                axis.plot(steps, mean, color=color, label=label)
-                axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
-            axis.axhline(0, color="black", linewidth=0.6)
-            axis.set(title=TASKS[task], ylabel="greedy answers, less those of GRPO", xlabel="policy step")
-            axis.legend()
+                evaluated = self.runs[task, arm][0]["evaluated"]["step"]
+                greedy = self.curve(task, arm) - self.curve(task, "grpo")
+                sampled = self.steps(task, arm, "reward") - self.steps(task, "grpo", "reward")
+                sampled = sampled.reshape(len(sampled), -1, 10).mean(2)
+                steps = 10 * np.arange(sampled.shape[1]) + 5.5
+                for axis, at, differences in ((pair[0], evaluated, greedy), (pair[1], steps, sampled)):
+                    mean, half = interval(differences)
+                    axis.plot(at, mean, color=color, label=label)
+                    axis.fill_between(at, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
+            for axis, what in zip(pair, ("greedy answers, unheard voices", "sampled answers, training"), strict=True):
+                axis.axhline(0, color="black", linewidth=0.6)
+                axis.set(title=TASKS[task], ylabel=f"{what}, less GRPO's", xlabel="policy step")
+                axis.legend()
         figure.suptitle("Mean of the differences seed by seed; bands: 95% t intervals")
         figure.savefig(path, dpi=72)
         plt.close(figure)
@@ -163,13 +182,13 @@ class Speech:
             2, len(self.tasks), figsize=(6 * len(self.tasks), 7.5), layout="constrained", squeeze=False
         )
         for (above, below), task in zip(axes.T, self.tasks, strict=True):
-            for arm, (label, color) in ARMS.items():
+            for arm, (_, _, label, color) in self.arms.items():
                 mean, half = interval(self.steps(task, arm, "span_share"))
                 above.plot(np.arange(1, len(mean) + 1), mean, color=color, label=label)
             above.set(title=TASKS[task], ylabel="tokens in shared spans", xlabel="policy step", ylim=(0, 1))
             above.legend()
             for arm in ("leaf_b2", "leaf_b4"):
-                label, color = ARMS[arm]
+                _, _, label, color = self.arms[arm]
                 length = max(len(run["boundaries"]["chosen"]) for run in self.runs[task, arm])
                 total = {
                     name: sum(
@@ -290,15 +309,23 @@ class Tabular:
         plt.close(figure)
 
 
+def tables() -> tuple[str, dict[str, Any]]:
+    """All of tables.md, and every comparison."""
+    first, second = (Speech(name).tables() for name in ROUNDS)
+    text = f"# Speech\n\n{first[0]}\n# Speech, second round\n\n{second[0]}\n# Table\n\n{Tabular().tables()}"
+    return text, {"first": first[1], "second": second[1]}
+
+
 def main() -> None:
-    speech, tabular = Speech(), Tabular()
-    of_speech, summary = speech.tables()
-    (RESULTS / "tables.md").write_text(f"# Speech\n\n{of_speech}\n# Table\n\n{tabular.tables()}", encoding="utf-8")
+    text, summary = tables()
+    (RESULTS / "tables.md").write_text(text, encoding="utf-8")
     (RESULTS / "comparisons.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    speech.draw_curves(RESULTS / "curves.png")
-    speech.draw_differences(RESULTS / "differences.png")
-    speech.draw_tree(RESULTS / "tree.png")
-    tabular.draw(RESULTS / "tabular.png")
+    first, second = map(Speech, ROUNDS)
+    first.draw_curves(RESULTS / "curves.png")
+    first.draw_differences(RESULTS / "differences.png")
+    first.draw_tree(RESULTS / "tree.png")
+    second.draw_differences(RESULTS / "second.png")
+    Tabular().draw(RESULTS / "tabular.png")
 
 
 if __name__ == "__main__":

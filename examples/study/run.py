@@ -25,38 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from rounds import ROUNDS, TASKS  # noqa: E402
 from speech.data import SpokenSums, read_fsdd  # noqa: E402
 from speech.model import Speaker, build_small  # noqa: E402
 from speech.training import PolicyRun, Settings, save, warm_start  # noqa: E402
 
 # Of the five, those that take turns in being unheard; the fifth is always trained on.
 VOICES = ("george", "jackson", "nicolas", "theo")
-# Spoken digits, what is rewarded, and how often the teacher of the supervised start slips.
-TASKS = ((2, "final", 0.5), (4, "final", 0.5), (4, "prefix", 0.5), (4, "prefix", 0.9))
 LONGEST = max(digits for digits, _, _ in TASKS)
-# Of each round of runs its seeds, and its arms: method and boundaries.
-ROUNDS = {
-    "first": (
-        range(8),
-        {
-            "grpo": ("grpo", 2),
-            "dr_grpo": ("dr_grpo", 2),
-            "tempo": ("tempo", 2),
-            "leaf_b2": ("leaf", 2),
-            "leaf_b4": ("leaf", 4),
-        },
-    ),
-    "second": (
-        range(8, 16),
-        {
-            "grpo": ("grpo", 2),
-            "tempo": ("tempo", 2),
-            "tree_td": ("tree_td", 2),
-            "tree_td_1": ("tree_td 1, 0.3", 2),
-        },
-    ),
-}
-ARMS = {arm: settings for _, arms in ROUNDS.values() for arm, settings in arms.items()}
 COMMON = {"steps": 80, "prompts": 16, "rollouts": 8, "learning_rate": 1e-3, "pool": 600, "eval_every": 10}
 WARM = Settings(warm_steps=2400, warm_pool=6000)
 RESULTS = HERE / "results"
@@ -85,8 +61,7 @@ class Run:
 
 
 def all_runs() -> list[Run]:
-    rounds = ROUNDS.values()
-    return [Run(seed, *task, arm) for seeds, arms in rounds for seed in seeds for task in TASKS for arm in arms]
+    return [Run(seed, *task, arm) for of in ROUNDS.values() for seed in of.seeds for task in TASKS for arm in of.arms]
 
 
 def write(content: Any, path: Path) -> None:
@@ -138,9 +113,9 @@ def summary(history: list[dict[str, Any]]) -> dict[str, Any]:
 def run_one(run: Run, clips: Any, work: Path, bar: Progress) -> None:
     speaker = warm_speaker(run, clips, work, bar)
     source = SpokenSums(clips, [run.voice], run.digits, run.reward, "")
-    method, boundaries = ARMS[run.arm]
+    (arm,) = (of.arms[run.arm] for of in ROUNDS.values() if run.seed in of.seeds)
     settings = Settings(
-        method=method, num_boundaries=boundaries, seed=run.seed, limit=source.answer_length + 2, **COMMON
+        method=arm.method, num_boundaries=arm.boundaries, seed=run.seed, limit=source.answer_length + 2, **COMMON
     )
     out = work / run.name
     out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,8 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from run import ROUNDS, TASKS, Run, warm_speaker  # noqa: E402
+from rounds import ROUNDS, TASKS, Task  # noqa: E402
+from run import Run, warm_speaker  # noqa: E402
 from speech.data import SpokenSums, read_fsdd  # noqa: E402
 from speech.model import Answers, Prompts  # noqa: E402
 from speech.training import add_adapter, draw_pool  # noqa: E402
@@ -43,7 +44,6 @@ SCHEMES = {
     "tree_td 1, 0.3": partial(leafkernels.tree_td, shrinkage=1.0, group_weight=0.3),
     "tree_td 4, 0.2": partial(leafkernels.tree_td, shrinkage=4.0, group_weight=0.2),
 }
-Task = tuple[int, str, float]
 
 
 def measure(task: Task, clips: Any, work: Path, bar: Progress, num_prompts: int, num_splits: int) -> dict[str, Any]:
@@ -98,21 +98,23 @@ def measure(task: Task, clips: Any, work: Path, bar: Progress, num_prompts: int,
     return lines
 
 
-def trained() -> dict[tuple[str, str], float]:
-    """The study's mean sampled reward less GRPO's, by task and arm."""
-    gains = {}
-    seeds, arms = ROUNDS["first"]
+def trained(name: str) -> dict[tuple[str, str], float]:
+    """Mean sampled reward less GRPO's in a round of the study, by task and scheme."""
+    of, gains = ROUNDS[name], {}
     for task in TASKS:
         rewards = {}
-        for arm in arms:
-            runs = [json.loads(Run(seed, *task, arm).path.read_text()) for seed in seeds]
+        for arm in of.arms:
+            runs = [json.loads(Run(seed, *task, arm).path.read_text()) for seed in of.seeds]
             rewards[arm] = sum(sum(run["steps"]["reward"]) / len(run["steps"]["reward"]) for run in runs) / len(runs)
-        gains |= {(str(list(task)), arm): rewards[arm] - rewards["grpo"] for arm in arms}
+        for arm, (method, *_) in of.arms.items():
+            scheme = arm if arm in SCHEMES else method
+            if scheme in SCHEMES and arm != "grpo":
+                gains[str(list(task)), scheme] = rewards[arm] - rewards["grpo"]
     return gains
 
 
 def report() -> None:
-    tasks, gains = json.loads(RESULTS.read_text()), trained()
+    tasks = json.loads(RESULTS.read_text())
     for whose in ("adapter", "context 4"):
         names = (f"{task['task'][0]} {task['task'][1]} {task['task'][2]}" for task in tasks)
         print(f"\n| {whose} | " + " | ".join(names) + " |\n|---|" + "---|" * len(tasks))
@@ -122,9 +124,12 @@ def report() -> None:
                 agreement, mean, low, high = task[whose][scheme]
                 cells.append(f"{agreement:.3f}" if scheme == "grpo" else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             print(f"| {scheme} | " + " | ".join(cells) + " |")
-        arms = ("tempo", "leaf_b2", "leaf_b4")
-        pairs = [(task[whose][arm][1], gains[str(task["task"]), arm]) for task in tasks for arm in arms]
-        print(f"\nSpearman with training, {len(pairs)} pairs: {spearmanr(*zip(*pairs, strict=True)).statistic:+.2f}")
+        print()
+        measured = {(str(task["task"]), scheme): task[whose][scheme][1] for task in tasks for scheme in SCHEMES}
+        for name in ROUNDS:
+            gains = trained(name)
+            rank = spearmanr([measured[pair] for pair in gains], list(gains.values())).statistic
+            print(f"- Spearman with training, {name} round, {len(gains)} pairs: {rank:+.2f}")
 
 
 def main() -> None:
@@ -144,7 +149,7 @@ def main() -> None:
     clips = read_fsdd(arguments.data)
     done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     with Progress() as bar:
-        for task in TASKS[len(done) :]:
+        for task in list(TASKS)[len(done) :]:
             done.append(measure(task, clips, arguments.work, bar, arguments.prompts, arguments.splits))
             partial_file = RESULTS.with_name(RESULTS.name + ".partial")
             partial_file.write_text("[\n" + ",\n".join(map(json.dumps, done)) + "\n]\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lookahead import (  # noqa: E402
     train_channel,
     win_rate,
 )
-from paired import compare  # noqa: E402
+from paired import cheapest, compare  # noqa: E402
 from running_sums import build_model, draw_prompt, sample, seed_everything, token_logprobs, warm_up  # noqa: E402
 
 from leafkernels import ESTIMATORS, gradient_agreement, span_advantages, surprisal_entropy, tree_td  # noqa: E402
@@ -54,6 +55,8 @@ SETTINGS: list[Settings] = [
     (2, 1, 3, 0.1),
     (2, 1, 3, 0.5),
 ]
+# Samples and beams that were added to compare at equal tokens; drawn last, so that nothing else draws otherwise.
+PEERS = (3, 6, 12, 16)
 LOSSES = ("sequence_bt", "token_bt", "token_bce", "sequence_bce")
 FILE = "seeds.jsonl"
 
@@ -83,6 +86,9 @@ def run_seed(seed: int, warmup_steps: int, num_problems: int, num_prompts: int) 
         results[loss] = {name: measure(system, wrapped, held_out) for name, system in tried.items()}
     untaught = RewardTransformer(model, RewardChannel(2, 64, width=64))
     results["no training"] = {name_of(MAIN): measure(systems([MAIN], ())[name_of(MAIN)], untaught, held_out)}
+    agreement = boundaries(first, [draw_prompt(rng, 5, held_out=False) for _ in range(64)])
+    peers = {name: system for name, system in systems([], PEERS).items() if name != "greedy"}
+    results["sequence_bt"] |= {name: measure(system, first, held_out) for name, system in peers.items()}
     greedy = results["sequence_bt"]["greedy"]["judged"]
     for of_loss in results.values():
         for result in of_loss.values():
@@ -92,7 +98,7 @@ def run_seed(seed: int, warmup_steps: int, num_problems: int, num_prompts: int) 
         "pairs": len(pairs.chosen),
         "sampled": pairs.rollouts.rewards.mean().item(),
         "results": results,
-        "agreement": boundaries(first, [draw_prompt(rng, 5, held_out=False) for _ in range(64)]),
+        "agreement": agreement,
         "seconds": time.perf_counter() - start,
     }
 
@@ -140,19 +146,30 @@ def report(folder: Path) -> None:
         middle, half = found["difference"], found["half"]
         return f"{middle:+.3f} [{middle - half:+.3f}, {middle + half:+.3f}]"
 
+    tokens = {name: mean(over_seeds("tokens", name)) for name in of_main[0]}
+
+    def less_peer(name: str, belongs: Callable[[str], bool]) -> str:
+        """Less the cheapest of the others that runs at least as many tokens."""
+        peer = cheapest(tokens[name], {other: cost for other, cost in tokens.items() if belongs(other)})
+        if peer is None or not name.startswith(("look", "with end")):
+            return ""
+        return f"{less(over_seeds('accuracy', name), over_seeds('accuracy', peer))} ({peer})"
+
     greedy = over_seeds("accuracy", "greedy")
     text = [
         f"{len(lines)} seeds; {mean([line['sampled'] for line in lines]):.3f} of the samples are right, "
         f"{mean([line['pairs'] for line in lines]):.0f} pairs a seed.",
         "",
-        "| system (look ahead: width, chunk, depth) | tokens | right | less greedy | wins against greedy |",
-        "|---|---|---|---|---|",
+        "| system (look ahead: width, chunk, depth) | tokens | right | less greedy | wins against greedy "
+        "| less best of n | less beams |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in of_main[0]:
         right = over_seeds("accuracy", name)
         text.append(
             f"| {name} | {mean(over_seeds('tokens', name)):.1f} | {mean(right):.3f} | {less(right, greedy)} | "
-            f"{mean(over_seeds('wins', name)):.3f} |"
+            f"{mean(over_seeds('wins', name)):.3f} | {less_peer(name, lambda other: other.startswith('best'))} | "
+            f"{less_peer(name, lambda other: other.endswith('beams'))} |"
         )
     text += ["", "| loss | " + " | ".join((name_of(MAIN), name_of(PAPER), "best of 8")) + " |", "|---|---|---|---|"]
     for loss in LOSSES:

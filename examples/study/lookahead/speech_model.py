@@ -287,7 +287,7 @@ def report(path: Path) -> None:
             pictures[title] = {
                 name: {"tokens": found.tokens(name), "accuracy": found.values(name).mean()}
                 for name in found.names
-                if not name.startswith("main") and "," not in name.removeprefix("look ahead").partition(", min_p")[2]
+                if name.startswith("look") or not (name.startswith("main") or "," in name)
             }
     text += ["| primary | | p | p, Holm |", "|---|---|---|---|"]
     for (name, difference, p), corrected in zip(primary, holm([p for *_, p in primary]), strict=True):
