@@ -23,7 +23,7 @@ import tabular
 STEPS = (0, 25, 50, 100, 150)  # of GRPO's training, whose policies all schemes are held against
 GROUP = 8  # batches that one call draws, and that "eight" sums
 BATCHES = 64
-MEASURES = {"one": "one batch", "eight": "eight batches", "bias": "bias"}
+MEASURES = {"one": "one batch", "eight": "eight batches", "bias": "bias", "decision": "decision by decision"}
 TRAINED = ("tempo", "leaf", "tree_td 0, 0.5", "tree_td 1, 0.3", "tree_td 4, 0.2")  # those of results/sweep.json
 DEFAULT = "tree_td 0, 0.5"
 Scheme = str | Callable[..., Tensor]
@@ -63,7 +63,7 @@ def hold_against_exact(
     seed: int,
     batches: int = BATCHES,
 ) -> tuple[dict[str, Tensor], float]:
-    """The three measures, each (schemes, seeds) with NaN where a seed says nothing, and the share of mixed batches.
+    """The measures, each (schemes, seeds) with NaN where a seed says nothing, and the share of mixed batches.
 
     ``logits`` are those of the policy that is sampled: divided by its temperature.
     """
@@ -71,7 +71,7 @@ def hold_against_exact(
     num_seeds, size = len(logits), target.shape[1] * setting.options
     truth = exact_gradient(logits, target, setting.reward).reshape(num_seeds, size)
     logprobs_all, chances = logits.log_softmax(-1).repeat(GROUP, 1, 1), logits.double().softmax(-1).repeat(GROUP, 1, 1)
-    one, eight, mixed = [], [], []
+    one, eight, decision, mixed = [], [], [], []
     total = truth.new_zeros((len(schemes), num_seeds, size))
     squares = truth.new_zeros((len(schemes), num_seeds))
     for _ in range(batches // GROUP):
@@ -86,17 +86,22 @@ def hold_against_exact(
         gradients = torch.stack(found).reshape(len(schemes), GROUP, num_seeds, size)
         one.append(cosines(gradients, truth))
         eight.append(cosines(gradients.sum(1), truth))
+        of_decisions = (-1, setting.options)
+        decision.append(cosines(gradients.unflatten(-1, of_decisions), truth.unflatten(-1, of_decisions)).mean(-1))
         mixed.append(is_mixed.reshape(GROUP, num_seeds))
         total += gradients.sum(1)
         squares += gradients.square().sum((1, 3))
-    is_mixed, has_truth = torch.stack(mixed), (truth != 0).any(1)
     signal = total.square().sum(2)
-    # As much signal as noise in the mean, and some of it: the root is else of little but noise.
-    is_clear = ((signal >= 2 * squares) & (squares > 0)).all(0) & has_truth
+    is_mixed, has_truth = torch.stack(mixed), (truth != 0).any(1)
+    # Three times as much signal as noise in the mean: the root is else of little but noise.
+    is_clear = ((signal >= 4 * squares) & (squares > 0)).all(0) & has_truth
+    is_clear &= is_mixed.sum((0, 1)) >= batches // 2
     length = ((signal - squares) / (batches * (batches - 1))).clamp_min(0).sqrt()
     bias = (total * truth).sum(2) / batches / (truth.norm(dim=1) * length)
+    of_batches = (is_mixed.flatten(0, 1) & has_truth)[:, None]
     measures = {
-        "one": mean_where(torch.cat(one, 1).transpose(0, 1), (is_mixed.flatten(0, 1) & has_truth)[:, None]),
+        "one": mean_where(torch.cat(one, 1).transpose(0, 1), of_batches),
+        "decision": mean_where(torch.cat(decision, 1).transpose(0, 1), of_batches),
         "eight": mean_where(torch.stack(eight), (is_mixed.any(1) & has_truth)[:, None]),
         "bias": torch.where(is_clear, bias, torch.nan),
     }
