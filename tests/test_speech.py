@@ -426,6 +426,7 @@ def test_the_mean_of_rloos_gradients_is_the_exact_one() -> None:
     setting = tabular.Setting(reward="fraction", decisions=3, options=3, rollouts=4, rescale=False)
     logits = torch.randn((3, 3, 3), generator=torch.Generator().manual_seed(1))
     target = torch.tensor([[0, 2, 1], [1, 1, 0], [2, 0, 2]])
+    logits[2, 0, 2] += 8.0  # a decision that hardly a batch tells anything of
     repeats = 4096
     token_ids, logprobs = tabular.sample(
         logits.log_softmax(-1).repeat(repeats, 1, 1), 4, torch.Generator().manual_seed(2)
@@ -449,8 +450,9 @@ def test_the_mean_of_rloos_gradients_is_the_exact_one() -> None:
     of_first = truth[:, 0].flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
     expected = torch.stack([torch.ones_like(of_first), torch.ones_like(of_first), of_first])
     torch.testing.assert_close(found["bias"], expected, atol=0.03, rtol=0)
-    for name in ("one", "eight"):
+    for name in ("one", "eight", "decision"):
         torch.testing.assert_close(found[name][0], found[name][1])
+    assert (found["decision"][2] <= 1 / 3).all() and (found["decision"][0] > found["decision"][2]).all()
     assert (found["one"][0] + 0.1 < found["eight"][0]).all() and (found["eight"][0] < 0.99).all()
 
 

@@ -18,6 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+import paired
 import tabular
 
 STEPS = (0, 25, 50, 100, 150)  # of GRPO's training, whose policies all schemes are held against
@@ -25,7 +26,6 @@ GROUP = 8  # batches that one call draws, and that "eight" sums
 BATCHES = 64
 MEASURES = {"one": "one batch", "eight": "eight batches", "bias": "bias", "decision": "decision by decision"}
 TRAINED = ("tempo", "leaf", "tree_td 0, 0.5", "tree_td 1, 0.3", "tree_td 4, 0.2")  # those of results/sweep.json
-DEFAULT = "tree_td 0, 0.5"
 Scheme = str | Callable[..., Tensor]
 Row = dict[str, Any]
 
@@ -50,6 +50,14 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(sizes > 0, (first * second).sum(-1) / sizes, 0.0)
 
 
+def of_decisions(gradients: Tensor, truth: Tensor, options: int) -> Tensor:
+    """Mean over the decisions of the cosine of each decision's own logits."""
+    apart, of_truth = (of.unflatten(-1, (-1, options)) for of in (gradients, truth))
+    # Where all rollouts choose alike, float32 credit that sums to 0 leaves a rounding: no direction.
+    is_rounding = apart.norm(dim=-1) <= 1e-5 * gradients.norm(dim=-1)[..., None]
+    return cosines(apart, of_truth).masked_fill(is_rounding, 0.0).mean(-1)
+
+
 def mean_where(values: Tensor, counted: Tensor) -> Tensor:
     """Over the first dimension; NaN where nothing counts."""
     return torch.where(counted, values, torch.nan).nanmean(0)
@@ -71,7 +79,7 @@ def hold_against_exact(
     num_seeds, size = len(logits), target.shape[1] * setting.options
     truth = exact_gradient(logits, target, setting.reward).reshape(num_seeds, size)
     logprobs_all, chances = logits.log_softmax(-1).repeat(GROUP, 1, 1), logits.double().softmax(-1).repeat(GROUP, 1, 1)
-    one, eight, decision, mixed = [], [], [], []
+    one, eight, mixed = [], [], []
     total = truth.new_zeros((len(schemes), num_seeds, size))
     squares = truth.new_zeros((len(schemes), num_seeds))
     for _ in range(batches // GROUP):
@@ -84,10 +92,10 @@ def hold_against_exact(
             found.append(policy_gradient(credit, token_ids, chances) * is_mixed[:, None, None])
         # (groups of batches are a dimension of their own): schemes, batches, seeds, parameters.
         gradients = torch.stack(found).reshape(len(schemes), GROUP, num_seeds, size)
+        if not one:
+            decision = of_decisions(gradients, truth, setting.options)
         one.append(cosines(gradients, truth))
         eight.append(cosines(gradients.sum(1), truth))
-        of_decisions = (-1, setting.options)
-        decision.append(cosines(gradients.unflatten(-1, of_decisions), truth.unflatten(-1, of_decisions)).mean(-1))
         mixed.append(is_mixed.reshape(GROUP, num_seeds))
         total += gradients.sum(1)
         squares += gradients.square().sum((1, 3))
@@ -101,7 +109,8 @@ def hold_against_exact(
     of_batches = (is_mixed.flatten(0, 1) & has_truth)[:, None]
     measures = {
         "one": mean_where(torch.cat(one, 1).transpose(0, 1), of_batches),
-        "decision": mean_where(torch.cat(decision, 1).transpose(0, 1), of_batches),
+        # The first batches are enough for a mean over seeds.
+        "decision": mean_where(decision.transpose(0, 1), of_batches[:GROUP]),
         "eight": mean_where(torch.stack(eight), (is_mixed.any(1) & has_truth)[:, None]),
         "bias": torch.where(is_clear, bias, torch.nan),
     }
@@ -115,8 +124,9 @@ def summary(values: Tensor, names: Iterable[str]) -> dict[str, list[float]]:
     if count == 0:
         return {}
     less = kept - kept[list(names).index("grpo")]
-    half = less.std(1) * float(stats.t.ppf(0.975, max(count - 1, 1))) / count**0.5
-    if count == 1:
+    if count > 1:
+        half = less.std(1) * float(stats.t.ppf(0.975, count - 1)) / count**0.5
+    else:
         half = torch.full((len(kept),), 2.0)  # all that two cosines can differ by
     columns = zip(kept.mean(1).tolist(), less.mean(1).tolist(), half.tolist(), strict=True)
     return {name: [round(x, 4) for x in of] for name, of in zip(names, columns, strict=True)}
@@ -170,71 +180,103 @@ def kinds(rows: list[Row]) -> dict[str, list[Row]]:
     return found | {"all": rows}
 
 
-def markdown(head: list[str], lines: Iterable[list[str]]) -> str:
-    table = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table) + "\n"
+def counted(rows: list[Row], measure: str) -> float:
+    """Share of seeds and policies that the measure could be taken of."""
+    return fmean(policy["seeds"][measure] / row["setting"]["seeds"] for row in rows for policy in row["policies"])
 
 
 def report(rows: list[Row], trained: list[Row]) -> str:
     """The tables of README.md."""
     gains: dict[tuple[str, str], float] = {(str(row["setting"]), row["scheme"]): row["gain"] for row in trained}
-    parts = []
+    of_kind = kinds(rows)
 
     def gain(row: Row, scheme: str) -> float:
         return gains[str(row["setting"]), scheme]
 
-    for name, title in MEASURES.items():
-        lines = []
-        for kind, chosen in kinds(rows).items():
-            line = [f"{kind} ({len(chosen)})", f"{mean_of(of_setting(r, name, 'grpo', 0) for r in chosen):.3f}"]
-            shown = ("dr_grpo", *TRAINED) if name == "bias" else TRAINED
-            lines.append(line + [f"{mean_of(of_setting(r, name, s) for r in chosen):+.3f}" for s in shown])
-        parts.append(markdown([title, "grpo", *shown], lines))
-    lines = [
-        [f"{kind} ({len(chosen)})", *(f"{mean_of(gain(r, s) for r in chosen):+.3f}" for s in TRAINED)]
-        for kind, chosen in kinds(rows).items()
-    ]
-    parts.append(markdown(["gain in training", *TRAINED], lines))
+    def less_grpo(chosen: list[Row], measure: str, scheme: str, step: int | None = None) -> str:
+        return f"{mean_of(of_setting(row, measure, scheme, 1, step) for row in chosen):+.3f}"
+
+    def of_grpo(chosen: list[Row], measure: str, step: int | None = None) -> str:
+        return f"{mean_of(of_setting(row, measure, 'grpo', 0, step) for row in chosen):.3f}"
+
+    parts = []
+    lines = []
+    for kind, chosen in of_kind.items():
+        cells = [f"{less_grpo(chosen, 'one', s)} ({mean_of(gain(r, s) for r in chosen):+.3f})" for s in TRAINED]
+        lines.append([f"{kind}, {len(chosen)}", of_grpo(chosen, "one"), *cells])
+    parts.append(paired.table(["one batch (gain in training)", "grpo", *TRAINED], lines))
+
+    lines = []
+    for measure in list(MEASURES)[1:]:
+        for kind, chosen in list(of_kind.items())[:4]:
+            line = [f"{MEASURES[measure]}, {kind}", f"{counted(chosen, measure):.0%}", of_grpo(chosen, measure)]
+            lines.append(line + [less_grpo(chosen, measure, scheme) for scheme in ("dr_grpo", *TRAINED)])
+    parts.append(paired.table(["measure", "counted", "grpo", "dr_grpo", *TRAINED], lines))
 
     lines = []
     for step in STEPS:
         policies = [p for row in rows for p in row["policies"] if p["step"] == step]
-        line = [str(step), f"{fmean(p['reward'] for p in policies):.3f}", f"{fmean(p['mixed'] for p in policies):.2f}"]
-        line.append(f"{mean_of(of_setting(r, 'one', 'grpo', 0, step) for r in rows):.3f}")
-        lines.append(line + [f"{mean_of(of_setting(r, 'one', s, 1, step) for r in rows):+.3f}" for s in TRAINED])
-    parts.append(markdown(["one batch, step", "reward", "mixed", "grpo", *TRAINED], lines))
+        line = [str(step), f"{fmean(p['reward'] for p in policies):.3f}", f"{fmean(p['mixed'] for p in policies):.0%}"]
+        lines.append([*line, of_grpo(rows, "one", step), *(less_grpo(rows, "one", s, step) for s in TRAINED)])
+    parts.append(paired.table(["one batch, step", "reward", "mixed", "grpo", *TRAINED], lines))
 
-    def within(name: str, step: int | None = None) -> str:
-        found = [correlation((of_setting(r, name, s, 1, step), gain(r, s)) for s in TRAINED) for r in rows]
-        return f"{mean_of(found):+.2f} ({sum(x == x for x in found)})"
+    def over(chosen: list[Row], measure: str, step: int | None = None) -> str:
+        pairs = ((of_setting(r, measure, s, 1, step), gain(r, s)) for r in chosen for s in TRAINED)
+        return f"{correlation(pairs):+.2f}"
 
-    def over(chosen: list[Row], name: str, step: int | None = None) -> str:
-        return f"{correlation((of_setting(r, name, s, 1, step), gain(r, s)) for r in chosen for s in TRAINED):+.2f}"
+    def within(chosen: list[Row], measure: str, step: int | None = None) -> str:
+        found = (correlation((of_setting(r, measure, s, 1, step), gain(r, s)) for s in TRAINED) for r in chosen)
+        return f"{mean_of(found):+.2f}"
 
-    of_kind = kinds(rows)
-    asked: dict[str, Callable[[str], str]] = {f"all pairs ({len(rows) * len(TRAINED)})": lambda m: over(rows, m)}
-    for kind in list(of_kind)[:4]:
-        asked[f"{kind} ({len(of_kind[kind]) * len(TRAINED)})"] = lambda m, kind=kind: over(of_kind[kind], m)
-    asked["within settings (how many)"] = within
+    def within_schemes(measure: str) -> str:
+        return f"{mean_of(correlation((of_setting(r, measure, s), gain(r, s)) for r in rows) for s in TRAINED):+.2f}"
+
+    lines = [[f"all pairs, {len(rows) * len(TRAINED)}", *(over(rows, measure) for measure in MEASURES)]]
+    for kind, chosen in list(of_kind.items())[:4]:
+        lines.append([f"{kind}, {len(chosen) * len(TRAINED)}", *(over(chosen, measure) for measure in MEASURES)])
+    for kind in ("all", *list(of_kind)[:3]):
+        lines.append([f"within settings, {kind}", *(within(of_kind[kind], measure) for measure in MEASURES)])
+    lines.append(["within schemes", *map(within_schemes, MEASURES)])
     for step in STEPS:
-        asked[f"all pairs, policy of step {step}"] = lambda m, step=step: over(rows, m, step)
-        asked[f"within settings, policy of step {step}"] = lambda m, step=step: within(m, step)
-    asked["within schemes"] = lambda m: (
-        f"{mean_of(correlation((of_setting(r, m, s), gain(r, s)) for r in rows) for s in TRAINED):+.2f}"
-    )
-    lines = [[words, *(function(name) for name in MEASURES)] for words, function in asked.items()]
-    parts.append(markdown(["Spearman's correlation with the gain", *MEASURES.values()], lines))
+        cells = [f"{over(rows, measure, step)}, {within(rows, measure, step)}" for measure in MEASURES]
+        lines.append([f"policy of step {step}: all pairs, within settings", *cells])
+    parts.append(paired.table(["correlation with the gain", *MEASURES.values()], lines))
 
-    def chosen_by(row: Row, name: str) -> float:
-        best = max(TRAINED, key=lambda s: (x := of_setting(row, name, s), -2.0)[x != x])
-        return gain(row, best) if of_setting(row, name, best) > 0 else 0.0
+    def chosen_by(row: Row, measure: str) -> float:
+        # GRPO is at 0; where nothing could be measured it is taken.
+        agreements = {s: of_setting(row, measure, s) for s in TRAINED}
+        best = max(TRAINED, key=lambda scheme: agreements[scheme])
+        return gain(row, best) if agreements[best] > 0 else 0.0
 
-    choices = {f"taken by {title}": [chosen_by(row, name) for row in rows] for name, title in MEASURES.items()}
+    choices = {f"that of most agreement, {title}": [chosen_by(r, m) for r in rows] for m, title in MEASURES.items()}
     choices |= {f"always {scheme}": [gain(row, scheme) for row in rows] for scheme in TRAINED}
-    choices["the best of each setting"] = [max(0.0, *(gain(row, scheme) for scheme in TRAINED)) for row in rows]
+    choices["that of most gain"] = [max(0.0, *(gain(row, scheme) for scheme in TRAINED)) for row in rows]
     lines = [
         [words, f"{fmean(of):+.4f}", f"{min(of):+.3f}", str(sum(x < -0.003 for x in of))]
         for words, of in choices.items()
     ]
-    parts.append(markdown(["scheme", "mean gain", "least", "settings below -0.003"], lines))
+    parts.append(paired.table(["scheme taken", "mean gain", "least", "settings below -0.003"], lines))
     return "\n".join(parts)
+
+
+def draw(rows: list[Row], trained: list[Row], path: Path) -> None:
+    """Gain over agreement of one batch, a point a setting and scheme, a panel a reward."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    gains = {(str(row["setting"]), row["scheme"]): row["gain"] for row in trained}
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), layout="constrained", sharex=True)
+    for panel, (kind, chosen) in zip(panels, kinds(rows).items(), strict=False):
+        panel.axhline(0.0, color="grey", linewidth=0.8)
+        panel.axvline(0.0, color="grey", linewidth=0.8)
+        for scheme in ("tree_td 0, 0.5", "tree_td 1, 0.3", "tree_td 4, 0.2", "tempo", "leaf"):
+            at = [of_setting(row, "one", scheme) for row in chosen]
+            panel.plot(
+                at, [gains[str(row["setting"]), scheme] for row in chosen], "o", markersize=4, alpha=0.7, label=scheme
+            )
+        panel.set(title=kind, xlabel="cosine with the exact gradient less GRPO's")
+    panels[0].set_ylabel("mean reward over training less GRPO's")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -7,7 +7,7 @@
     python examples/study/agreement/run.py --part tabular
     python examples/study/agreement/run.py --part sweep
     python examples/study/agreement/run.py --part exact       # and its tables
-    python examples/study/agreement/run.py --part picture     # results/agreement.png, from the results
+    python examples/study/agreement/run.py --part picture     # results/agreement.png, exact.png
 
 ROLLOUTS is a file of many rollouts a prompt, in the format of ``python -m leafkernels``; PROTOCOL.md says what is run.
 """
@@ -274,6 +274,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "picture":
+        import exact
+
+        exact.draw(
+            *(json.loads((RESULTS / f"{name}.json").read_text()) for name in ("exact", "sweep")), RESULTS / "exact.png"
+        )
         return draw()
     if arguments.part not in ("tabular", "sweep", "exact") and arguments.rollouts is None:
         parser.error("name a file of rollouts")
