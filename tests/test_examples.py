@@ -178,3 +178,10 @@ def test_the_tables_of_agreement_with_a_speech_model_are_those_of_its_results() 
     study = ROOT / "examples" / "study" / "agreement"
     printed = run_python(str(study / "speech_model.py"), "--report").stdout
     assert printed.count("|") > 100 and printed.strip() in (study / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_agreement_with_the_exact_gradient_are_those_of_its_results() -> None:
+    pytest.importorskip("scipy", reason="needs the extra speech")
+    study = ROOT / "examples" / "study" / "agreement"
+    printed = run_python(str(study / "run.py"), "--part", "exact").stdout
+    assert printed.count("|") > 300 and printed.strip() in (study / "README.md").read_text(encoding="utf-8")

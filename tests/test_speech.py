@@ -22,9 +22,10 @@ pytest.importorskip("transformers", minversion="5.23")
 for package in ("peft", "soundfile", "matplotlib", "sacrebleu", "scipy"):
     pytest.importorskip(package)
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "study")]
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "study"), str(EXAMPLES / "study" / "agreement")]
 try:
     import analyse
+    import exact
     import paired
     import soundfile
     import tabular
@@ -35,7 +36,7 @@ try:
 except ModuleNotFoundError as error:
     pytest.skip(f"needs {error.name}", allow_module_level=True)
 finally:
-    del sys.path[:2]
+    del sys.path[:3]
 
 VOICES = ("ann", "bob", "cat")
 
@@ -396,6 +397,63 @@ def test_tabular_policies_learn_and_start_alike() -> None:
         assert curve[:, -1].mean() > 2 * curve[:, 0].mean()
     assert not torch.equal(curves["leaf"], curves["grpo"])
     torch.testing.assert_close(tabular.train(setting, "leaf"), curves["leaf"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reward", ["prefix", "fraction", "all", "first_2"])
+def test_exact_gradient_is_that_of_all_answers_and_of_differences(reward: str) -> None:
+    logits = torch.randn((2, 3, 3), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([[0, 2, 1], [1, 1, 0]])
+    found = exact.exact_gradient(logits, target, reward)
+    # Every answer once, its credit the reward times its probability.
+    answers = torch.tensor(list(itertools.product(range(3), repeat=3))).expand(2, 27, 3)
+    chances = logits.log_softmax(-1)[:, None].expand(2, 27, 3, 3).gather(-1, answers[..., None])[..., 0].sum(-1).exp()
+    credit = chances * tabular.rewards_of(answers == target[:, None], reward)
+    of_answers = exact.policy_gradient(credit[..., None].expand(2, 27, 3), answers, logits.softmax(-1))
+    torch.testing.assert_close(found, of_answers)
+    at = (0, 1, 2)  # an error of the order of the square of the step
+    ends = []
+    for step in (1e-4, -1e-4):
+        moved = logits.clone()
+        moved[at] += step
+        ends.append(tabular.expected_rewards(moved, target, reward))
+    torch.testing.assert_close(
+        (ends[0] - ends[1]) / 2e-4, torch.stack([found[at], found.new_zeros(())]), atol=1e-8, rtol=0
+    )
+
+
+def test_the_mean_of_rloos_gradients_is_the_exact_one() -> None:
+    """In length too; what a scheme leaves out is seen as bias, and the cosine of one batch as noise."""
+    setting = tabular.Setting(reward="fraction", decisions=3, options=3, rollouts=4, rescale=False)
+    logits = torch.randn((3, 3, 3), generator=torch.Generator().manual_seed(1))
+    target = torch.tensor([[0, 2, 1], [1, 1, 0], [2, 0, 2]])
+    logits[2, 0, 2] += 8.0  # a decision that hardly a batch tells anything of
+    repeats = 4096
+    token_ids, logprobs = tabular.sample(
+        logits.log_softmax(-1).repeat(repeats, 1, 1), 4, torch.Generator().manual_seed(2)
+    )
+    rewards = tabular.rewards_of(token_ids == target.repeat(repeats, 1)[:, None], setting.reward)
+    credit = leafkernels.rloo(logprobs, token_ids, rewards)
+    chances = logits.double().softmax(-1).repeat(repeats, 1, 1)
+    draws = exact.policy_gradient(credit / 4, token_ids, chances).reshape(repeats, 3, 3, 3)
+    off = draws.mean(0) - exact.exact_gradient(logits, target, setting.reward)
+    # 27 numbers, each within 4.5 of its standard errors: by chance outside once in 5,000 draws.
+    assert (off.abs() < 4.5 * draws.std(0) / repeats**0.5).all()
+
+    def first_alone(logprobs: torch.Tensor, token_ids: torch.Tensor, rewards: torch.Tensor, **_) -> torch.Tensor:
+        credit = leafkernels.rloo(logprobs, token_ids, rewards)
+        return credit * (torch.arange(3) == 0)
+
+    schemes = {"dr_grpo": "dr_grpo", "rloo": "rloo", "first": first_alone}
+    found, mixed = exact.hold_against_exact(logits, target, setting, schemes, seed=3, batches=2048)
+    assert 0.5 < mixed < 1 and not any(of.isnan().any() for of in found.values())
+    truth = exact.exact_gradient(logits, target, setting.reward)
+    of_first = truth[:, 0].flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
+    expected = torch.stack([torch.ones_like(of_first), torch.ones_like(of_first), of_first])
+    torch.testing.assert_close(found["bias"], expected, atol=0.03, rtol=0)
+    for name in ("one", "eight", "decision"):
+        torch.testing.assert_close(found[name][0], found[name][1])
+    assert (found["decision"][2] <= 1 / 3).all() and (found["decision"][0] > found["decision"][2]).all()
+    assert (found["one"][0] + 0.1 < found["eight"][0]).all() and (found["eight"][0] < 0.99).all()
 
 
 def test_committed_tables_are_those_of_the_committed_results() -> None:

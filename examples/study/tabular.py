@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,10 +130,20 @@ def advantages(
     return credit
 
 
-def train(setting: Setting, method: str | Callable[..., Tensor], first_seed: int = 0) -> Tensor:
-    """Return the exact expected reward of each seed before each step and after the last, (seeds, steps + 1).
+def sample(logprobs_all: Tensor, rollouts: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw answers of tables (n, decisions, options): tokens and log-probabilities, (n, rollouts, decisions) each."""
+    noise = torch.rand((len(logprobs_all), rollouts, *logprobs_all.shape[1:]), generator=generator)
+    with torch.no_grad():
+        token_ids = (logprobs_all[:, None] - (-noise.log()).log()).argmax(-1)
+    return token_ids, logprobs_all[:, None].expand_as(noise).gather(-1, token_ids[..., None])[..., 0]
 
-    Methods see the same first tables, the same right options and the same noise.
+
+def policies(
+    setting: Setting, method: str | Callable[..., Tensor], first_seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits (seeds, decisions, options) before each step and after the last, and the right options.
+
+    Methods see the same first tables, the same right options and the same noise. A step changes the logits in place.
     """
     shape = (setting.seeds, setting.decisions, setting.options)
     generator = torch.Generator().manual_seed(first_seed)
@@ -141,28 +151,30 @@ def train(setting: Setting, method: str | Callable[..., Tensor], first_seed: int
     target = torch.randint(setting.options, shape[:2], generator=generator)
     logits = logits.scatter_add(-1, target[..., None], torch.full(shape, setting.warm)).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=setting.learning_rate)
-    curve = []
-
-    def expected() -> Tensor:
-        with torch.no_grad():
-            chance = logits.softmax(-1).gather(-1, target[..., None])[..., 0]
-            # Decisions are drawn independently, so every reward here takes its mean through products and sums.
-            return rewards_of(chance, setting.reward)
-
     for _ in range(setting.steps):
-        curve.append(expected())
+        yield logits.detach(), target
         logprobs_all = (logits / setting.temperature).log_softmax(-1)
-        noise = torch.rand((setting.seeds, setting.rollouts, *shape[1:]), generator=generator)
-        with torch.no_grad():
-            token_ids = (logprobs_all[:, None] - (-noise.log()).log()).argmax(-1)
-        logprobs = logprobs_all[:, None].expand_as(noise).gather(-1, token_ids[..., None])[..., 0]
+        token_ids, logprobs = sample(logprobs_all, setting.rollouts, generator)
         rewards = rewards_of(token_ids == target[:, None], setting.reward)
         credit = advantages(method, logprobs.detach(), token_ids, rewards, setting)
         loss = -(credit * logprobs).mean((1, 2)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return torch.stack([*curve, expected()], 1)
+    yield logits.detach(), target
+
+
+def expected_rewards(logits: Tensor, target: Tensor, reward: str) -> Tensor:
+    """The exact expected reward of each table, (tables,) float64."""
+    chance = logits.softmax(-1).gather(-1, target[..., None])[..., 0]
+    # Decisions are drawn independently, so every reward here takes its mean through products and sums.
+    return rewards_of(chance, reward)
+
+
+def train(setting: Setting, method: str | Callable[..., Tensor], first_seed: int = 0) -> Tensor:
+    """Return the exact expected reward of each seed before each step and after the last, (seeds, steps + 1)."""
+    path = policies(setting, method, first_seed)
+    return torch.stack([expected_rewards(logits, target, setting.reward) for logits, target in path], 1)
 
 
 def main() -> None:

@@ -6,7 +6,8 @@
     python examples/study/agreement/run.py ROLLOUTS --part lengths
     python examples/study/agreement/run.py --part tabular
     python examples/study/agreement/run.py --part sweep
-    python examples/study/agreement/run.py --part picture     # results/agreement.png, from the results
+    python examples/study/agreement/run.py --part exact       # and its tables
+    python examples/study/agreement/run.py --part picture     # results/agreement.png, exact.png
 
 ROLLOUTS is a file of many rollouts a prompt, in the format of ``python -m leafkernels``; PROTOCOL.md says what is run.
 """
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from candidates import batch_shrinkage, candidates, candidates_by_entropy, candidates_by_length, on_tails, variogram
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -186,6 +188,11 @@ def tabular_settings() -> list[tabular.Setting]:
     ]
 
 
+def sweep_settings() -> list[tabular.Setting]:
+    """All but those that vary the number of boundaries, which is LEAF's alone."""
+    return [s for s in tabular.settings() if s.boundaries == tabular.Setting.boundaries]
+
+
 def train_all(name: str, settings: list[tabular.Setting], schemes: dict[str, Callable[..., Tensor]]) -> None:
     """Mean reward over training less GRPO's, 64 seeds each."""
     rows = []
@@ -197,6 +204,20 @@ def train_all(name: str, settings: list[tabular.Setting], schemes: dict[str, Cal
             row = {"setting": asdict(setting), "scheme": scheme, "grpo": round(float(grpo.mean()), 4)}
             rows.append(row | {"gain": round(float(gain.mean()), 4), "interval": round(half, 4)})
         save(name, rows)
+
+
+def hold_against_exact(schemes: dict[str, Callable[..., Tensor]]) -> None:
+    """results/exact.json, of which finished settings are kept, and the tables of it."""
+    import exact
+
+    path = RESULTS / "exact.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    done = [row["setting"] for row in rows]
+    settings = [replace(setting, seeds=64) for setting in sweep_settings()]
+    for setting in track([s for s in settings if asdict(s) not in done], "exact", console=Console(stderr=True)):
+        rows.append(exact.measure(setting, {"grpo": "grpo", "dr_grpo": "dr_grpo", **schemes}))
+        save("exact", rows)
+    print(exact.report(rows, json.loads((RESULTS / "sweep.json").read_text())))
 
 
 def weights(*pairs: tuple[float, float]) -> dict[str, Callable[..., Tensor]]:
@@ -248,13 +269,18 @@ def draw() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rollouts", nargs="?", type=Path, metavar="ROLLOUTS")
-    parts = ("table", "first", "search", "lengths", "tabular", "sweep", "picture")
+    parts = ("table", "first", "search", "lengths", "tabular", "sweep", "exact", "picture")
     parser.add_argument("--part", choices=parts, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.part == "picture":
+        import exact
+
+        exact.draw(
+            *(json.loads((RESULTS / f"{name}.json").read_text()) for name in ("exact", "sweep")), RESULTS / "exact.png"
+        )
         return draw()
-    if arguments.part not in ("tabular", "sweep") and arguments.rollouts is None:
+    if arguments.part not in ("tabular", "sweep", "exact") and arguments.rollouts is None:
         parser.error("name a file of rollouts")
     peers: dict[str, Callable[..., Tensor]] = {"tempo": leafkernels.tempo, "leaf": leafkernels.span_advantages}
     if arguments.part == "tabular":
@@ -266,9 +292,9 @@ def main() -> None:
         tried = weights((4.0, 0.2), (2.0, 0.5), (1.0, 0.3), (1.0, 0.4), (0.25, 0.4), (0.0, 0.4), (0.0, 0.5), (0.0, 0.6))
         train_all("tabular", tabular_settings(), {**peers, **estimated, **tried})
     elif arguments.part == "sweep":
-        # The number of boundaries is LEAF's alone.
-        settings = [s for s in tabular.settings() if s.boundaries == tabular.Setting.boundaries]
-        train_all("sweep", settings, {**peers, **weights((4.0, 0.2), (1.0, 0.3), (0.0, 0.5))})
+        train_all("sweep", sweep_settings(), {**peers, **weights((4.0, 0.2), (1.0, 0.3), (0.0, 0.5))})
+    elif arguments.part == "exact":
+        hold_against_exact({**peers, **weights((0.0, 0.5), (1.0, 0.3), (4.0, 0.2))})
     elif arguments.part == "table":
         table(arguments.rollouts)
     elif arguments.part == "first":
