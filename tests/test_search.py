@@ -1,6 +1,7 @@
 """The search against the results of its authors' code, and by laws."""
 
 import gzip
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from leafkernels.lookahead import Search, search
+from leafkernels.lookahead import Search, search, search_all
 
 _WORD = (1 << 64) - 1
 
@@ -138,6 +139,10 @@ def test_two_requests_of_the_authors_run_alone(shared: Path) -> None:
             )
             assert found.token_ids == request["alone_final_tokens"]
             assert found.num_forwards == request["alone_forward_steps"]
+            totals = itertools.accumulate(len(commit.token_ids) for commit in found.commits)
+            assert request["alone_commits"] == [
+                {"step": commit.forward, "total": total} for commit, total in zip(found.commits, totals, strict=True)
+            ]
 
 
 def _run(seed: int, levels: int, **options: Any) -> Search:
@@ -237,10 +242,101 @@ def test_commits_come_in_time_and_stay(
         ({"width": 3, "depth": 4, "with_end": True}, r"at 256 branches .*, got 3 \*\* 6 = 729"),
         ({"min_p": 1.5}, "min_p must lie between 0 and 1, got 1.5"),
         ({"width": 9, "depth": 0}, "width must be at most the vocabulary, 6 ids, got 9"),
-        ({"prompt_ids": torch.zeros(0, dtype=torch.int64)}, r"prompt_ids must be .* got \(0,\)"),
+        ({"prompt_ids": torch.zeros(0, dtype=torch.int64)}, r"prompt_ids must have shape .* got shape \(0,\)"),
+        ({"prompt_ids": torch.tensor(3)}, r"prompt_ids must have shape .* got shape \(\)"),
+        ({"prompt_ids": torch.tensor([1.0])}, "prompt_ids must hold integers, got torch.float32"),
+        ({"prompt_ids": [1]}, "prompt_ids must be a torch.Tensor, got list"),
+        ({"eos_token_ids": None}, "eos_token_ids must be an int or several of them, got None"),
+        ({"eos_token_ids": "ab"}, "eos_token_ids must be an int or several of them, got 'ab'"),
+        ({"eos_token_ids": [0.5]}, r"eos_token_ids must be an int or several of them, got \[0.5\]"),
+        ({"max_branches": None}, "max_branches must be an int, got NoneType"),
+        ({"max_branches": "9"}, "max_branches must be an int, got str"),
     ],
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:
     options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 5, "prompt_ids": torch.tensor([1])} | change
     with pytest.raises((TypeError, ValueError), match=message):
         search(Table(0, 6, 5, 3), options.pop("prompt_ids"), **options)
+
+
+def test_one_end_token_is_an_int() -> None:
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 12}
+    for seed in range(5):
+        table = Table(seed, 6, 5, 3, eos_bias=5000, eos_id=0)
+        found, prompt = [], torch.tensor([1, 2])
+        for ends in (0, (0,), torch.tensor([0]), iter([0])):
+            found.append(search(table, prompt, eos_token_ids=ends, **options))
+            (of_all,) = search_all(Several(table), [prompt], eos_token_ids=ends if ends == 0 else [0], **options)
+            assert of_all == found[0]
+        assert found[0].finish_reason == "stop" and all(of_one == found[0] for of_one in found)
+
+
+class Several:
+    """One prompt in a list."""
+
+    def __init__(self, stepper: Any) -> None:
+        self.stepper, self.extend = stepper, stepper.extend
+
+    def prefill(self, prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        found: tuple[torch.Tensor, torch.Tensor] = self.stepper.prefill(prompts[0])
+        return found
+
+
+@pytest.mark.parametrize("prompts", [3, "ab", torch.tensor([[1, 2]])])
+def test_several_prompts_are_a_list(prompts: Any) -> None:
+    with pytest.raises(TypeError, match=f"prompts must be a list of tensors .*, got {type(prompts).__name__}"):
+        search_all(Table(0, 6, 5, 3), prompts, width=2, chunk=2, depth=1, max_new_tokens=5)
+
+
+class Broken(Table):
+    """The branch of these numbers gets something else for its logits or its reward, in a forward."""
+
+    def __init__(self, forward: int, branch: int, logits: float | None, reward: float | None) -> None:
+        super().__init__(3, 6, 5, 3)
+        self.broken = forward, branch, logits, reward
+
+    def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, rewards = super()._all()
+        forward, branch, of_logits, of_reward = self.broken
+        if len(self.calls) == forward:
+            if of_logits is not None:
+                logits[branch] = of_logits
+            if of_reward is not None:
+                rewards[branch] = of_reward
+        return logits, rewards
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("forward", "branch"), [(1, 0), (3, 0), (4, 1)])  # with one token, at the fork, after it
+def test_refuses_what_is_not_finite(forward: int, branch: int, number: float) -> None:
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 5}
+    message = f"stepper must give finite rewards and a finite best logit, got {number} at forward {forward}"
+    for min_p in (0.0, 0.5):
+        for broken in ({"logits": number, "reward": None}, {"logits": None, "reward": number}):
+            if min_p and branch:
+                continue  # where there is no second branch
+            with pytest.raises(ValueError, match=message):
+                search(Broken(forward, branch, **broken), torch.tensor([1, 2]), min_p=min_p, **options)
+
+
+def test_banned_ids_and_what_nothing_reads_may_be_infinite() -> None:
+    class Banned(Table):
+        def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
+            logits, rewards = super()._all()
+            logits[:, 1:] = -math.inf
+            # With the end counted a finished branch runs once more, and its logits are not read.
+            logits[[branch[-1] == 0 for branch in self.branches]] = math.nan
+            return logits, rewards
+
+    for with_end in (False, True):
+        found = search(
+            Banned(0, 6, 5, 3),
+            torch.tensor([1, 2]),
+            width=3,
+            chunk=1,
+            depth=1,
+            max_new_tokens=4,
+            eos_token_ids=0,
+            with_end=with_end,
+        )
+        assert found.token_ids == [0] and found.peak_branches == 1

@@ -3,14 +3,16 @@
 The search of SLA (arXiv 2503.00029) as its released code computes it. It knows no model: a stepper runs the branches.
 """
 
-from collections.abc import Callable, Collection, Generator, Sequence
+import math
+import operator
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from leafkernels._core.checks import check_count, check_finite
+from leafkernels._core.checks import check_count, check_finite, check_integer
 
 
 class Stepper(Protocol):
@@ -110,7 +112,7 @@ def search(
     chunk: int,
     depth: int,
     max_new_tokens: int,
-    eos_token_ids: Collection[int] = (),
+    eos_token_ids: int | Iterable[int] = (),
     on_commit: Callable[[list[int]], None] | None = None,
     is_stop: Callable[[Sequence[int]], bool] | None = None,
     with_end: bool = False,
@@ -138,7 +140,7 @@ def search(
         depth: d, chunks to look ahead, at least 0.
         max_new_tokens: length of the longest answer, at least 1; a branch that reaches it ends by "length", also with
             an end token.
-        eos_token_ids: a branch that takes one of them ends by "stop". They stay in the answer.
+        eos_token_ids: one id or several; a branch that takes one of them ends by "stop". They stay in the answer.
         on_commit: called with each chunk when it is committed, and at the end with what remains.
         is_stop: called with the tokens of a branch after each; True ends it by "stop", also at ``max_new_tokens``.
         with_end: run the last token of a branch too and count its reward, so that an answer can be worth less for where
@@ -151,9 +153,10 @@ def search(
         ``Search``.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be; the message names it and what came.
+        TypeError, ValueError: an argument is not what it must be; the message names it and what came. ValueError also
+            where a reward is not finite, or no logit of a branch that goes on is.
     """
-    ends = _Ends(max_new_tokens, eos_token_ids, is_stop)
+    ends = _Ends(max_new_tokens, as_ids("eos_token_ids", eos_token_ids), is_stop)
     run = _run(prompt_ids, on_commit, _Options(width, chunk, depth, ends, with_end, min_p, max_branches))
     next(run)
     logits, rewards = stepper.prefill(prompt_ids)
@@ -174,7 +177,7 @@ def search_all(
     chunk: int,
     depth: int,
     max_new_tokens: int,
-    eos_token_ids: Collection[int] = (),
+    eos_token_ids: int | Iterable[int] = (),
     on_commit: Callable[[int, list[int]], None] | None = None,
     is_stop: Callable[[Sequence[int]], bool] | None = None,
     with_end: bool = False,
@@ -192,8 +195,10 @@ def search_all(
     Returns:
         A ``Search`` for each prompt; its ``num_forwards`` are those that its own tree took part in.
     """
+    if isinstance(prompts, (str, Tensor)) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a list of tensors (P,), one for each prompt, got {type(prompts).__name__}")
     listeners = [None if on_commit is None else partial(on_commit, number) for number in range(len(prompts))]
-    ends = _Ends(max_new_tokens, eos_token_ids, is_stop)
+    ends = _Ends(max_new_tokens, as_ids("eos_token_ids", eos_token_ids), is_stop)
     options = _Options(width, chunk, depth, ends, with_end, min_p, max_branches)
     runs = [_run(prompt_ids, listener, options) for prompt_ids, listener in zip(prompts, listeners, strict=True)]
     for run in runs:
@@ -221,18 +226,25 @@ def search_all(
     return [of_one for of_one in found if of_one is not None]
 
 
-def _run(
-    prompt_ids: Tensor, on_commit: Callable[[list[int]], None] | None, options: _Options
-) -> Generator[tuple[list[int], list[int]], tuple[Tensor, list[float]], Search]:
-    """One search, that asks for forwards: it yields parents and tokens, and is sent logits and rewards.
+def as_ids(name: str, value: Any) -> tuple[int, ...]:
+    """One token id, or several, as a tuple; raises TypeError where ``value`` is neither."""
+    try:
+        if not isinstance(value, (str, bytes, bool)):
+            return tuple(map(operator.index, value if isinstance(value, Iterable) else [value]))
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an int or several of them, got {value!r}")
 
-    It checks its arguments and then yields empty lists for the forward of the prompt.
-    """
-    width, chunk, depth, ends, with_end, min_p, max_branches = options
+
+def check_options(
+    *, width: int, chunk: int, depth: int, max_new_tokens: int, with_end: bool, min_p: float, max_branches: int
+) -> None:
+    """Raise unless a search can have these arguments; the message names the one that is wrong."""
     check_count("width", width, 1)
     check_count("chunk", chunk, 1)
     check_count("depth", depth, 0)
-    check_count("max_new_tokens", ends.max_new_tokens, 1)
+    check_count("max_new_tokens", max_new_tokens, 1)
+    check_count("max_branches", max_branches, 1)
     check_finite("min_p", min_p)
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p must lie between 0 and 1, got {min_p}")
@@ -243,13 +255,32 @@ def _run(
             f"width and depth must keep width ** (depth + {forks - depth}) at {max_branches} branches (max_branches), "
             f"got {width} ** {forks} = {width**forks}"
         )
-    if not isinstance(prompt_ids, Tensor) or prompt_ids.dim() != 1 or prompt_ids.numel() == 0:
-        came = tuple(prompt_ids.shape) if isinstance(prompt_ids, Tensor) else type(prompt_ids).__name__
-        raise ValueError(f"prompt_ids must be a tensor of shape (P,) with P at least 1, got {came}")
+
+
+def _run(
+    prompt_ids: Tensor, on_commit: Callable[[list[int]], None] | None, options: _Options
+) -> Generator[tuple[list[int], list[int]], tuple[Tensor, list[float]], Search]:
+    """One search, that asks for forwards: it yields parents and tokens, and is sent logits and rewards.
+
+    It checks its arguments and then yields empty lists for the forward of the prompt.
+    """
+    width, chunk, depth, ends, with_end, min_p, max_branches = options
+    check_options(
+        width=width,
+        chunk=chunk,
+        depth=depth,
+        max_new_tokens=ends.max_new_tokens,
+        with_end=with_end,
+        min_p=min_p,
+        max_branches=max_branches,
+    )
+    if check_integer("prompt_ids", prompt_ids).dim() != 1 or prompt_ids.numel() == 0:
+        raise ValueError(f"prompt_ids must have shape (P,) with P at least 1, got shape {tuple(prompt_ids.shape)}")
 
     logits, rewards = yield [], []
     if width > logits.shape[-1]:
         raise ValueError(f"width must be at most the vocabulary, {logits.shape[-1]} ids, got {width}")
+    _check_finite(rewards, 1)
     running = [_Branch((), (), rewards[0], 1)]
     finished: list[_Branch] = []
     commits: list[Commit] = []
@@ -259,7 +290,7 @@ def _run(
         grown = forwards - 1
         is_fork = grown > 0 and grown % chunk == 0
         finished += [branch for branch in running if branch.finish_reason]  # whose last token has run
-        grown_parents, branches = _grow(running, logits, width if is_fork else 1, is_fork, min_p, ends)
+        grown_parents, branches = _grow(running, logits, width if is_fork else 1, is_fork, min_p, ends, forwards)
         if not with_end:
             finished += [branch for branch in branches if branch.finish_reason]
         live = [index for index, branch in enumerate(branches) if with_end or not branch.finish_reason]
@@ -275,6 +306,7 @@ def _run(
             break
         running = [branches[index] for index in live]
         logits, rewards = yield [grown_parents[index] for index in live], [branch.tokens[-1] for branch in running]
+        _check_finite(rewards, forwards + 1)
         running = [
             branch._replace(total=branch.total + reward, num_rewards=branch.num_rewards + 1)
             for branch, reward in zip(running, rewards, strict=True)
@@ -290,26 +322,35 @@ def _run(
 
 
 def _grow(
-    running: list[_Branch], logits: Tensor, width: int, is_fork: bool, min_p: float, ends: _Ends
+    running: list[_Branch], logits: Tensor, width: int, is_fork: bool, min_p: float, ends: _Ends, forward: int
 ) -> tuple[list[int], list[_Branch]]:
     """Every branch with each of its ``width`` best tokens, and the indices of the branches they come from."""
-    if width == 1:
-        best = logits.argmax(-1, keepdim=True).tolist()
-    else:
-        values, indices = logits.topk(width, dim=-1)
-        is_taken = (values - values[:, :1]).float().exp() >= min_p
-        counts = (is_taken & (values > float("-inf"))).sum(1).tolist()
-        best = [tokens[:count] for tokens, count in zip(indices.tolist(), counts, strict=True)]
+    # Of one token, argmax: ties are broken as transformers' greedy decoding breaks them.
+    indices = logits.argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
+    values = logits.gather(-1, indices)
+    # A best logit that is NaN or infinite leaves none; it travels with the tokens, so that the host waits once.
+    is_taken = ((values - values[:, :1]).float().exp() >= min_p) & (values > float("-inf"))
+    best = [[token for token in tokens if token >= 0] for tokens in indices.where(is_taken, -1).tolist()]
     parents, branches = [], []
     for index, (branch, tokens) in enumerate(zip(running, best, strict=True)):
         if branch.finish_reason:
             continue
+        if not tokens:
+            _check_finite([float(values[index, 0])], forward)
         for rank, token in enumerate(tokens):
             path = (*branch.path, rank) if is_fork else branch.path
             grown = (*branch.tokens, token)
             parents.append(index)
             branches.append(branch._replace(path=path, tokens=grown, finish_reason=ends.reason(grown)))
     return parents, branches
+
+
+def _check_finite(numbers: Iterable[float], forward: int) -> None:
+    for number in numbers:
+        if not math.isfinite(number):
+            raise ValueError(
+                f"stepper must give finite rewards and a finite best logit, got {number} at forward {forward}"
+            )
 
 
 def _commit(leaves: list[_Branch], committed: int, chunk: int, forward: int) -> tuple[Commit, tuple[int, ...]]:
