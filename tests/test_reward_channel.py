@@ -232,11 +232,70 @@ def test_refuses() -> None:
     channel = RewardChannel(2, 4, width=2)
     with pytest.raises(ValueError, match="hidden_states must hold 3 tensors, .* got 2"):
         channel([torch.zeros(1, 1, 4)] * 2)
-    with pytest.raises(ValueError, match="hidden_states must have 4 numbers a token, got 5"):
-        channel([torch.zeros(1, 1, 5)] * 3)
+    whole = torch.zeros(1, 3, 4)
+    for call in (channel, channel.fused):
+        with pytest.raises(ValueError, match=r"hidden_states must have 4 numbers a token, got shape \(1, 1, 5\)"):
+            call([torch.zeros(1, 1, 5)] * 3)
+        with pytest.raises(ValueError, match=r"hidden_states must have 4 numbers a token, got shape \(\)"):
+            call([torch.tensor(1.0)] * 3)
+        for number in (1, 2):
+            hidden = [whole] * number + [whole[:, :2]] + [whole] * (2 - number)
+            with pytest.raises(ValueError, match=rf"one shape, \(1, 3, 4\), got \(1, 2, 4\) at {number}"):
+                call(hidden)
+        with pytest.raises(TypeError, match="hidden_states must be a list of tensors, got NoneType"):
+            call(None)
+        with pytest.raises(TypeError, match=r"hidden_states\[1\] must be a torch.Tensor, got list"):
+            call([whole, [[0.0] * 4], whole])
     with pytest.raises(TypeError, match="the channel must be float32, .* with backend='triton', got torch.float64"):
         channel.double().fused([torch.zeros(1, 1, 4)] * 3, backend="triton")
     with pytest.raises(ValueError, match="state_dict must hold .* got 0, 0 and 0 of these"):
         RewardChannel.from_released({"lm_head.weight": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match="width must be at least 1, got 0"):
         RewardChannel(2, 4, width=0)
+
+
+def _released(layers: int, size: int, width: int, of_head: int) -> dict[str, torch.Tensor]:
+    """Random weights by the authors' names."""
+    torch.manual_seed(0)
+    state = {}
+    for layer in range(layers):
+        inputs = size + width if layer else size
+        state[f"model.tt_layers.{layer}.tt_layernorm.weight"] = torch.rand(inputs) + 0.5
+        state[f"model.tt_layers.{layer}.tt_linear.weight"] = torch.randn(width, inputs)
+    sizes = [size + width, *[2 * size] * (of_head - 1), 3]
+    for part in range(of_head):
+        name = "sr_head.weight" if of_head == 1 else f"sr_head.{2 * part}.weight"
+        state[name] = torch.randn(sizes[part + 1], sizes[part])
+    return state
+
+
+@pytest.mark.parametrize("of_head", [1, 2, 3])
+def test_released_weights_by_their_names(of_head: int) -> None:
+    """Twelve layers: 10 comes after 9. The reference takes them as they are."""
+    state = _released(12, 4, 2, of_head)
+    hidden = [torch.randn(1, 3, 4) for _ in range(13)]
+    norms, weights = (
+        [state[f"model.tt_layers.{i}.{part}.weight"].tolist() for i in range(12)]
+        for part in ("tt_layernorm", "tt_linear")
+    )
+    head = [tensor.tolist() for name, tensor in state.items() if name.startswith("sr_head")]
+    head[-1] = head[-1][:1]
+    expected = python_ref.reward_channel([part[0].tolist() for part in hidden], norms, weights, head, 1e-5)
+    found = RewardChannel.from_released(state | {"lm_head.weight": torch.zeros(2, 2)}, eps=1e-5)(hidden)
+    torch.testing.assert_close(found.double(), torch.tensor([expected], dtype=torch.float64), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [
+        ("tt_layers.1.", r"must hold tt_layers.1.tt_layernorm.weight, got the numbers \[0, 2\]"),
+        ("tt_layers.1.tt_linear", r"must hold tt_layers.1.tt_linear.weight, got the numbers \[0, 2\]"),
+        ("tt_layers.2.tt_linear", "of every layer, .* got 3, 2 and 3 of these"),
+        ("sr_head.0", r"must hold sr_head.0.weight, got the numbers \[2, 4\]"),
+        ("sr_head.2", r"must hold sr_head.2.weight, got the numbers \[0, 4\]"),
+    ],
+)
+def test_refuses_released_weights_with_a_gap(left_out: str, message: str) -> None:
+    state = {name: tensor for name, tensor in _released(3, 4, 2, 3).items() if left_out not in name}
+    with pytest.raises(ValueError, match=message):
+        RewardChannel.from_released(state)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, silu
 
 from leafkernels._core.backend import resolve_backend
-from leafkernels._core.checks import check_count, check_kernel_dtype, check_positive
+from leafkernels._core.checks import check_count, check_kernel_dtype, check_positive, check_real
 from leafkernels._core.ops import register
 
 # A program takes a token through all layers and reads their narrow weights anew. About as many programs as a large GPU
@@ -170,14 +170,24 @@ class RewardChannel(nn.Module):
         return found[..., 0]
 
     def _check(self, hidden_states: Sequence[Tensor]) -> None:
+        if not isinstance(hidden_states, list | tuple | Tensor):
+            raise TypeError(f"hidden_states must be a list of tensors, got {type(hidden_states).__name__}")
         if len(hidden_states) != self.num_layers + 1:
             raise ValueError(
                 f"hidden_states must hold {self.num_layers + 1} tensors, the inputs of {self.num_layers} layers and "
                 f"the output after the final norm, got {len(hidden_states)}"
             )
-        for hidden in hidden_states:
-            if hidden.shape[-1] != self.hidden_size:
-                raise ValueError(f"hidden_states must have {self.hidden_size} numbers a token, got {hidden.shape[-1]}")
+        for number, hidden in enumerate(hidden_states):
+            shape = check_real(f"hidden_states[{number}]", hidden).shape
+            if shape[-1:] != (self.hidden_size,):
+                raise ValueError(
+                    f"hidden_states must have {self.hidden_size} numbers a token, got shape {tuple(shape)}"
+                )
+            if shape != hidden_states[0].shape:
+                raise ValueError(
+                    f"hidden_states must be of one shape, {tuple(hidden_states[0].shape)}, got {tuple(shape)} at "
+                    f"{number}"
+                )
 
     def _own(self, hidden: Tensor) -> Tensor:
         return hidden.to(self.wide.dtype)
@@ -187,11 +197,12 @@ class RewardChannel(nn.Module):
         """The channel of the authors' checkpoints, by their names of parameters; others are passed over.
 
         Their heads give several numbers and the first is the reward; the others are left out. ``eps`` is the
-        ``rms_norm_eps`` of the decoder.
+        ``rms_norm_eps`` of the decoder. Raises ValueError where the number of a layer or of a part of the head is
+        missing among the others.
         """
         norms = _numbered(state_dict, "tt_layers.", ".tt_layernorm.weight")
         layers = _numbered(state_dict, "tt_layers.", ".tt_linear.weight")
-        head = _numbered(state_dict, "sr_head", ".weight")
+        head = _numbered(state_dict, "sr_head", ".weight", step=2)  # with an activation after each but the last
         if not norms or len(norms) != len(layers) or not head:
             raise ValueError(
                 "state_dict must hold tt_layers.i.tt_layernorm.weight and tt_layers.i.tt_linear.weight of every layer, "
@@ -210,8 +221,8 @@ class RewardChannel(nn.Module):
         return channel
 
 
-def _numbered(state_dict: Mapping[str, Tensor], start: str, end: str) -> list[Tensor]:
-    """The tensors whose names are ``start``, a number or nothing, ``end``, in the order of the numbers."""
+def _numbered(state_dict: Mapping[str, Tensor], start: str, end: str, step: int = 1) -> list[Tensor]:
+    """The tensors whose names are ``start``, a number or nothing, ``end``, in the order of the numbers 0, step, ..."""
     found = {}
     for name, tensor in state_dict.items():
         # With or without the model's own prefix.
@@ -221,4 +232,8 @@ def _numbered(state_dict: Mapping[str, Tensor], start: str, end: str) -> list[Te
         number = name[at + len(start) : -len(end)].strip(".")
         if number.isdecimal() or not number:
             found[int(number or 0)] = tensor
-    return [found[number] for number in sorted(found)]
+    numbers = sorted(found)
+    if numbers != list(range(0, step * len(numbers), step)):
+        missing = next(number for number in range(0, step * len(numbers), step) if number not in found)
+        raise ValueError(f"state_dict must hold {start.rstrip('.')}.{missing}{end}, got the numbers {numbers}")
+    return [found[number] for number in numbers]
