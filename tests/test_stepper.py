@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_decoders import MODELS, build_model
 
-from leafkernels.lookahead import TransformersStepper
+from leafkernels.lookahead import TransformersStepper, search
 
 pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
 
@@ -90,8 +92,62 @@ def test_the_cache_holds_what_live_branches_see() -> None:
     assert stepper.cache_columns == 10 + 2 + 2
 
 
-def test_half_precision_is_no_worse_than_alone() -> None:
-    exact, half = build("llama"), build("llama")
+class Bare:
+    """No layer but one that keeps a column for each token; any logits, any rewards."""
+
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(model_type="bare"))
+
+    def __call__(self, input_ids: torch.Tensor, past_key_values: Any, **_: Any) -> Any:
+        column = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1)
+        past_key_values.update(column, column, 0)
+        return SimpleNamespace(logits=torch.randn(*input_ids.shape, 29), rewards=torch.randn(input_ids.shape))
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(0, 2),
+    st.integers(1, 40),
+    st.integers(1, 10),
+    st.booleans(),
+)
+def test_the_cache_is_bounded(
+    seed: int, width: int, chunk: int, depth: int, limit: int, prompt: int, ends: bool
+) -> None:
+    """In each forward: prompt, what is committed, and (depth + 1) chunks of the most branches that there may be."""
+    torch.manual_seed(seed)
+    stepper, columns, committed = TransformersStepper(Bare()), [], [0]
+    extend = stepper.extend
+
+    def counted(parents: torch.Tensor, token_ids: torch.Tensor) -> Any:
+        found = extend(parents, token_ids)
+        columns.append((stepper.cache_columns, committed[-1]))
+        return found
+
+    stepper.extend = counted  # type: ignore[method-assign]
+    found = search(
+        stepper,
+        torch.arange(prompt),
+        width=width,
+        chunk=chunk,
+        depth=depth,
+        max_new_tokens=limit,
+        eos_token_ids=range(9) if ends else (),
+        on_commit=lambda ids: committed.append(committed[-1] + len(ids)),
+    )
+    live = width ** (depth + 1) * (depth + 1) * chunk
+    assert all(held <= prompt + settled + live for held, settled in columns)
+    assert len(columns) == found.num_forwards - 1
+    if not ends and columns:
+        # The answer but for its last token, at least, so that it is a count.
+        assert columns[-1][0] >= prompt + limit - 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-audio"])
+def test_half_precision_is_no_worse_than_alone(name: str) -> None:
+    exact, half = build(name), build(name)
     half.model.to(torch.bfloat16)
     stepper = TransformersStepper(half)
     stepper.prefill(torch.arange(4))
@@ -115,3 +171,46 @@ def test_refuses_layers_that_are_no_attention() -> None:
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ValueError, match="attention only, got layers of the kind linear_attention"):
         TransformersStepper(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("Mpt", {"d_model": 16, "n_layers": 2, "n_heads": 2}),
+        ("Bloom", {"hidden_size": 16, "n_layer": 2, "n_head": 2}),
+        ("Falcon", {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True}),
+        (
+            "GPTNeo",
+            {
+                "hidden_size": 16,
+                "num_layers": 2,
+                "num_heads": 2,
+                "attention_types": [[["global", "local"], 1]],
+                "window_size": 4,
+            },
+        ),
+    ],
+)
+def test_refuses_to_pack_where_attention_counts_columns(kind: str, sizes: dict[str, Any]) -> None:
+    """Rows of their own are right there."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=29, bos_token_id=0, eos_token_id=1, **sizes)
+    model = WithRewards(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
+    with pytest.raises(ValueError, match=f"attention of '{config.model_type}' counts them .* packed=False"):
+        TransformersStepper(model)
+    stepper, branches = TransformersStepper(model, packed=False), [[3, 1, 4, 1, 5]]
+    logits, _ = stepper.prefill(torch.tensor(branches[0]))
+    for parents, tokens in (([0, 0, 0], [2, 7, 1]), ([0, 2], [8, 2]), ([1, 1, 1], [3, 4, 5]), ([0, 1, 2], [6, 7, 8])):
+        branches = [[*branches[parent], token] for parent, token in zip(parents, tokens, strict=True)]
+        logits, _ = stepper.extend(torch.tensor(parents), torch.tensor(tokens))
+        for branch, found in zip(branches, logits, strict=True):
+            torch.testing.assert_close(found, alone(model, branch)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_packs_what_has_alibi_in_its_config_and_not_in_use() -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    TransformersStepper(WithRewards(transformers.FalconForCausalLM(transformers.FalconConfig(vocab_size=29, **sizes))))

@@ -17,6 +17,7 @@ SIZES = {
 }
 # With a window, so short that the branches of these tests outgrow it.
 WINDOW = {"sliding_window": 6}
+AUDIO = {"d_model": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 8, "num_mel_bins": 4}
 MODELS = {
     "llama": ("LlamaConfig", SIZES),
     "qwen2": ("Qwen2Config", SIZES),
@@ -28,6 +29,13 @@ MODELS = {
     "gemma2": ("Gemma2Config", {**SIZES, **WINDOW}),
     "phi": ("PhiConfig", {**SIZES, "num_key_value_heads": 2}),
     "gpt2": ("GPT2Config", {"vocab_size": 29, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 128}),
+    "qwen2-audio": (
+        "Qwen2AudioConfig",
+        {
+            "text_config": {**SIZES, "model_type": "qwen2"},
+            "audio_config": {**AUDIO, "model_type": "qwen2_audio_encoder"},
+        },
+    ),
 }
 
 
@@ -38,6 +46,8 @@ def build_model(name: str, attention: str = "eager") -> Any:
     torch.manual_seed(0)
     kind, sizes = MODELS[name]
     config = getattr(transformers, kind)(**sizes, attn_implementation=attention, pad_token_id=0)
+    if name == "qwen2-audio":
+        return transformers.Qwen2AudioForConditionalGeneration(config).eval()
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 

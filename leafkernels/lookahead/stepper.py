@@ -28,7 +28,8 @@ class TransformersStepper:
 
     Raises:
         ValueError: the model has layers that are no attention (a state-space model, for instance), or packed branches
-            are asked of an attention that takes no such mask.
+            are asked of an attention that takes no such mask, or that counts positions in columns (ALiBi; the local
+            layers of GPT-Neo).
     """
 
     def __init__(
@@ -49,6 +50,11 @@ class TransformersStepper:
             raise ValueError(
                 f"packed branches need a mask of four dimensions, which the attention {attention!r} does not take: "
                 "load the model with attn_implementation='sdpa', or ask for packed=False"
+            )
+        if packed and _counts_columns(config):
+            raise ValueError(
+                "packed branches need a model that takes positions from position_ids and the mask, and the attention "
+                f"of {config.model_type!r} counts them in columns of the cache: ask for packed=False"
             )
         self._model, self._packed, self._inputs = model, packed, dict(inputs or {})
         self._suppressed = torch.tensor(list(suppress_tokens), dtype=torch.int64)
@@ -187,6 +193,12 @@ def _take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     if len(part) == 1:
         return part.index_select(2, columns[0])
     return part[rows].gather(2, columns[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3]))
+
+
+def _counts_columns(config: Any) -> bool:
+    """Whether biases or windows of the attention go by the columns of the cache, where branches stand mixed."""
+    has_alibi = getattr(config, "alibi", False) or config.model_type in ("mpt", "bloom")
+    return bool(has_alibi) or "local" in (getattr(config, "attention_layers", None) or ())
 
 
 def _window_of(config: Any, kinds: set[str]) -> int | None:
