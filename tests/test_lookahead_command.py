@@ -31,9 +31,9 @@ def folders(tmp_path: Path) -> list[str]:
 OPTIONS = ["--chunk", "2", "--depth", "1", "--max-new-tokens", "9"]
 
 
-def answer(folders: list[str], width: int) -> str:
+def answer(folders: list[str], width: int, prompt: str = "abc") -> str:
     model = RewardTransformer.from_pretrained(folders[3], folders[1])
-    ids = torch.tensor(build_tokenizer()("abc")["input_ids"])
+    ids = torch.tensor(build_tokenizer()(prompt)["input_ids"])
     found = model.generate(ids, width=width, chunk=2, depth=1, max_new_tokens=9)
     return str(build_tokenizer().decode(found.token_ids, skip_special_tokens=True))
 
@@ -78,12 +78,52 @@ def test_stops_at_a_text(folders: list[str], capsys: pytest.CaptureFixture[str])
     assert out.endswith(letter) and out.count(letter) == 1
 
 
+def test_forks_only_where_the_model_is_unsure(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*folders, *OPTIONS, "--min-p", "1", "abc"]) == 0
+    sure = capsys.readouterr().out.strip()
+    assert sure == answer(folders, 1).strip() != answer(folders, 2).strip()
+
+
+def test_asks_by_the_chat_template(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "q{{ messages[0]['content'] }}{% if add_generation_prompt %}z{% endif %}"
+    tokenizer.save_pretrained(folders[1])
+    assert main([*folders, *OPTIONS, "--device", "cpu", "abc"]) == 0
+    asked = capsys.readouterr().out.strip()
+    assert main([*folders, *OPTIONS, "--plain", "qabcz"]) == 0
+    assert capsys.readouterr().out.strip() == asked == answer(folders, 2, "qabcz").strip()
+    assert main([*folders, *OPTIONS, "--plain", "abc"]) == 0
+    assert capsys.readouterr().out.strip() == answer(folders, 2).strip() != asked
+
+
+def test_a_model_that_hears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It answers a text; ``AutoModelForCausalLM`` does not take it."""
+    base = build_model("qwen2-audio")
+    base.save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    wrapped = RewardTransformer(base, RewardChannel(3, 16, width=4))
+    wrapped.save_pretrained(tmp_path / "channel")
+    folders = ["--model", str(tmp_path / "base"), "--channel", str(tmp_path / "channel")]
+    assert main([*folders, *OPTIONS, "abc"]) == 0
+    assert capsys.readouterr().out.strip() == answer(folders, 2).strip()
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (["--width", "20", "--depth", "2"], "must keep width ** (depth + 1) at 256 branches"),
         (["--chunk", "0"], "chunk must be"),
         (["--channel", "/no/such/folder"], "/no/such/folder"),
+        # Before anything is loaded.
+        (["--channel", "/no/such/folder", "--width", "0"], "width must be at least 1, got 0"),
+        (["--channel", "/no/such/folder", "--min-p", "2"], "min_p must lie between 0 and 1, got 2.0"),
+        (
+            ["--channel", "/no/such/folder", "--device", "foo"],
+            "--device must be a device that PyTorch has here, got 'f",
+        ),
+        (["--channel", "/no/such/folder", "--device", "cuda:99"], "PyTorch has here, got 'cuda:99'"),
+        (["--stop", ""], "stop_strings must be a string or a list of them, none of them empty"),
     ],
 )
 def test_says_what_is_wrong(

@@ -3,16 +3,17 @@
 import importlib
 import json
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_decoders import MODELS, SIZES, build_model
+from tiny_decoders import MODELS, SIZES, build_model, build_tokenizer
 
 from leafkernels.lookahead import RewardChannel, RewardTransformer
 
-pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [0, 0, 0, 2, 7, 1, 8, 2]])
 MASK = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
@@ -135,27 +136,39 @@ def test_under_peft() -> None:
     assert adapters and any(parameter.grad.any() for parameter in adapters)
 
 
-def test_bfloat16_beside_a_channel_in_float32() -> None:
+def live_inputs_of_layers(model: Any, run: Any) -> list[bool]:
+    """Whether what each layer has read is still in memory at the final norm."""
+    read, alive = [], []
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        read.append(weakref.ref(args[0] if args else kwargs["hidden_states"]))
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(note, with_kwargs=True)
+    model.model.norm.register_forward_pre_hook(lambda *_: alive.extend(ref() is not None for ref in read))
+    with torch.no_grad():
+        run(input_ids=IDS)
+    return alive
+
+
+def test_keeps_no_hidden_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model by itself keeps its embeddings alone."""
+    wrapped, model = wrap("llama"), build_model("llama")
+    assert live_inputs_of_layers(model, model) == [True, False, False]
+    assert live_inputs_of_layers(wrapped.model, wrapped) == [True, False, False]
+    monkeypatch.setattr(RewardChannel, "is_fused", lambda *_: True)
     wrapped = wrap("llama")
+    assert live_inputs_of_layers(wrapped.model, wrapped) == [True, True, True]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_bfloat16_beside_a_channel_in_float32(name: str) -> None:
+    wrapped = wrap(name)
     wrapped.model.to(torch.bfloat16)
     with torch.no_grad():
         found = wrapped(input_ids=IDS)
         torch.testing.assert_close(found.rewards, rewards_by_definition(wrapped, input_ids=IDS))
     assert found.rewards.dtype == torch.float32 and found.logits.dtype == torch.bfloat16
-
-
-def test_the_language_model_within_an_audio_model() -> None:
-    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
-
-    torch.manual_seed(0)
-    audio = {"d_model": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 8, "num_mel_bins": 4}
-    config = Qwen2AudioConfig(
-        text_config={**SIZES, "model_type": "qwen2"}, audio_config={**audio, "model_type": "qwen2_audio_encoder"}
-    )
-    wrapped = RewardTransformer(Qwen2AudioForConditionalGeneration(config).eval(), RewardChannel(3, 16, width=4))
-    with torch.no_grad():
-        found = wrapped(input_ids=IDS[:, :4])
-        torch.testing.assert_close(found.rewards, rewards_by_definition(wrapped, input_ids=IDS[:, :4]))
 
 
 def test_saves_the_channel_alone(tmp_path: Path) -> None:
@@ -177,9 +190,32 @@ def test_saves_the_channel_alone(tmp_path: Path) -> None:
         ValueError, match="model must be the base of the channel in .* model_type llama, got model_type q"
     ):
         RewardTransformer.from_pretrained(tmp_path / "channel", build_model("qwen2"))
+    larger = transformers.LlamaConfig(**{**SIZES, "vocab_size": 31, "hidden_size": 20, "num_hidden_layers": 2})
+    with pytest.raises(
+        ValueError,
+        match="of num_hidden_layers 3, hidden_size 16, vocab_size 29, got num_hidden_layers 2, hidden_size 20, vocab_s",
+    ):
+        RewardTransformer.from_pretrained(tmp_path / "channel", transformers.LlamaForCausalLM(larger))
+
+
+def test_a_base_that_hears_is_loaded_by_its_name(tmp_path: Path) -> None:
+    wrapped = wrap("qwen2-audio")
+    wrapped.model.save_pretrained(tmp_path / "base")
+    wrapped.model.config.name_or_path = str(tmp_path / "base")
+    wrapped.save_pretrained(tmp_path / "channel")
+    for name in ((), (str(tmp_path / "base"),)):
+        read = RewardTransformer.from_pretrained(tmp_path / "channel", *name, attn_implementation="eager")
+        assert type(read.model) is type(wrapped.model)
+        with torch.no_grad():
+            assert torch.equal(read(input_ids=IDS).rewards, wrapped(input_ids=IDS).rewards)
 
 
 def test_refuses() -> None:
+    with pytest.raises(ValueError, match="model must have a decoder with one list of its 3 layers, got BertModel"):
+        sizes = {"vocab_size": 29, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+        RewardTransformer(transformers.BertModel(transformers.BertConfig(num_hidden_layers=3, **sizes)))
+    with pytest.raises(TypeError, match="channel must be a RewardChannel, got str"):
+        RewardTransformer(build_model("llama"), "x")
     with pytest.raises(ValueError, match="model must be a language model of transformers, got Linear"):
         RewardTransformer(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="channel must be of 3 layers and 16 numbers a token.*, got 2 and 16"):
@@ -246,27 +282,32 @@ def test_streamers_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("name", ["llama", "mistral with a window", "gpt2"])
-def test_several_prompts_get_the_answers_that_they_get_alone(name: str, packed: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "padding"),
+    [("llama", "left"), ("llama", "right"), ("mistral with a window", "left"), ("gpt2", "right")],
+)
+def test_several_prompts_get_the_answers_that_they_get_alone(name: str, padding: str, packed: bool) -> None:
     wrapped = wrap(name)
     options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 11, "packed": packed, "eos_token_ids": (7, 20)}
     heard: list[list[int]] = [[], []]
-    together = wrapped.generate_all(IDS, MASK, on_commit=lambda number, ids: heard[number].extend(ids), **options)
-    alone = [wrapped.generate(row[mask.bool()], **options) for row, mask in zip(IDS, MASK, strict=True)]
+    mask = MASK if padding == "left" else MASK.flip(1)
+    together = wrapped.generate_all(IDS, mask, on_commit=lambda number, ids: heard[number].extend(ids), **options)
+    alone = [wrapped.generate(row[seen.bool()], **options) for row, seen in zip(IDS, mask, strict=True)]
     for one, other, streamed in zip(together, alone, heard, strict=True):
         assert one.token_ids == other.token_ids == streamed and one.num_tokens == other.num_tokens
         assert one.score == pytest.approx(other.score, rel=1e-4)
     assert wrapped.generate_all([], **options) == []
-    assert wrapped.generate(IDS[1:], MASK[1:], **options).token_ids == alone[1].token_ids
+    assert wrapped.generate(IDS[1:], mask[1:], **options).token_ids == alone[1].token_ids
     with pytest.raises(ValueError, match=r"for several prompts there is generate_all, got shape \(2, 8\)"):
         wrapped.generate(IDS)
 
 
-def test_stop_strings() -> None:
+@pytest.mark.parametrize("start", [8, 9, 10])  # over the border of two chunks of three, and within one
+def test_stop_strings(start: int) -> None:
     wrapped, letters = wrap("llama"), Letters()
     options = {"width": 2, "chunk": 3, "depth": 1, "max_new_tokens": 30}
     whole = letters.decode(wrapped.generate(IDS[0], **options | {"width": 1}).token_ids)
-    stop = whole[9:12]
+    stop = whole[start : start + 3]
     found = wrapped.generate(IDS[0], **options | {"width": 1}, stop_strings=["never", stop], tokenizer=letters)
     text = letters.decode(found.token_ids)
     assert text == whole[: whole.index(stop) + len(stop)] and found.finish_reason == "stop"
@@ -276,28 +317,173 @@ def test_stop_strings() -> None:
     assert stop[0] not in text[:-1] and (text.endswith(stop[0]) == (found.finish_reason == "stop"))
     with pytest.raises(ValueError, match="tokenizer must be given with stop_strings"):
         wrapped.generate(IDS[0], stop_strings="a")
+    for empty in ("", [""], ["a", ""], None, 3):
+        with pytest.raises(ValueError, match="stop_strings must be a string or a list of them, none of them empty"):
+            wrapped.generate(IDS[0], stop_strings=empty, tokenizer=letters)
+
+
+def test_a_stop_string_goes_on_over_tokens_that_show_as_nothing() -> None:
+    wrapped = wrap("llama")
+    options = {"width": 1, "chunk": 3, "depth": 1, "max_new_tokens": 30, "eos_token_ids": ()}
+    ids = wrapped.generate(IDS[0], **options).token_ids
+    silent = ids[9]
+
+    class Some(Letters):
+        def decode(self, ids: Any, **_: Any) -> str:
+            return super().decode([i for i in ids if i != silent])
+
+    before, after = (next(i for i in part if i != silent) for part in (ids[8::-1], ids[10:]))
+    stop = Letters().decode([before, after])
+    found = wrapped.generate(IDS[0], **options, stop_strings=stop, tokenizer=Some())
+    assert stop in Some().decode(found.token_ids) and found.finish_reason == "stop"
+    assert stop not in Some().decode(found.token_ids[:-1]) and found.token_ids == ids[: len(found.token_ids)]
+
+
+def own_generate(wrapped: RewardTransformer, model: Any = None, mask: Any = None, **options: Any) -> list[list[int]]:
+    """What follows the prompts by the model's own ``generate``."""
+    model = wrapped.model if model is None else model
+    mask = torch.ones_like(IDS) if mask is None else mask
+    options = {"max_new_tokens": 9, "eos_token_id": 20, "pad_token_id": 0, **options}
+    found = model.generate(input_ids=IDS, attention_mask=mask, custom_generate=wrapped.custom_generate, **options)
+    assert torch.equal(found[:, :8], IDS)
+    return found[:, 8:].tolist()
+
+
+def answers(found: Any) -> list[list[int]]:
+    """Padded with 0 to the longest."""
+    longest = max(len(of_one.token_ids) for of_one in found)
+    return [of_one.token_ids + [0] * (longest - len(of_one.token_ids)) for of_one in found]
 
 
 @pytest.mark.parametrize("mask", [None, MASK])
-def test_in_the_models_own_generate(mask: torch.Tensor | None) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"min_p": 1.0}, {"packed": False}, {"with_end": True}, {"suppress_tokens": list(range(9))}]
+)
+def test_in_the_models_own_generate(mask: torch.Tensor | None, changes: dict[str, Any]) -> None:
     """``custom_generate`` of transformers takes a callable: same answers, behind the prompts."""
     wrapped = wrap("llama")
-    options = {"width": 2, "chunk": 2, "depth": 1}
-    expected = wrapped.generate_all(IDS, mask, **options, max_new_tokens=9, eos_token_ids=(20,))
-    found = wrapped.model.generate(
-        IDS,
-        attention_mask=torch.ones_like(IDS) if mask is None else mask,
-        custom_generate=wrapped.custom_generate,
-        **options,
-        max_new_tokens=9,
-        eos_token_id=20,
-        pad_token_id=0,
-    )
-    assert torch.equal(found[:, :8], IDS)
-    for row, of_one in zip(found[:, 8:].tolist(), expected, strict=True):
-        assert row[: len(of_one.token_ids)] == of_one.token_ids and not any(row[len(of_one.token_ids) :])
+    options = {"width": 2, "chunk": 1, "depth": 2, **changes}
+    expected = answers(wrapped.generate_all(IDS, mask, **options, max_new_tokens=9, eos_token_ids=20))
+    assert own_generate(wrapped, mask=mask, **options) == expected
+    if changes and "packed" not in changes:
+        plain = wrapped.generate_all(IDS, mask, width=2, chunk=1, depth=2, max_new_tokens=9, eos_token_ids=20)
+        assert expected != answers(plain), "the option must make a difference here"
+
+
+def test_in_the_generate_of_another_model() -> None:
+    wrapped = wrap("llama")
     with pytest.raises(ValueError, match="called by the model that the channel runs beside"):
-        build_model("llama").generate(IDS, custom_generate=wrapped.custom_generate, max_new_tokens=3, pad_token_id=0)
+        own_generate(wrapped, build_model("llama"))
+    with pytest.raises(ValueError, match=r"at 4 branches \(max_branches\), got 2 \*\* 3 = 8"):
+        own_generate(wrapped, max_branches=4)
+
+
+@pytest.mark.parametrize("kind", ["peft", "compiled"])
+def test_in_the_generate_of_a_model_around_it(kind: str) -> None:
+    """Which hands the model within to ``custom_generate``; greedy is its own greedy decoding."""
+    model = build_model("llama")
+    if kind == "peft":
+        peft = pytest.importorskip("peft")
+        sizes = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+        outer = peft.get_peft_model(model, peft.LoraConfig(**sizes)).eval()
+    else:
+        outer = torch.compile(model, backend="eager")
+    torch.manual_seed(1)
+    wrapped = RewardTransformer(outer, RewardChannel(3, 16, width=4)).eval()
+    options = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "eos_token_id": 20, "pad_token_id": 0}
+    greedy = outer.generate(**options, max_new_tokens=9, do_sample=False)[:, 8:].tolist()
+    assert answers(wrapped.generate_all(IDS, width=1, max_new_tokens=9, eos_token_ids=20)) == greedy
+    assert own_generate(wrapped, outer, width=1, chunk=2, depth=1) == greedy
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_module_keeps_its_mode_and_none_drops_out(fails: bool) -> None:
+    """A base in evaluation mode within a module in training mode, and a base in training mode, with dropout."""
+    wrapped = wrap("gpt2").train()
+    assert any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in wrapped.modules())
+    seen = []
+    wrapped.model.register_forward_pre_hook(lambda *_: seen.extend(module.training for module in wrapped.modules()))
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 7}
+    expected = wrap("gpt2").generate(IDS[0], **options)
+    for frozen in (wrapped.model, wrapped.model.transformer.h[1]):
+        wrapped.train()
+        frozen.eval()
+        modes = [module.training for module in wrapped.modules()]
+        assert any(modes) and not all(modes)
+        if fails:
+            with pytest.raises(ValueError, match="width must be at most the vocabulary"):
+                wrapped.generate(IDS[0], width=99, depth=0)
+        else:
+            assert wrapped.generate(IDS[0], **options) == expected
+        assert [module.training for module in wrapped.modules()] == modes
+    assert seen and not any(seen)
+
+
+def test_of_the_generation_config_only_ids_are_taken() -> None:
+    wrapped = wrap("llama")
+    options = {"width": 1, "chunk": 2, "depth": 1, "max_new_tokens": 9}
+    plain = wrapped.generate(IDS[0], **options).token_ids
+    wrapped.model.generation_config.repetition_penalty = 5.0
+    greedy = wrapped.model.generate(
+        IDS[:1], do_sample=False, max_new_tokens=9, attention_mask=torch.ones_like(IDS[:1]), pad_token_id=0
+    )
+    assert wrapped.generate(IDS[0], **options).token_ids == plain != greedy[0, 8:].tolist()
+    wrapped.model.generation_config.eos_token_id = plain[4]
+    assert wrapped.generate(IDS[0], **options).token_ids == plain[: plain.index(plain[4]) + 1]
+
+
+def test_prompts_as_a_tokenizer_gives_them() -> None:
+    wrapped, tokenizer = wrap("llama"), build_tokenizer()
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 7}
+    read = tokenizer(["abc", "defgh"], return_tensors="pt", padding=True)
+    read.pop("token_type_ids", None)
+    alone = [
+        wrapped.generate(tokenizer(text, return_tensors="pt")["input_ids"], **options) for text in ("abc", "defgh")
+    ]
+    found = wrapped.generate_all(inputs=read, **options)
+    assert [of_one.token_ids for of_one in found] == [of_one.token_ids for of_one in alone]
+    one = {name: values[:1] for name, values in read.items()}
+    assert wrapped.generate(inputs=one, **options).token_ids == alone[0].token_ids
+    with pytest.raises(ValueError, match="input_ids must be given once, got it also in inputs"):
+        wrapped.generate(IDS[0], inputs=one)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": "hello"}, "input_ids must be a torch.Tensor, got str"),
+        ({"input_ids": {"input_ids": IDS[0]}}, "input_ids must be a torch.Tensor, got dict"),
+        ({"input_ids": [3, 1]}, "input_ids must be a torch.Tensor, got list"),
+        ({"input_ids": None}, "input_ids must be a torch.Tensor, got NoneType"),
+        ({"input_ids": IDS[0].float()}, "input_ids must hold integers, got torch.float32"),
+        (
+            {"attention_mask": torch.ones(3)},
+            r"attention_mask must have the shape of input_ids, \(8,\), got shape \(3,\)",
+        ),
+        ({"attention_mask": [1] * 8}, "attention_mask must be a torch.Tensor, got list"),
+        ({"attention_mask": torch.zeros(8)}, r"prompt_ids must have shape \(P,\) with P at least 1, got shape \(0,\)"),
+        ({"inputs": [1]}, "inputs must be what a processor gives, tensors by name, got list"),
+        ({"eos_token_ids": "ab"}, "eos_token_ids must be an int or several of them, got 'ab'"),
+        ({"suppress_tokens": "ab"}, "suppress_tokens must be an int or several of them, got 'ab'"),
+    ],
+)
+def test_generate_refuses(change: dict[str, Any], message: str) -> None:
+    wrapped = wrap("llama")
+    with pytest.raises((TypeError, ValueError), match=message):
+        wrapped.generate(**{"input_ids": IDS[0], "max_new_tokens": 3, **change})
+    of_all = {name: values[None] if isinstance(values, torch.Tensor) else values for name, values in change.items()}
+    if isinstance(change.get("input_ids"), list):
+        message = "prompt_ids must be a torch.Tensor, got int"
+    with pytest.raises((TypeError, ValueError), match=message.replace("(8,", "(1, 8").replace("(3,", "(1, 3")):
+        wrapped.generate_all(**{"input_ids": IDS[:1], "max_new_tokens": 3, **of_all})
+
+
+def test_generate_all_refuses() -> None:
+    wrapped = wrap("llama")
+    with pytest.raises(ValueError, match=r"input_ids must have shape \(B, P\) or be a list .*, got shape \(8,\)"):
+        wrapped.generate_all(IDS[0])
+    with pytest.raises(ValueError, match="attention_mask must be None where input_ids is a list"):
+        wrapped.generate_all([IDS[0]], torch.ones(1, 8))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -332,7 +518,7 @@ def test_an_audio_model_looks_ahead_from_what_it_hears(packed: bool) -> None:
     model, processor = tiny_listeners.qwen2_audio()
     scored = RewardTransformer(model.eval())
     numbers = torch.Generator().manual_seed(0)
-    said = []
+    said, custom = [], {"custom_generate": scored.custom_generate, "do_sample": False}
     heard = ["<|audio_bos|><|AUDIO|><|audio_eos|>ab", "<|audio_bos|><|AUDIO|><|audio_eos|>hello"]
     for text, seconds in zip(heard, (0.4, 1.1), strict=True):
         clip = torch.randn(int(seconds * tiny_listeners.RATE), generator=numbers).numpy()
@@ -342,10 +528,16 @@ def test_an_audio_model_looks_ahead_from_what_it_hears(packed: bool) -> None:
         greedy = model.generate(input_ids=ids, attention_mask=mask, **read, max_new_tokens=12, do_sample=False)
         found = scored.generate(ids, mask, inputs=read, width=1, chunk=3, depth=1, max_new_tokens=12, packed=packed)
         assert found.token_ids == greedy[0, ids.shape[1] :].tolist()
+        whole = {"input_ids": ids, "attention_mask": mask, **read}
+        in_its_own = model.generate(**whole, **custom, width=1, chunk=3, depth=1, max_new_tokens=12, packed=packed)
+        assert torch.equal(in_its_own, greedy)
         silent = {**read, "input_features": torch.zeros_like(read["input_features"])}
         options = {"width": 2, "chunk": 2, "depth": 2, "max_new_tokens": 8, "packed": packed}
         ahead, other = (scored.generate(ids, inputs=features, **options) for features in (read, silent))
         assert ahead.score != other.score
+        assert scored.generate(inputs=whole, **options) == ahead
+        in_its_own = model.generate(**whole, **custom, **options)
+        assert in_its_own[0, ids.shape[1] :].tolist() == ahead.token_ids
         said.append((ids[0], read, ahead))
     inputs = {name: torch.cat([read[name] for _, read, _ in said]) for name in said[0][1]}
     together = scored.generate_all([ids for ids, *_ in said], inputs=inputs, **options)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from leafkernels.lookahead.search import Search
+from leafkernels.lookahead.search import Search, check_options
 from leafkernels.lookahead.transformers import RewardTransformer
 
 
@@ -54,20 +54,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _answer(arguments: argparse.Namespace) -> int:
     from transformers import AutoTokenizer, TextStreamer
 
+    # Before the model is loaded, which takes its time.
+    shared = {"chunk": arguments.chunk, "depth": arguments.depth, "max_new_tokens": arguments.max_new_tokens}
+    shared |= {"min_p": arguments.min_p, "max_branches": 256}
+    check_options(width=arguments.width, with_end=False, **shared)
+    _check_device(arguments.device)
     model = RewardTransformer.from_pretrained(arguments.channel, arguments.model)
     model.to(arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model or model.config.name_or_path)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     input_ids = _prompt_ids(tokenizer, prompt, arguments.plain).to(arguments.device)
     streamer = _Timed(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    options = {
-        "chunk": arguments.chunk,
-        "depth": arguments.depth,
-        "max_new_tokens": arguments.max_new_tokens,
-        "min_p": arguments.min_p,
-        "stop_strings": arguments.stop,
-        "tokenizer": tokenizer,
-    }
+    options = {**shared, "stop_strings": arguments.stop, "tokenizer": tokenizer}
     found = model.generate(input_ids, width=arguments.width, streamer=streamer, **options)
     console = Console(highlight=False, emoji=False)
     if arguments.explain:
@@ -77,6 +75,13 @@ def _answer(arguments: argparse.Namespace) -> int:
         greedy = model.generate(input_ids, width=1, streamer=beside, **options)
         console.print(_comparison({"look ahead": (found, streamer), "greedy": (greedy, beside)}, tokenizer))
     return 0
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device must be a device that PyTorch has here, got {name!r}") from error
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, plain: bool) -> Tensor:

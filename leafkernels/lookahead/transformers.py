@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leafkernels._core.checks import check_integer, check_mask
 from leafkernels.lookahead.reward_channel import LayerWeights, RewardChannel
-from leafkernels.lookahead.search import Search, search_all
+from leafkernels.lookahead.search import Search, as_ids, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
 
 _CHANNEL, _SETTINGS = "reward_channel.safetensors", "reward_channel.json"
+# What transformers' generate prepares for its own loop; the stepper has its own.
+_OF_GENERATE = {"past_key_values", "use_cache", "position_ids", "cache_position", "logits_to_keep"}
 
 
 class RewardTransformer(nn.Module):
@@ -33,12 +36,15 @@ class RewardTransformer(nn.Module):
         channel: of as many layers and numbers a token as the decoder; None: a new one, 256 wide.
 
     Raises:
+        TypeError: the channel is none.
         ValueError: the model has no such decoder, or the channel is of another size.
     """
 
     def __init__(self, model: Any, channel: RewardChannel | None = None) -> None:
         super().__init__()
         decoder, layers = _find_decoder(model)
+        if channel is not None and not isinstance(channel, RewardChannel):
+            raise TypeError(f"channel must be a RewardChannel, got {type(channel).__name__}")
         config = model.config.get_text_config()
         if channel is None:
             eps = getattr(config, "rms_norm_eps", 1e-6)
@@ -93,7 +99,7 @@ class RewardTransformer(nn.Module):
 
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
         inputs: Mapping[str, Tensor] | None = None,
@@ -101,8 +107,8 @@ class RewardTransformer(nn.Module):
         chunk: int = 10,
         depth: int = 2,
         max_new_tokens: int = 256,
-        eos_token_ids: Iterable[int] | None = None,
-        suppress_tokens: Iterable[int] | None = None,
+        eos_token_ids: int | Iterable[int] | None = None,
+        suppress_tokens: int | Iterable[int] | None = None,
         stop_strings: str | Sequence[str] = (),
         tokenizer: Any = None,
         streamer: Any = None,
@@ -113,31 +119,42 @@ class RewardTransformer(nn.Module):
     ) -> Search:
         """Look ahead from one prompt as ``search`` does; ``width=1`` is greedy.
 
+        Of the model's generation config its end tokens and its suppressed ones are taken, and nothing else:
+        repetition penalties, ``no_repeat_ngram_size``, ``begin_suppress_tokens`` and other logits processors are not
+        applied, so that with them the model's own ``generate(do_sample=False)`` gives other tokens. All modules are in
+        evaluation mode meanwhile, and afterwards in the mode that they were in.
+
         Args:
-            input_ids: (P,) or (1, P), of the prompt.
-            attention_mask: of the same shape, 0 at padding.
-            inputs: what else the model reads of the prompt, as its processor gives it: ``input_features`` and
-                ``feature_attention_mask`` of a Qwen2-Audio, for instance.
+            input_ids: (P,) or (1, P) integers, of the prompt; None: those in ``inputs``.
+            attention_mask: of the same shape, 0 at padding; None: that in ``inputs``, or no padding.
+            inputs: what the model reads of the prompt, as its processor gives it: ``input_features`` and
+                ``feature_attention_mask`` of a Qwen2-Audio, for instance; ``input_ids`` and ``attention_mask`` too,
+                where these are not given by themselves.
             width, chunk, depth, max_new_tokens, with_end, min_p, max_branches: as in ``search``; the paper's first
                 three are 2, 10, 2.
-            eos_token_ids: None: those of the model's generation config.
+            eos_token_ids: one id or several; None: those of the model's generation config.
             suppress_tokens: ids that no branch takes; None: those of the model's generation config.
-            stop_strings: a branch whose text has come to hold one of them ends by "stop". They stay in the answer.
+            stop_strings: one string or several, none of them empty; a branch whose text has come to hold one of them
+                ends by "stop". They stay in the answer.
             tokenizer: which decodes the text for them.
             streamer: one of transformers, which is given each chunk when it is committed (``TextStreamer`` prints it).
             packed: as in ``TransformersStepper``.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be, a reward is not finite, or no token's logit is.
         """
-        if input_ids.dim() not in (1, 2) or (input_ids.dim() == 2 and input_ids.shape[0] != 1):
+        ids, mask, features = _apart(input_ids, attention_mask, inputs)
+        if check_integer("input_ids", ids).dim() not in (1, 2) or ids.shape[:-1].numel() != 1:
             raise ValueError(
                 f"input_ids must have shape (P,) or (1, P), for several prompts there is generate_all, got shape "
-                f"{tuple(input_ids.shape)}"
+                f"{tuple(ids.shape)}"
             )
-        (prompt_ids,) = _prompts(torch.atleast_2d(input_ids), attention_mask)
+        (prompt_ids,) = _prompts(ids, mask)
         if streamer is not None:
             streamer.put(prompt_ids.cpu())
         (found,) = self.generate_all(
             [prompt_ids],
-            inputs=inputs,
+            inputs=features,
             width=width,
             chunk=chunk,
             depth=depth,
@@ -159,7 +176,7 @@ class RewardTransformer(nn.Module):
     @torch.no_grad()
     def generate_all(
         self,
-        input_ids: Tensor | Sequence[Tensor],
+        input_ids: Tensor | Sequence[Tensor] | None = None,
         attention_mask: Tensor | None = None,
         *,
         inputs: Mapping[str, Tensor] | None = None,
@@ -167,8 +184,8 @@ class RewardTransformer(nn.Module):
         chunk: int = 10,
         depth: int = 2,
         max_new_tokens: int = 256,
-        eos_token_ids: Iterable[int] | None = None,
-        suppress_tokens: Iterable[int] | None = None,
+        eos_token_ids: int | Iterable[int] | None = None,
+        suppress_tokens: int | Iterable[int] | None = None,
         stop_strings: str | Sequence[str] = (),
         tokenizer: Any = None,
         on_commit: Callable[[int, list[int]], None] | None = None,
@@ -180,36 +197,50 @@ class RewardTransformer(nn.Module):
         """``generate`` for several prompts in the same forwards, each with its own tree (``search_all``).
 
         Args:
-            input_ids: (B, P), or B tensors of any length.
+            input_ids: (B, P), or a list of B tensors of any length; None: those in ``inputs``.
             attention_mask: (B, P), 0 at padding on the left or on the right, where ``input_ids`` is a tensor.
             inputs: as in ``generate``, with the rows of all prompts in their order.
             on_commit: called with the number of the prompt and each chunk, when it is committed.
             others: as in ``generate``.
         """
-        prompts = _prompts(input_ids, attention_mask) if isinstance(input_ids, Tensor) else list(input_ids)
-        if eos_token_ids is None:
-            eos_token_ids = _as_ids(self.model.generation_config.eos_token_id)
-        if suppress_tokens is None:
-            suppress_tokens = _as_ids(self.model.generation_config.suppress_tokens)
-        was_training = self.training
+        ids, mask, features = _apart(input_ids, attention_mask, inputs)
+        if isinstance(ids, list | tuple):
+            if mask is not None:
+                raise ValueError("attention_mask must be None where input_ids is a list, whose prompts have no padding")
+            prompts = list(ids)
+        else:
+            if check_integer("input_ids", ids).dim() != 2:
+                raise ValueError(
+                    f"input_ids must have shape (B, P) or be a list of tensors (P,), got shape {tuple(ids.shape)}"
+                )
+            prompts = _prompts(ids, mask)
+        of_model = self.model.generation_config
+        ends = _of_config(of_model.eos_token_id) if eos_token_ids is None else eos_token_ids
+        suppressed = _of_config(of_model.suppress_tokens) if suppress_tokens is None else suppress_tokens
+        is_stop = _holds(stop_strings, tokenizer)
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             return search_all(
-                TransformersStepper(self, packed=packed, inputs=inputs, suppress_tokens=tuple(suppress_tokens)),
+                TransformersStepper(
+                    self, packed=packed, inputs=features, suppress_tokens=as_ids("suppress_tokens", suppressed)
+                ),
                 prompts,
                 width=width,
                 chunk=chunk,
                 depth=depth,
                 max_new_tokens=max_new_tokens,
-                eos_token_ids=tuple(eos_token_ids),
+                eos_token_ids=ends,
                 on_commit=on_commit,
-                is_stop=_holds(stop_strings, tokenizer),
+                is_stop=is_stop,
                 with_end=with_end,
                 min_p=min_p,
                 max_branches=max_branches,
             )
         finally:
-            self.train(was_training)
+            # Each its own: a frozen model may be in evaluation mode within a module that is in training mode.
+            for module, was_training in modes:
+                module.training = was_training
 
     def custom_generate(
         self,
@@ -221,34 +252,44 @@ class RewardTransformer(nn.Module):
         width: int = 2,
         chunk: int = 10,
         depth: int = 2,
-        tokenizer: Any = None,
+        with_end: bool = False,
+        packed: bool = True,
+        max_branches: int = 256,
         **inputs: Any,
     ) -> Tensor:
         """For ``model.generate(..., custom_generate=self.custom_generate, width=2, chunk=10, depth=2)``.
 
-        From the generation config come the length, the end tokens, the suppressed ones, the stop strings and the
-        padding. Nothing is sampled, and logits processors are not asked. transformers hands no streamer over:
-        ``generate`` has one.
+        From the generation config come the length, the end tokens, the suppressed ones, ``min_p`` and the padding; what
+        else the model reads of its prompts, as the features of an audio model, is read here too. Nothing is sampled,
+        and logits processors are not asked. transformers hands neither a streamer nor a tokenizer over: for a streamer
+        and for stop strings there is ``generate``.
 
         Returns:
             (B, P + T) prompts and answers, padded on the right.
+
+        Raises:
+            ValueError: the model that calls has another decoder.
         """
-        if model is not self.model:
+        # Under PEFT and torch.compile it is the model within that calls.
+        if model.get_decoder() is not self._decoder[0]:
             raise ValueError("custom_generate must be called by the model that the channel runs beside")
         found = self.generate_all(
             input_ids,
-            inputs.get("attention_mask"),
+            inputs.pop("attention_mask", None),
+            inputs={name: value for name, value in inputs.items() if name not in _OF_GENERATE and value is not None},
             width=width,
             chunk=chunk,
             depth=depth,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
-            eos_token_ids=_as_ids(generation_config.eos_token_id),
-            suppress_tokens=_as_ids(generation_config.suppress_tokens),
-            stop_strings=generation_config.stop_strings or (),
-            tokenizer=tokenizer,
+            eos_token_ids=_of_config(generation_config.eos_token_id),
+            suppress_tokens=_of_config(generation_config.suppress_tokens),
+            with_end=with_end,
+            min_p=generation_config.min_p or 0.0,
+            packed=packed,
+            max_branches=max_branches,
         )
         answers = [torch.tensor(of_one.token_ids, device=input_ids.device) for of_one in found]
-        padding = _as_ids(generation_config.pad_token_id) or (0,)
+        padding = _of_config(generation_config.pad_token_id) or (0,)
         return torch.cat([input_ids, nn.utils.rnn.pad_sequence(answers, True, float(padding[0]))], dim=1)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -264,16 +305,16 @@ class RewardTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any = None, **kwargs: Any) -> "RewardTransformer":
-        """Read a channel; ``model`` is its base, loaded or by name (None: by the name in the folder, with ``kwargs``).
+        """Read a channel; ``model`` is its base, loaded or by name (None: by the name in the folder).
+
+        By name it is loaded with ``kwargs``, of the class that its config names, or else by ``AutoModelForCausalLM``.
 
         Raises:
             ValueError: the model is not of the kind and the sizes of the channel's base.
         """
         if model is None or isinstance(model, str):
-            from transformers import AutoModelForCausalLM
-
             base = json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))["base"]
-            model = AutoModelForCausalLM.from_pretrained(model or base["name"], **kwargs)
+            model = _load(model or base["name"], **kwargs)
         return cls(model, cls.read_channel(folder, model).to(next(model.parameters()).device))
 
     @staticmethod
@@ -326,25 +367,51 @@ class _Run:
                 self.rewards = self._channel.reward(hidden, self._state)
 
 
-def _as_ids(of_config: Any) -> tuple[int, ...]:
+def _load(name: str, **kwargs: Any) -> Any:
+    """A model by name; those that hear are no models for ``AutoModelForCausalLM``."""
+    import transformers
+
+    try:
+        names = transformers.PreTrainedConfig.get_config_dict(name, **kwargs)[0].get("architectures")
+    except OSError:  # a folder that holds an adapter has no config
+        names = None
+    kind = getattr(transformers, (names or [""])[0], transformers.AutoModelForCausalLM)
+    return kind.from_pretrained(name, **kwargs)
+
+
+def _of_config(ids: Any) -> tuple[int, ...]:
     """What a generation config says of an id: none, one, or several."""
-    if of_config is None:
-        return ()
-    return tuple(of_config) if isinstance(of_config, list) else (int(of_config),)
+    return () if ids is None else as_ids("ids of the generation config", ids)
 
 
-def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
-    """Every row (B, P) without its padding."""
-    if attention_mask is None:
-        return list(input_ids)
-    return [ids[mask] for ids, mask in zip(input_ids, attention_mask.view(input_ids.shape).bool(), strict=True)]
+def _apart(input_ids: Any, attention_mask: Any, inputs: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Ids and mask, which may come in ``inputs``, and what else is there."""
+    if not isinstance(inputs, Mapping | None):
+        raise TypeError(f"inputs must be what a processor gives, tensors by name, got {type(inputs).__name__}")
+    features = dict(inputs or {})
+    found = {"input_ids": input_ids, "attention_mask": attention_mask}
+    for name, value in found.items():
+        if name in features and value is not None:
+            raise ValueError(f"{name} must be given once, got it also in inputs")
+        found[name] = features.pop(name, value)
+    return found["input_ids"], found["attention_mask"], features
+
+
+def _prompts(input_ids: Tensor, attention_mask: Any) -> list[Tensor]:
+    """Every row of (B, P), or of (P,) the one, without its padding."""
+    mask = check_mask(attention_mask, "input_ids", input_ids.shape, input_ids.device, "attention_mask")
+    if mask is None:
+        return list(torch.atleast_2d(input_ids))
+    return [ids[seen] for ids, seen in zip(torch.atleast_2d(input_ids), torch.atleast_2d(mask), strict=True)]
 
 
 def _holds(stop_strings: str | Sequence[str], tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
     """Whether the text of a branch has come to hold one of the strings with its last token."""
-    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    strings: list[Any] = list(stop_strings) if isinstance(stop_strings, list | tuple) else [stop_strings]
     if not strings:
         return None
+    if not all(isinstance(string, str) and string for string in strings):
+        raise ValueError(f"stop_strings must be a string or a list of them, none of them empty, got {stop_strings!r}")
     if tokenizer is None:
         raise ValueError("tokenizer must be given with stop_strings, got None")
     # A token has a byte of text at least, but for a few that show as nothing. Where the tail begins amid a character
