@@ -36,7 +36,7 @@ class RewardTransformer(nn.Module):
         channel: of as many layers and numbers a token as the decoder; None: a new one, 256 wide.
 
     Raises:
-        TypeError: the channel is none.
+        TypeError: the channel is no ``RewardChannel``.
         ValueError: the model has no such decoder, or the channel is of another size.
     """
 
