@@ -210,6 +210,23 @@ def test_a_base_that_hears_is_loaded_by_its_name(tmp_path: Path) -> None:
             assert torch.equal(read(input_ids=IDS).rewards, wrapped(input_ids=IDS).rewards)
 
 
+def test_a_base_with_an_adapter_is_loaded_by_its_folder(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    wrapped = wrap("llama")
+    wrapped.save_pretrained(tmp_path / "channel")
+    wrapped.model.save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(base, lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    read = RewardTransformer.from_pretrained(
+        tmp_path / "channel", str(tmp_path / "adapter"), attn_implementation="eager"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(read(input_ids=IDS).logits, adapted(input_ids=IDS).logits)
+        assert not torch.equal(read(input_ids=IDS).logits, wrapped(input_ids=IDS).logits)
+
+
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="model must have a decoder with one list of its 3 layers, got BertModel"):
         sizes = {"vocab_size": 29, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -509,6 +526,8 @@ def test_suppressed_tokens_are_never_taken(packed: bool) -> None:
     }
     # Two tokens and two chunks.
     assert found.peak_branches == 4
+    with pytest.raises(ValueError, match="a finite best logit, got -inf at forward 1"):
+        wrapped.generate(IDS[0], suppress_tokens=range(vocabulary), **options)
 
 
 @pytest.mark.parametrize("packed", [True, False])
