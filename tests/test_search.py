@@ -319,6 +319,22 @@ def test_refuses_what_is_not_finite(forward: int, branch: int, number: float) ->
                 search(Broken(forward, branch, **broken), torch.tensor([1, 2]), min_p=min_p, **options)
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.5])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_one_logit_that_is_not_finite_is_the_best_one(number: float, min_p: float) -> None:
+    """At a fork its neighbours, which are finite, must not be taken in its place."""
+
+    class One(Table):
+        def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
+            logits, rewards = super()._all()
+            if len(self.calls) == 2:
+                logits[0, 3] = number
+            return logits, rewards
+
+    with pytest.raises(ValueError, match=f"a finite best logit, got {number} at forward 2"):
+        search(One(0, 6, 5, 3), torch.tensor([1, 2]), width=3, chunk=1, depth=1, max_new_tokens=4, min_p=min_p)
+
+
 def test_banned_ids_and_what_nothing_reads_may_be_infinite() -> None:
     class Banned(Table):
         def _all(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -328,8 +328,9 @@ def _grow(
     # Of one token, argmax: ties are broken as transformers' greedy decoding breaks them.
     indices = logits.argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
     values = logits.gather(-1, indices)
+    first = values[:, :1]
     # A best logit that is NaN or infinite leaves none; it travels with the tokens, so that the host waits once.
-    is_taken = ((values - values[:, :1]).float().exp() >= min_p) & (values > float("-inf"))
+    is_taken = ((values - first).float().exp() >= min_p) & (values > float("-inf")) & first.isfinite()
     best = [[token for token in tokens if token >= 0] for tokens in indices.where(is_taken, -1).tolist()]
     parents, branches = [], []
     for index, (branch, tokens) in enumerate(zip(running, best, strict=True)):
