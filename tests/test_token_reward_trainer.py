@@ -286,7 +286,7 @@ def test_a_batch_is_what_the_processor_gives_row_by_row(name: str, tiny: Any, tm
     process = run._reader._process
     run._reader._process = lambda *given: (read.append(1), process(*given))[1]
     batch = run._collate(rows)
-    assert len(read) == 3
+    assert len(read) == len(rows)
     mask = batch.pop("answer_mask")
     found = model(**batch).rewards
     for number, row in enumerate([*rows, *rows]):
@@ -320,6 +320,31 @@ def test_a_batch_is_what_the_processor_gives_row_by_row(name: str, tiny: Any, tm
             features["input_features"] = features["input_features"] * -2
             other = model(input_ids=ids, attention_mask=torch.ones_like(ids), **features).rewards[0]
             assert (other - alone).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "granite_speech", "voxtral", "qwen2_5_omni"])
+def test_messages_without_a_recording_among_the_rows(name: str, tiny: Any, tmp_path: Path) -> None:
+    """By the template of the processor, where the tokenizer has none, in every form of contents and answers."""
+    pair = tiny.MODELS[name]()
+    words = pair[1].tokenizer
+    heard = {"prompt": tiny.asked("ab"), "audio": tiny.wave(tiny.tone(1)), "chosen": "c", "rejected": "d"}
+    run = listening(tiny, tmp_path, [heard], pair)
+    batches = []
+    for content in ("ab", [{"type": "text", "text": "ab", "audio": None}]):
+        for form in (lambda text: text, lambda text: [{"role": "assistant", "content": text}]):
+            row = {"prompt": [{"role": "user", "content": content}], "chosen": form("c"), "rejected": form("d")}
+            batches.append(run._collate([row, heard]))
+    for batch in batches:
+        assert batch.keys() == batches[0].keys()
+        assert all(torch.equal(values, batches[0][part]) for part, values in batch.items())
+    ids = batches[0]["input_ids"][0][batches[0]["attention_mask"][0] == 1].tolist()
+    a, b, c = words.convert_tokens_to_ids(list("abc"))
+    at = next(i for i in range(len(ids)) if ids[i : i + 2] == [a, b])
+    assert ids[-2:] == [c, words.eos_token_id] and at < len(ids) - 3
+    assert words.convert_tokens_to_ids(run._reader.audio_token) not in ids
+    with torch.no_grad():
+        batch = {part: values for part, values in batches[0].items() if part != "answer_mask"}
+        assert run.model.eval()(**batch).rewards.isfinite().all()
 
 
 @pytest.mark.parametrize("with_adapter", [False, True])

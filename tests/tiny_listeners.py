@@ -198,7 +198,7 @@ class Tekken(PreTrainedTokenizerFast):
                 ids += [self.convert_tokens_to_ids("[AUDIO]")] * 375 * -(-len(samples) // (30 * RATE))
             else:
                 ids += self.encode(part["text"], add_special_tokens=False)
-        return {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "audio": audio}
+        return {"input_ids": [ids], "attention_mask": [[1] * len(ids)], **({"audio": audio} if audio else {})}
 
 
 def voxtral() -> tuple[Any, Any]:

@@ -136,7 +136,7 @@ class TokenRewardTrainer(Trainer):
         return {"input_ids": input_ids, "attention_mask": attention_mask, "answer_mask": answer_mask, **features}
 
     def _hear(self, row: dict[str, Any]) -> Heard | None:
-        """What the model reads of the prompt of a row with a recording; None: the row has text only."""
+        """What a model that hears reads of the prompt of a row; None: the model does not hear."""
         prompt, audio = row["prompt"], row.get("audio")
         if self._reader is None:
             if audio is not None:
@@ -146,7 +146,7 @@ class TokenRewardTrainer(Trainer):
                 )
             return None
         if audio is None and not self._reader.asks(prompt):
-            return None
+            return self._reader.read_text(prompt)
         return self._reader.read(prompt, audio)
 
     def _tokens(self, prompt: Any, answer: Any, heard: Heard | None) -> tuple[list[int], list[int]]:

@@ -76,6 +76,10 @@ class PromptReader:
             raise ValueError(f"{error}, with the prompt {_shorten(repr(prompt))}") from error
         return Heard(torch.as_tensor(inputs["input_ids"])[0].tolist(), features)
 
+    def read_text(self, prompt: Any) -> Heard:
+        """The same for a prompt without a recording, text or messages; it has no features."""
+        return Heard(torch.as_tensor(self._process(prompt, [])["input_ids"])[0].tolist(), {})
+
     def asks(self, prompt: Any) -> bool:
         """Whether a prompt has a place for a recording."""
         if isinstance(prompt, str):
@@ -100,6 +104,8 @@ class PromptReader:
             )
         bos = processor.tokenizer.bos_token
         begun = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
+        if not clips:
+            return processor.tokenizer([prompt], return_tensors="pt", **begun)
         return processor(
             text=[prompt], audio=clips, return_tensors="pt", audio_kwargs={"sampling_rate": self.rate}, **begun
         )
@@ -113,13 +119,14 @@ class PromptReader:
                 messages, tokenize=False, add_generation_prompt=True, **self._chat_template_kwargs
             )
 
-        parts = [{**message, "content": list(message["content"])} for message in messages]
+        has_audio = any(part["type"] == "audio" for message in messages for part in message["content"])
         try:
-            text = render(parts)
+            # Whether it takes parts is seen by what it makes of one that is audio.
+            text = render(_in_parts(messages if has_audio else _placed(messages, 1)))
+            if self.audio_token in text:
+                return text if has_audio else render(_in_parts(messages))
         except (TypeError, ValueError):
-            text = ""
-        if self.audio_token in text:
-            return text
+            pass
         # A template of strings, as Granite-Speech has it.
         return render(
             [
@@ -135,9 +142,10 @@ class PromptReader:
 
 
 def join_features(rows: Sequence[Heard]) -> dict[str, Tensor]:
-    """The features of a batch, in the order of its rows."""
-    names = rows[0].features if rows else ()
-    return {name: join([row.features[name] for row in rows]) for name in names}
+    """The features of a batch, in the order of its rows; those without a recording have none."""
+    hearing = [row for row in rows if row.features]
+    names = hearing[0].features if hearing else ()
+    return {name: join([row.features[name] for row in hearing]) for name in names}
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
