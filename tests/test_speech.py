@@ -465,3 +465,20 @@ def test_committed_tables_are_those_of_the_committed_results() -> None:
     # One digit in the last place: another platform may round the other way.
     expected, found = ([float(x) for x in number.findall(text)] for text in (printed, made))
     assert found == pytest.approx(expected, abs=0.0011)
+
+
+def test_the_table_of_the_second_round_is_that_of_its_comparisons() -> None:
+    """Every difference of README.md's second table, with what is bold; half a digit of the last place for rounding."""
+    study = EXAMPLES / "study"
+    found = json.loads((study / "results" / "comparisons.json").read_text())["second"]
+    section = (study / "README.md").read_text().split("## Second round")[1].split("\n\n![")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+    names = [f"{' '.join(map(str, task))} {{}} {outcome}" for task in analyse.TASKS for outcome in ("during", "reward")]
+    assert len(rows) == len(names)
+    for row, name in zip(rows, names, strict=True):
+        for cell, arms in zip(row[-4:], ("tempo", "tree_td", "tree_td_1", "tree_td less tempo"), strict=True):
+            comparison = found[name.format(arms)]
+            difference, half = map(float, cell.strip("*").split(" ± "))
+            assert difference == pytest.approx(comparison["difference"], abs=0.0005001), (name, arms)
+            assert half == pytest.approx(comparison["half"], abs=0.0005001), (name, arms)
+            assert cell.startswith("**") == (comparison["p"] < 0.05), (name, arms)
