@@ -479,6 +479,10 @@ def test_prompts_as_a_tokenizer_gives_them() -> None:
         ),
         ({"attention_mask": [1] * 8}, "attention_mask must be a torch.Tensor, got list"),
         ({"attention_mask": torch.zeros(8)}, r"prompt_ids must have shape \(P,\) with P at least 1, got shape \(0,\)"),
+        (
+            {"inputs": {"kinds": torch.zeros(8)}, "attention_mask": torch.tensor([0] + [1] * 7)},
+            "inputs must hold nothing by token, as kinds does, where attention_mask has padding",
+        ),
         ({"inputs": [1]}, "inputs must be what a processor gives, tensors by name, got list"),
         ({"eos_token_ids": "ab"}, "eos_token_ids must be an int or several of them, got 'ab'"),
         ({"suppress_tokens": "ab"}, "suppress_tokens must be an int or several of them, got 'ab'"),
@@ -489,6 +493,8 @@ def test_generate_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         wrapped.generate(**{"input_ids": IDS[0], "max_new_tokens": 3, **change})
     of_all = {name: values[None] if isinstance(values, torch.Tensor) else values for name, values in change.items()}
+    if isinstance(change.get("inputs"), dict):
+        of_all["inputs"] = {name: values[None] for name, values in change["inputs"].items()}
     if isinstance(change.get("input_ids"), list):
         message = "prompt_ids must be a torch.Tensor, got int"
     with pytest.raises((TypeError, ValueError), match=message.replace("(8,", "(1, 8").replace("(3,", "(1, 3")):

@@ -327,11 +327,15 @@ def can_be_measured(rewards: Tensor, num_rollouts: int) -> bool:
 
 def _cosine(first: Tensor, second: Tensor) -> Tensor:
     """(splits,) cosines of the rows of two matrices; 0 where one of them is 0: it agrees with nothing."""
-    # By the largest number of each row first, so that no square leaves the range of float64.
-    largest = [rows.abs().amax(1, keepdim=True) for rows in (first, second)]
-    first, second = (rows / size.where(size > 0, 1.0) for rows, size in zip((first, second), largest, strict=True))
-    sizes = first.square().sum(1).sqrt() * second.square().sum(1).sqrt()
-    return torch.where(sizes == 0, 0.0, (first * second).sum(1) / sizes)
+    cosines = []
+    # A row at a time: with gradients of a whole model there is no room for a second matrix.
+    for pair in zip(first, second, strict=True):
+        # By the largest number of each first, so that no square leaves the range of float64.
+        largest = [row.abs().amax() for row in pair]
+        one, other = (row / size.where(size > 0, 1.0) for row, size in zip(pair, largest, strict=True))
+        sizes = one.square().sum().sqrt() * other.square().sum().sqrt()
+        cosines.append(torch.where(sizes == 0, 0.0, (one * other).sum() / sizes))
+    return torch.stack(cosines)
 
 
 def _token_truth(prompt: _Prompt, members: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,7 @@ class RewardTransformer(nn.Module):
                 f"input_ids must have shape (P,) or (1, P), for several prompts there is generate_all, got shape "
                 f"{tuple(ids.shape)}"
             )
-        (prompt_ids,) = _prompts(ids, mask)
+        (prompt_ids,) = _prompts(ids, mask, features)
         if streamer is not None:
             streamer.put(prompt_ids.cpu())
         (found,) = self.generate_all(
@@ -213,7 +213,7 @@ class RewardTransformer(nn.Module):
                 raise ValueError(
                     f"input_ids must have shape (B, P) or be a list of tensors (P,), got shape {tuple(ids.shape)}"
                 )
-            prompts = _prompts(ids, mask)
+            prompts = _prompts(ids, mask, features)
         of_model = self.model.generation_config
         ends = _of_config(of_model.eos_token_id) if eos_token_ids is None else eos_token_ids
         suppressed = _of_config(of_model.suppress_tokens) if suppress_tokens is None else suppress_tokens
@@ -307,7 +307,7 @@ class RewardTransformer(nn.Module):
     def from_pretrained(cls, folder: str | Path, model: Any = None, **kwargs: Any) -> "RewardTransformer":
         """Read a channel; ``model`` is its base, loaded or by name (None: by the name in the folder).
 
-        By name it is loaded with ``kwargs``, of the class that its config names, or else by ``AutoModelForCausalLM``.
+        By name it is loaded with ``kwargs``, by ``AutoModelForCausalLM``, or else as the class that its config names.
 
         Raises:
             ValueError: the model is not of the kind and the sizes of the channel's base.
@@ -370,12 +370,15 @@ class _Run:
 def _load(name: str, **kwargs: Any) -> Any:
     """A model by name; those that hear are no models for ``AutoModelForCausalLM``."""
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    kind = transformers.AutoModelForCausalLM
     try:
-        names = transformers.PreTrainedConfig.get_config_dict(name, **kwargs)[0].get("architectures")
+        config, _ = transformers.PreTrainedConfig.get_config_dict(name, **kwargs)
     except OSError:  # a folder that holds an adapter has no config
-        names = None
-    kind = getattr(transformers, (names or [""])[0], transformers.AutoModelForCausalLM)
+        config = {}
+    if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        kind = getattr(transformers, (config.get("architectures") or [""])[0], kind)
     return kind.from_pretrained(name, **kwargs)
 
 
@@ -397,11 +400,14 @@ def _apart(input_ids: Any, attention_mask: Any, inputs: Any) -> tuple[Any, Any, 
     return found["input_ids"], found["attention_mask"], features
 
 
-def _prompts(input_ids: Tensor, attention_mask: Any) -> list[Tensor]:
+def _prompts(input_ids: Tensor, attention_mask: Any, features: Mapping[str, Any]) -> list[Tensor]:
     """Every row of (B, P), or of (P,) the one, without its padding."""
     mask = check_mask(attention_mask, "input_ids", input_ids.shape, input_ids.device, "attention_mask")
-    if mask is None:
+    if mask is None or mask.all():
         return list(torch.atleast_2d(input_ids))
+    for name, values in features.items():
+        if getattr(values, "shape", None) == input_ids.shape:
+            raise ValueError(f"inputs must hold nothing by token, as {name} does, where attention_mask has padding")
     return [ids[seen] for ids, seen in zip(torch.atleast_2d(input_ids), torch.atleast_2d(mask), strict=True)]
 
 
