@@ -89,9 +89,14 @@ class Pairs:
 def draw_pairs(model: Any, prompts: Sequence[str], num_rollouts: int = 8) -> Pairs:
     """Sample answers, and pair every right one with every wrong one to the same prompt."""
     rollouts = sample(model, prompts, num_rollouts)
-    is_right = rollouts.rewards.view(-1, num_rollouts) == 1
-    prompt, chosen, rejected = (is_right[:, :, None] & ~is_right[:, None]).nonzero(as_tuple=True)
-    return Pairs(rollouts, prompt * num_rollouts + chosen, prompt * num_rollouts + rejected)
+    return Pairs(rollouts, *preferred(rollouts.rewards.view(-1, num_rollouts)))
+
+
+def preferred(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rewards (prompts, answers), which rows are preferred to which: those of one prompt with a higher reward."""
+    prompt, better, worse = (rewards[:, :, None] > rewards[:, None]).nonzero(as_tuple=True)
+    first = prompt * rewards.shape[1]
+    return first + better, first + worse
 
 
 def learn(
@@ -147,11 +152,15 @@ def best_of(wrapped: RewardTransformer, prompts: Sequence[str], heard: Heard = N
     rollouts = sample(wrapped.model, prompts, count)
     with torch.no_grad():
         rewards = wrapped(input_ids=rollouts.sequences).rewards[:, -rollouts.token_ids.shape[1] :]
-    lengths = rollouts.response_mask.sum(1)
-    means = torch.where(rollouts.response_mask, rewards, 0.0).sum(1) / lengths
-    best = means.view(-1, count).argmax(1).tolist()
-    texts = [rollouts.texts[prompt * count + row] for prompt, row in enumerate(best)]
-    return Answers(texts, lengths.view(-1, count).sum(1).tolist())
+    return pick_best(rollouts.texts, rewards, rollouts.response_mask, count, count)
+
+
+def pick_best(texts: Sequence[str], rewards: Tensor, mask: Tensor, drawn: int, count: int) -> Answers:
+    """Of the first ``count`` of ``drawn`` samples of each prompt the one whose tokens have the highest mean reward."""
+    lengths = mask.sum(1)
+    means = (torch.where(mask, rewards, 0.0).sum(1) / lengths).view(-1, drawn)[:, :count]
+    picked = [texts[prompt * drawn + row] for prompt, row in enumerate(means.argmax(1).tolist())]
+    return Answers(picked, lengths.view(-1, drawn)[:, :count].sum(1).tolist())
 
 
 @torch.no_grad()
@@ -171,14 +180,19 @@ PAPER: list[Settings] = [(2, 10, 2, 0.0), (2, 4, 2, 0.0), (2, 1, 3, 0.0)]
 SURE: list[Settings] = [(2, 4, 2, 0.25), (2, 2, 3, 0.25), (2, 1, 1, 0.25), (2, 1, 3, 0.25), (3, 1, 3, 0.25)]
 
 
+def name_of(settings: Settings) -> str:
+    width, chunk, depth, min_p = settings
+    return f"look ahead {width}, {chunk}, {depth}" + (f", min_p {min_p}" if min_p else "")
+
+
 def systems(settings: Sequence[Settings], counts: Sequence[int]) -> dict[str, System]:
     """Every way to answer, by name."""
     found: dict[str, System] = {"greedy": partial(look_ahead, width=1, chunk=1, depth=0)}
     found |= {f"best of {count}": partial(best_of, count=count) for count in counts}
     found |= {f"{count} beams": partial(beams, count=count) for count in counts}
-    for width, chunk, depth, min_p in settings:
-        name = f"look ahead {width}, {chunk}, {depth}" + (f", min_p {min_p}" if min_p else "")
-        found[name] = partial(look_ahead, width=width, chunk=chunk, depth=depth, min_p=min_p)
+    for of_one in settings:
+        width, chunk, depth, min_p = of_one
+        found[name_of(of_one)] = partial(look_ahead, width=width, chunk=chunk, depth=depth, min_p=min_p)
     return found
 
 

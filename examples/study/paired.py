@@ -32,6 +32,13 @@ def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     return {"difference": float(mean), "half": float(half), "p": float(reached.mean()), "seeds": count}
 
 
+def less(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """The mean difference seed by seed with its 95% t interval, in words."""
+    found = compare(ours, theirs)
+    middle, half = found["difference"], found["half"]
+    return f"{middle:+.3f} [{middle - half:+.3f}, {middle + half:+.3f}]"
+
+
 def holm(p_values: list[float]) -> list[float]:
     """Correct p values for their number (Holm 1979)."""
     order = np.argsort(p_values)

@@ -21,18 +21,19 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
+import paired  # noqa: E402
 from lookahead import (  # noqa: E402
     Settings,
     draw,
     draw_pairs,
     look_ahead,
     measure,
+    name_of,
     slipping_answer,
     systems,
     train_channel,
     win_rate,
 )
-from paired import cheapest, compare  # noqa: E402
 from running_sums import build_model, draw_prompt, sample, seed_everything, token_logprobs, warm_up  # noqa: E402
 
 from leafkernels import ESTIMATORS, gradient_agreement, span_advantages, surprisal_entropy, tree_td  # noqa: E402
@@ -59,10 +60,6 @@ SETTINGS: list[Settings] = [
 PEERS = (3, 6, 12, 16)
 LOSSES = ("sequence_bt", "token_bt", "token_bce", "sequence_bce")
 FILE = "seeds.jsonl"
-
-
-def name_of(settings: Settings) -> str:
-    return next(name for name in systems([settings], ()) if name != "greedy")
 
 
 def run_seed(seed: int, warmup_steps: int, num_problems: int, num_prompts: int) -> dict[str, Any]:
@@ -142,15 +139,13 @@ def report(folder: Path) -> None:
         return sum(values) / len(values)
 
     def less(values: list[float], base: list[float]) -> str:
-        found = compare(np.array(values), np.array(base))
-        middle, half = found["difference"], found["half"]
-        return f"{middle:+.3f} [{middle - half:+.3f}, {middle + half:+.3f}]"
+        return paired.less(np.array(values), np.array(base))
 
     tokens = {name: mean(over_seeds("tokens", name)) for name in of_main[0]}
 
     def less_peer(name: str, belongs: Callable[[str], bool]) -> str:
         """Less the cheapest of the others that runs at least as many tokens."""
-        peer = cheapest(tokens[name], {other: cost for other, cost in tokens.items() if belongs(other)})
+        peer = paired.cheapest(tokens[name], {other: cost for other, cost in tokens.items() if belongs(other)})
         if peer is None or not name.startswith(("look", "with end")):
             return ""
         return f"{less(over_seeds('accuracy', name), over_seeds('accuracy', peer))} ({peer})"
@@ -185,7 +180,7 @@ def report(folder: Path) -> None:
     ]
     for base in ("greedy", "best of 2"):
         pair = over_seeds("accuracy", name_of(MAIN)), over_seeds("accuracy", base)
-        p = compare(*map(np.array, pair))["p"]
+        p = paired.compare(*map(np.array, pair))["p"]
         text.append(f"Primary, {name_of(MAIN)} less {base}: {less(*pair)}, sign-flip p = {p:.4f}.")
     text += ["", "| gradient agreement | mean | less LEAF by surprisal |", "|---|---|---|"]
     by_surprisal = [line["agreement"]["leaf by surprisal"] for line in lines]

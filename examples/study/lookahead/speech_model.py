@@ -23,8 +23,8 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from lookahead import Answers, learn, plot, win_rate  # noqa: E402
-from paired import cheapest, compare, holm  # noqa: E402
+from lookahead import Answers, Settings, learn, name_of, pick_best, plot, preferred, win_rate  # noqa: E402
+from paired import cheapest, compare, holm, less  # noqa: E402
 from run import Run, warm_speaker  # noqa: E402
 from speech.data import SpokenSums, read_fsdd  # noqa: E402
 from speech.model import Answers as Sampled  # noqa: E402
@@ -41,18 +41,12 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 BEAMS = (2, 3, 4, 6, 8, 12, 16)
 VOICES = ("voices of training", "unheard voice")
 RESULTS = HERE / "results" / "speech.jsonl"
-Settings = tuple[int, int, int, float]
 
 
 def settings_of(min_p: float) -> list[Settings]:
     """The paper's forks, those where the model is in doubt, and the main one first."""
     in_doubt = [(2, 1, 3), (2, 1, 0), (2, 1, 1), (2, 1, 6), (3, 1, 3), (2, 4, 2), (2, 10, 2)]
     return [*((*of_one, min_p) for of_one in in_doubt), (2, 10, 2, 0.0), (2, 4, 2, 0.0), (2, 1, 3, 0.0)]
-
-
-def name_of(settings: Settings) -> str:
-    width, chunk, depth, min_p = settings
-    return f"look ahead {width}, {chunk}, {depth}" + (f", min_p {min_p}" if min_p else "")
 
 
 class Listener:
@@ -141,15 +135,6 @@ class Listener:
         return Answers(texts, tokens)
 
 
-def best_of(samples: Sampled, rewards: Tensor, most: int, count: int) -> Answers:
-    """Of the first ``count`` of ``most`` samples of each utterance the one whose tokens have the best mean reward."""
-    lengths = samples.mask.sum(1)
-    means = (torch.where(samples.mask, rewards, 0.0).sum(1) / lengths).view(-1, most)[:, :count]
-    best = means.argmax(1).tolist()
-    texts = [samples.texts[utterance * most + row] for utterance, row in enumerate(best)]
-    return Answers(texts, lengths.view(-1, most)[:, :count].sum(1).tolist())
-
-
 def judge(source: SpokenSums, pool: Pool, answers: Answers) -> dict[str, Any]:
     """What the task rewards; the right prefix of the answer tells apart two answers with a wrong last number."""
     scores = [source.scores(*of_one) for of_one in zip(pool.utterances, answers.texts, strict=True)]
@@ -173,8 +158,7 @@ def run_one(
     rewards = torch.tensor(
         [source.scores(pool.utterances[row // 8], text)[reward] for row, text in enumerate(samples.texts)]
     ).view(-1, 8)
-    utterance, better, worse = (rewards[:, :, None] > rewards[:, None]).nonzero(as_tuple=True)
-    pairs = utterance * 8 + better, utterance * 8 + worse
+    pairs = preferred(rewards)
     models = {}
     for kind in LOSSES:
         torch.manual_seed(seed)
@@ -200,7 +184,7 @@ def run_one(
         for kind, model in models.items():
             with torch.no_grad():
                 of_tokens = model.channel(states)
-            best = partial(best_of, drawn, of_tokens, max(COUNTS))
+            best = partial(pick_best, drawn.texts, of_tokens, drawn.mask, max(COUNTS))
             if kind == "sequence_bt":
                 answers |= {"a sample" if count == 1 else f"best of {count}": best(count) for count in COUNTS}
                 answers |= {name_of(settings): ahead(model, settings) for settings in (main, *others)}
@@ -241,9 +225,7 @@ class Found:
         return float(self.values(name, "tokens").mean())
 
     def less(self, name: str, base: str) -> str:
-        found = compare(self.values(name), self.values(base))
-        middle, half = found["difference"], found["half"]
-        return f"{middle:+.3f} [{middle - half:+.3f}, {middle + half:+.3f}]"
+        return less(self.values(name), self.values(base))
 
     def peer(self, name: str, kind: str) -> str | None:
         """The cheapest best-of-n, or beam search, that runs at least as many tokens."""
