@@ -34,6 +34,7 @@ SLOW_FILES = (
     "test_bench",
     "test_command",
     "test_distributed",
+    "test_engines",
     "test_examples",
     "test_html",
     "test_launches",
@@ -127,6 +128,16 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the folder of reference data, {folder} (or $LEAFKERNELS_SHARED), which is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Any]:
+    """Two processes on which trainers run under DDP, FSDP2 and ZeRO; they start with the first case."""
+    from engines import Engines
+
+    pairs = Engines()
+    yield pairs
+    pairs.close()
 
 
 @pytest.fixture
