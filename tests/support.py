@@ -1,6 +1,8 @@
 """What tests repeat: estimators and their reference, how many cases are generated, Python in a process of its own."""
 
+import gzip
 import inspect
+import json
 import os
 import socket
 import subprocess
@@ -94,6 +96,20 @@ def run_python(
     )
     assert run.returncode == 0 or not check, run.stdout[-4000:] + run.stderr[-4000:]
     return run
+
+
+def results_of(study: Path, part: str) -> list[Any]:
+    """What a study of examples/study found in one of its parts."""
+    with gzip.open(study / "results" / "runs.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    return [line["result"] for line in lines if line["part"] == part]
+
+
+def cells_of(text: str) -> list[list[str]]:
+    """The cells of all rows of all tables of a page, without the lines below their heads."""
+    rows = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    return [row for row in rows if set("".join(row)) != {"-"}]
 
 
 def run_ranks(script: str, folder: Path, *more: str) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pages import ROOT
 from rollouts import DEVICE
-from support import examples
+from support import examples, results_of
 
 import leafkernels
 from leafkernels import ESTIMATORS, GradientAgreement, gradient_agreement
@@ -482,7 +482,7 @@ Row = dict[str, Any]
 
 
 def results(name: str) -> list[Row]:
-    return json.loads((STUDY / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return results_of(STUDY, name)
 
 
 def in_words(path: Path) -> str:

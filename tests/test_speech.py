@@ -5,13 +5,13 @@ import itertools
 import json
 import math
 import random
-import re
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from support import cells_of
 
 import leafkernels
 
@@ -456,29 +456,30 @@ def test_the_mean_of_rloos_gradients_is_the_exact_one() -> None:
     assert (found["one"][0] + 0.1 < found["eight"][0]).all() and (found["eight"][0] < 0.99).all()
 
 
-def test_committed_tables_are_those_of_the_committed_results() -> None:
-    """Every number of results/tables.md follows from the runs beside it, to the last digit printed."""
-    printed = (EXAMPLES / "study" / "results" / "tables.md").read_text()
-    made = analyse.tables()[0]
-    number = re.compile(r"[-+]?\d+(?:\.\d+)?")
-    assert number.sub("", printed) == number.sub("", made)
-    # One digit in the last place: another platform may round the other way.
-    expected, found = ([float(x) for x in number.findall(text)] for text in (printed, made))
-    assert found == pytest.approx(expected, abs=0.0011)
-
-
-def test_the_table_of_the_second_round_is_that_of_its_comparisons() -> None:
-    """Every difference of README.md's second table, with what is bold; half a digit of the last place for rounding."""
-    study = EXAMPLES / "study"
-    found = json.loads((study / "results" / "comparisons.json").read_text())["second"]
-    section = (study / "README.md").read_text().split("## Second round")[1].split("\n\n![")[0]
-    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
-    names = [f"{' '.join(map(str, task))} {{}} {outcome}" for task in analyse.TASKS for outcome in ("during", "reward")]
-    assert len(rows) == len(names)
-    for row, name in zip(rows, names, strict=True):
-        for cell, arms in zip(row[-4:], ("tempo", "tree_td", "tree_td_1", "tree_td less tempo"), strict=True):
-            comparison = found[name.format(arms)]
+@pytest.mark.parametrize(
+    ("name", "section", "arms"),
+    [
+        ("first", "## Speech", ("dr_grpo", "tempo", "leaf_b2", "leaf_b4")),
+        ("second", "## Second round", ("tempo", "tree_td", "tree_td_1", "tree_td less tempo")),
+    ],
+)
+def test_the_tables_of_the_study_are_those_of_its_runs(name: str, section: str, arms: tuple[str, ...]) -> None:
+    """Every difference of README.md, with what is bold; half a digit of the last place for rounding."""
+    found = analyse.Speech(name).tables()[1]
+    page = (EXAMPLES / "study" / "README.md").read_text().split(f"{section}\n" if name == "first" else section)[1]
+    rows = cells_of(page.split("\n\n![")[0])[1:]
+    keys = [f"{' '.join(map(str, task))} {{}} {outcome}" for task in analyse.TASKS for outcome in ("during", "reward")]
+    assert len(rows) == len(keys)
+    for row, key in zip(rows, keys, strict=True):
+        for cell, arm in zip(row[-4:], arms, strict=True):
+            comparison = found[key.format(arm)]
             difference, half = map(float, cell.strip("*").split(" ± "))
-            assert difference == pytest.approx(comparison["difference"], abs=0.0005001), (name, arms)
-            assert half == pytest.approx(comparison["half"], abs=0.0005001), (name, arms)
-            assert cell.startswith("**") == (comparison["p"] < 0.05), (name, arms)
+            assert difference == pytest.approx(comparison["difference"], abs=0.0005001), (key, arm)
+            assert half == pytest.approx(comparison["half"], abs=0.0005001), (key, arm)
+            assert cell.startswith("**") == (comparison["p"] < 0.05), (key, arm)
+
+
+def test_the_study_of_the_tabular_policy_has_tables() -> None:
+    """Settings of the page, from the runs; the picture is made from the same."""
+    rows = {row[1]: row for row in cells_of(analyse.Tabular().tables()) if row[0] == analyse.REWARDS["prefix"]}
+    assert rows["sharpness 3"][3] == "+0.054 ± 0.020" and rows["temperature 0.5"][3] == "+0.027 ± 0.018"

@@ -1,4 +1,4 @@
-"""Tables and figures of the study, from results/speech/*.json and results/tabular.json; run.py calls it at the end."""
+"""Tables and figures of the study, from results/runs.jsonl.gz; run.py calls it at the end."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from paired import compare, holm, interval, table
 from rounds import ROUNDS, TASKS, Task
+from runs import Runs
 from tabular import BASES, VARIANTS
 
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 OUTCOMES = {
     "during": "greedy, mean of steps 10 to 80",
     "end": "greedy, after step 80",
@@ -38,9 +40,8 @@ class Speech:
     def __init__(self, name: str) -> None:
         self.round = ROUNDS[name]
         self.arms = self.round.arms
-        runs = [json.loads(path.read_text()) for path in sorted((RESULTS / "speech").glob("*.json"))]
         by_seed: dict[tuple[Task, int], dict[str, Any]] = defaultdict(dict)
-        for run in runs:
+        for run in Runs(HERE).of("speech"):
             what = run["run"]
             by_seed[(what["digits"], what["reward"], what["slip"]), what["seed"]][what["arm"]] = run
         # A seed counts where all arms of it have run, so that every comparison is paired.
@@ -212,7 +213,7 @@ class Speech:
 
 class Tabular:
     def __init__(self) -> None:
-        self.rows = json.loads((RESULTS / "tabular.json").read_text())
+        self.rows = Runs(HERE).of("tabular")
         self.settings = {json.dumps(row["setting"], sort_keys=True): row["setting"] for row in self.rows}
         self.values = {
             (json.dumps(row["setting"], sort_keys=True), row["method"]): np.array(row["mean"]) for row in self.rows
@@ -310,16 +311,14 @@ class Tabular:
 
 
 def tables() -> tuple[str, dict[str, Any]]:
-    """All of tables.md, and every comparison."""
+    """All of tables.md, and every comparison by round."""
     first, second = (Speech(name).tables() for name in ROUNDS)
     text = f"# Speech\n\n{first[0]}\n# Speech, second round\n\n{second[0]}\n# Table\n\n{Tabular().tables()}"
     return text, {"first": first[1], "second": second[1]}
 
 
 def main() -> None:
-    text, summary = tables()
-    (RESULTS / "tables.md").write_text(text, encoding="utf-8")
-    (RESULTS / "comparisons.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "tables.md").write_text(tables()[0], encoding="utf-8")
     first, second = map(Speech, ROUNDS)
     first.draw_curves(RESULTS / "curves.png")
     first.draw_differences(RESULTS / "differences.png")

@@ -3,14 +3,12 @@
     python examples/study/run.py --data PATH/fsdd.tar.gz --work runs/study
 
 ``--work`` takes warm starts and checkpoints (some megabytes, needed only to go on); results and figures go to
-``results`` beside this file. ``--part 0/2`` and ``--part 1/2`` split the seeds between two processes.
+``results`` beside this file (``runs.py``). ``--part 0/2`` and ``--part 1/2`` split the seeds between two processes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -26,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from rounds import ROUNDS, TASKS  # noqa: E402
+from runs import Runs  # noqa: E402
 from speech.data import SpokenSums, read_fsdd  # noqa: E402
 from speech.model import Speaker, build_small  # noqa: E402
 from speech.training import PolicyRun, Settings, save, warm_start  # noqa: E402
@@ -35,7 +34,7 @@ VOICES = ("george", "jackson", "nicolas", "theo")
 LONGEST = max(digits for digits, _, _ in TASKS)
 COMMON = {"steps": 80, "prompts": 16, "rollouts": 8, "learning_rate": 1e-3, "pool": 600, "eval_every": 10}
 WARM = Settings(warm_steps=2400, warm_pool=6000)
-RESULTS = HERE / "results"
+RUNS = Runs(HERE)
 
 
 @dataclass(frozen=True)
@@ -52,23 +51,12 @@ class Run:
         return VOICES[self.seed % len(VOICES)]
 
     @property
-    def path(self) -> Path:
-        return RESULTS / "speech" / f"{self.name}.json"
-
-    @property
     def name(self) -> str:
         return f"{self.digits}-{self.reward}-{self.slip}-{self.arm}-{self.seed}"
 
 
 def all_runs() -> list[Run]:
     return [Run(seed, *task, arm) for of in ROUNDS.values() for seed in of.seeds for task in TASKS for arm in of.arms]
-
-
-def write(content: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def warm_speaker(run: Run, clips: Any, work: Path, bar: Progress) -> Speaker:
@@ -121,7 +109,7 @@ def run_one(run: Run, clips: Any, work: Path, bar: Progress) -> None:
     out.mkdir(parents=True, exist_ok=True)
     policy = PolicyRun(source, speaker, settings, out)
     policy.run(lambda step, note: None)
-    write({"run": asdict(run), "voice": run.voice, **summary(policy.history)}, run.path)
+    RUNS.add("speech", {"run": asdict(run), "voice": run.voice, **summary(policy.history)})
     shutil.rmtree(out)
 
 
@@ -137,11 +125,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     clips = read_fsdd(args.data)
     runs = [run for run in all_runs() if VOICES.index(run.voice) % parts == part]
+    done = [Run(**found["run"]) for found in RUNS.of("speech")]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console()) as bar:
         task = bar.add_task("runs", total=len(runs), note="")
         for run in runs:
-            if not run.path.exists():
+            if run not in done:
                 run_one(run, clips, args.work, bar)
             bar.update(task, advance=1)
     if parts == 1:

@@ -1,6 +1,6 @@
 """When does credit by spans help? A policy that is a table, so that a run of 128 seeds takes about a second.
 
-    python examples/study/tabular.py            # all settings, into results/tabular.json; finished ones are kept
+    python examples/study/tabular.py            # all settings, into results/runs.jsonl.gz; finished ones are kept
 
 An answer is a row of decisions, each drawn from its own softmax over a few options; one option of each is right. All
 seeds of a setting are trained at once, each as a prompt of its own in one call of the estimator. What is measured is
@@ -10,7 +10,6 @@ the policy's exact expected reward, averaged over the training steps.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
+from runs import Runs
 from torch import Tensor
 
 import leafkernels
@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "leaf, leave one out": {"leave_one_out": True},
     "leaf, leave one out, no z-score": {"leave_one_out": True, "normalize": "reward_std"},
 }
-RESULTS = Path(__file__).parent / "results" / "tabular.json"
+RUNS = Runs(Path(__file__).resolve().parent)
 
 
 @dataclass(frozen=True)
@@ -179,24 +179,14 @@ def train(setting: Setting, method: str | Callable[..., Tensor], first_seed: int
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    done = {(json.dumps(row["setting"], sort_keys=True), row["method"]) for row in rows}
+    done = {(json.dumps(row["setting"], sort_keys=True), row["method"]) for row in RUNS.of("tabular")}
     for setting in track(settings(), description="tabular"):
         for method in methods(setting):
             if (json.dumps(asdict(setting), sort_keys=True), method) in done:
                 continue
             curve = train(setting, method)
-            rows.append(
-                {
-                    "setting": asdict(setting),
-                    "method": method,
-                    "mean": [round(float(x), 4) for x in curve[:, :-1].mean(1)],
-                }
-            )
-        RESULTS.parent.mkdir(exist_ok=True)
-        partial = RESULTS.with_name(RESULTS.name + ".partial")
-        partial.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-        os.replace(partial, RESULTS)
+            mean = [round(float(x), 4) for x in curve[:, :-1].mean(1)]
+            RUNS.add("tabular", {"setting": asdict(setting), "method": method, "mean": mean})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ STEPS = (0, 25, 50, 100, 150)  # of GRPO's training, whose policies all schemes 
 GROUP = 8  # batches that one call draws, and that "eight" sums
 BATCHES = 64
 MEASURES = {"one": "one batch", "eight": "eight batches", "bias": "bias", "decision": "decision by decision"}
-TRAINED = ("tempo", "leaf", "tree_td 0, 0.5", "tree_td 1, 0.3", "tree_td 4, 0.2")  # those of results/sweep.json
+TRAINED = ("tempo", "leaf", "tree_td 0, 0.5", "tree_td 1, 0.3", "tree_td 4, 0.2")  # those of the part "sweep"
 Scheme = str | Callable[..., Tensor]
 Row = dict[str, Any]
 

@@ -18,7 +18,6 @@ import argparse
 import gzip
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,8 +37,10 @@ from leafkernels.credit import agreement
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import tabular
+from runs import Runs
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
+RUNS = Runs(RESULTS.parent)
 CONTEXTS = (2, 4, 8)
 Prompt = dict[str, Tensor]
 
@@ -94,13 +95,6 @@ def measure(
     )
 
 
-def save(name: str, rows: list[dict[str, Any]]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    partial_file = RESULTS / f"{name}.json.partial"
-    partial_file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    os.replace(partial_file, RESULTS / f"{name}.json")
-
-
 def rounded(found: leafkernels.GradientAgreement, name: str, to: str) -> list[float]:
     """Mean, low and high of the difference."""
     return [round(x, 4) for x in found.difference(name, to)]
@@ -120,7 +114,7 @@ def table(path: Path) -> None:
                 row |= {"agreement": round(means[name], 4), "to_dr_grpo": rounded(found, name, "dr_grpo")}
                 row |= {"token_accuracy": round(accuracy[name], 3), "differing": round(differing[name], 3)}
                 rows.append(row)
-            save("table", rows)
+            RUNS.replace("table", rows)
 
 
 def first_rule(path: Path) -> None:
@@ -144,7 +138,7 @@ def first_rule(path: Path) -> None:
             for name in list(schemes)[1:]:
                 row = {"seed": seed, "context": context, "problems": found.num_measured, "scheme": name}
                 rows.append(row | {"to_dr_grpo": rounded(found, name, "dr_grpo")})
-            save("first", rows)
+            RUNS.replace("first", rows)
 
 
 def search(path: Path, name: str, sets: list[tuple[bool, dict[str, Callable[..., Tensor]]]]) -> None:
@@ -170,7 +164,7 @@ def search(path: Path, name: str, sets: list[tuple[bool, dict[str, Callable[...,
                     for half, one in zip(("even", "odd"), halves, strict=True)
                 }
                 rows.append(row)
-            save(name, rows)
+            RUNS.replace(name, rows)
 
 
 def tabular_settings() -> list[tabular.Setting]:
@@ -203,21 +197,20 @@ def train_all(name: str, settings: list[tabular.Setting], schemes: dict[str, Cal
             half = 1.998 * float(gain.std()) / len(gain) ** 0.5
             row = {"setting": asdict(setting), "scheme": scheme, "grpo": round(float(grpo.mean()), 4)}
             rows.append(row | {"gain": round(float(gain.mean()), 4), "interval": round(half, 4)})
-        save(name, rows)
+        RUNS.replace(name, rows)
 
 
 def hold_against_exact(schemes: dict[str, Callable[..., Tensor]]) -> None:
-    """results/exact.json, of which finished settings are kept, and the tables of it."""
+    """The part "exact", of which finished settings are kept, and its tables."""
     import exact
 
-    path = RESULTS / "exact.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = RUNS.of("exact")
     done = [row["setting"] for row in rows]
     settings = [replace(setting, seeds=64) for setting in sweep_settings()]
     for setting in track([s for s in settings if asdict(s) not in done], "exact", console=Console(stderr=True)):
         rows.append(exact.measure(setting, {"grpo": "grpo", "dr_grpo": "dr_grpo", **schemes}))
-        save("exact", rows)
-    print(exact.report(rows, json.loads((RESULTS / "sweep.json").read_text())))
+        RUNS.add("exact", rows[-1])
+    print(exact.report(rows, RUNS.of("sweep")))
 
 
 def weights(*pairs: tuple[float, float]) -> dict[str, Callable[..., Tensor]]:
@@ -237,8 +230,8 @@ def draw() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    table = [row for row in json.loads((RESULTS / "table.json").read_text()) if row["context"] == 4]
-    gains = json.loads((RESULTS / "tabular.json").read_text())
+    table = [row for row in RUNS.of("table") if row["context"] == 4]
+    gains = RUNS.of("tabular")
     named = {"tree_td 0, 0.5": "tree_td"}
     figure, (by_size, by_gain) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     by_size.axhline(0.0, color="grey", linewidth=0.8)
@@ -276,9 +269,7 @@ def main() -> None:
     if arguments.part == "picture":
         import exact
 
-        exact.draw(
-            *(json.loads((RESULTS / f"{name}.json").read_text()) for name in ("exact", "sweep")), RESULTS / "exact.png"
-        )
+        exact.draw(RUNS.of("exact"), RUNS.of("sweep"), RESULTS / "exact.png")
         return draw()
     if arguments.part not in ("tabular", "sweep", "exact") and arguments.rollouts is None:
         parser.error("name a file of rollouts")

@@ -2,14 +2,12 @@
 
     python examples/study/agreement/speech_model.py --data PATH/fsdd.tar.gz --work runs/agreement
 
-writes results/speech.json, a task at a time; a task that is there is kept. ``--report`` prints the tables.
+adds to results/runs.jsonl.gz, a task at a time; a task that is there is kept. ``--report`` prints the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,14 +22,16 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from rounds import ROUNDS, TASKS, Task  # noqa: E402
+from run import RUNS as STUDY  # noqa: E402
 from run import Run, warm_speaker  # noqa: E402
+from runs import Runs  # noqa: E402
 from speech.data import SpokenSums, read_fsdd  # noqa: E402
 from speech.model import Answers, Prompts  # noqa: E402
 from speech.training import add_adapter, draw_pool  # noqa: E402
 
 import leafkernels  # noqa: E402
 
-RESULTS = HERE / "results" / "speech.json"
+RUNS = Runs(HERE)
 VOICE_SEED = 3  # theo, of the study's voices
 ROLLOUTS = 100
 SCHEMES = {
@@ -101,10 +101,11 @@ def measure(task: Task, clips: Any, work: Path, bar: Progress, num_prompts: int,
 def trained(name: str) -> dict[tuple[str, str], float]:
     """Mean sampled reward less GRPO's in a round of the study, by task and scheme."""
     of, gains = ROUNDS[name], {}
+    found = {Run(**run["run"]): run for run in STUDY.of("speech")}
     for task in TASKS:
         rewards = {}
         for arm in of.arms:
-            runs = [json.loads(Run(seed, *task, arm).path.read_text()) for seed in of.seeds]
+            runs = [found[Run(seed, *task, arm)] for seed in of.seeds]
             rewards[arm] = sum(sum(run["steps"]["reward"]) / len(run["steps"]["reward"]) for run in runs) / len(runs)
         for arm, (method, *_) in of.arms.items():
             scheme = arm if arm in SCHEMES else method
@@ -114,7 +115,7 @@ def trained(name: str) -> dict[tuple[str, str], float]:
 
 
 def report() -> None:
-    tasks = json.loads(RESULTS.read_text())
+    tasks = RUNS.of("speech")
     for whose in ("adapter", "context 4"):
         names = (f"{task['task'][0]} {task['task'][1]} {task['task'][2]}" for task in tasks)
         print(f"\n| {whose} | " + " | ".join(names) + " |\n|---|" + "---|" * len(tasks))
@@ -147,13 +148,9 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.work.mkdir(parents=True, exist_ok=True)
     clips = read_fsdd(arguments.data)
-    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     with Progress() as bar:
-        for task in list(TASKS)[len(done) :]:
-            done.append(measure(task, clips, arguments.work, bar, arguments.prompts, arguments.splits))
-            partial_file = RESULTS.with_name(RESULTS.name + ".partial")
-            partial_file.write_text("[\n" + ",\n".join(map(json.dumps, done)) + "\n]\n", encoding="utf-8")
-            os.replace(partial_file, RESULTS)
+        for task in list(TASKS)[len(RUNS.of("speech")) :]:
+            RUNS.add("speech", measure(task, clips, arguments.work, bar, arguments.prompts, arguments.splits))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Tables and figures of the study, from results/runs/*.json; run.py calls it at the end."""
+"""Tables and figures of the study, from results/runs.jsonl.gz; run.py calls it at the end."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,8 +17,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
 from paired import compare, holm, interval, table  # noqa: E402
+from runs import Runs  # noqa: E402
 
-RESULTS = HERE / "results"
 STEPS = 150
 ARMS = {
     "opd": ("OPD", "C7"),
@@ -51,8 +50,7 @@ class Study:
 
     def __init__(self, folder: Path) -> None:
         by_seed: dict[int, dict[str, Any]] = defaultdict(dict)
-        for path in (folder / "runs").glob("*.json"):
-            run = json.loads(path.read_text(encoding="utf-8"))
+        for run in Runs(folder).of("runs"):
             by_seed[run["seed"]][run["arm"]] = run
         # A seed counts where all arms of it have run, so that every comparison is paired.
         self.seeds = [seed for seed in sorted(by_seed) if len(by_seed[seed]) == len(ARMS)]
@@ -205,8 +203,9 @@ class Study:
         plt.close(figure)
 
 
-def main(folder: Path = RESULTS) -> None:
+def main(folder: Path = HERE) -> None:
     study = Study(folder)
+    folder /= "results"
     (folder / "tables.md").write_text(study.tables(), encoding="utf-8")
     study.draw_curves(folder / "curves.png")
     study.draw_weights(folder / "weights.png")

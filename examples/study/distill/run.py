@@ -2,15 +2,14 @@
 
     python examples/study/distill/run.py --work runs/distill
 
-``--work`` takes the weights of teachers and first students (a megabyte a seed); results and figures go to
-``--results``, by default ``results`` beside this file.
+``--work`` takes the weights of teachers and first students (a megabyte a seed); results and figures go to the folder
+``results`` in ``--out``, by default that beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import sys
@@ -28,7 +27,7 @@ from rich.progress import track
 from transformers import PrinterCallback, TrainerCallback
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parent)]
 
 from running_sums import (  # noqa: E402
     END_ID,
@@ -42,6 +41,7 @@ from running_sums import (  # noqa: E402
     seed_everything,
     warm_up,
 )
+from runs import Runs  # noqa: E402
 from trl_leaf import build_tokenizer  # noqa: E402
 
 from leafkernels.integrations.trl_distillation import FireOPDConfig, FireOPDTrainer  # noqa: E402
@@ -72,13 +72,6 @@ def held_out_prompts() -> list[str]:
     """All of them, a tenth of the prompts there are."""
     prompts = ("+".join(terms) + "=" for terms in itertools.product("123456789", repeat=TERMS))
     return [prompt for prompt in prompts if is_held_out(prompt)]
-
-
-def write(content: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def kinds_of(text: str) -> list[str]:
@@ -228,7 +221,7 @@ def distil(arm: str, seed: int, pair: Pair, prompts: Sequence[str], steps: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for teachers and first students")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for results and figures")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder that gets results/runs.jsonl.gz and figures")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: 0 to 7")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="default: all")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of distillation (default: {STEPS})")
@@ -238,15 +231,16 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     prompts = held_out_prompts()
+    runs = Runs(args.out)
+    done = {(run["seed"], run["arm"]) for run in runs.of("runs")}
     for seed, arm in track(list(itertools.product(args.seeds, args.arms)), description="runs"):
-        path = args.results / "runs" / f"{arm}-{seed}.json"
-        if not path.exists():
+        if (seed, arm) not in done:
             pair = Pair(seed, args.work, args.teacher_steps, args.student_steps)
-            write(distil(arm, seed, pair, prompts, args.steps, args.learning_rate), path)
+            runs.add("runs", distil(arm, seed, pair, prompts, args.steps, args.learning_rate))
     if set(args.arms) == set(ARMS) and len(args.seeds) > 1:
         import analyse
 
-        analyse.main(args.results)
+        analyse.main(args.out)
 
 
 if __name__ == "__main__":

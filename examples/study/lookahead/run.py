@@ -1,13 +1,12 @@
 """Does a model that scores its own tokens answer better when it looks ahead? See PROTOCOL.md.
 
-python examples/study/lookahead/run.py              # results/seeds.jsonl; goes on where it stopped
+python examples/study/lookahead/run.py              # results/runs.jsonl.gz; goes on where it stopped
 python examples/study/lookahead/run.py --report     # results/tables.md, results/accuracy.png
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from lookahead import (  # noqa: E402
     win_rate,
 )
 from running_sums import build_model, draw_prompt, sample, seed_everything, token_logprobs, warm_up  # noqa: E402
+from runs import Runs  # noqa: E402
 
 from leafkernels import ESTIMATORS, gradient_agreement, span_advantages, surprisal_entropy, tree_td  # noqa: E402
 from leafkernels.lookahead import RewardChannel, RewardTransformer  # noqa: E402
@@ -59,7 +59,6 @@ SETTINGS: list[Settings] = [
 # Samples and beams that were added to compare at equal tokens; drawn last, so that nothing else draws otherwise.
 PEERS = (3, 6, 12, 16)
 LOSSES = ("sequence_bt", "token_bt", "token_bce", "sequence_bce")
-FILE = "seeds.jsonl"
 
 
 def run_seed(seed: int, warmup_steps: int, num_problems: int, num_prompts: int) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def boundaries(wrapped: RewardTransformer, prompts: list[str]) -> dict[str, floa
 
 
 def report(folder: Path) -> None:
-    lines = [json.loads(line) for line in (folder / FILE).read_text(encoding="utf-8").splitlines()]
+    lines = Runs(folder).of("sums")
     of_main = [line["results"]["sequence_bt"] for line in lines]
 
     def over_seeds(key: str, name: str, loss: str = "sequence_bt") -> list[float]:
@@ -187,6 +186,7 @@ def report(folder: Path) -> None:
     for name in lines[0]["agreement"]:
         values = [line["agreement"][name] for line in lines]
         text.append(f"| {name} | {mean(values):.3f} | {less(values, by_surprisal)} |")
+    folder /= "results"
     (folder / "tables.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     means = {
         name: {key: mean(over_seeds(key, name)) for key in ("tokens", "accuracy")}
@@ -203,18 +203,16 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=900)
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--prompts", type=int, default=600)
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder that gets results/runs.jsonl.gz")
     args = parser.parse_args()
     if args.report:
         report(args.out)
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    target = args.out / FILE
-    done = [json.loads(line)["seed"] for line in target.read_text().splitlines()] if target.exists() else []
+    runs = Runs(args.out)
+    done = [line["seed"] for line in runs.of("sums")]
     for seed in sorted(set(range(args.seeds)) - set(done)):
         line = run_seed(seed, args.warmup_steps, args.problems, args.prompts)
-        with target.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        runs.add("sums", line)
         print(f"seed {seed}: {line['seconds']:.0f} s", flush=True)
 
 

@@ -7,7 +7,6 @@ python examples/study/lookahead/speech_model.py --report     # results/speech_ta
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from lookahead import Answers, Settings, learn, name_of, pick_best, plot, preferred, win_rate  # noqa: E402
 from paired import cheapest, compare, holm, less  # noqa: E402
 from run import Run, warm_speaker  # noqa: E402
+from runs import Runs  # noqa: E402
 from speech.data import SpokenSums, read_fsdd  # noqa: E402
 from speech.model import Answers as Sampled  # noqa: E402
 from speech.model import Prompts, Speaker  # noqa: E402
@@ -40,7 +40,6 @@ LOSSES = ("sequence_bt", "token_bt", "token_bce", "sequence_bce")
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 BEAMS = (2, 3, 4, 6, 8, 12, 16)
 VOICES = ("voices of training", "unheard voice")
-RESULTS = HERE / "results" / "speech.jsonl"
 
 
 def settings_of(min_p: float) -> list[Settings]:
@@ -234,8 +233,8 @@ class Found:
         return cheapest(self.tokens(name), {of_one: self.tokens(of_one) for of_one in peers[kind]})
 
 
-def report(path: Path) -> None:
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def report(folder: Path) -> None:
+    lines = Runs(folder).of("speech")
     text, primary, pictures = [], [], {}
     for task, min_p in TASKS.items():
         reward, slip = task
@@ -274,8 +273,8 @@ def report(path: Path) -> None:
     text += ["| primary | | p | p, Holm |", "|---|---|---|---|"]
     for (name, difference, p), corrected in zip(primary, holm([p for *_, p in primary]), strict=True):
         text.append(f"| {name} | {difference} | {p:.4f} | {corrected:.4f} |")
-    (path.parent / "speech_tables.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    draw(pictures, path.parent / "speech.png")
+    (folder / "results" / "speech_tables.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    draw(pictures, folder / "results" / "speech.png")
 
 
 def draw(pictures: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
@@ -300,7 +299,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=list(range(8)))
     parser.add_argument("--problems", type=int, default=150)
     parser.add_argument("--prompts", type=int, default=600)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder that gets results/runs.jsonl.gz")
     parser.add_argument("--report", action="store_true", help="write tables and picture of what has run")
     args = parser.parse_args()
     if args.report:
@@ -309,17 +308,14 @@ def main() -> None:
         parser.error("name the recordings and a folder: --data, --work")
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     clips = read_fsdd(args.data)
-    lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    done = {(line["seed"], line["reward"], line["slip"]) for line in lines}
+    runs = Runs(args.out)
+    done = {(line["seed"], line["reward"], line["slip"]) for line in runs.of("speech")}
     with Progress() as bar:
         for seed, task in bar.track([(seed, task) for seed in args.seeds for task in TASKS], description="runs"):
             if (seed, *task) in done:
                 continue
-            line = run_one(seed, task, clips, args.work, bar, args.problems, args.prompts)
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            runs.add("speech", run_one(seed, task, clips, args.work, bar, args.problems, args.prompts))
 
 
 if __name__ == "__main__":
