@@ -20,6 +20,7 @@ from leafkernels.losses.policy_loss import PolicyLoss, policy_loss
 from leafkernels.losses.policy_loss_from_logits import policy_loss_from_logits
 from leafkernels.losses.preference import simpo_loss, simpo_metrics, token_reward_loss, token_reward_metrics
 from leafkernels.rows.groups import group_index
+from leafkernels.rows.prefix_tree import PrefixTree, prefix_tree
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
 from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
 
@@ -46,6 +47,7 @@ __all__ = [
     "FireOPD",
     "FireStatistics",
     "PolicyLoss",
+    "PrefixTree",
     "SpanTree",
     "SpanValues",
     "SurprisalEntropy",
@@ -60,6 +62,7 @@ __all__ = [
     "linear_surprisal_entropy",
     "policy_loss",
     "policy_loss_from_logits",
+    "prefix_tree",
     "report",
     "rloo",
     "scatter_spans",

@@ -13,6 +13,7 @@ from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surpris
 from python_ref.policy_loss import policy_loss, policy_loss_slopes
 from python_ref.policy_loss_from_logits import policy_loss_from_logits
 from python_ref.prefix_lengths import common_prefix_lengths
+from python_ref.prefix_tree import PrefixTree, prefix_tree
 from python_ref.reward_channel import channel_states, reward_channel
 from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import (
@@ -25,6 +26,7 @@ from python_ref.tree import SpanTree, span_tree
 from python_ref.values import normalize_spans, span_values
 
 __all__ = [
+    "PrefixTree",
     "SpanTree",
     "channel_states",
     "common_prefix_lengths",
@@ -40,6 +42,7 @@ __all__ = [
     "policy_loss",
     "policy_loss_from_logits",
     "policy_loss_slopes",
+    "prefix_tree",
     "reward_channel",
     "rloo",
     "scatter_spans",

@@ -84,6 +84,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from leafkernels.eager import distillation as eager_distillation
     from leafkernels.eager import nodes as eager_nodes
     from leafkernels.eager import prefix_lengths as eager_prefix_lengths
+    from leafkernels.eager import prefix_tree as eager_prefix_tree
     from leafkernels.eager import surprisal as eager_surprisal
     from leafkernels.kernels import (
         boundaries,
@@ -91,6 +92,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         find,
         nodes,
         prefix_lengths,
+        prefix_tree,
         reward_channel,
         scatter,
         surprisal,
@@ -102,6 +104,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)
     for name, size in {"BLOCK": 4, "BLOCK_TOKENS": 2, "BLOCK_ROWS": 2, "BLOCK_TIES": 2, "BLOCK_RANKS": 2}.items():
         monkeypatch.setattr(prefix_lengths, name, size)
+    monkeypatch.setattr(prefix_tree, "BLOCK", 4)
+    monkeypatch.setattr(prefix_tree, "BLOCK_RANKS", 2)
+    monkeypatch.setattr(eager_prefix_tree, "_CHUNK", 4)
     monkeypatch.setattr(scatter, "BLOCK", 4)
     monkeypatch.setattr(find, "BLOCK", 4)
     monkeypatch.setattr(surprisal, "BLOCK", 16)

@@ -11,6 +11,7 @@ from leafkernels.eager.nodes import nodes_of_prefix_lengths, prefix_nodes
 from leafkernels.eager.policy_loss import policy_loss
 from leafkernels.eager.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
 from leafkernels.eager.prefix_lengths import common_prefix_lengths
+from leafkernels.eager.prefix_tree import order_rows, tree_nodes
 from leafkernels.eager.reward_channel import channel_state
 from leafkernels.eager.scatter import gather_spans, scatter_spans
 from leafkernels.eager.surprisal import (
@@ -32,6 +33,7 @@ __all__ = [
     "mask_stretches",
     "merge_surprisal_states",
     "nodes_of_prefix_lengths",
+    "order_rows",
     "policy_loss",
     "policy_loss_from_logits",
     "prefix_nodes",
@@ -44,4 +46,5 @@ __all__ = [
     "surprisal_entropy_backward",
     "surprisal_states",
     "surprisal_sums",
+    "tree_nodes",
 ]

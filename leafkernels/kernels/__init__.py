@@ -16,6 +16,8 @@ from leafkernels.kernels.policy_loss import launch_policy_loss as policy_loss
 from leafkernels.kernels.policy_loss_from_logits import launch_policy_loss_from_logits as policy_loss_from_logits
 from leafkernels.kernels.policy_loss_from_logits import launch_scale_gradient as scale_gradient
 from leafkernels.kernels.prefix_lengths import launch_common_prefix_lengths as common_prefix_lengths
+from leafkernels.kernels.prefix_tree import launch_order_rows as order_rows
+from leafkernels.kernels.prefix_tree import launch_tree_nodes as tree_nodes
 from leafkernels.kernels.reward_channel import launch_channel_state as channel_state
 from leafkernels.kernels.scatter import launch_gather_spans as gather_spans
 from leafkernels.kernels.scatter import launch_scatter_spans as scatter_spans
@@ -35,6 +37,7 @@ __all__ = [
     "mask_stretches",
     "merge_surprisal_states",
     "nodes_of_prefix_lengths",
+    "order_rows",
     "policy_loss",
     "policy_loss_from_logits",
     "prefix_nodes",
@@ -46,4 +49,5 @@ __all__ = [
     "surprisal_entropy",
     "surprisal_entropy_backward",
     "surprisal_states",
+    "tree_nodes",
 ]

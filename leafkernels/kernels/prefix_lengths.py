@@ -460,47 +460,24 @@ def _prefix_table_kernel(
         tl.store(lengths_ptr + row * max_group + rank, tl.where(is_member, least, 0), mask=rank < max_group)
 
 
-def launch_common_prefix_lengths(
+def launch_refinement(
     token_ids: Tensor,
     row_starts: Tensor,
     row_lengths: Tensor,
     rows_by_group: Tensor,
     group_starts: Tensor,
     group_of_row: Tensor,
-    limit: Tensor | None,
-    start: Tensor | None,
-    max_group: int,
-) -> Tensor:
-    """(N, max_group) int32: row i against the j-th row of its group.
+    limit: Tensor | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row its representative, what the two share, and the token at which it leaves, (N,) each.
 
-    At most ``limit[group]`` tokens count, and the first ``start[group]`` are taken to be equal.
+    The first row of a group has none: its parent is the row itself, and the others say nothing. A row that ends where
+    it leaves has no such token.
     """
     num_rows = row_starts.shape[0]
-    lengths = torch.empty((num_rows, max_group), dtype=torch.int32, device=token_ids.device)
-    if not lengths.numel():
-        return lengths
     has = {"HAS_LIMIT": limit is not None, "COUNT": counts is not None}
     stride = row_stride(token_ids)
-    if token_ids.numel() * max_group <= FEW_TOKENS:
-        _compare_pairs_kernel[(num_rows * max_group,)](
-            lengths,
-            counts,
-            token_ids,
-            row_starts,
-            row_lengths,
-            rows_by_group,
-            group_starts,
-            group_of_row,
-            limit,
-            start,
-            stride,
-            max_group,
-            HAS_START=start is not None,
-            BLOCK=BLOCK_PAIRS,
-            **has,
-        )
-        return lengths
-
     parents, tied_to, shared = torch.empty((3, num_rows), dtype=torch.int32, device=token_ids.device)
     next_ids = torch.empty(num_rows, dtype=torch.int64, device=token_ids.device)
     _represent_kernel[(triton.cdiv(num_rows, BLOCK_RANKS),)](
@@ -556,6 +533,53 @@ def launch_common_prefix_lengths(
             num_warps=8,
             **has,
         )
+    return parents, shared, next_ids
+
+
+def launch_common_prefix_lengths(
+    token_ids: Tensor,
+    row_starts: Tensor,
+    row_lengths: Tensor,
+    rows_by_group: Tensor,
+    group_starts: Tensor,
+    group_of_row: Tensor,
+    limit: Tensor | None,
+    start: Tensor | None,
+    max_group: int,
+) -> Tensor:
+    """(N, max_group) int32: row i against the j-th row of its group.
+
+    At most ``limit[group]`` tokens count, and the first ``start[group]`` are taken to be equal.
+    """
+    num_rows = row_starts.shape[0]
+    lengths = torch.empty((num_rows, max_group), dtype=torch.int32, device=token_ids.device)
+    if not lengths.numel():
+        return lengths
+    has = {"HAS_LIMIT": limit is not None, "COUNT": counts is not None}
+    stride = row_stride(token_ids)
+    if token_ids.numel() * max_group <= FEW_TOKENS:
+        _compare_pairs_kernel[(num_rows * max_group,)](
+            lengths,
+            counts,
+            token_ids,
+            row_starts,
+            row_lengths,
+            rows_by_group,
+            group_starts,
+            group_of_row,
+            limit,
+            start,
+            stride,
+            max_group,
+            HAS_START=start is not None,
+            BLOCK=BLOCK_PAIRS,
+            **has,
+        )
+        return lengths
+
+    parents, shared, _ = launch_refinement(
+        token_ids, row_starts, row_lengths, rows_by_group, group_starts, group_of_row, limit, start
+    )
     _prefix_table_kernel[(num_rows,)](
         lengths,
         parents,

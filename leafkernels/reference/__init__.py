@@ -8,6 +8,7 @@ from leafkernels.reference.nodes import nodes_of_prefix_lengths, prefix_nodes
 from leafkernels.reference.policy_loss import policy_loss
 from leafkernels.reference.policy_loss_from_logits import policy_loss_from_logits, scale_gradient
 from leafkernels.reference.prefix_lengths import common_prefix_lengths
+from leafkernels.reference.prefix_tree import prefix_tree
 from leafkernels.reference.reward_channel import channel_state
 from leafkernels.reference.scatter import gather_spans, scatter_spans
 from leafkernels.reference.surprisal import (
@@ -33,6 +34,7 @@ __all__ = [
     "policy_loss",
     "policy_loss_from_logits",
     "prefix_nodes",
+    "prefix_tree",
     "scale_gradient",
     "scatter_spans",
     "select_boundaries",
