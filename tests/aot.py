@@ -37,6 +37,7 @@ from leafkernels.kernels import (
     find,
     nodes,
     prefix_lengths,
+    prefix_tree,
     reward_channel,
     scatter,
     surprisal,
@@ -161,6 +162,23 @@ CASES = [
         "*i32 *i32 *i32 *i64 *i64 *i64 *i64 *i64 i32",
         {"HAS_LIMIT": True, "BLOCK": 128},
         False,
+    ),
+    Case(
+        "order_rows",
+        prefix_tree._order_rows_kernel,
+        "*i64 *i64 *i32 *i32 *i64 *i64 *i64 *i64 *i64",
+        {"BLOCK": 128},
+        False,
+    ),
+    *(
+        Case(
+            f"tree_nodes {ids}",
+            prefix_tree._tree_nodes_kernel,
+            f"{ids} *i64 *i64 *i64 *i64 *i64 {ids} *i64 *i64 *i64 *i64 *i64 *i64 i32 i32 i32 i32",
+            {"BLOCK": 256},
+            False,
+        )
+        for ids in ("*i64", "*i32")
     ),
     Case(
         "prefix_nodes",

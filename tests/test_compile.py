@@ -34,6 +34,10 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
     nodes = OPS.prefix_nodes(ids, *rows, boundaries, layout.max_group, backend)
     start = torch.tensor([0, 1], device=DEVICE)
     shared = OPS.common_prefix_lengths(ids, *rows, limit, None, layout.max_group, backend)
+    order, beside = OPS.order_rows(ids, *rows, backend)
+    firsts = torch.nn.functional.pad((layout.row_lengths[order] - beside).cumsum(0), (1, 0))
+    places = layout.row_starts, layout.row_lengths, layout.group_starts
+    tree_nodes = ids, order, beside, firsts, *places, layout.max_length, int(firsts[-1])
     credit = group["rewards"], nodes, boundaries, layout.row_lengths, *groups, "both", 0.5, True, "span"
     values, raw, ends, *_ = OPS.span_values(*credit, backend)
     logits = torch.randn(4, 9, device=DEVICE)
@@ -64,6 +68,8 @@ def op_calls(backend: str) -> dict[str, tuple[Any, tuple]]:
             (group["logprobs"], mask, *rows, layout.max_length, 2, None, True, backend),
         ),
         "common_prefix_lengths": (OPS.common_prefix_lengths, (ids, *rows, limit, start, layout.max_group, backend)),
+        "order_rows": (OPS.order_rows, (ids, *rows, backend)),
+        "tree_nodes": (OPS.tree_nodes, (*tree_nodes, backend)),
         "prefix_nodes": (OPS.prefix_nodes, (ids, *rows, boundaries, layout.max_group, backend)),
         "nodes_of_prefix_lengths": (
             OPS.nodes_of_prefix_lengths,
@@ -190,6 +196,7 @@ def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.Monkey
         distillation,
         find,
         prefix_lengths,
+        prefix_tree,
         reward_channel,
         scatter,
         surprisal,
@@ -214,6 +221,8 @@ def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.Monkey
         prefix_lengths._first_mismatch_kernel,
         prefix_lengths._refine_ties_kernel,
         prefix_lengths._prefix_table_kernel,
+        prefix_tree._order_rows_kernel,
+        prefix_tree._tree_nodes_kernel,
         values._span_values_kernel,
         values._normalize_spans_kernel,
         scatter._scatter_spans_kernel,
@@ -225,6 +234,7 @@ def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.Monkey
     def run(rows: int, tokens: int) -> None:
         group = random_group(rows, tokens, seed=1)
         leafkernels.span_advantages(**group)
+        leafkernels.prefix_tree(group["token_ids"], max_nodes=rows * tokens)
         leafkernels.surprisal_entropy(group["logprobs"], group["token_ids"][:, 0])  # any floats are logits
         leafkernels.fire_opd(*[group["logprobs"]] * 4, torch.ones_like(group["logprobs"]))
         channel.fused([torch.ones(rows, tokens, 20, device=DEVICE)] * 3)
