@@ -31,6 +31,7 @@ setup(
         "leafkernels.credit",
         "leafkernels.vocabulary",
         "leafkernels.losses",
+        "leafkernels.models",
         "leafkernels.kernels",
         "leafkernels.eager",
         "leafkernels.reference",

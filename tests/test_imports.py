@@ -17,6 +17,7 @@ FLOORS = [
     ("rows",),
     ("credit", "vocabulary", "losses"),
     ("", "distributed"),  # the public names
+    ("models",),
     ("lookahead", "integrations", "command"),
     ("__main__",),
 ]

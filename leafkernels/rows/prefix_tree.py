@@ -56,6 +56,15 @@ class PrefixTree(NamedTuple):
     name, M after the last."""
 
 
+def order_of_rows(token_ids: Tensor, layout: Layout, backend: str) -> tuple[Tensor, Tensor]:
+    """The rows of a layout in depth-first order, and how many tokens each shares with the one before, both (N,) int64.
+
+    Groups keep their places; the first row of one shares nothing. The arguments have been checked, ``backend`` is
+    "triton" or "torch".
+    """
+    return _order_rows(token_ids, *layout.rows, *layout.groups, backend)
+
+
 def tree_of_rows(
     token_ids: Tensor, layout: Layout, max_nodes: int | None, backend: str, num_starts: int | None = None
 ) -> PrefixTree:
@@ -63,7 +72,7 @@ def tree_of_rows(
     if backend == "reference":
         tree = PrefixTree(*implementation(backend).prefix_tree(token_ids, *layout.rows, *layout.groups))
     else:
-        order, shared = _order_rows(token_ids, *layout.rows, *layout.groups, backend)
+        order, shared = order_of_rows(token_ids, layout, backend)
         own = layout.row_lengths[order] - shared
         firsts = pad(own.cumsum(0), (1, 0))
         size = layout.max_length, int(firsts[-1]) if max_nodes is None else max_nodes
