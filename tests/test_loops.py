@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import Ranks, process_group
+from ranks import process_group
 from rollouts import DEVICE, Rollouts, rollouts
 from support import examples
 
@@ -368,23 +368,10 @@ def test_page_slime(name: str) -> None:
 
 
 def slime_of_rank(rows: list[int]) -> list[torch.Tensor]:
+    """On one of two ranks, for ``test_distributed.py``, whose processes are there already."""
     data = as_slime(example(), rows)
     of_page("slime")["slime"](SlimeArgs, data, process_group(2))
     return [row.cpu() for row in data["advantages"]]
-
-
-@pytest.mark.slow
-def test_page_slime_on_two_ranks() -> None:
-    """Its scheduler deals the rollouts of a prompt out; a rank alone would give zeros."""
-    ranks = Ranks()
-    try:
-        deal = [[0, 4, 5], [3, 1, 2]]
-        for rows, found in zip(deal, ranks.call(slime_of_rank, [(rows,) for rows in deal]), strict=True):
-            for i, row in zip(rows, found, strict=True):
-                assert row.any()
-                assert torch.equal(row, expected(example())[i].cpu())
-    finally:
-        ranks.close()
 
 
 def test_page_areal() -> None:
