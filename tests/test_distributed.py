@@ -24,6 +24,7 @@ from ranks import PAIR, WORLDS, Ranks, process_group
 from rollouts import BACKENDS, DEVICE, Rollouts, random_group, rollouts
 from support import every_estimator, examples, options_of, takes, without_interpreter
 from test_linear_surprisal import tolerance as linear_tolerance
+from test_loops import example, expected, slime_of_rank
 from test_policy_loss_from_logits import inputs as loss_inputs
 from test_surprisal import tolerance
 
@@ -1079,3 +1080,13 @@ def test_the_snippets_of_the_documentation(ranks: Ranks) -> None:
             names.append({"hidden": hidden.clone().requires_grad_(), **own, **shared})
         for loss in ranks.call(snippet_of_rank, [(snippet, of_rank, "loss") for of_rank in names]):
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_page_of_slime_on_two_ranks(ranks: Ranks) -> None:
+    """Its scheduler deals the rollouts of a prompt out; a rank alone would give zeros."""
+    deal = [[0, 4, 5], [3, 1, 2]]
+    whole = expected(example())
+    for rows, found in zip(deal, ranks.call(slime_of_rank, [(rows,) for rows in deal]), strict=True):
+        assert any(row.any() for row in found)
+        for i, row in zip(rows, found, strict=True):
+            assert torch.equal(row, whole[i].cpu())

@@ -1,14 +1,22 @@
 """Every layout of a loop gives the advantages of the padded call, bit for bit."""
 
+import importlib.machinery
+import importlib.util
+import math
 import re
+import sys
+import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pages
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import process_group
 from rollouts import DEVICE, Rollouts, rollouts
 from support import examples
 
@@ -139,6 +147,49 @@ def test_refusals() -> None:
 
 PAGE = pages.read("trainers.md")
 
+# What real packages import and these tests do not need.
+BESIDE = {"ray", "flash_attn", "deepspeed", "vllm", "pylatexenc", "aiohttp", "torchdata", "bitsandbytes", "einops"}
+
+
+def stub_what_is_absent(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Let a package be imported without its heavy dependencies; skip where it is absent itself."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}: pip install --no-deps {package}")
+    absent = {name for name in BESIDE if importlib.util.find_spec(name) is None}
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+            known = name.partition(".")[0] in absent
+            return importlib.machinery.ModuleSpec(name, Finder, is_package=True) if known else None  # type: ignore
+
+        @staticmethod
+        def create_module(spec: Any) -> Any:
+            return MagicMock(__path__=[], __name__=spec.name)
+
+        @staticmethod
+        def exec_module(module: Any) -> None:
+            pass
+
+    def ours(name: str) -> bool:
+        return name.partition(".")[0] in {package, *absent}
+
+    for name in [name for name in sys.modules if ours(name)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+
+
+class HeldTensor:
+    """As much of Tinker's TensorData as the page touches."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    from_torch = classmethod(lambda cls, tensor: cls(tensor))
+
+    def to_torch(self) -> torch.Tensor:
+        return self.tensor
+
 
 def of_page(title: str) -> dict[str, Any]:
     """What the sections of the page up to this one define, but for those of other packages."""
@@ -164,73 +215,192 @@ def example() -> Rollouts:
     return Rollouts(rows, logprobs, mask, [1.0, 0.0, 0.5, 0.0, 2.0, 1.0], [0, 0, 0, 1, 1, 1])
 
 
-def test_page_openrlhf() -> None:
-    case = example()
+def as_experiences(case: Rollouts, kind: Any) -> list[Any]:
+    """Two micro-batches of unequal width."""
     held = sequences(case, PROMPTS)
+    experiences = []
+    for rows, width in ((slice(0, 2), None), (slice(2, 6), -1)):
+        mask = held["response_mask"][rows, 1:width]
+        experiences.append(
+            kind(
+                sequences=held["token_ids"][rows, :width],
+                action_log_probs=held["logprobs"][rows, 1:width],
+                action_mask=mask,
+                rewards=torch.tensor(case.rewards, device=DEVICE)[rows],
+                index=list(range(6))[rows],
+                kl=torch.zeros(mask.shape, device=DEVICE),
+                info={},
+            )
+        )
+    return experiences
 
-    class Experience:
-        def __init__(self, rows: slice) -> None:
-            width = [None, -1][rows.start > 0]  # micro-batches differ in width
-            self.sequences = held["token_ids"][rows, :width]
-            self.action_log_probs = held["logprobs"][rows, 1:width]
-            self.action_mask = held["response_mask"][rows, 1:width]
-            self.rewards = torch.tensor(case.rewards, device=DEVICE)[rows]
-            self.index = list(range(6))[rows]
 
-    experiences = [Experience(slice(0, 2)), Experience(slice(2, 6))]
-    of_page("OpenRLHF")["openrlhf"](experiences, 3)
+def check_experiences(case: Rollouts, experiences: list[Any]) -> None:
     rows = [row for e in experiences for row in e.advantages]
     assert [e.advantages.shape for e in experiences] == [e.action_log_probs.shape for e in experiences]
     for row, prompt, ids, of_padded in zip(rows, PROMPTS, case.token_ids, expected(case), strict=True):
         assert torch.equal(row[prompt - 1 : prompt - 1 + len(ids)], of_padded)
 
 
-def test_page_nemo_rl() -> None:
+def test_page_openrlhf() -> None:
     case = example()
-    held = sequences(case, PROMPTS)
-    logs = [
-        [{"token_ids": torch.tensor([FILL] * p, device=DEVICE)}, {"token_ids": torch.tensor(ids, device=DEVICE)}]
-        for p, ids in zip(PROMPTS, case.token_ids, strict=True)
-    ]
-    advantages = of_page("NeMo-RL")["LeafEstimator"]().compute_advantage(
-        prompt_ids=torch.tensor([[group, 0] for group in case.groups]),
-        rewards=torch.tensor(case.rewards, device=DEVICE),
-        mask=held["response_mask"].float(),
-        repeated_batch={"message_log": logs},
-        logprobs_policy=held["logprobs"],
-        logprobs_reference=None,
+    experiences = as_experiences(case, SimpleNamespace)
+    of_page("OpenRLHF")["openrlhf"](experiences, 3)
+    check_experiences(case, experiences)
+
+
+@pytest.mark.slow
+def test_page_openrlhf_in_openrlhf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own trainer makes its own experience maker, on its own experiences; what they import beside is stubbed."""
+    stub_what_is_absent(monkeypatch, "openrlhf")
+    trainer = importlib.import_module("openrlhf.trainer.ppo_trainer")
+    kind = importlib.import_module("openrlhf.trainer.ppo_utils.experience").Experience
+    monkeypatch.setattr(trainer, "RemoteExperienceMaker", trainer.RemoteExperienceMaker)  # put back afterwards
+    of_page("OpenRLHF")["plug"]()
+
+    def name_space(**values: Any) -> SimpleNamespace:
+        return SimpleNamespace(**{n: name_space(**v) if isinstance(v, dict) else v for n, v in values.items()})
+
+    advantage = {"estimator": "group_norm", "gamma": 1.0}
+    args = name_space(
+        algo={"advantage": advantage, "kl": {"target": None, "init_coef": 0.0, "use_loss": False}},
+        rollout={"n_samples_per_prompt": 3},
+        reward={"clip_range": (-10, 10), "overlong_buffer_len": None, "stop_properly_penalty_coef": None},
+        logger={"wandb": {"key": None}, "tensorboard_dir": None},
+        ckpt={"best_metric_key": ""},
     )
-    assert_same(case, PROMPTS, advantages, 0)
-
-
-def test_page_slime() -> None:
+    maker = trainer.BasePPOTrainer(name_space(args=args), *[None] * 6).experience_maker
+    assert type(maker).__name__ == "LeafExperienceMaker"
     case = example()
-    data = {
-        "log_probs": [torch.tensor(row, device=DEVICE) for row in case.logprobs],
-        "tokens": [
-            torch.tensor([FILL] * p + row, device=DEVICE) for p, row in zip(PROMPTS, case.token_ids, strict=True)
-        ],
-        "response_lengths": [len(row) for row in case.token_ids],
-        "loss_masks": [torch.tensor(row, device=DEVICE).int() for row in case.mask],
-        "rewards": case.rewards,
-        "sample_indices": [6, 7, 8, 3, 4, 5],
+    found = maker.compute_advantages_and_returns(as_experiences(case, kind))
+    check_experiences(case, found)
+    assert all(e.info["group_reward_std"].shape == e.rewards.shape for e in found)
+    maker.initial_model_group = object()
+    with pytest.raises(ValueError, match="^--algo.kl.use_loss must be set with LEAF"):
+        maker.compute_advantages_and_returns(as_experiences(case, kind))
+
+
+def as_nemo_rl(case: Rollouts) -> dict[str, Any]:
+    held = {name: tensor.cpu() for name, tensor in sequences(case, PROMPTS).items()}
+    logs = [
+        [
+            {"token_ids": torch.tensor([FILL] * p), "generation_logprobs": torch.zeros(p)},
+            {"token_ids": torch.tensor(ids), "generation_logprobs": torch.tensor(logprobs)},
+        ]
+        for p, ids, logprobs in zip(PROMPTS, case.token_ids, case.logprobs, strict=True)
+    ]
+    return {
+        "prompt_ids": torch.tensor([[group, 0] for group in case.groups]),
+        "rewards": torch.tensor(case.rewards),
+        "mask": held["response_mask"].float(),
+        "repeated_batch": {"message_log": logs},
+        "logprobs_policy": held["logprobs"],
+        "logprobs_reference": None,
     }
-    of_page("slime")["slime"](type("Args", (), {"n_samples_per_prompt": 3}), data)
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_page_nemo_rl(skipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under force_on_policy_ratio the policy's log-probabilities are zeros, and the sampler's serve."""
+    case = example()
+    package, algorithms, grpo = (
+        types.ModuleType(n) for n in ("nemo_rl", "nemo_rl.algorithms", "nemo_rl.algorithms.grpo")
+    )
+    algorithms.grpo = grpo
+    for module in (package, algorithms, grpo):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    of_page("NeMo-RL")["plug_nemo_rl"]()
+    estimator = grpo._create_advantage_estimator(None)
+    handed = as_nemo_rl(case)
+    if skipped:
+        handed["logprobs_policy"] = torch.zeros_like(handed["logprobs_policy"])
+    assert_same(case, PROMPTS, estimator.compute_advantage(**handed).to(DEVICE), 0)
+
+    # A row that takes no part is an unscorable one.
+    valid = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    without = estimator.compute_advantage(**handed, valid_mask=valid)
+    unscored = Rollouts(case.token_ids, case.logprobs, case.mask, [*case.rewards], case.groups)
+    unscored.rewards[1] = math.nan
+    assert_same(unscored, PROMPTS, without.to(DEVICE), 0)
+
+
+def test_page_nemo_rl_refuses_what_would_be_wrong() -> None:
+    estimator = of_page("NeMo-RL")["LeafEstimator"]()
+    handed = as_nemo_rl(example())
+    with pytest.raises(ValueError, match="^repeated_batch must hold the message_log"):
+        estimator.compute_advantage(**{**handed, "repeated_batch": {"total_reward": handed["rewards"]}})
+    for log in handed["repeated_batch"]["message_log"]:
+        for message in log:
+            message["generation_logprobs"].zero_()
+    handed["logprobs_policy"].zero_()
+    with pytest.raises(ValueError, match="^logprobs_policy must hold the tokens' log-probabilities, got zeros"):
+        estimator.compute_advantage(**handed)
+
+
+def as_slime(case: Rollouts, rows: list[int]) -> dict[str, Any]:
+    """Those rows of the batch as slime hands them to a rank; the samples of a prompt are numbered in runs of three."""
+    seen: list[int] = []
+    for group in case.groups:
+        seen.append(3 * (2 - group) + sum(number // 3 == 2 - group for number in seen))
+    return {
+        "log_probs": [torch.tensor(case.logprobs[i], device=DEVICE) for i in rows],
+        "tokens": [torch.tensor([FILL] * PROMPTS[i] + case.token_ids[i], device=DEVICE) for i in rows],
+        "response_lengths": [len(case.token_ids[i]) for i in rows],
+        "loss_masks": [torch.tensor(case.mask[i], device=DEVICE).int() for i in rows],
+        "rewards": [case.rewards[i] for i in rows],
+        "sample_indices": [seen[i] for i in rows],
+    }
+
+
+class SlimeArgs:
+    n_samples_per_prompt = 3
+
+
+@pytest.mark.parametrize("name", ["log_probs", "rollout_log_probs"])
+def test_page_slime(name: str) -> None:
+    """On policy only the sampler's log-probabilities are there."""
+    case = example()
+    data = as_slime(case, [*range(6)])
+    data[name] = data.pop("log_probs")
+    of_page("slime")["slime"](SlimeArgs, data)
     for row, of_padded in zip(data["advantages"], expected(case), strict=True):
         assert torch.equal(row, of_padded)
 
 
+def slime_of_rank(rows: list[int]) -> list[torch.Tensor]:
+    """On one of two ranks, for ``test_distributed.py``, whose processes are there already."""
+    data = as_slime(example(), rows)
+    of_page("slime")["slime"](SlimeArgs, data, process_group(2))
+    return [row.cpu() for row in data["advantages"]]
+
+
 def test_page_areal() -> None:
-    case = example()
-    held = sequences(case, PROMPTS)
-    data = {
-        "input_ids": held["token_ids"],
-        "logprobs": held["logprobs"].roll(-1, 1),
-        "loss_mask": held["response_mask"].roll(-1, 1),
-        "rewards": torch.tensor(case.rewards, device=DEVICE),
-    }
-    of_page("AReaL")["areal"](data, 3)
-    assert_same(case, PROMPTS, data["advantages"], 1)
+    """One row of the first prompt is lost: runs of a group size would mix the prompts."""
+    whole = example()
+    kept = [0, 2, 3, 4, 5]
+    case = Rollouts(*([column[i] for i in kept] for column in
+                      (whole.token_ids, whole.logprobs, whole.mask, whole.rewards, whole.groups)))  # fmt: skip
+    prompts = [PROMPTS[i] for i in kept]
+    held = sequences(case, prompts)
+    rewards = torch.tensor(case.rewards, device=DEVICE)
+
+    class Actor:
+        def compute_advantages(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            rolled = ("logprobs", "loss_mask")
+            return [{n: t.roll(-1, 1) if n in rolled else t for n, t in data.items()} for data in batch]
+
+    names = {"token_ids": "input_ids", "logprobs": "logprobs", "response_mask": "loss_mask"}
+    batch = [
+        {names[name]: tensor[rows] for name, tensor in held.items()} | {"rewards": rewards[rows]}
+        for rows in (slice(0, 2), slice(2, 5))
+    ]
+    found = of_page("AReaL")["leaf_actor"](Actor)().compute_advantages(batch)
+    assert_same(case, prompts, torch.cat([data["advantages"] for data in found]), 1)
+
+    data = {"input_ids": held["token_ids"], "logprobs": held["logprobs"].roll(-1, 1), "rewards": rewards}
+    data["loss_mask"] = held["response_mask"].roll(-1, 1)
+    of_page("AReaL")["areal"](data, ["a", "a", "b", "b", "b"])
+    assert_same(case, prompts, data["advantages"], 1)
 
 
 @pytest.mark.parametrize(
@@ -245,27 +415,45 @@ def test_page_ms_swift(prompt_ids: Any) -> None:
         assert torch.equal(row[: len(ids)], of_padded)
 
 
-def test_page_tinker() -> None:
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_page_tinker(real: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own Datum, and one that holds its tensors in the same way."""
+    if real:
+        client = pytest.importorskip("tinker", reason="needs Tinker's client: pip install tinker")
+    else:
+        client = types.ModuleType("tinker")
+        client.TensorData = HeldTensor
+        monkeypatch.setitem(sys.modules, "tinker", client)
+
+    def datum(ids: list[int], logprobs: list[float]) -> Any:
+        held = {"target_tokens": ids, "logprobs": logprobs}
+        if not real:
+            dtypes = {"target_tokens": torch.int64, "logprobs": torch.float32}
+            return SimpleNamespace(
+                loss_fn_inputs={n: HeldTensor(torch.tensor(v, dtype=dtypes[n])) for n, v in held.items()}
+            )
+        return client.types.Datum(model_input=client.types.ModelInput.from_ints(ids), loss_fn_inputs=held)
+
     case = example()
     shifted = [([FILL] * p + row)[1:] for p, row in zip(PROMPTS, case.token_ids, strict=True)]
-    datums = [
-        {"target_tokens": ids, "logprobs": [0.0] * (len(ids) - len(row)) + row}
-        for ids, row in zip(shifted, case.logprobs, strict=True)
-    ]
+    datums = [datum(ids, [0.0] * (len(ids) - len(row)) + row) for ids, row in zip(shifted, case.logprobs, strict=True)]
     masks = [
         torch.tensor([0] * (len(ids) - len(row)) + row, dtype=torch.int32)
         for ids, row in zip(shifted, case.mask, strict=True)
     ]
-    empty = {"target_tokens": [], "logprobs": []}
+    empty = datum([], [])
     datums.append(empty)
     masks.append(torch.tensor([]))
     rewards = torch.tensor([*case.rewards, 1.0])
     of_page("Tinker")["tinker"](datums, masks, rewards, ["x"] * 3 + ["y"] * 3 + ["z"])
-    assert datums.pop() is empty and empty["advantages"] == []
-    for datum, ids, of_padded in zip(datums, case.token_ids, expected(case), strict=True):
-        assert datum["advantages"][len(datum["advantages"]) - len(ids) :] == of_padded.tolist()
-        assert len(datum["advantages"]) == len(datum["target_tokens"])
-        assert not any(datum["advantages"][: -len(ids)])
+    assert datums.pop() is empty and not len(empty.loss_fn_inputs["advantages"].to_torch())
+    for held, ids, of_padded in zip(datums, case.token_ids, expected(case), strict=True):
+        advantages = held.loss_fn_inputs["advantages"]
+        assert isinstance(advantages, client.TensorData)
+        advantages = advantages.to_torch()
+        assert torch.equal(advantages[len(advantages) - len(ids) :], of_padded.cpu())
+        assert len(advantages) == len(held.loss_fn_inputs["target_tokens"].to_torch())
+        assert not advantages[: -len(ids)].any()
 
 
 def test_page_fire_opd() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from rollouts import Rollouts, assert_rows_close, rollouts, unmasked
 from support import examples
 
@@ -23,7 +24,7 @@ class Batch:
 
     def __init__(self, batch: dict[str, Any], non_tensor_batch: dict[str, Any]) -> None:
         self.batch, self.non_tensor_batch = batch, non_tensor_batch
-        self.keys, self.partition_id = [f"key {i}" for i in range(len(batch["responses"]))], "train"
+        self.keys, self.partition_id = [f"key {i}" for i in range(len(batch["response_mask"]))], "train"
 
 
 def contract(passes_batch: bool) -> types.ModuleType:
@@ -145,11 +146,8 @@ def test_the_sampler_s_log_probabilities_serve_too(plug: types.ModuleType) -> No
     assert_rows_close(case.rows_of(data.batch["advantages"]), case.expected())
 
 
-def test_the_mixin_brings_what_the_trainer_left_out(plug: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer that reads all but the responses from the queue, as that of 0.9 does."""
-    case = Rollouts([[1, 2, 3], [1, 2, 4], [1]], [[-1.0, -5.0, -2.0]] * 2 + [[-1.0]], [[True] * 3] * 2 + [[True]],
-                    [1.0, 0.0, 0.5], [0, 0, 0])  # fmt: skip
-    whole = as_verl(case)
+def through_the_mixin(plug: types.ModuleType, whole: Batch, config: Any = None, estimator: str = "leaf") -> Any:
+    """Advantages from a trainer that reads all but the responses from the queue, as that of 0.9 does."""
 
     class Fields(dict):
         def to_padded_tensor(self) -> dict[str, torch.Tensor]:
@@ -161,25 +159,124 @@ def test_the_mixin_brings_what_the_trainer_left_out(plug: types.ModuleType, monk
 
     queue = types.ModuleType("transfer_queue")
     queue.kv_batch_get = kv_batch_get
-    monkeypatch.setitem(sys.modules, "transfer_queue", queue)
 
     class Theirs:
         def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
             tensors = {name: value for name, value in whole.batch.items() if name != "responses"}
-            data = data_of(plug, Batch({**tensors, "responses": torch.zeros(3, 4)}, whole.non_tensor_batch))
-            del data.batch["responses"]
+            data = data_of(plug, Batch(tensors, whole.non_tensor_batch))
             metrics["seen"] = True
-            return sys.modules["verl.trainer.ppo.ray_trainer"].compute_advantage(data, "leaf")
+            return sys.modules["verl.trainer.ppo.ray_trainer"].compute_advantage(data, estimator, config=config)
 
     class Mine(plug.LeafAdvantage, Theirs):
         pass
 
     metrics: dict[str, Any] = {}
-    data = Mine()._compute_advantage(whole, metrics)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "transfer_queue", queue)
+        data = Mine()._compute_advantage(whole, metrics)
     assert metrics == {"seen": True}
-    assert_rows_close(case.rows_of(data.batch["advantages"]), case.expected())
-    with pytest.raises(RuntimeError, match="^the estimator 'leaf' needs 'responses' and 'old_log_probs'"):
+    with pytest.raises(RuntimeError, match=f"^the estimator '{estimator}' needs 'responses' and 'old_log_probs'"):
         Theirs()._compute_advantage(whole, metrics)
+    return data.batch["advantages"]
+
+
+def test_the_mixin_brings_what_the_trainer_left_out(plug: types.ModuleType) -> None:
+    case = Rollouts([[1, 2, 3], [1, 2, 4], [1]], [[-1.0, -5.0, -2.0]] * 2 + [[-1.0]], [[True] * 3] * 2 + [[True]],
+                    [1.0, 0.0, 0.5], [0, 0, 0])  # fmt: skip
+    assert_rows_close(case.rows_of(through_the_mixin(plug, as_verl(case))), case.expected())
+
+
+@st.composite
+def sessions(draw: st.DrawFn) -> tuple[Rollouts, list[int], list[list[int]]]:
+    """Rollouts, and rows cut out of them: how many each gives, and their order in the batch."""
+    case = draw(rollouts(longest=9))
+    cuts = [sorted(draw(st.lists(st.integers(0, len(row)), max_size=2))) for row in case.token_ids]
+    rows = [(i, *ends) for i, (row, cut) in enumerate(zip(case.token_ids, cuts, strict=True))
+            for ends in zip([0, *cut], [*cut, len(row)], strict=True)]  # fmt: skip
+    return case, draw(st.permutations(range(len(rows)))), rows
+
+
+@given(case=sessions())
+@examples(torch=25)
+def test_a_session_of_several_rows_is_one_rollout(plug: types.ModuleType, case: Any) -> None:
+    """The reference on their tokens end to end, with a token between them that no other session has."""
+    whole, order, parts = case
+    rows = [parts[i] for i in order]
+    cut = Rollouts(*([column[i][begin:end] for i, begin, end in rows]
+                     for column in (whole.token_ids, whole.logprobs, whole.mask)),
+                   [whole.rewards[i] for i, *_ in rows], [whole.groups[i] for i, *_ in rows])  # fmt: skip
+    batch = as_verl(cut)
+    numbers = [sum(part[0] == i for part in parts[:place]) for place, (i, *_) in zip(order, rows, strict=True)]
+    batch.keys = [f"prompt_{i}_{number}" for (i, *_), number in zip(rows, numbers, strict=True)]
+    # Of other rows than the last the reward does not count.
+    for place, (i, *_) in enumerate(rows):
+        if numbers[place] != sum(part[0] == i for part in parts) - 1:
+            batch.batch["token_level_rewards"][place] = 3.0
+    actual = through_the_mixin(plug, batch, {"leaf": whole.options})
+
+    joined = Rollouts([], [], [], [], [], whole.options)
+    places: dict[tuple[int, int], tuple[int, int]] = {}  # of a part: its session, and where it begins there
+    for session, i in enumerate(dict.fromkeys(i for i, *_ in rows)):  # ties go to the session that comes first
+        ids: list[int] = []
+        logprobs: list[float] = []
+        mask: list[bool] = []
+        for number, (_, begin, end) in enumerate(part for part in parts if part[0] == i):
+            places[i, number] = session, len(ids)
+            end = begin + max((t + 1 for t in range(end - begin) if whole.mask[i][begin + t]), default=0)
+            ids += [*whole.token_ids[i][begin:end], -1 - i]
+            logprobs += [*whole.logprobs[i][begin:end], 0.0]
+            mask += [*whole.mask[i][begin:end], False]
+        for column, value in zip(("token_ids", "logprobs", "mask", "rewards", "groups"),
+                                 (ids, logprobs, mask, whole.rewards[i], whole.groups[i]), strict=True):  # fmt: skip
+            getattr(joined, column).append(value)
+    of_session = expected(joined)
+    for row, (i, begin, end), number in zip(cut.rows_of(actual), rows, numbers, strict=True):
+        session, start = places[i, number]
+        padded = of_session[session][start:] + [0.0] * (end - begin)
+        mask = whole.mask[i][begin:end]
+        assert_rows_close([row], [[v if m else 0.0 for v, m in zip(padded, mask, strict=False)]])
+
+
+@pytest.mark.parametrize("name", ["leaf", "tempo", "tree_td", "treerl"])
+def test_the_reward_of_a_session_counts_once(plug: types.ModuleType, name: str) -> None:
+    """Rewards 1, 0, 0, the first in two rows: a mean of 1/3, by the reference."""
+    case = unmasked([[1, 2], [3, 4, 5], [6, 7], [8, 9]], [0.0, 1.0, 1.0, 0.0])
+    batch = as_verl(case)
+    batch.keys = ["u_1_0", "u_0_1", "u_0_0", "u_2_0"]
+    options = {"num_boundaries": 0, "terms": "global"} if name == "leaf" else {}
+    config = {"norm_adv_by_std_in_grpo": False, name: options}
+    actual = case.rows_of(through_the_mixin(plug, batch, config, name))
+    joined = unmasked([[1, 2], [6, 7, -1, 3, 4, 5], [8, 9]], [0.0, 1.0, 0.0])
+    joined.mask[1][2] = False
+    joined.logprobs = [[-0.0, -0.5], [-0.0, -0.5, 0.0, -0.0, -0.5, -1.0], [-0.0, -0.5]]
+    reference = python_ref.span_advantages if name == "leaf" else getattr(python_ref, name)
+    none = {"normalize": "none"} if name in ("leaf", "tree_td") else {}
+    rows = reference(joined.logprobs, joined.token_ids, joined.rewards, response_mask=joined.mask, **none, **options)
+    assert_rows_close(actual, [rows[0], rows[1][3:], rows[1][:2], rows[2]])
+    if name == "leaf":
+        assert_rows_close(actual, [[-1 / 3] * 2, [2 / 3] * 3, [2 / 3] * 2, [-1 / 3] * 2])
+
+
+def test_sessions_as_in_the_grpo_of_verl(plug: types.ModuleType) -> None:
+    if sys.modules["verl"].__dict__.get("DataProto") is None:
+        pytest.skip("the contract has no trainer")
+    theirs = pytest.importorskip("verl.trainer.ppo.v1.utils", reason="needs verl with its TransferQueue")
+    case = unmasked([[1, 2], [3, 4, 5], [6, 7], [8, 9], [1, 1], [2]], [0.0, 1.0, 1.0, 0.0, 0.25, 0.5])
+    case.groups[4:] = [1, 1]
+    batch = as_verl(case)
+    batch.keys = ["u_1_0", "u_0_1", "u_0_0", "u_2_0", "v_0_0", "v_1_0"]
+    options = {"num_boundaries": 0, "terms": "global", "normalize": "reward_std"}
+    actual = through_the_mixin(plug, batch, {"leaf": options})
+    compute = theirs.compute_advantage_for_multi_trajectories
+    data = compute(data_of(plug, batch), batch_keys=batch.keys, adv_estimator="grpo", config={})
+    torch.testing.assert_close(actual, data.batch["advantages"], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_not_those_at_hand(plug: types.ModuleType) -> None:
+    one = torch.zeros(1, 1)
+    batch = {"responses": torch.zeros(2, 1, dtype=torch.int64), "old_log_probs": torch.zeros(2, 1)}
+    with pytest.raises(ValueError, match="^response_mask must be shaped like the responses that the estimator 'leaf' "):
+        plug.compute_advantage_of("leaf", one, one, index=["a"], batch=batch)
 
 
 def test_without_uids(plug: types.ModuleType) -> None:

@@ -8,21 +8,26 @@ Importing this module registers them, in the process that imports it: let verl d
 verl (0.9) shows an estimator the rewards, the mask and the uids, but neither token ids nor log-probabilities. A version
 that passes ``batch`` to estimators whose signature has it needs no more. For others the batch is brought by
 ``LeafAdvantage``, a mixin for trainers, or by ``compute_advantage``, for loops that call verl's function themselves.
+
+An agent loop may give several rows for one session (its context was cut, or it has sub-agents). With ``LeafAdvantage``
+they are one rollout, whose tokens are those of its rows in their order and whose reward, that of its last row, counts
+once, as verl's own GRPO has it. What stood before the later rows differs, so those share no prefix with other sessions.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from leafkernels import ESTIMATORS, group_index
 
 try:
     from verl.trainer.ppo.core_algos import register_adv_est
-except ImportError as error:
+except (ImportError, RuntimeError) as error:  # what it imports lazily fails with a RuntimeError
     raise ImportError(
         f"leafkernels.integrations.verl needs verl, which cannot be imported here ({error}); "
         "pip install 'leafkernels[verl]'"
@@ -32,7 +37,15 @@ except ImportError as error:
 _NAMES = ("leaf", "tempo", "tree_td", "treerl")
 _NORMALIZE = {"leaf": "span", "tree_td": "reward_std"}
 _TENSORS = ("responses", "old_log_probs", "rollout_log_probs")
-_at_hand: ContextVar[Mapping[str, Tensor] | None] = ContextVar("leafkernels_verl_batch", default=None)
+
+
+class _AtHand(NamedTuple):
+    batch: Mapping[str, Tensor]
+    keys: Sequence[str] | None
+    """Of the rows, ``{uid}_{session}_{number of the row in it}``; None: every row is a rollout of its own."""
+
+
+_at_hand: ContextVar[_AtHand | None] = ContextVar("leafkernels_verl_batch", default=None)
 
 
 def compute_advantage_of(
@@ -62,22 +75,31 @@ def compute_advantage_of(
     index = non_tensor_batch["uid"] if index is None and non_tensor_batch is not None else index
     if index is None:
         raise ValueError(f"index must hold the uid of each row's prompt for the estimator {name!r}, got None")
-    token_ids, logprobs = _tokens(name, batch)
+    held, keys = _find(name, batch)
+    token_ids = held["responses"]
+    if token_ids.shape != response_mask.shape:
+        raise ValueError(
+            f"response_mask must be shaped like the responses that the estimator {name!r} was given, "
+            f"{tuple(token_ids.shape)}, got {tuple(response_mask.shape)}"
+        )
     settings = {} if config is None else config
     options: dict[str, Any] = {}
     if name in _NORMALIZE:
         options["normalize"] = _NORMALIZE[name] if settings.get("norm_adv_by_std_in_grpo", True) else "none"
     mask = response_mask.bool()
-    # Rows are compared from the first column on, also where the token in it has been rejected.
-    stretch = mask.clone()
-    stretch[:, :1] |= mask.any(1, keepdim=True)
-    advantages = ESTIMATORS[name](
-        logprobs,
-        token_ids,
-        token_level_rewards.sum(-1),
-        response_mask=stretch,
-        groups=group_index(list(index), token_ids.device),
-        **{**options, **(settings.get(name) or {})},
+    sessions = _sessions(keys, len(mask))
+    packed = _pack(sessions, held["logprobs"], token_ids, mask)
+    last = [rows[-1] for rows in sessions]
+    advantages = packed.rows_of(
+        ESTIMATORS[name](
+            packed.logprobs,
+            packed.token_ids,
+            token_level_rewards.sum(-1)[torch.tensor(last, device=mask.device)],
+            response_mask=packed.mask,
+            groups=group_index([index[row] for row in last], mask.device),
+            cu_seqlens=packed.cu_seqlens,
+            **{**options, **(settings.get(name) or {})},
+        )
     )
     advantages = advantages * mask
     return advantages, advantages
@@ -88,22 +110,86 @@ for _name in _NAMES:
     register_adv_est(_name)(partial(compute_advantage_of, _name))
 
 
-def _tokens(name: str, batch: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """Token ids and their log-probabilities, from what verl passes or what has been put at hand."""
-    for source in (batch, _at_hand.get()):
+def _find(name: str, batch: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], Sequence[str] | None]:
+    """Token ids and their log-probabilities, from what verl passes or what has been put at hand; keys of the rows."""
+    at_hand = _at_hand.get()
+    for source in (batch, at_hand and at_hand.batch):
         if source is not None and "responses" in source:
             for logprobs in _TENSORS[1:]:
                 if logprobs in source:
-                    return source["responses"], source[logprobs]
+                    found = {"responses": source["responses"], "logprobs": source[logprobs]}
+                    return found, at_hand and at_hand.keys
     raise RuntimeError(
         f"the estimator {name!r} needs 'responses' and 'old_log_probs' (or 'rollout_log_probs'), which this verl does "
         "not pass to estimators: put leafkernels.integrations.verl.LeafAdvantage before your trainer class"
     )
 
 
+def _sessions(keys: Sequence[str] | None, rows: int) -> list[list[int]]:
+    """The rows of each session, in their order there. A key of another form is that of a session of its own."""
+    if keys is None:
+        return [[row] for row in range(rows)]
+    if len(keys) != rows:
+        raise ValueError(f"keys must name each of the {rows} rows, got {len(keys)}")
+    sessions: dict[str, list[tuple[int, int]]] = {}
+    for row, key in enumerate(keys):
+        session, _, number = key.rpartition("_")
+        if not (session and number.isdecimal()):
+            session, number = key, "0"
+        sessions.setdefault(session, []).append((int(number), row))
+    return [[row for _, row in sorted(session)] for session in sessions.values()]
+
+
+class _Packed(NamedTuple):
+    """The tokens of each session on end, (total,), and where they came from."""
+
+    logprobs: Tensor
+    token_ids: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor
+    places: Tensor
+    """(total,) in the flattened rows, each of which has one place more than the responses."""
+    shape: torch.Size
+
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        rows, width = self.shape
+        return tokens.new_empty(len(tokens)).index_copy(0, self.places, tokens).view(rows, width + 1)[:, :-1]
+
+
+def _pack(sessions: list[list[int]], logprobs: Tensor, token_ids: Tensor, mask: Tensor) -> _Packed:
+    """Each row with a separator of its session behind it, and what pads a row moved to the end of its session."""
+    device = mask.device
+    rows, width = mask.shape
+    numbers = torch.tensor([n for n, session in enumerate(sessions) for _ in session], device=device)
+    order = torch.tensor([row for session in sessions for row in session], device=device)
+    ends = torch.tensor([0, *(len(session) * (width + 1) for session in sessions)], device=device).cumsum(0)
+
+    kept = mask.flip(1).cumsum(1).flip(1) > 0  # up to the last token that counts
+    separated = torch.cat([kept, kept.new_ones(rows, 1)], 1)[order]
+    places = (2 * numbers[:, None] + ~separated).flatten().sort(stable=True).indices
+    places = (order[:, None] * (width + 1) + torch.arange(width + 1, device=device)).flatten()[places]
+
+    def pack(tensor: Tensor, separators: Tensor) -> Tensor:
+        return torch.cat([tensor, separators[:, None]], 1).flatten()[places]
+
+    separators = torch.empty_like(order).index_copy(0, order, -1 - numbers)
+    # Rollouts are compared from their first place on, also where the token in it has been rejected.
+    counts = pack(mask, mask.new_zeros(rows))
+    begun = torch.zeros(len(sessions), dtype=torch.int64, device=device).index_add(0, numbers, mask.sum(1)[order]) > 0
+    counts[ends[:-1]] |= begun
+    return _Packed(
+        pack(logprobs, logprobs.new_zeros(rows)),
+        pack(token_ids.long(), separators),
+        counts,
+        ends.int(),
+        places,
+        mask.shape,
+    )
+
+
 @contextmanager
-def _put_at_hand(batch: Mapping[str, Tensor]) -> Iterator[None]:
-    token = _at_hand.set(batch)
+def _put_at_hand(batch: Mapping[str, Tensor], keys: Sequence[str] | None = None) -> Iterator[None]:
+    token = _at_hand.set(_AtHand(batch, keys))
     try:
         yield
     finally:
@@ -132,5 +218,5 @@ class LeafAdvantage:
         fields = transfer_queue.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=list(_TENSORS)
         )
-        with _put_at_hand(fields.to_padded_tensor()):
+        with _put_at_hand(fields.to_padded_tensor(), batch.keys):
             return super()._compute_advantage(batch, metrics)  # type: ignore[misc]
