@@ -74,7 +74,7 @@ COUNTED = {
     "mask_stretches": (12.9, 13.7, 13.8),
     "column_maxima": (14.8, 17.7, 17.4),
     "compare_pairs": (27.8, 30.0, 30.5),
-    "first_mismatch": (22.8, 25.9, 26.2),
+    "first_mismatch": (16.0, 16.5, 17.5),
     "scatter_spans": (13.0, 12.2, 11.9),
     "gather_spans": (21.2, 20.3, 20.5),
     "fire_statistics": (38.0, 34.5, 31.9),

@@ -333,7 +333,8 @@ def test_vocabulary_functions_synchronise_nothing_and_a_graph_captures_them(func
 
     expected, captured, graph = captured_in_graph(step)
     graph.replay()
-    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+    # Products of matrices: in a graph they have another workspace, and may add up in another order.
+    torch.testing.assert_close(captured, expected)
 
 
 @on_gpu

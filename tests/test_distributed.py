@@ -865,7 +865,10 @@ def test_masked_tokens_and_bounds_of_the_live_ones_of_a_split_head(ranks: Ranks)
     assert mask.sum() == 5
     for bound in (None, 5, 7):
         found = joined(ranks.call(head_of_rank, case.calls(num_live=bound)))
-        torch.testing.assert_close(found, clean, rtol=0, atol=0)
+        for actual, want in zip(found, clean, strict=True):
+            # A product of matrices with another number of rows may add up in another order.
+            atol = linear_tolerance(10, 9, torch.float64, 4 * float(want.abs().max()))
+            torch.testing.assert_close(actual, want, rtol=0, atol=atol)
     found = joined(ranks.call(head_of_rank, case.calls(num_live=4)))
     last = int(mask.nonzero()[-1])
     for result in found[:2]:

@@ -189,14 +189,14 @@ def test_a_bound_on_the_live_tokens(backend: str, bound: int) -> None:
     if bound < 5:
         assert found.surprisal.isnan().nonzero().flatten().tolist() == [8]
         return
-    for actual, want in zip(found, exact, strict=True):
-        assert torch.equal(actual, want)
     gradients = [
         gradients_of(leafkernels.linear_surprisal_entropy, tensors, weights, num_live=num, **options)
         for num in (None, bound)
     ]
-    for actual, want in zip(*gradients, strict=True):
-        assert torch.equal(actual, want)
+    for actual, want in zip((*found, *gradients[1]), (*exact, *gradients[0]), strict=True):
+        # A chunk may have more rows, and a product of matrices may then add up in another order.
+        atol = tolerance(10, 9, torch.float32, 4 * float(want.abs().max()))
+        torch.testing.assert_close(actual, want, rtol=0, atol=atol)
 
 
 def test_what_needs_no_gradient_costs_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,8 @@ def test_autocast(backend: str) -> None:
         gradients = gradients_of(leafkernels.linear_surprisal_entropy, tensors, weights, backend=backend)
     for actual, want in zip(found, leafkernels.linear_surprisal_entropy(**rounded, backend=backend), strict=True):
         assert actual.dtype == torch.float32
-        assert torch.equal(actual, want)
+        # Logits in bfloat16 of two products, which may differ by a rounding of that.
+        torch.testing.assert_close(actual.bfloat16(), want.bfloat16())
     expected = gradients_of(leafkernels.linear_surprisal_entropy, rounded, weights, backend=backend)
     for actual, want in zip(gradients, expected, strict=True):
         assert actual.dtype == torch.float32
@@ -284,7 +285,9 @@ def test_float64_stays_under_autocast(backend: str) -> None:
                 composed(**{**tensors, **changed})
     for actual, want in zip((*found, *gradients), (*expected, *of_inputs), strict=True):
         assert actual.dtype == torch.float64
-        assert torch.equal(actual, want)
+        # Of float32 it would be off by 1e-7.
+        atol = tolerance(8, 9, torch.float64, 4 * float(want.abs().max()))
+        torch.testing.assert_close(actual, want, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

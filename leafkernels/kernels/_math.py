@@ -7,6 +7,17 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x y, rounded, for sums over the threads.
+
+    A compiler may fuse a product into the addition that follows. Where two threads add their products to each other's,
+    each then leaves its own unrounded, and they hold two sums: what is stored is that of the thread that comes last.
+    """
+    # Nothing is fused into a fused operation, and + 0 is none that a compiler may drop: it makes 0 of -0.
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x); the quotient makes up for what 1 + x rounds away."""
     one_plus = 1.0 + x

@@ -169,16 +169,20 @@ def _first_mismatch_kernel(
     # Where load_block may find whole words.
     at = tied_to // 16 * 16 + tl.program_id(1).to(tl.int64) * BLOCK
     step = tl.num_programs(1).to(tl.int64) * BLOCK
-    # What other programs found ends the search here. To see it late costs time, not truth.
-    while at < tl.minimum(end, tl.load(shared_ptr + row, volatile=True).to(tl.int64)):
+    offs = tl.arange(0, BLOCK)
+    # What other programs found ends the search here; to see it late costs time, not truth. A load would be one of every
+    # thread for itself, and warps that see different numbers part; an atomic is done once and handed to all threads.
+    end = tl.minimum(end, tl.atomic_min(shared_ptr + row, FAR, sem="relaxed").to(tl.int64))
+    while at < end:
         a = load_block(token_ids_ptr, base, at, end, 0, BLOCK)
         b = load_block(token_ids_ptr, parent_base, at, end, 0, BLOCK)
-        offs = at + tl.arange(0, BLOCK)
-        found = tl.min(tl.where((a != b) & (offs >= tied_to), offs, end), axis=0)
+        # Past the end both hold 0 and agree.
+        first = tl.min(tl.where((a != b) & (offs >= (tied_to - at).to(tl.int32)), offs, BLOCK), axis=0)
         if COUNT:
             tl.atomic_add(counts_ptr, 2 * tl.minimum(end - at, BLOCK))
-        if found < end:
-            tl.atomic_min(shared_ptr + row, found.to(tl.int32))
+        found = tl.where(first < BLOCK, at + first, FAR).to(tl.int32)
+        found = tl.minimum(found, tl.atomic_min(shared_ptr + row, found, sem="relaxed"))
+        end = tl.minimum(end, found.to(tl.int64))
         at += step
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leafkernels.kernels._math import rounded_product
 from leafkernels.kernels._rows import load_block, store_block
 
 BLOCK = 2048  # 16 bytes a thread, of bfloat16
@@ -73,7 +74,7 @@ def _channel_state_kernel(
         square = tl.load(squares_ptr + at)
         norm = tl.load(norm_ptr + offs_r, mask=is_r, other=0.0).to(tl.float32)
         own_root = tl.sqrt_rn(square / size + eps)
-        root = tl.sqrt_rn((square + tl.sum(state * state, axis=0)) / (size + WIDTH) + eps)
+        root = tl.sqrt_rn((square + tl.sum(rounded_product(state, state), axis=0)) / (size + WIDTH) + eps)
         normal = tl.reshape(state * norm / root, [BLOCK_R // BLOCK_C, BLOCK_C])
         sums = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
         for piece in range(0, BLOCK_R // BLOCK_C):

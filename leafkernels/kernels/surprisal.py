@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._math import LOG2_E, expm1, log1p
+from leafkernels.kernels._math import LOG2_E, expm1, log1p, rounded_product
 from leafkernels.kernels._rows import aligned_row, num_splits, store_block, whole_blocks
 
 BLOCK = 4096  # ids at a time; tests shrink it to cross blocks with small vocabularies
@@ -54,6 +54,10 @@ LEAST = tl.constexpr(-3.4028234663852886e38)
 # banned ids, -inf, or the least finite number, which a temperature below 1 takes to -inf.
 FLOOR = tl.constexpr(-1e4)
 
+# Threads of a warp, at most. A block of fewer ids has several threads read each, and none may write a gradient over a
+# logit before all of them have read it.
+WARP = tl.constexpr(64)
+
 
 @triton.jit
 def merge(m, r, t, top, inv_temperature, axis: tl.constexpr):
@@ -63,8 +67,8 @@ def merge(m, r, t, top, inv_temperature, axis: tl.constexpr):
     drop = tl.maximum(m - top, FLOOR / inv_temperature, propagate_nan=tl.PropagateNan.ALL)
     fade = tl.exp2(drop * (inv_temperature * LOG2_E))
     ones = tl.sum(tl.where(is_top, 1.0, 0.0), axis=axis)
-    r_of_all = ones - 1.0 + tl.sum(tl.where(is_top, r, fade * (1.0 + r)), axis=axis)
-    return r_of_all, tl.sum(fade * (t + drop * (1.0 + r)), axis=axis)
+    r_of_all = ones - 1.0 + tl.sum(tl.where(is_top, r, rounded_product(fade, 1.0 + r)), axis=axis)
+    return r_of_all, tl.sum(rounded_product(fade, t + drop * (1.0 + r)), axis=axis)
 
 
 @triton.jit
@@ -85,8 +89,10 @@ def _fold(m, s, t, x, floor, log2_scale, THREADS: tl.constexpr, WORD: tl.constex
     fade = tl.exp2(drop * log2_scale)
     d = tl.maximum(x - top[None, :, None], floor, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(d * log2_scale)
-    t = fade * (t + drop * s) + tl.sum(tl.sum(d * e, axis=2), axis=0)
-    s = fade * s + tl.sum(tl.sum(e, axis=2), axis=0)
+    # Words first, which a thread holds alone: ids of a word lie in several where rows begin anywhere.
+    products = d * e if x.shape[0] > 1 else rounded_product(d, e)
+    t = fade * (t + drop * s) + tl.sum(tl.sum(products, axis=0), axis=1)
+    s = fade * s + tl.sum(tl.sum(e, axis=0), axis=1)
     return top, s, t
 
 
@@ -207,12 +213,16 @@ def write_gradient(
         start = (low + high - 1 - done) * BLOCK
         x = tl.load(row_ptr + start + offs)
         gradient = _gradient(x, top, a, b, log2_total, floor, log2_scale, inv_softcap, ENTROPY, SOFTCAP)
+        if BLOCK < WARP:
+            tl.debug_barrier()
         tl.store(out_ptr + start + offs, gradient.to(gradients_ptr.dtype.element_ty))
     for k in range(first, last - (high - low)):
         at = tl.where(k < low, k, k + high - low) * BLOCK + offs
         in_row = (at >= before) & (at < before + length)
         x = tl.load(row_ptr + at, mask=in_row, other=0.0)
         gradient = _gradient(x, top, a, b, log2_total, floor, log2_scale, inv_softcap, ENTROPY, SOFTCAP)
+        if BLOCK < WARP:
+            tl.debug_barrier()
         tl.store(gradients_ptr + out - before + at, gradient.to(gradients_ptr.dtype.element_ty), mask=in_row)
 
     if (token >= 0) & (token < length) & (token + before >= first * BLOCK) & (token + before < last * BLOCK):

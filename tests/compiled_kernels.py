@@ -1,0 +1,236 @@
+"""Every kernel as it is compiled for a GPU, executed thread by thread on a CPU; test_ptx.py runs this as a program.
+
+    python tests/compiled_kernels.py FOLDER      where the executor of PTX is, with TRITON_INTERPRET=0
+
+The cases run in order, and with warps and programs interleaved at random.
+"""
+
+import contextlib
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ORDERS = (None, 1, 3, 5)  # seeds of the interleaving; odd ones let some warps run far ahead
+
+Run = Callable[[str], Any]
+CASES: dict[str, tuple[Run, float]] = {}
+
+
+def case(tolerance: float = 0.0, **parameters: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add a function of the backend, with these arguments, whose results must not differ by more than that."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = " ".join([function.__name__, *map(str, parameters.values())])
+        CASES[name] = functools.partial(function, **parameters), tolerance
+        return function
+
+    return add
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@contextlib.contextmanager
+def sizes(module: str, **values: int) -> Iterator[None]:
+    """Other constants of a module of kernels for a while."""
+    kernels = importlib.import_module(f"leafkernels.kernels.{module}")
+    before = {name: getattr(kernels, name) for name in values}
+    for name, value in values.items():
+        setattr(kernels, name, value)
+    yield
+    for name, value in before.items():
+        setattr(kernels, name, value)
+
+
+def holes(rows: int, tokens: int) -> Tensor:
+    """Padding on the right, a hole in each row, and one row that is empty."""
+    at = torch.arange(tokens)
+    mask = (at < torch.arange(tokens, tokens - 5 * rows, -5)[:, None]) & (at != 7)
+    mask[rows // 2] = False
+    return mask
+
+
+@case()
+def pairs_of_rows(backend: str) -> Any:
+    import leafkernels
+
+    ids = (random(6, 700) * 1.002).long()
+    return leafkernels.common_prefix_lengths(ids, response_mask=holes(6, 700), group_size=3, backend=backend)
+
+
+@case(dtype=torch.int64)
+@case(dtype=torch.int32)
+def rows_whose_programs_meet(backend: str, dtype: torch.dtype) -> Any:
+    """Several programs look for the place where a row leaves another, and tell each other by memory."""
+    import leafkernels
+
+    ids = (torch.arange(3500) % 7).repeat(4, 1).to(dtype)
+    ids[1, 1100], ids[2, 2200], ids[3, 3300] = 100, 101, 102
+    with sizes("prefix_lengths", FEW_TOKENS=0):
+        return leafkernels.common_prefix_lengths(ids, backend=backend)
+
+
+@case(rounds=0)
+@case(rounds=2)
+def ties_of_rows(backend: str, rounds: int) -> Any:
+    import leafkernels
+
+    row, at = torch.arange(9)[:, None], torch.arange(12)
+    ids = torch.where(at < row, at % 3, 50 + row // 2 + at)
+    with sizes("prefix_lengths", FEW_TOKENS=0, ROUNDS=rounds):
+        return leafkernels.common_prefix_lengths(ids, backend=backend)
+
+
+@case()
+def boundaries_of_groups(backend: str) -> Any:
+    import leafkernels
+
+    scores = -random(4, 1100)
+    return leafkernels.select_boundaries(scores, group_size=2, num_boundaries=2, backend=backend)
+
+
+@case(2e-6, normalize="span")
+@case(2e-6, normalize="batch")
+@case(2e-6, normalize="reward_std")
+def credit(backend: str, normalize: str) -> Any:
+    import leafkernels
+
+    logprobs, rewards, ids = -random(6, 40), random(6, seed=1), (random(6, 40, seed=2) * 1.2).long()
+    options = {"response_mask": holes(6, 40), "group_size": 3, "num_boundaries": 2}
+    return leafkernels.span_advantages(logprobs, ids, rewards, normalize=normalize, backend=backend, **options)
+
+
+@case(1e-6, masked=False)
+@case(1e-6, masked=True)
+def spans_and_their_gradient(backend: str, masked: bool) -> Any:
+    import leafkernels
+
+    values, ends = random(2, 2).double().requires_grad_(), torch.tensor([[3, 1090], [50, 1100]], dtype=torch.int32)
+    mask = holes(2, 1100) if masked else None
+    tokens = leafkernels.scatter_spans(values, ends, 1100, response_mask=mask, backend=backend)
+    return tokens, *torch.autograd.grad((tokens * torch.arange(1100)).sum(), values)
+
+
+def rows_of_logits(dtype: torch.dtype, vocabulary: int, unaligned: bool) -> Tensor:
+    """With a top that leads, a tie, and banned ids; unaligned: rows begin between two words of memory."""
+    logits = (random(3, vocabulary + 3) * 9).to(dtype)
+    logits[0, 30], logits[1, 8:10], logits[2, 40:45] = 30.0, 12.0, -torch.inf
+    return logits[:, 1 : vocabulary + 1] if unaligned else logits[:, :vocabulary].clone()
+
+
+@case(2e-5, dtype=torch.float32, vocabulary=4103, unaligned=False)
+@case(2e-5, dtype=torch.float32, vocabulary=4103, unaligned=True)
+@case(1e-2, dtype=torch.bfloat16, vocabulary=4103, unaligned=False)
+@case(1e-2, dtype=torch.bfloat16, vocabulary=4103, unaligned=True)
+@case(2e-5, dtype=torch.float32, vocabulary=61, unaligned=False, block=16, threads=2)
+@case(2e-5, dtype=torch.float32, vocabulary=61, unaligned=True, block=16, threads=2)
+@case(1e-2, dtype=torch.bfloat16, vocabulary=61, unaligned=True, block=16, threads=2)
+def vocabulary(backend: str, block: int = 4096, threads: int = 256, **logits: Any) -> Any:
+    """Both passes, the second once into new memory and once over the logits."""
+    import leafkernels
+
+    ids, mask, temperature = torch.tensor([30, 8, 3]), torch.tensor([True, True, True]), torch.tensor([0.7, 1.0, 2.5])
+    found: list[Tensor] = []
+    with sizes("surprisal", BLOCK=block, THREADS=threads):
+        for in_place in (False, True):
+            leaf = rows_of_logits(**logits).requires_grad_()
+            given = leaf * 1.0 if in_place else leaf
+            if in_place and logits["unaligned"]:
+                given = torch.cat((leaf[:, :1], leaf), 1)[:, 1:]
+            options = {"response_mask": mask, "temperature": temperature, "inplace_backward": in_place}
+            rows = leafkernels.surprisal_entropy(given, ids, backend=backend, **options)
+            loss = (rows.surprisal - 0.3 * rows.entropy).sum()
+            found += [*rows, *torch.autograd.grad(loss, leaf)]
+    return found
+
+
+@case(2e-5, dtype=torch.float32, unaligned=False)
+@case(2e-5, dtype=torch.float32, unaligned=True)
+@case(1e-2, dtype=torch.bfloat16, unaligned=False)
+def clipped_loss_from_logits(backend: str, dtype: torch.dtype, unaligned: bool) -> Any:
+    import leafkernels
+
+    leaf = rows_of_logits(dtype, 4103, unaligned)[None].requires_grad_()
+    old, credit, mask = torch.tensor([[-0.1, -2.0, -7.0]]), torch.tensor([[1.0, -0.5, 2.0]]), torch.ones(1, 3) > 0
+    options = {"ref_logprobs": old - 0.1, "kl_coef": 0.1, "entropy_coef": 0.02, "dual_clip": 3.0, "backend": backend}
+    found = leafkernels.policy_loss_from_logits(leaf, torch.tensor([[30, 8, 3]]), old, credit, mask, **options)
+    return *found, *torch.autograd.grad(found.loss * 3, leaf)
+
+
+@case(1e-5, importance="token", dtype=torch.float32)
+@case(1e-5, importance="sequence", dtype=torch.float32)
+@case(1e-5, importance="token", dtype=torch.bfloat16)
+def clipped_loss(backend: str, importance: str, dtype: torch.dtype) -> Any:
+    import leafkernels
+
+    new, old, reference, entropy = ((-random(3, 1100, seed=seed)).to(dtype) for seed in range(4))
+    new.requires_grad_()
+    options = {"ref_logprobs": reference, "kl_coef": 0.1, "entropy": -entropy, "entropy_coef": 0.01, "clip": (0.2, 0.3)}
+    credit, mask = random(3, 1100, seed=5) - 0.5, holes(3, 1100)
+    found = leafkernels.policy_loss(new, old, credit, mask, importance=importance, backend=backend, **options)
+    return *found, *torch.autograd.grad(found.loss, new)
+
+
+@case(1e-5, dtype=torch.float32)
+@case(1e-5, dtype=torch.bfloat16)
+def distillation(backend: str, dtype: torch.dtype) -> Any:
+    import leafkernels
+
+    old, teacher, base, student_entropy, teacher_entropy = (random(5, 1100, seed=seed).to(dtype) for seed in range(5))
+    tokens = -old, -teacher, student_entropy, teacher_entropy, holes(5, 1100)
+    return leafkernels.fire_opd(*tokens, base_logprobs=-base, extrapolation=1.5, drop=0.3, backend=backend)
+
+
+@case(2e-5, width=48, dtype=torch.float32)
+@case(2e-5, width=256, dtype=torch.float32)
+@case(4e-2, width=48, dtype=torch.bfloat16)
+def reward_channel(backend: str, width: int, dtype: torch.dtype) -> Any:
+    from leafkernels.lookahead import RewardChannel
+
+    torch.manual_seed(0)
+    channel = RewardChannel(3, 40, width).to(dtype)
+    return channel.fused([torch.randn(1, 2, 40).to(dtype) for _ in range(4)], backend=backend)
+
+
+def tensors_of(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else [item for part in found or () for item in tensors_of(part)]
+
+
+def main(executor: str) -> None:
+    """Print a JSON object for each order: cases that failed, what the executor saw, and the kernels it ran."""
+    sys.path.insert(0, executor)
+    import ptx
+
+    ptx.install()
+    from leafkernels._core import backend
+
+    backend.INTERPRETING = True
+    expected = {name: tensors_of(run("torch")) for name, (run, _) in CASES.items()}
+    for seed in ORDERS:
+        ptx.SETTINGS.seed = seed
+        ptx.FINDINGS.clear()
+        ptx.KERNELS.clear()
+        failed, seen = {}, []
+        for name, (run, tolerance) in CASES.items():
+            before = set(ptx.FINDINGS)
+            try:
+                torch.testing.assert_close(
+                    tensors_of(run("triton")), expected[name], rtol=tolerance, atol=tolerance, equal_nan=True
+                )
+            except Exception as error:  # what a test may show
+                failed[name] = f"{type(error).__name__}: {error}"
+            new = (found for found in ptx.FINDINGS if found not in before and "same value" not in found.kind)
+            seen += [(name, *found, ptx.EXAMPLES[found]) for found in new]
+        kernels = sorted(ptx.KERNELS)
+        print(json.dumps({"seed": seed, "failed": failed, "seen": seen, "kernels": kernels}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
