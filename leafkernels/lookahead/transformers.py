@@ -1,8 +1,11 @@
 """A transformers model that scores its own tokens, and decodes with a look at what follows."""
 
-import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import make_dataclass
+from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from leafkernels._core.checks import check_integer, check_mask
+from leafkernels.lookahead.folder import check_base, load_base, read_channel, write_channel
 from leafkernels.lookahead.reward_channel import LayerWeights, RewardChannel
 from leafkernels.lookahead.search import Search, as_ids, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
 
-_CHANNEL, _SETTINGS = "reward_channel.safetensors", "reward_channel.json"
 # What transformers' generate prepares for its own loop; the stepper has its own.
 _OF_GENERATE = {"past_key_values", "use_cache", "position_ids", "cache_position", "logits_to_keep"}
 
@@ -23,10 +26,11 @@ class RewardTransformer(nn.Module):
     """A causal language model of transformers with a reward channel beside its decoder (SLA, arXiv 2503.00029).
 
     Called as the model is, it returns what the model returns, logits equal to the bit, and ``rewards`` (B, T) beside
-    them: how good the answer is up to each token. The channel runs in hooks on the decoder's layers, along with the
-    model, and no hidden state is kept for it. It runs after them in two cases: where the decoder recomputes its layers
-    in the backward pass, whose inputs are kept for that anyway, and in decoding on a GPU (``RewardChannel.is_fused``),
-    where ``RewardChannel.fused`` takes all layers of the few tokens at once.
+    them, a field of the output: how good the answer is up to each token. The channel runs in hooks on the decoder's
+    layers, along with the model, and no hidden state is kept for it. It runs after them in two cases: where the decoder
+    recomputes its layers in the backward pass, whose inputs are kept for that anyway, and in decoding on a GPU
+    (``RewardChannel.is_fused``), where ``RewardChannel.fused`` takes all layers of the few tokens at once. The hooks
+    leave the model when the ``RewardTransformer`` goes. It may be called in several threads, be copied and pickled.
 
     A model none of whose parameters requires a gradient runs without one, and the channel with.
 
@@ -56,11 +60,7 @@ class RewardTransformer(nn.Module):
                 f"got {sizes[0]} and {sizes[1]}"
             )
         self.model, self.channel = model, channel
-        self._decoder = [decoder]  # in a list: it is a module of the model's already
-        self._run: _Run | None = None
-        for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True)
-        decoder.register_forward_hook(self._after_decoder)
+        self._hooks = _Hooks(decoder, layers)
 
     @property
     def config(self) -> Any:
@@ -70,32 +70,22 @@ class RewardTransformer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's forward, its output with ``rewards`` (B, T)."""
         is_frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
-        with self._running() as run, torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
-            output = self.model(*args, **kwargs, return_dict=True)
-        output["rewards"] = run.rewards
-        return output
-
-    @contextmanager
-    def _running(self) -> "Iterator[_Run]":
-        # Layers that the backward pass computes again call their hooks again: then there is no run.
-        decoder = self._decoder[0]
+        # Layers that the backward pass computes again call their hooks again: then this run is over.
+        decoder = self._hooks.decoder
         recomputes = bool(getattr(decoder, "gradient_checkpointing", False)) and decoder.training
-        self._run = _Run(self.channel, torch.is_grad_enabled(), recomputes)
+        around, run = _HERE.run, _Run(self._hooks.key, self.channel, torch.is_grad_enabled(), recomputes)
+        _HERE.run = run
         try:
-            yield self._run
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+                output = self.model(*args, **kwargs, return_dict=True)
         finally:
-            self._run = None
-
-    def _before_layer(self, number: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._run is not None:
-                self._run.take(number, args[0] if args else kwargs["hidden_states"])
-
-        return hook
-
-    def _after_decoder(self, _: nn.Module, __: Any, output: Any) -> None:
-        if self._run is not None:
-            self._run.finish(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+            _HERE.run = around
+        if run.rewards is None:
+            raise RuntimeError(
+                f"model must run the {self.channel.num_layers} layers that it had when it got its channel, got an "
+                f"output of {run.taken} of them"
+            )
+        return _with_rewards(type(output))(**{**output, "rewards": run.rewards})
 
     def generate(
         self,
@@ -122,7 +112,7 @@ class RewardTransformer(nn.Module):
         Of the model's generation config its end tokens and its suppressed ones are taken, and nothing else:
         repetition penalties, ``no_repeat_ngram_size``, ``begin_suppress_tokens`` and other logits processors are not
         applied, so that with them the model's own ``generate(do_sample=False)`` gives other tokens. All modules are in
-        evaluation mode meanwhile, and afterwards in the mode that they were in.
+        evaluation mode meanwhile, in other threads too, and afterwards in the mode that they were in.
 
         Args:
             input_ids: (P,) or (1, P) integers, of the prompt; None: those in ``inputs``.
@@ -135,45 +125,43 @@ class RewardTransformer(nn.Module):
             eos_token_ids: one id or several; None: those of the model's generation config.
             suppress_tokens: ids that no branch takes; None: those of the model's generation config.
             stop_strings: one string or several, none of them empty; a branch whose text has come to hold one of them
-                ends by "stop". They stay in the answer.
+                ends by "stop". They stay in the answer. A space before the first token is part of the text.
             tokenizer: which decodes the text for them.
-            streamer: one of transformers, which is given each chunk when it is committed (``TextStreamer`` prints it).
+            streamer: one of transformers, which is given the prompt when it has run, and each chunk when it is
+                committed (``TextStreamer`` prints it). It is ended also where this raises.
             packed: as in ``TransformersStepper``.
 
         Raises:
             TypeError, ValueError: an argument is not what it must be, a reward is not finite, or no token's logit is.
         """
-        ids, mask, features = _apart(input_ids, attention_mask, inputs)
-        if check_integer("input_ids", ids).dim() not in (1, 2) or ids.shape[:-1].numel() != 1:
-            raise ValueError(
-                f"input_ids must have shape (P,) or (1, P), for several prompts there is generate_all, got shape "
-                f"{tuple(ids.shape)}"
+        with _ended_on_error(streamer):
+            ids, mask, features = _apart(input_ids, attention_mask, inputs)
+            if check_integer("input_ids", ids).dim() not in (1, 2) or ids.shape[:-1].numel() != 1:
+                raise ValueError(
+                    f"input_ids must have shape (P,) or (1, P), for several prompts there is generate_all, got shape "
+                    f"{tuple(ids.shape)}"
+                )
+            (found,) = self._search(
+                _prompts(ids, mask, features),
+                features,
+                suppress_tokens,
+                stop_strings,
+                tokenizer,
+                packed,
+                streamer=streamer,
+                width=width,
+                chunk=chunk,
+                depth=depth,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=eos_token_ids,
+                with_end=with_end,
+                min_p=min_p,
+                max_branches=max_branches,
             )
-        (prompt_ids,) = _prompts(ids, mask, features)
-        if streamer is not None:
-            streamer.put(prompt_ids.cpu())
-        (found,) = self.generate_all(
-            [prompt_ids],
-            inputs=features,
-            width=width,
-            chunk=chunk,
-            depth=depth,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            suppress_tokens=suppress_tokens,
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
-            on_commit=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
-            with_end=with_end,
-            min_p=min_p,
-            packed=packed,
-            max_branches=max_branches,
-        )
         if streamer is not None:
             streamer.end()
         return found
 
-    @torch.no_grad()
     def generate_all(
         self,
         input_ids: Tensor | Sequence[Tensor] | None = None,
@@ -214,33 +202,63 @@ class RewardTransformer(nn.Module):
                     f"input_ids must have shape (B, P) or be a list of tensors (P,), got shape {tuple(ids.shape)}"
                 )
             prompts = _prompts(ids, mask, features)
-        of_model = self.model.generation_config
+        return self._search(
+            prompts,
+            features,
+            suppress_tokens,
+            stop_strings,
+            tokenizer,
+            packed,
+            on_commit=on_commit,
+            width=width,
+            chunk=chunk,
+            depth=depth,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            with_end=with_end,
+            min_p=min_p,
+            max_branches=max_branches,
+        )
+
+    @torch.no_grad()
+    def _search(
+        self,
+        prompts: list[Any],
+        features: Mapping[str, Tensor],
+        suppress_tokens: Any,
+        stop_strings: Any,
+        tokenizer: Any,
+        packed: bool,
+        *,
+        eos_token_ids: Any,
+        streamer: Any = None,
+        on_commit: Callable[[int, list[int]], None] | None = None,
+        **options: Any,
+    ) -> list[Search]:
+        """``search_all`` of checked arguments; ``streamer`` is told of the only prompt."""
+        # A token that stands for an image or a recording may be none of the embedding's.
+        embedding = None if features else self.model.get_input_embeddings()
+        prompts = [_checked(ids, embedding) for ids in prompts]
+        of_model, vocabulary = self.model.generation_config, _count_logits(self.model)
+        if suppress_tokens is None:
+            suppressed = self._suppressed(of_model)
+        else:
+            suppressed = as_ids("suppress_tokens", suppress_tokens)
+            for token in suppressed:
+                if not 0 <= token < vocabulary:
+                    raise ValueError(f"suppress_tokens must lie between 0 and {vocabulary - 1}, got {token}")
         ends = _of_config(of_model.eos_token_id) if eos_token_ids is None else eos_token_ids
-        suppressed = _of_config(of_model.suppress_tokens) if suppress_tokens is None else suppress_tokens
         is_stop = _holds(stop_strings, tokenizer)
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            return search_all(
-                TransformersStepper(
-                    self, packed=packed, inputs=features, suppress_tokens=as_ids("suppress_tokens", suppressed)
-                ),
-                prompts,
-                width=width,
-                chunk=chunk,
-                depth=depth,
-                max_new_tokens=max_new_tokens,
-                eos_token_ids=ends,
-                on_commit=on_commit,
-                is_stop=is_stop,
-                with_end=with_end,
-                min_p=min_p,
-                max_branches=max_branches,
-            )
-        finally:
-            # Each its own: a frozen model may be in evaluation mode within a module that is in training mode.
-            for module, was_training in modes:
-                module.training = was_training
+        with _evaluating(self):
+            stepper: Any = TransformersStepper(self, packed=packed, inputs=features, suppress_tokens=suppressed)
+            if streamer is not None:
+                stepper = _Streamed(stepper, prompts[0], streamer)
+                on_commit = stepper.on_commit
+            return search_all(stepper, prompts, eos_token_ids=ends, on_commit=on_commit, is_stop=is_stop, **options)
+
+    def _suppressed(self, config: Any) -> tuple[int, ...]:
+        """What a generation config suppresses; transformers too passes over ids that the model does not have."""
+        return tuple(token for token in _of_config(config.suppress_tokens) if 0 <= token < _count_logits(self.model))
 
     def custom_generate(
         self,
@@ -271,7 +289,7 @@ class RewardTransformer(nn.Module):
             ValueError: the model that calls has another decoder.
         """
         # Under PEFT and torch.compile it is the model within that calls.
-        if model.get_decoder() is not self._decoder[0]:
+        if model.get_decoder() is not self._hooks.decoder:
             raise ValueError("custom_generate must be called by the model that the channel runs beside")
         found = self.generate_all(
             input_ids,
@@ -282,7 +300,7 @@ class RewardTransformer(nn.Module):
             depth=depth,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             eos_token_ids=_of_config(generation_config.eos_token_id),
-            suppress_tokens=_of_config(generation_config.suppress_tokens),
+            suppress_tokens=self._suppressed(generation_config),
             with_end=with_end,
             min_p=generation_config.min_p or 0.0,
             packed=packed,
@@ -294,59 +312,181 @@ class RewardTransformer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the channel alone, and which base it belongs to, into a folder."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.channel.state_dict().items()}
-        save_file(state, folder / _CHANNEL)
-        settings = {"channel": self.channel.settings, "base": _describe(self.model)}
-        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_channel(folder, self.channel.settings, self.channel.state_dict(), self.model)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any = None, **kwargs: Any) -> "RewardTransformer":
         """Read a channel; ``model`` is its base, loaded or by name (None: by the name in the folder).
 
         By name it is loaded with ``kwargs``, by ``AutoModelForCausalLM``, or else as the class that its config names.
+        Code that comes with it runs with ``trust_remote_code=True`` only, and nobody is asked.
 
         Raises:
-            ValueError: the model is not of the kind and the sizes of the channel's base.
+            FileNotFoundError: there is no such folder.
+            ValueError: the folder is damaged, or the model is not of the kind and the sizes of the channel's base.
         """
-        if model is None or isinstance(model, str):
-            base = json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))["base"]
-            model = _load(model or base["name"], **kwargs)
-        return cls(model, cls.read_channel(folder, model).to(next(model.parameters()).device))
+        channel, base = read_channel(folder)
+        if model is None and not base["name"]:
+            raise ValueError(f"model must be given: the channel in {folder} was saved beside a model without a name")
+        if model is None or isinstance(model, str | PathLike):
+            model = load_base(str(model or base["name"]), **kwargs)
+        check_base(folder, base, model)
+        return cls(model, channel.to(next(model.parameters()).device))
 
     @staticmethod
     def read_channel(folder: str | Path, model: Any) -> RewardChannel:
-        """The channel in a folder, on the CPU; raises ValueError where ``model`` is not its base."""
-        from safetensors.torch import load_file
-
-        settings = json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))
-        base, found = settings["base"], _describe(model)
-        differing = [name for name in base if name != "name" and base[name] != found[name]]
-        if differing:
-            raise ValueError(
-                f"model must be the base of the channel in {folder}, {base['name']!r}, of "
-                f"{', '.join(f'{name} {base[name]}' for name in differing)}, got "
-                f"{', '.join(f'{name} {found[name]}' for name in differing)}"
-            )
-        channel = RewardChannel(**settings["channel"])
-        channel.load_state_dict(load_file(Path(folder) / _CHANNEL))
+        """The channel in a folder, on the CPU; raises as ``from_pretrained`` does."""
+        channel, base = read_channel(folder)
+        check_base(folder, base, model)
         return channel
+
+
+_OUTPUTS: dict[type[Any], type[Any]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _with_rewards(kind: type[Any]) -> type[Any]:
+    """An output class of transformers with one field more; DDP builds an output anew, by its declared fields."""
+    found = _OUTPUTS.get(kind)
+    if found is None:
+
+        def reduce(output: Any) -> tuple[Any, ...]:  # no module has the class, to be pickled by its name
+            return _rebuild, (kind, dict(output))
+
+        field, own = ("rewards", Any, None), {"__module__": __name__, "__reduce__": reduce}
+        found = make_dataclass(f"{kind.__name__}WithRewards", [field], bases=(kind,), namespace=own)
+    return _OUTPUTS.setdefault(kind, found)
+
+
+def _rebuild(kind: type[Any], fields: dict[str, Any]) -> Any:
+    return _with_rewards(kind)(**fields)
+
+
+class _Here(threading.local):
+    """The run of the forward pass that this thread is in."""
+
+    run: "_Run | None" = None
+
+
+_HERE = _Here()
+
+
+class _Key:
+    """What a run and the hooks that are meant for it share: a model may have several channels."""
+
+
+class _Hooks:
+    """Hooks that tell the run of their thread what a decoder's layers read; they go when this object goes.
+
+    They hold the key alone, so that they keep nothing alive, and copy and pickle along with the model.
+    """
+
+    def __init__(self, decoder: nn.Module, layers: Iterable[nn.Module]) -> None:
+        self.decoder, self.key = decoder, _Key()
+        self._handles = [
+            layer.register_forward_pre_hook(partial(_before_layer, self.key, number), with_kwargs=True)
+            for number, layer in enumerate(layers)
+        ]
+        self._handles.append(decoder.register_forward_hook(partial(_after_decoder, self.key)))
+
+    def __del__(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _before_layer(key: _Key, number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    run = _HERE.run
+    if run is not None and run.key is key:
+        run.take(number, args[0] if args else kwargs["hidden_states"])
+
+
+def _after_decoder(key: _Key, _: nn.Module, __: Any, output: Any) -> None:
+    run = _HERE.run
+    if run is not None and run.key is key:
+        run.finish(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+
+# Of each module that a search runs: in how many of them it is now, and the mode that it was found in.
+_MODES: dict[nn.Module, tuple[int, bool]] = {}
+_MODES_LOCK = threading.Lock()
+
+
+@contextmanager
+def _evaluating(root: nn.Module) -> Iterator[None]:
+    """All modules in evaluation mode until the last thread leaves, and then each in its own.
+
+    A frozen model may be in evaluation mode within a module that is in training mode.
+    """
+    modules = list(root.modules())
+    with _MODES_LOCK:
+        for module in modules:
+            searches, mode = _MODES.get(module, (0, module.training))
+            _MODES[module] = searches + 1, mode
+        root.eval()
+    try:
+        yield
+    finally:
+        with _MODES_LOCK:
+            for module in modules:
+                searches, mode = _MODES.pop(module)
+                if searches > 1:
+                    _MODES[module] = searches - 1, mode
+                else:
+                    module.training = mode
+
+
+@contextmanager
+def _ended_on_error(streamer: Any) -> Iterator[None]:
+    """Another thread may wait for what the streamer gives."""
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(f"streamer must have put and end, as those of transformers, got {type(streamer).__name__}")
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            with suppress(Exception):  # the streamer may be what failed
+                streamer.end()
+        raise
+
+
+class _Streamed:
+    """A stepper that gives a streamer the prompt when its forward lies behind: then nothing was wrong with the call."""
+
+    def __init__(self, stepper: TransformersStepper, prompt_ids: Tensor, streamer: Any) -> None:
+        self._stepper, self._prompt_ids, self._streamer = stepper, prompt_ids, streamer
+        self._has_prompt = False
+
+    def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self._stepper.prefill(prompts)
+
+    def extend(self, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        self._put_prompt()
+        return self._stepper.extend(parents, token_ids)
+
+    def on_commit(self, _: int, token_ids: list[int]) -> None:
+        self._put_prompt()
+        self._streamer.put(torch.tensor(token_ids))
+
+    def _put_prompt(self) -> None:
+        if not self._has_prompt:
+            self._has_prompt = True
+            self._streamer.put(self._prompt_ids.cpu())
 
 
 class _Run:
     """The channel along one forward pass."""
 
-    def __init__(self, channel: RewardChannel, with_grad: bool, afterwards: bool) -> None:
+    def __init__(self, key: _Key, channel: RewardChannel, with_grad: bool, afterwards: bool) -> None:
+        self.key = key
         self._channel, self._with_grad, self._afterwards = channel, with_grad, afterwards
         self._kept: list[Tensor] | None = None
         self._layers: list[LayerWeights] = []
         self._state: Tensor | None = None
+        self.taken = 0  # layers
         self.rewards: Tensor | None = None
 
     def take(self, layer: int, hidden: Tensor) -> None:
+        self.taken += 1
         if layer == 0:
             self._kept = [] if self._afterwards or self._channel.is_fused(hidden) else None
         if self._kept is not None:
@@ -359,27 +499,14 @@ class _Run:
             self._state = self._channel.step(self._layers[layer], hidden, self._state)
 
     def finish(self, hidden: Tensor) -> None:
+        if self.taken != self._channel.num_layers:
+            return
         with torch.set_grad_enabled(self._with_grad):
             if self._kept is not None:
                 self.rewards = self._channel([*self._kept, hidden])
             else:
                 assert self._state is not None
                 self.rewards = self._channel.reward(hidden, self._state)
-
-
-def _load(name: str, **kwargs: Any) -> Any:
-    """A model by name; those that hear are no models for ``AutoModelForCausalLM``."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kind = transformers.AutoModelForCausalLM
-    try:
-        config, _ = transformers.PreTrainedConfig.get_config_dict(name, **kwargs)
-    except OSError:  # a folder that holds an adapter has no config
-        config = {}
-    if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        kind = getattr(transformers, (config.get("architectures") or [""])[0], kind)
-    return kind.from_pretrained(name, **kwargs)
 
 
 def _of_config(ids: Any) -> tuple[int, ...]:
@@ -411,6 +538,24 @@ def _prompts(input_ids: Tensor, attention_mask: Any, features: Mapping[str, Any]
     return [ids[seen] for ids, seen in zip(torch.atleast_2d(input_ids), torch.atleast_2d(mask), strict=True)]
 
 
+def _checked(prompt_ids: Any, embedding: Any) -> Tensor:
+    """(P,) int64, of ids that the model has."""
+    ids = check_integer("prompt_ids", prompt_ids).long()
+    if ids.dim() != 1 or not ids.numel():
+        raise ValueError(f"prompt_ids must have shape (P,) with P at least 1, got shape {tuple(ids.shape)}")
+    least, most = (int(value) for value in ids.aminmax())
+    rows = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else most + 1
+    if least < 0 or most >= rows:
+        raise ValueError(f"prompt_ids must lie between 0 and {rows - 1}, got {least if least < 0 else most}")
+    return ids
+
+
+def _count_logits(model: Any) -> int:
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    rows = 0 if head is None else int(head.shape[0])  # 0 also where DeepSpeed keeps it in parts
+    return rows or int(model.config.get_text_config().vocab_size)
+
+
 def _holds(stop_strings: str | Sequence[str], tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
     """Whether the text of a branch has come to hold one of the strings with its last token."""
     strings: list[Any] = list(stop_strings) if isinstance(stop_strings, list | tuple) else [stop_strings]
@@ -425,8 +570,13 @@ def _holds(stop_strings: str | Sequence[str], tokenizer: Any) -> Callable[[Seque
     most = max(len(string.encode()) for string in strings) + 16
 
     def holds(token_ids: Sequence[int]) -> bool:
-        text = tokenizer.decode(list(token_ids[-most:]))
-        return any(string in text for string in strings)
+        tail = list(token_ids[-most:])
+        texts = [tokenizer.decode(tail)]
+        if len(tail) == len(token_ids):
+            # Of the first token too a tokenizer may drop the space; behind another one, here itself, it does not.
+            first, twice = tokenizer.decode(tail[:1]), tokenizer.decode(tail[:1] + tail)
+            texts += [twice[len(first) :]] if twice.startswith(first) else []
+        return any(string in text for string in strings for text in texts)
 
     return holds
 
@@ -445,11 +595,3 @@ def _find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:
             f"{type(decoder).__name__}, has {len(found)}"
         )
     return decoder, found[0]
-
-
-def _describe(model: Any) -> dict[str, Any]:
-    config = model.config.get_text_config()
-    sizes = ("num_hidden_layers", "hidden_size", "vocab_size")
-    return {"name": model.config.name_or_path, "model_type": config.model_type} | {
-        name: getattr(config, name) for name in sizes
-    }
