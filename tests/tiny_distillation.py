@@ -61,7 +61,9 @@ def run(
 ) -> Any:
     rows = Dataset.from_dict({"prompt": ["ab", "abc", "bcd", "dd", "cab", "h"] * 4, **columns})
     model = tiny_trl.model() if student is None else student
-    trained = kind(model, teachers, args, train_dataset=rows, processing_class=tiny_trl.tokenizer(), **(more or {}))
+    trained = kind(
+        model, teachers, args, train_dataset=rows, **{"processing_class": tiny_trl.tokenizer(), **(more or {})}
+    )
     trained.train()
     return trained
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from leafkernels import FireStatistics, fire_opd, fire_statistics, fire_teachers
-from leafkernels.integrations.trl_teachers import (
+from leafkernels.integrations._trl_teachers import (
     Teacher,
+    check_ranks,
     common_ids,
     evaluating,
     is_below_adapter,
@@ -25,18 +26,20 @@ from leafkernels.integrations.trl_teachers import (
     rows_at_once,
     score,
     score_teacher,
+    spread,
     vocabulary_size,
     without_adapter,
 )
 
 try:
     from trl import GRPOConfig, GRPOTrainer
-# TRL loads its modules when they are asked for, and turns what fails there into a RuntimeError.
-except (ImportError, RuntimeError) as error:
+except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy import, in several lines
     raise ImportError(
-        f"leafkernels.integrations.trl_distillation needs TRL, which cannot be imported here ({error}); "
-        "pip install 'leafkernels[trl]'"
+        "leafkernels.integrations.trl_distillation needs TRL, which cannot be imported here "
+        f"({' '.join(str(error).split())}); pip install 'leafkernels[trl]'"
     ) from error
+
+from leafkernels.integrations._trl_options import TokenCredit, check_options
 
 SCOPES = ("batch", "row")
 # What TRL's loss types take their mean over: the tokens of a generation batch, which are counted again here; those of
@@ -96,7 +99,7 @@ class FireOPDConfig(GRPOConfig):
             raise ValueError(f"fire_scope must be one of {', '.join(map(repr, SCOPES))}, got {self.fire_scope!r}")
 
 
-class FireOPDTrainer(GRPOTrainer):
+class FireOPDTrainer(TokenCredit, GRPOTrainer):
     """Distils one or several teachers into a student that samples for itself (FiRe-OPD).
 
     ``FireOPDTrainer(student, teacher, args, train_dataset=..., processing_class=...)``, as ``GRPOTrainer`` with a
@@ -129,6 +132,8 @@ class FireOPDTrainer(GRPOTrainer):
         TypeError, ValueError: a teacher or an option is not what it must be; the message names it.
     """
 
+    beta: float
+
     def __init__(
         self,
         model: Any,
@@ -141,11 +146,7 @@ class FireOPDTrainer(GRPOTrainer):
         args = FireOPDConfig() if args is None else args
         if not isinstance(args, FireOPDConfig):
             raise TypeError(f"args must be a FireOPDConfig, got {type(args).__name__}")
-        if args.loss_type not in _MEANS:
-            raise ValueError(
-                f"loss_type must be one of {', '.join(map(repr, _MEANS))}, got {args.loss_type!r}: of another it is "
-                "not known what its mean is over, which dropped completions leave"
-            )
+        check_options(args, "FireOPDTrainer")
         if kwargs.get("reward_funcs") is None:
             kwargs["reward_funcs"] = no_reward
         super().__init__(model, args=args, **kwargs)
@@ -192,50 +193,26 @@ class FireOPDTrainer(GRPOTrainer):
             teacher = load_teacher(teacher, trusts)
         size = vocabulary_size(name, teacher)
         num_ids = min(size, self._num_ids) if common is None else min(size, self._num_ids, common)
-        needed = len(self._tokenizer) if tokenizer is None else self._tokenizer.eos_token_id + 1
+        # Of an unknown tokenizer all must be there; of one that is compared, the token that ends a completion.
+        needed = len(self._tokenizer) if tokenizer is None else (self._tokenizer.eos_token_id or 0) + 1
         if num_ids < min(needed, self._num_ids):
             raise ValueError(
-                f"{name} must have the student's vocabulary, {self._num_ids} ids, with the token that ends its "
-                f"completions, got {num_ids} that both have"
+                f"{name} must have the student's vocabulary, {self._num_ids} ids, got {num_ids} that both have, which "
+                f"is less than the {needed} that the student needs"
             )
         if self._is_zero3 and num_ids < self._num_ids:
             raise ValueError(
                 f"{name} must know all {self._num_ids} ids of the student under DeepSpeed ZeRO-3, where the student's "
                 f"distribution cannot be cut, got {num_ids} that both have"
             )
-        self._check_ranks(name, teacher)
+        check_ranks(name, teacher, self.accelerator)
+        keeps = keeps_logits(teacher)
         if self._is_zero3 or self._is_fsdp:
-            return Teacher(self._spread(teacher), num_ids, keeps=keeps_logits(teacher))
+            return Teacher(spread(teacher, self.accelerator), num_ids, keeps=keeps)
         # A model that was put on several devices, or that is quantized, stays where it is.
         is_placed = hasattr(teacher, "hf_device_map") or getattr(teacher, "is_quantized", False)
         home = None if is_placed else next((parameter.device for parameter in teacher.parameters()), None)
-        return Teacher(teacher, num_ids, home, keeps_logits(teacher))
-
-    def _check_ranks(self, name: str, teacher: Any) -> None:
-        """Ranks that loaded different weights, or none, would teach different things."""
-        parameters = [p.detach() for p in teacher.parameters() if not hasattr(p, "ds_id") and p.device.type != "meta"]
-        if self.accelerator.num_processes == 1 or not parameters:
-            return
-        seen = [p.flatten()[:64].float().sum().to(self.accelerator.device) for p in parameters]
-        of_ranks = self.accelerator.gather(torch.stack(seen)[None])
-        if not bool((of_ranks == of_ranks[0]).all()):
-            raise ValueError(
-                f"{name} must have the same weights on every rank, got others on some: where only the first rank "
-                "loads them (FSDP's cpu_ram_efficient_loading), give the teacher's name"
-            )
-
-    def _spread(self, teacher: Any) -> Any:
-        from trl.models import prepare_deepspeed, prepare_fsdp
-
-        if self._is_zero3:
-            return prepare_deepspeed(teacher, self.accelerator)
-        plugin = self.accelerator.state.fsdp_plugin
-        # The student's mixed precision is none of the teacher's.
-        policy, plugin.mixed_precision_policy = plugin.mixed_precision_policy, None
-        try:
-            return prepare_fsdp(teacher, self.accelerator)
-        finally:
-            plugin.mixed_precision_policy = policy
+        return Teacher(teacher, num_ids, home, keeps)
 
     def _options(self) -> dict[str, Any]:
         args = self.args
@@ -289,7 +266,7 @@ class FireOPDTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         # Both of its terms that are means over what was kept; entropy bonus and router loss have means of their own.
-        scale = inputs["fire_scale"]
+        scale = inputs.get("fire_scale", 1.0)
         beta, self.beta = self.beta, self.beta * scale
         try:
             return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"] * scale})
@@ -313,7 +290,7 @@ class FireOPDTrainer(GRPOTrainer):
         banned = teacher_logprobs.isneginf()
         is_number = torch.stack([part.isfinite() | (part is teacher_logprobs) & banned for part in tokens]).all(0)
         mask = mask * (is_number | ~mask.bool()).all(1, keepdim=True)
-        found = self._fire(*tokens, mask)
+        found = self._fire(old_logprobs, teacher_logprobs, student_entropy, teacher_entropy, mask)
         batch["advantages"] = found.advantages
         # The loss averages over this mask; what the model attends to is the other one.
         batch["tool_mask"] = found.response_mask.to(batch["completion_mask"].dtype)
@@ -334,7 +311,8 @@ class FireOPDTrainer(GRPOTrainer):
         logged["keep_share"] = kept / max(rows, 1)
         logged["unscored_share"] = (rows - scored) / max(rows, 1)
         if self.args.fire_scope == "batch":
-            logged["threshold"] = float(found.threshold)
+            # -inf, where so many are unscored that the filter drops nothing else, is nothing to average.
+            logged["threshold"] = float(found.threshold) if found.threshold.isfinite() else float("nan")
         for name, value in logged.items():
             self._metrics[mode][f"fire/{name}"].append(value)
         return batch

@@ -92,14 +92,14 @@ def common_ids(name: str, teacher: Any, student: Any) -> int | None:
         for i in differing:
             if i in own and (i in other or i not in special):
                 raise ValueError(
-                    f"{name} must have the student's tokenizer, or one that only adds special tokens behind, got "
-                    f"another vocabulary: id {i} is {tokens[0].get(i)!r}, to the student {tokens[1].get(i)!r}"
+                    f"{name} must have the student's tokenizer, got one with another vocabulary: id {i} is "
+                    f"{tokens[0].get(i)!r}, to the student {tokens[1].get(i)!r} (special tokens may be added behind)"
                 )
     beyond = [i for i in tokens[0] if i > differing[0] and i not in differing]
     if beyond:
         raise ValueError(
-            f"{name} must have the student's tokenizer, or one that only adds special tokens behind, got another "
-            f"vocabulary: id {differing[0]} is known to one of them, and {min(beyond)} to both"
+            f"{name} must have the student's tokenizer, got one with another vocabulary: id {differing[0]} is known to "
+            f"one of them only, but {min(beyond)} to both (special tokens may be added behind)"
         )
     return differing[0]
 
@@ -121,13 +121,14 @@ def is_below_adapter(name: str, teacher: Any, student: Any) -> bool:
 
     def key(parameter: Tensor) -> Any:
         # The same memory is the same weight; what is spread over ranks has none of its own here.
-        return parameter.data_ptr() or id(parameter)
+        return (parameter.device, parameter.data_ptr()) if parameter.data_ptr() else id(parameter)
 
     of_student = {key(parameter): (name, parameter) for name, parameter in student.named_parameters()}
     shared = [of_student[key(parameter)] for parameter in teacher.parameters() if key(parameter) in of_student]
     if not shared:
         return False
-    if hasattr(student, "disable_adapter") and teacher is student.get_base_model():
+    is_below = hasattr(student, "disable_adapter") and teacher is student.get_base_model()
+    if is_below:
         with without_adapter(student):
             learning = [of for of, parameter in teacher.named_parameters() if parameter.requires_grad]
     elif teacher is student:
@@ -142,7 +143,36 @@ def is_below_adapter(name: str, teacher: Any, student: Any) -> bool:
             f"{name} must not change as the student learns, got one that shares {learning[0]} and "
             f"{len(learning) - 1} other parameters that are trained: give a copy"
         )
-    return hasattr(student, "disable_adapter") and teacher is student.get_base_model()
+    return is_below
+
+
+def check_ranks(name: str, model: Any, accelerator: Any) -> None:
+    """Ranks that loaded different weights, or none, would teach different things."""
+    parameters = [p.detach() for p in model.parameters() if not hasattr(p, "ds_id") and p.device.type != "meta"]
+    if accelerator.num_processes == 1 or not parameters:
+        return
+    seen = torch.stack([p.flatten()[:64].float().sum().to(accelerator.device) for p in parameters])
+    of_ranks = accelerator.gather(seen[None])
+    if not bool((of_ranks == of_ranks[0]).all()):
+        raise ValueError(
+            f"{name} must have the same weights on every rank, got others on some: where only the first rank loads "
+            "them (FSDP's cpu_ram_efficient_loading), give the teacher's name"
+        )
+
+
+def spread(model: Any, accelerator: Any) -> Any:
+    """A teacher over the ranks of FSDP or ZeRO-3, as TRL spreads its reference model."""
+    from trl.models import prepare_deepspeed, prepare_fsdp
+
+    if accelerator.state.deepspeed_plugin is not None:
+        return prepare_deepspeed(model, accelerator)
+    plugin = accelerator.state.fsdp_plugin
+    # The student's mixed precision is none of the teacher's.
+    policy, plugin.mixed_precision_policy = plugin.mixed_precision_policy, None
+    try:
+        return prepare_fsdp(model, accelerator)
+    finally:
+        plugin.mixed_precision_policy = policy
 
 
 def keeps_logits(model: Any) -> bool:
