@@ -8,6 +8,8 @@ from fractions import Fraction
 from python_ref.values import mean
 
 Table = Sequence[Sequence[float]]
+# The lowest finite float32: of scores, -inf alone is below it.
+LOWEST = -(2.0 - 2.0**-23) * 2.0**127
 
 
 def fire_statistics(
@@ -55,7 +57,7 @@ def fire_opd(
     """Weights, advantages, and what the filter found, all rows being the scope; see ``leafkernels.fire_opd``."""
     live = [[t for t, m in enumerate(mask) if m] for mask in response_mask]
     scores = [score(teacher_logprobs[i], tokens) for i, tokens in enumerate(live)]
-    kept, threshold = keep_rows(scores, drop)
+    kept, threshold, _ = keep_rows(scores, drop)
     keep = [of_row and bool(tokens) for of_row, tokens in zip(kept, live, strict=True)]
 
     def largest(entropy: Table | None) -> float:
@@ -94,7 +96,12 @@ def fire_opd(
             base_logprobs=base_logprobs,
             extrapolation=extrapolation,
         ),
-        "response_mask": [[bool(m) and of_row for m in mask] for mask, of_row in zip(response_mask, keep, strict=True)],
+        "response_mask": [
+            [t in tokens for t in range(len(mask))]
+            for mask, tokens in zip(
+                response_mask, in_loss(old_logprobs, response_mask, keep, base_logprobs, extrapolation), strict=True
+            )
+        ],
         "weights": weights,
         "keep": keep,
         "scores": scores,
@@ -113,15 +120,14 @@ def fire_scope(
 ) -> list[float]:
     """What all rows say together, from the seven numbers of each: what ``fire_opd`` finds from the tokens.
 
-    The quantile of the scores, the least score that reaches it, the largest teacher's and student's entropy (at least
-    1e-6), and the mean weight of all tokens, or of those of kept rows.
+    The quantile of the scores, the least score that a kept row may have, the largest teacher's and student's entropy
+    (at least 1e-6), and the mean weight of all tokens, or of those of kept rows.
     """
-    keep, threshold = keep_rows(scores, drop)
-    reaching = [s for s, of_row in zip(scores, keep, strict=True) if of_row and not math.isnan(s)]
+    keep, threshold, least = keep_rows(scores, drop)
     teacher_max, student_max = (max(_largest([row[column] for row in rows]), 1e-6) for column in (2, 3))
     counting = [row for row, of_row in zip(rows, keep, strict=True) if of_row or not of_kept]
     mean_of_all = mean_weight(counting, teacher_max, student_max, alpha, beta)
-    return [threshold, min(reaching, default=math.nan), teacher_max, student_max, mean_of_all]
+    return [threshold, least, teacher_max, student_max, mean_of_all]
 
 
 def mean_weight(
@@ -184,18 +190,34 @@ def fire_advantages(
     base_logprobs: Table | None = None,
     extrapolation: float = 1.0,
 ) -> list[list[float]]:
-    """Weight times what the teacher gives a token more than the student, 0 where a token does not count."""
-    advantages = []
-    for i, mask in enumerate(response_mask):
-        row = [0.0] * len(mask)
-        for t, live in enumerate(mask):
-            if live and keep[i]:
-                target = teacher_logprobs[i][t]
-                if extrapolation != 1 and base_logprobs is not None:
-                    target = extrapolation * target + (1 - extrapolation) * base_logprobs[i][t]
-                row[t] = weights[i][t] * (target - old_logprobs[i][t])
-        advantages.append(row)
+    """Weight times what the teacher gives a token more than the student, 0 where a token is not in the loss."""
+    advantages = [[0.0] * len(mask) for mask in response_mask]
+    for i, tokens in enumerate(in_loss(old_logprobs, response_mask, keep, base_logprobs, extrapolation)):
+        for t in tokens:
+            target = teacher_logprobs[i][t]
+            if extrapolation != 1 and base_logprobs is not None:
+                target = extrapolation * target + (1 - extrapolation) * base_logprobs[i][t]
+            advantages[i][t] = weights[i][t] * (target - old_logprobs[i][t])
     return advantages
+
+
+def in_loss(
+    old_logprobs: Table,
+    response_mask: Sequence[Sequence[bool]],
+    keep: Sequence[bool],
+    base_logprobs: Table | None = None,
+    extrapolation: float = 1.0,
+) -> list[list[int]]:
+    """Which tokens of each row are in the loss: of kept rows those that count.
+
+    Not those with a log-probability of -inf under the student, or under the base where it is read: what cannot be
+    sampled has no ratio to be compared by. A teacher's -inf has cost the whole row its place.
+    """
+    needed = [old_logprobs] if extrapolation == 1 or base_logprobs is None else [old_logprobs, base_logprobs]
+    return [
+        [t for t, live in enumerate(mask) if live and keep[i] and all(table[i][t] != -math.inf for table in needed)]
+        for i, mask in enumerate(response_mask)
+    ]
 
 
 def score(teacher_logprobs: Sequence[float], live: Sequence[int]) -> float:
@@ -206,23 +228,25 @@ def score(teacher_logprobs: Sequence[float], live: Sequence[int]) -> float:
     return float(struct.unpack("f", struct.pack("f", of_row))[0])
 
 
-def keep_rows(scores: Sequence[float], drop: float) -> tuple[list[bool], float]:
-    """Which scores reach the ``drop``-quantile of those that are numbers, and the quantile, exact in fractions.
+def keep_rows(scores: Sequence[float], drop: float) -> tuple[list[bool], float, float]:
+    """Which scores reach the ``drop``-quantile of those that are numbers; the quantile; the least score that may reach.
 
-    NaN is kept, so that it is seen.
+    The quantile is exact, in fractions, and rounded once. -inf is never kept: the teacher bans a token of that row,
+    and no step makes up for it. NaN is kept, so that it is seen.
     """
     ranked = sorted(s for s in scores if not math.isnan(s))
     if not ranked:
-        return [True] * len(scores), math.nan
+        return [True] * len(scores), math.nan, math.nan
     # The fraction that a float stands for: a fifth, or two thirds.
     rank = Fraction(drop).limit_denominator(10**6) * (len(ranked) - 1)
     low, high = ranked[math.floor(rank)], ranked[math.ceil(rank)]
+    least = max(high, LOWEST)
     if low == high or math.isinf(low) or math.isinf(high):
         # Where the quantile is infinite, there is no score between the two.
-        return [not s < high for s in scores], low if low == high else low + high
+        return [not s < least for s in scores], low if low == high else low + high, least
     exact = Fraction(low) + (rank - math.floor(rank)) * (Fraction(high) - Fraction(low))
     is_below = [s == -math.inf or math.isfinite(s) and Fraction(s) < exact for s in scores]
-    return [not of_row for of_row in is_below], float(exact)
+    return [not of_row for of_row in is_below], float(exact), least
 
 
 def _entropies(entropy: Table | None, row: int, live: Sequence[int]) -> list[float] | None:

@@ -438,8 +438,71 @@ def test_no_row_and_no_token(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_agrees_with_the_reference_where_tokens_are_banned(backend: str, small_blocks: None) -> None:
+    """-inf of teacher, student and base, anywhere, until no row is left: what stays is finite, in every scope."""
+    tolerance = 1e-12 if backend == "torch" else 2e-6
+    dtype = torch.float64 if backend == "torch" else torch.float32
+
+    @examples(backend, triton=5)
+    @given(seeds, sizes, OPTIONS, st.sampled_from([0.05, 0.3, 1.0]))
+    @example(0, (1, 1), {"drop": 0.0, "alpha": 1.0, "beta": 1.0, "normalize": "kept", "extrapolation": 1.0}, 1.0)
+    def run(seed: int, size: tuple[int, int], options: dict[str, Any], share: float) -> None:
+        case = batch(seed, *size, dtype).poured()
+        generator = torch.Generator().manual_seed(seed)
+        banned = [(torch.rand(size, generator=generator) < share).to(DEVICE) for _ in range(3)]
+        base = case.old_logprobs.flip(0).nan_to_num().masked_fill(banned[2], -INF)
+        case = case._replace(
+            old_logprobs=case.old_logprobs.masked_fill(banned[0], -INF),
+            teacher_logprobs=case.teacher_logprobs.masked_fill(banned[1], -INF),
+        )
+        expected = python_ref.fire_opd(*case.lists(), **options, base_logprobs=base.tolist())
+        found = fire_opd(*case, **options, base_logprobs=base, backend=backend)
+        assert_same(found, expected, tolerance)
+        live = case.response_mask
+        assert torch.equal(found.keep & (banned[1] & live).any(1), torch.zeros_like(found.keep))
+        assert found.advantages.isfinite().all() and found.weights.isfinite().all()
+        left_out = banned[0] | (banned[2] & (options["extrapolation"] != 1))
+        assert torch.equal(found.response_mask, live & ~left_out & found.keep[:, None])
+        loss, gradient = loss_and_gradient(case.old_logprobs, case.old_logprobs, found)
+        assert loss.isfinite() and gradient.isfinite().all()
+        packed = fire_opd(
+            *case.rows(case.taken),
+            **options,
+            base_logprobs=base[case.taken],
+            cu_seqlens=case.cu_seqlens,
+            backend=backend,
+        )
+        assert torch.equal(packed.response_mask, found.response_mask[case.taken])
+        assert torch.equal(packed.keep, found.keep)
+
+    run()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalize", SCOPES)
+def test_a_banned_row_leaves_every_scope(backend: str, normalize: str) -> None:
+    """Where it ties, where nothing is dropped, where it is alone, and where its student bans the token as well."""
+    case = batch(2, 4, 3, live=2.0)
+    case.teacher_logprobs[:, 1] = -INF
+    options: dict[str, Any] = {"normalize": normalize, "backend": backend}
+    ties = fire_opd(*case, drop=0.5, **options)
+    assert not ties.keep.any() and not ties.response_mask.any() and not ties.advantages.any()
+    alone = fire_opd(*case.rows(slice(0, 1)), drop=0.0, **options)
+    assert not alone.keep.any() and not alone.advantages.any() and alone.weights.isfinite().all()
+    case = batch(2, 4, 3, live=2.0)
+    case.teacher_logprobs[3, 1] = case.old_logprobs[3, 1] = -INF
+    fire = fire_opd(*case, drop=0.0, **options)
+    assert fire.keep.tolist() == [True, True, True, False] and fire.advantages.isfinite().all()
+    if normalize == "kept":
+        torch.testing.assert_close(fire.weights[:3].mean().item(), 1.0)
+    statistics = fire_statistics(*case.of_statistics, backend=backend)
+    parts = [fire_opd(*case.rows(slice(i, i + 1)), drop=0.0, statistics=statistics, **options) for i in range(4)]
+    torch.testing.assert_close(torch.cat([part.advantages for part in parts]), fire.advantages, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_that_no_number_says_anything_of(backend: str) -> None:
-    """A token that a teacher bans drops its row; NaN where a token counts reaches the loss."""
+    """A token that a teacher bans drops its row; NaN and +inf where a token counts reach the loss."""
     case = batch(2, 5, 4, live=2.0)
     case.teacher_logprobs[3, 1] = -INF
     fire = fire_opd(*case, drop=0.2, backend=backend)
@@ -451,6 +514,8 @@ def test_tokens_that_no_number_says_anything_of(backend: str) -> None:
     fire = fire_opd(*case, drop=0.2, backend=backend)
     assert fire.keep[3] and fire.scores[3].isnan()
     assert loss_and_gradient(case.old_logprobs, case.old_logprobs, fire)[0].isnan()
+    case.teacher_logprobs[3, 1] = INF
+    assert fire_opd(*case, drop=0.2, backend=backend).advantages[3, 1] == INF
     for name in ("teacher_entropy", "student_entropy"):
         case = batch(2, 5, 4, live=2.0)
         getattr(case, name)[0, 0] = NAN
@@ -547,6 +612,15 @@ def test_teachers_take_named_results() -> None:
     expected = leafkernels.surprisal_entropy(logits, ids)
     assert torch.equal(surprisal, expected.surprisal) and torch.equal(entropy, expected.entropy)
     assert not surprisal.requires_grad
+
+
+def test_teachers_that_change_their_indices() -> None:
+    def teacher(rows: Tensor) -> Tensor:
+        found = 10.0 * rows
+        rows.zero_()
+        return found
+
+    assert fire_teachers(["a", "b", "a"], {"a": teacher, "b": teacher}).tolist() == [0.0, 10.0, 20.0]
 
 
 def test_errors_of_teachers() -> None:

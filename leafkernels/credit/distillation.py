@@ -82,13 +82,14 @@ class FireOPD(NamedTuple):
     """float32 (float64 if an input is): weight times what the teacher gives the token more than the student; 0 where
     the mask is False and on dropped rows. For ``policy_loss``."""
     response_mask: Tensor
-    """bool: the mask without the dropped rows, which ``policy_loss`` averages over."""
+    """bool: the mask without the dropped rows, which ``policy_loss`` averages over, and without tokens of probability 0
+    under the student."""
     weights: Tensor
     """Like ``advantages``: what each token that counts weighs, also on dropped rows."""
     keep: Tensor
-    """(N,) bool: which rows have passed the filter; False for a row without a token."""
+    """(N,) bool: which rows have passed the filter; False for a row without a token, or with one the teacher bans."""
     scores: Tensor
-    """(N,) float32: mean log-probability under the teacher; NaN for a row without a token."""
+    """(N,) float32: mean log-probability under the teacher; NaN for a row without a token, -inf where it bans one."""
     threshold: Tensor
     """Scalar float32: the quantile of the scores that the filter drops below; NaN where no row has a token."""
 
@@ -211,8 +212,13 @@ def fire_opd(
         fire = fire_opd(old_logprobs, teacher_logprobs, student_entropy, teacher_entropy, response_mask)
         loss = policy_loss(logprobs, old_logprobs, fire.advantages, fire.response_mask).loss
 
-    Everything is a constant to autograd. What stands where the mask is False is never read into anything. NaN where it
-    is True is not hidden: its row is kept, and the loss is NaN. No value is read back to the host.
+    Everything is a constant to autograd. What stands where the mask is False is never read into anything. No value is
+    read back to the host. Where the mask is True:
+
+    - A teacher's -inf, a token that it bans, gives its row the score -inf: it ranks lowest and is never kept, in no
+      scope and at no ``drop``.
+    - -inf of the student, or of the base where that is read, takes the token out of the loss: no ratio compares it.
+    - NaN and +inf, which no log-probability is, are not hidden: the row is kept, and so is the loss NaN or infinite.
 
     Example:
         >>> old, teacher = torch.tensor([[-1.0, -2.0], [-1.0, -1.0]]), torch.tensor([[-0.5, -2.5], [-3.0, -3.0]])
@@ -349,7 +355,8 @@ def fire_teachers(
             continue
         rows = torch.tensor(rows_of[label], dtype=torch.int64, device=device)
         with torch.no_grad():
-            found = teacher(rows)
+            # A copy: what a teacher does to its indices does not move its results.
+            found = teacher(rows.clone())
         parts = (found,) if isinstance(found, Tensor) else tuple(found)
         for part in parts:
             _check_part(label, part, rows)

@@ -11,6 +11,8 @@ from leafkernels._core.precision import compute_dtype
 
 # No entropy counts as large that is not above this.
 _LEAST_MAX = 1e-6
+# Of scores, -inf alone is below it: the teacher bans a token, and the row is never kept.
+_LOWEST = torch.finfo(torch.float32).min
 # A rank this near to an integer is one: 0.29 * 100 is not 29 in float64.
 _RANK_ROUNDING = 1e-9
 
@@ -76,7 +78,7 @@ def _maxima(tokens: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def fire_scope(rows: Tensor, scores: Tensor, drop: float, alpha: float, beta: float, of_kept: bool) -> Tensor:
-    """(5,) float64: the quantile, the least score that reaches it, M_T, M_S, and the mean weight."""
+    """(5,) float64: the quantile, the least score that a kept row may have, M_T, M_S, and the mean weight."""
     # NaN goes last, and one more to be there.
     ranked = pad(scores, (0, 1), value=math.nan).sort().values.to(torch.float64)
     rank = drop * (~scores.isnan()).sum().sub(1).clamp_min(0).to(torch.float64)
@@ -85,6 +87,7 @@ def fire_scope(rows: Tensor, scores: Tensor, drop: float, alpha: float, beta: fl
     below, least = ranked.gather(0, torch.stack([low, high]).long()).unbind()
     share = (rank - low).clamp(0, 1)
     quantile = torch.where((below == least) | (high <= low), below, below * (1 - share) + least * share)
+    least = least.clamp_min(_LOWEST)
     counting = ~(scores < least)[:, None] if of_kept else torch.ones_like(scores, dtype=torch.bool)[:, None]
     sums = torch.where(counting, rows, 0.0).sum(0)
     teacher_max, student_max = pad(rows[:, 2:4], (0, 0, 0, 1)).amax(0).clamp_min(_LEAST_MAX).unbind()
@@ -133,6 +136,10 @@ def fire_weights(
             advantage = extrapolation * advantage + (1 - extrapolation) * base_logprobs[tokens].to(dtype)
         advantage = torch.sub(advantage, old_logprobs[tokens].to(dtype), out=advantages[tokens]).mul_(weight)
         torch.logical_and(mask[tokens], _spread(keep[of_rows], lengths, mask.shape[0]), out=counting)
+        # What cannot be sampled has no ratio to be compared by.
+        for needed in (old_logprobs, base_logprobs):
+            if needed is not None:
+                counting.logical_and_(needed[tokens] != -math.inf)
         advantage.masked_fill_(~counting, 0.0)
         weight.masked_fill_(~mask[tokens], 0.0)
     return advantages, weights, kept, keep

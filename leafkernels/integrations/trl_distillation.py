@@ -12,17 +12,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leafkernels import FireStatistics, fire_opd, fire_statistics, fire_teachers, surprisal_entropy
+from leafkernels import FireStatistics, fire_opd, fire_statistics, fire_teachers
+from leafkernels.integrations._trl_teachers import (
+    Teacher,
+    check_ranks,
+    common_ids,
+    evaluating,
+    is_below_adapter,
+    keeps_logits,
+    known_tokenizer,
+    load_teacher,
+    pad_rows,
+    rows_at_once,
+    score,
+    score_teacher,
+    spread,
+    vocabulary_size,
+    without_adapter,
+)
 
 try:
     from trl import GRPOConfig, GRPOTrainer
-except ImportError as error:
+except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy import, in several lines
     raise ImportError(
-        f"leafkernels.integrations.trl_distillation needs TRL, which cannot be imported here ({error}); "
-        "pip install 'leafkernels[trl]'"
+        "leafkernels.integrations.trl_distillation needs TRL, which cannot be imported here "
+        f"({' '.join(str(error).split())}); pip install 'leafkernels[trl]'"
     ) from error
 
+from leafkernels.integrations._trl_options import TokenCredit, check_options
+
 SCOPES = ("batch", "row")
+# What TRL's loss types take their mean over: the tokens of a generation batch, which are counted again here; those of
+# each micro-batch, and then micro-batches; or rows.
+_MEANS = {
+    "dapo": "tokens",
+    "cispo": "tokens",
+    "vespo": "tokens",
+    "bnpo": "micro-batches",
+    "grpo": "rows",
+    "dr_grpo": "rows",
+    "sapo": "rows",
+    "luspo": "rows",
+}
 
 
 class _AtLeastTwo(int):
@@ -68,19 +99,25 @@ class FireOPDConfig(GRPOConfig):
             raise ValueError(f"fire_scope must be one of {', '.join(map(repr, SCOPES))}, got {self.fire_scope!r}")
 
 
-class FireOPDTrainer(GRPOTrainer):
+class FireOPDTrainer(TokenCredit, GRPOTrainer):
     """Distils one or several teachers into a student that samples for itself (FiRe-OPD).
 
     ``FireOPDTrainer(student, teacher, args, train_dataset=..., processing_class=...)``, as ``GRPOTrainer`` with a
     teacher in place of reward functions. Rewards may be given (``reward_funcs=``) to be logged; nothing learns from
     them.
 
-    - Teachers are scored without gradients, in evaluation mode and in their own dtype, at the temperature of sampling,
-      ``per_device_train_batch_size`` rows at a time. A row passes its own teacher only.
-    - Dropped completions leave the loss and its average.
-    - It logs ``fire/keep_share``, ``fire/threshold``, ``fire/mean_weight``, ``fire/teacher_entropy``,
-      ``fire/student_entropy`` and ``fire/teacher_gap``, the mean of teacher less student log-probability: minus an
-      estimate of the KL divergence of the student to its teacher.
+    - Teachers are scored without gradients, in evaluation mode and in their own dtype (under ZeRO-3 in the one of
+      DeepSpeed's config), at the temperature of sampling, ``per_device_train_batch_size`` rows at a time, or fewer
+      where their logits would pass 2 GiB. A row passes its own teacher only. A model that was given is afterwards what
+      it was before: frozen or not, in which mode, on which device. FSDP and ZeRO-3 spread it over the ranks for good.
+    - The base of a student with an adapter may be its teacher: it is scored as the student is, the adapter disabled.
+    - Teacher and student are compared on the ids that both have: an embedding may be padded further, and a tokenizer
+      may add special tokens.
+    - Dropped completions leave the loss and its average, whatever ``loss_type`` takes it over. So do completions with a
+      token that the teacher bans (-inf) or does not know, and those with a number that is none (NaN).
+    - It logs ``fire/keep_share``, ``fire/unscored_share`` (what the last sentence is of), ``fire/threshold``,
+      ``fire/mean_weight``, ``fire/teacher_entropy``, ``fire/student_entropy`` and ``fire/teacher_gap``, the mean of
+      teacher less student log-probability: minus an estimate of the KL divergence of the student to its teacher.
 
     Args:
         model: the student, as in ``GRPOTrainer``.
@@ -88,15 +125,28 @@ class FireOPDTrainer(GRPOTrainer):
             column ``args.teacher_column`` holds a label. They share the student's tokenizer. A served teacher gives no
             entropies, without which FiRe has no weights, and is not taken.
         args: ``FireOPDConfig``.
+        teacher_processing_class: the teachers' tokenizer, or one by label. None: the one that lies where the teacher
+            was loaded from. It is compared with the student's; where none is known, a warning says so.
 
     Raises:
         TypeError, ValueError: a teacher or an option is not what it must be; the message names it.
     """
 
-    def __init__(self, model: Any, teachers: Any, args: FireOPDConfig | None = None, **kwargs: Any) -> None:
+    beta: float
+
+    def __init__(
+        self,
+        model: Any,
+        teachers: Any,
+        args: FireOPDConfig | None = None,
+        *,
+        teacher_processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
         args = FireOPDConfig() if args is None else args
         if not isinstance(args, FireOPDConfig):
             raise TypeError(f"args must be a FireOPDConfig, got {type(args).__name__}")
+        check_options(args, "FireOPDTrainer")
         if kwargs.get("reward_funcs") is None:
             kwargs["reward_funcs"] = no_reward
         super().__init__(model, args=args, **kwargs)
@@ -107,32 +157,62 @@ class FireOPDTrainer(GRPOTrainer):
         by_label = dict(teachers) if self._has_labels else {None: teachers}
         if not by_label:
             raise ValueError("teachers must hold at least one, got none")
-        self.teachers = {label: self._load_teacher(label, teacher) for label, teacher in by_label.items()}
+        tokenizers = teacher_processing_class
+        if not isinstance(tokenizers, Mapping):
+            tokenizers = dict.fromkeys(by_label, tokenizers)
+        for label in tokenizers:
+            if label not in by_label:
+                raise ValueError(f"teacher_processing_class must have the labels of teachers, got {label!r}")
+        state = self.accelerator.state
+        self._is_zero3 = state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3
+        self._is_fsdp = getattr(state, "fsdp_plugin", None) is not None
+        student = self.accelerator.unwrap_model(self.model)
+        self._student_keeps = keeps_logits(student)
+        self._num_ids = vocabulary_size("model", student)
+        self._teachers = {
+            label: self._take_teacher(label, teacher, tokenizers.get(label), student)
+            for label, teacher in by_label.items()
+        }
 
-    def _load_teacher(self, label: Any, teacher: Any) -> Any:
+    def _take_teacher(self, label: Any, teacher: Any, tokenizer: Any, student: Any) -> Teacher:
         name = "teachers" if label is None else f"teachers[{label!r}]"
-        if isinstance(teacher, str):
-            if "://" in teacher:
-                raise ValueError(
-                    f"{name} must be a model or its name, got the address {teacher!r}: a served model returns "
-                    "log-probabilities of tokens and no entropy over its vocabulary, which the weights need"
-                )
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-
-            vocabulary = AutoTokenizer.from_pretrained(teacher).get_vocab()
-            if vocabulary != self._tokenizer.get_vocab():
-                raise ValueError(
-                    f"{name} must have the student's tokenizer, got {teacher!r} with another vocabulary: its "
-                    "log-probabilities would be those of other tokens"
-                )
-            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype="auto")
-        if not isinstance(teacher, torch.nn.Module):
+        is_name = isinstance(teacher, str)
+        if is_name and "://" in teacher:
+            raise ValueError(
+                f"{name} must be a model or its name, got the address {teacher!r}: a served model returns "
+                "log-probabilities of tokens and no entropy over its vocabulary, which the weights need"
+            )
+        if not is_name and not isinstance(teacher, torch.nn.Module):
             raise TypeError(f"{name} must be a model or its name, got {type(teacher).__name__}")
-        models: list[Any] = [teacher, self.accelerator.unwrap_model(self.model)]
-        sizes = [model.get_output_embeddings().weight.shape[0] for model in models]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"{name} must have the student's vocabulary, {sizes[1]} ids, got {sizes[0]}")
-        return self.accelerator.prepare_model(teacher.requires_grad_(False).eval(), evaluation_mode=True)
+        if not is_name and is_below_adapter(name, teacher, student):
+            return Teacher(None, self._num_ids)
+        trusts = getattr(self.args, "trust_remote_code", False)
+        tokenizer = known_tokenizer(name, teacher, tokenizer, trusts)
+        common = None if tokenizer is None else common_ids(name, tokenizer, self._tokenizer)
+        if is_name:
+            teacher = load_teacher(teacher, trusts)
+        size = vocabulary_size(name, teacher)
+        num_ids = min(size, self._num_ids) if common is None else min(size, self._num_ids, common)
+        # Of an unknown tokenizer all must be there; of one that is compared, the token that ends a completion.
+        needed = len(self._tokenizer) if tokenizer is None else (self._tokenizer.eos_token_id or 0) + 1
+        if num_ids < min(needed, self._num_ids):
+            raise ValueError(
+                f"{name} must have the student's vocabulary, {self._num_ids} ids, got {num_ids} that both have, which "
+                f"is less than the {needed} that the student needs"
+            )
+        if self._is_zero3 and num_ids < self._num_ids:
+            raise ValueError(
+                f"{name} must know all {self._num_ids} ids of the student under DeepSpeed ZeRO-3, where the student's "
+                f"distribution cannot be cut, got {num_ids} that both have"
+            )
+        check_ranks(name, teacher, self.accelerator)
+        keeps = keeps_logits(teacher)
+        if self._is_zero3 or self._is_fsdp:
+            return Teacher(spread(teacher, self.accelerator), num_ids, keeps=keeps)
+        # A model that was put on several devices, or that is quantized, stays where it is.
+        is_placed = hasattr(teacher, "hf_device_map") or getattr(teacher, "is_quantized", False)
+        home = None if is_placed else next((parameter.device for parameter in teacher.parameters()), None)
+        return Teacher(teacher, num_ids, home, keeps)
 
     def _options(self) -> dict[str, Any]:
         args = self.args
@@ -143,6 +223,56 @@ class FireOPDTrainer(GRPOTrainer):
             "normalize": args.fire_normalize,
         }
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._give_back()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        for teacher in self._teachers.values():
+            if teacher.home is not None:
+                teacher.model.to(teacher.home)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        parts = self._buffered_inputs if self.model.training else [inputs]
+        if parts is not before:
+            self._scale_loss(parts)
+        return inputs
+
+    def _scale_loss(self, parts: list[dict[str, Any]]) -> None:
+        """By how much a mean of TRL's over rows, or over micro-batches, grows when what was dropped leaves it."""
+        over = _MEANS[self.args.loss_type]
+        scale = 1.0
+        if over != "tokens":
+            counts = []
+            for part in parts:
+                was_live, is_live = part["fire_rows"], (part["completion_mask"] * part["tool_mask"]).bool().any(1)
+                rows = torch.stack([was_live.sum(), is_live.sum()])
+                counts.append(rows if over == "rows" else rows.clamp(max=1))
+            were, are = self.accelerator.gather(torch.stack(counts)).sum(0).tolist()
+            scale = were / max(are, 1)
+        for part in parts:
+            part["fire_scale"] = scale
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        # Both of its terms that are means over what was kept; entropy bonus and router loss have means of their own.
+        scale = inputs.get("fire_scale", 1.0)
+        beta, self.beta = self.beta, self.beta * scale
+        try:
+            return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"] * scale})
+        finally:
+            self.beta = beta
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         batch = super()._generate_and_score_completions(inputs)
@@ -151,28 +281,38 @@ class FireOPDTrainer(GRPOTrainer):
         mask = batch["completion_mask"]
         if "tool_mask" in batch:
             mask = mask * batch["tool_mask"]
+        batch["fire_rows"] = mask.bool().any(1)
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        student = self._score(self.model, batch, size)
-        teacher = self._score_teachers(inputs, batch, size)
-        rows = (teacher[0], student[1], teacher[1], mask)
-        found = self._fire(student[0], *rows)
+        size = rows_at_once(size, self.args.max_completion_length, self._num_ids)
+        tokens = self._score_all(inputs, batch, size)
+        old_logprobs, teacher_logprobs, student_entropy, teacher_entropy = tokens
+        # Of a row with a number that is none nothing is learnt. What its teacher bans has a place in the filter.
+        banned = teacher_logprobs.isneginf()
+        is_number = torch.stack([part.isfinite() | (part is teacher_logprobs) & banned for part in tokens]).all(0)
+        mask = mask * (is_number | ~mask.bool()).all(1, keepdim=True)
+        found = self._fire(old_logprobs, teacher_logprobs, student_entropy, teacher_entropy, mask)
         batch["advantages"] = found.advantages
         # The loss averages over this mask; what the model attends to is the other one.
         batch["tool_mask"] = found.response_mask.to(batch["completion_mask"].dtype)
-        counts = torch.stack([found.response_mask.sum(), found.keep.sum(), (mask.sum(1) > 0).sum(), mask.sum()])
-        live = mask.bool()
+        live = mask.bool() & ~(banned & mask.bool()).any(1, keepdim=True)
+        counts = torch.stack(
+            [found.response_mask.sum(), found.keep.sum(), batch["fire_rows"].sum(), live.any(1).sum(), live.sum()]
+        )
+        gap = teacher_logprobs - old_logprobs
         sums = [
-            torch.where(live, tokens, 0.0).sum(dtype=torch.float64)
-            for tokens in (found.weights, teacher[1], student[1], teacher[0] - student[0])
+            torch.where(live, part, 0.0).sum(dtype=torch.float64)
+            for part in (found.weights, teacher_entropy, student_entropy, gap)
         ]
         totals = self.accelerator.gather(torch.cat([counts.double(), torch.stack(sums)])[None]).sum(0)
         batch["num_items_in_batch"] = totals[0].to(batch["completion_mask"].dtype)
-        _, kept, scored, tokens, *means = totals.tolist()
+        _, kept, rows, scored, count, *means = totals.tolist()
         names = ("mean_weight", "teacher_entropy", "student_entropy", "teacher_gap")
-        logged = {name: mean / max(tokens, 1) for name, mean in zip(names, means, strict=True)}
-        logged["keep_share"] = kept / max(scored, 1)
+        logged = {name: mean / max(count, 1) for name, mean in zip(names, means, strict=True)}
+        logged["keep_share"] = kept / max(rows, 1)
+        logged["unscored_share"] = (rows - scored) / max(rows, 1)
         if self.args.fire_scope == "batch":
-            logged["threshold"] = float(found.threshold)
+            # -inf, where so many are unscored that the filter drops nothing else, is nothing to average.
+            logged["threshold"] = float(found.threshold) if found.threshold.isfinite() else float("nan")
         for name, value in logged.items():
             self._metrics[mode][f"fire/{name}"].append(value)
         return batch
@@ -196,48 +336,66 @@ class FireOPDTrainer(GRPOTrainer):
             statistics = FireStatistics(counts)
         return fire_opd(*rows, statistics=statistics, **self._options())
 
-    def _score_teachers(self, inputs: list[dict[str, Any]], batch: dict[str, Any], size: int) -> tuple[Tensor, Tensor]:
-        if not self._has_labels:
-            return self._score(self.teachers[None], batch, size)
+    def _score_all(self, inputs: list[dict[str, Any]], batch: dict[str, Any], size: int) -> tuple[Tensor, ...]:
+        """(rows, tokens) log-probabilities of student and teacher and entropies of both, each row by its teacher."""
         column = self.args.teacher_column
-        labels = [row.get(column) for row in inputs]
+        labels = [row.get(column) for row in inputs] if self._has_labels else [None] * len(inputs)
+        device = batch["completion_ids"].device
+        everything = torch.arange(len(inputs), device=device)
+        students = {
+            num_ids: self._score_student(batch, everything, size, num_ids)
+            for num_ids in sorted({teacher.num_ids for teacher in self._teachers.values()})
+        }
+        ahead = {}
+        if self._is_zero3 or self._is_fsdp:
+            # Every rank calls a model that is spread over all of them as often as every other.
+            of_labels = [[i for i, name in enumerate(labels) if name == label] for label in self._teachers]
+            counts = torch.tensor([[-(-len(rows) // size) for rows in of_labels]], device=device)
+            calls = self.accelerator.gather(counts).amax(0).tolist()
+            for label, rows, most in zip(self._teachers, of_labels, calls, strict=True):
+                ahead[label] = self._score_teacher(label, batch, everything[rows], size, most)
 
-        def of(model: Any) -> Any:
-            return lambda rows: self._score(model, batch, size, rows)
+        def of(label: Any) -> Any:
+            def call(rows: Tensor) -> tuple[Tensor, ...]:
+                found = ahead[label] if label in ahead else self._score_teacher(label, batch, rows, size)
+                student = students[self._teachers[label].num_ids]
+                return student[0][rows], found[0], student[1][rows], found[1]
 
-        scorers = {label: of(model) for label, model in self.teachers.items()}
+            return call
+
         try:
-            return fire_teachers(labels, scorers, device=batch["completion_ids"].device)
+            return fire_teachers(labels, {label: of(label) for label in self._teachers}, device=device)
         except ValueError as error:
+            if not self._has_labels:
+                raise
             raise ValueError(f"the column {column!r} must name a teacher in every row: {error}") from error
 
-    @torch.no_grad()
-    def _score(self, model: Any, batch: dict[str, Any], size: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(rows, tokens) log-probabilities of the completions' tokens under a model, and entropies of its choices."""
-        parts = [batch[name] for name in ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")]
-        if rows is not None:
-            parts = [part[rows] for part in parts]
-        prompt_ids, completion_ids, prompt_mask, completion_mask = parts
-        ids, mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
-        width = completion_ids.shape[1]
-        was_training = model.training
-        model.eval()
-        found = []
-        try:
-            for start in range(0, len(ids), size):
-                part = slice(start, start + size)
-                logits = model(input_ids=ids[part], attention_mask=mask[part], use_cache=False).logits
-                found.append(
-                    surprisal_entropy(
-                        logits[:, -width - 1 : -1],
-                        completion_ids[part],
-                        temperature=self.temperature,
-                        response_mask=completion_mask[part],
-                    )
-                )
-        finally:
-            model.train(was_training)
-        return torch.cat([part.logprobs for part in found]), torch.cat([part.entropy for part in found])
+    def _score_teacher(
+        self, label: Any, batch: dict[str, Any], rows: Tensor, size: int, calls: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        teacher = self._teachers[label]
+        if teacher.model is None:
+            with without_adapter(self.accelerator.unwrap_model(self.model)):
+                return self._score_student(batch, rows, size, teacher.num_ids, calls)
+        return score_teacher(teacher, batch, rows, temperature=self.temperature, size=size, calls=calls)
+
+    def _score_student(
+        self, batch: dict[str, Any], rows: Tensor, size: int, num_ids: int, calls: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        if not self._is_zero3:
+            options = {"num_ids": num_ids, "temperature": self.temperature, "keeps": self._student_keeps}
+            return score(self.model, batch, rows, size=size, calls=calls, **options)
+        # DeepSpeed learns in which order the modules run, which must be that of TRL's own pass in the loss.
+        chosen = pad_rows(rows, size * calls)
+        ids, attention = (
+            torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1)[chosen] for name in ("ids", "mask")
+        )
+        width = batch["completion_ids"].shape[1]
+        with torch.no_grad(), evaluating(self.model):
+            found = self._get_per_token_logps_and_entropies(
+                self.model, ids, attention, width, batch_size=size, compute_entropy=True
+            )
+        return found[0][: len(rows)].float(), found[1][: len(rows)].float()
 
 
 def no_reward(completions: list[Any], **_: Any) -> list[float]:

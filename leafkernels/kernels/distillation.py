@@ -19,8 +19,10 @@ BLOCK = 1024
 STATISTICS_WARPS = 4  # of 16 bytes of bfloat16 a thread
 SCOPE_WARPS = 8
 WEIGHTS_WARPS = 8
-# What all rows say together: the quantile, the least score that reaches it, M_T, M_S, the mean weight.
+# What all rows say together: the quantile, the least score that a kept row may have, M_T, M_S, the mean weight.
 NUMBERS = 5
+# The lowest finite float32. Of scores, -inf alone is below it: the teacher bans a token, and the row is never kept.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 # No entropy counts as large that is not above this.
 LEAST_MAX = tl.constexpr(1e-6)
 # A rank this near to an integer is one: 0.29 * 100 is not 29 in float64.
@@ -207,6 +209,8 @@ def _fire_scope_kernel(
     share = tl.minimum(tl.maximum(rank - low, 0.0), 1.0)
     between = low_score.to(tl.float64) * (1.0 - share) + high_score.to(tl.float64) * share
     is_a_score = (low_score == high_score) | (high <= low)
+    # Comparisons keep NaN, the mark of no score at all.
+    least_kept = tl.where(high_score < LOWEST, LOWEST, high_score)
 
     counts, teachers, students, products = teacher_max * 0, teacher_max * 0, teacher_max * 0, teacher_max * 0
     for block in range(0, tl.cdiv(num_rows, BLOCK)):
@@ -214,7 +218,7 @@ def _fire_scope_kernel(
         counting = row < num_rows
         if KEPT:
             score = tl.load(scores_ptr + row, mask=counting, other=float("nan"))
-            counting = counting & ((score >= high_score) | (score != score))
+            counting = counting & ((score >= least_kept) | (score != score))
         counts += tl.load(rows_ptr + row * COLUMNS, mask=counting, other=0.0)
         # An empty row adds nothing.
         if HAS_TEACHER:
@@ -236,7 +240,7 @@ def _fire_scope_kernel(
         HAS_STUDENT,
     )
     tl.store(numbers_ptr, tl.where(is_a_score, low_score.to(tl.float64), between))
-    tl.store(numbers_ptr + 1, high_score.to(tl.float64))
+    tl.store(numbers_ptr + 1, least_kept.to(tl.float64))
     tl.store(numbers_ptr + 2, of_teacher)
     tl.store(numbers_ptr + 3, of_student)
     tl.store(numbers_ptr + 4, mean)
@@ -322,7 +326,10 @@ def _fire_weights_kernel(
             of_base = _load(base_logprobs_ptr, row * stride_base_row + first, start, size, live, BLOCK)
             target = extrapolation * target + (1.0 - extrapolation) * of_base
         old = _load(old_logprobs_ptr, row * stride_old_row + first, start, size, live, BLOCK)
-        kept = live & (keep != 0)
+        # What cannot be sampled has no ratio to be compared by.
+        kept = live & (keep != 0) & (old != float("-inf"))
+        if HAS_BASE:
+            kept = kept & (of_base != float("-inf"))
         out = row * stride_out_row + first
         store_block(advantages_ptr, out, start, size, tl.where(kept, weight * (target - old), 0.0), BLOCK)
         store_block(weights_ptr, out, start, size, tl.where(live, weight, 0.0), BLOCK)
@@ -358,7 +365,7 @@ def launch_fire_statistics(
 
 
 def launch_fire_scope(rows: Tensor, scores: Tensor, drop: float, alpha: float, beta: float, of_kept: bool) -> Tensor:
-    """(5,) float64: the quantile, the least score that reaches it, M_T, M_S, and the mean weight."""
+    """(5,) float64: the quantile, the least score that a kept row may have, M_T, M_S, and the mean weight."""
     numbers = torch.empty(NUMBERS, dtype=torch.float64, device=rows.device)
     # Kernels take float32, in which a fifth of 10,000 rows is no integer.
     drop_high = torch.tensor(drop, dtype=torch.float32).item()

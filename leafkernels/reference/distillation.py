@@ -73,7 +73,10 @@ def fire_weights(
         base_logprobs=_rows(base_logprobs, cu_seqlens),
         extrapolation=extrapolation,
     )
-    kept = [[live and of_row for live in row] for row, of_row in zip(masks, keeps, strict=True)]
+    tokens_in_loss = distillation.in_loss(
+        _rows(old_logprobs, cu_seqlens), masks, keeps, _rows(base_logprobs, cu_seqlens), extrapolation
+    )
+    kept = [[t in tokens for t in range(len(row))] for row, tokens in zip(masks, tokens_in_loss, strict=True)]
 
     def to_tensor(rows: list, kind: torch.dtype) -> Tensor:
         flat = [value for row in rows for value in row]
