@@ -15,10 +15,11 @@ def linear_surprisal_entropy(
     *,
     bias: Sequence[float] | None = None,
     temperature: float | Sequence[float] = 1.0,
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
 ) -> tuple[list[float], list[float]]:
-    """Surprisal and entropy of each row's logits, hidden . weight of each id + bias, capped at c as c tanh(x / c)."""
-    logits = _logits(hidden, lm_head_weight, bias, logit_softcap)
+    """Surprisal and entropy of each row's logits s (hidden . weight of an id + bias), capped at c as c tanh(x / c)."""
+    logits = _logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
     return surprisal_entropy(logits, token_ids, temperature=temperature)
 
 
@@ -31,10 +32,11 @@ def linear_surprisal_entropy_backward(
     *,
     bias: Sequence[float] | None = None,
     temperature: float | Sequence[float] = 1.0,
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
 ) -> tuple[list[list[float]], list[list[float]], list[float]]:
     """Gradients of the hidden states, the weight and the bias, from that of the logits: d tanh = 1 - tanh^2."""
-    logits = _logits(hidden, lm_head_weight, bias, logit_softcap)
+    logits = _logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
     of_logits = surprisal_entropy_backward(
         surprisal_gradients, entropy_gradients, logits, token_ids, temperature=temperature
     )
@@ -43,6 +45,7 @@ def linear_surprisal_entropy_backward(
             [g * (1 - (x / logit_softcap) ** 2) for g, x in zip(gradients, row, strict=True)]
             for gradients, row in zip(of_logits, logits, strict=True)
         ]
+    of_logits = [[logit_scale * g for g in gradients] for gradients in of_logits]
     width = range(len(lm_head_weight[0]))
     of_hidden = [
         [math.fsum(g * w[d] for g, w in zip(row, lm_head_weight, strict=True)) for d in width] for row in of_logits
@@ -52,10 +55,15 @@ def linear_surprisal_entropy_backward(
     return of_hidden, of_weight, [math.fsum(g[j] for g in of_logits) for j in ids]
 
 
-def _logits(hidden: Matrix, weight: Matrix, bias: Sequence[float] | None, softcap: float | None) -> list[list[float]]:
+def _logits(
+    hidden: Matrix, weight: Matrix, bias: Sequence[float] | None, scale: float, softcap: float | None
+) -> list[list[float]]:
     biases = [0.0] * len(weight) if bias is None else bias
     logits = [
-        [math.fsum([b, *(x * y for x, y in zip(h, w, strict=True))]) for w, b in zip(weight, biases, strict=True)]
+        [
+            scale * math.fsum([b, *(x * y for x, y in zip(h, w, strict=True))])
+            for w, b in zip(weight, biases, strict=True)
+        ]
         for h in hidden
     ]
     return logits if softcap is None else [[softcap * math.tanh(x / softcap) for x in row] for row in logits]

@@ -856,6 +856,51 @@ def test_a_split_head_keeps_peaked_rows_and_banned_ids(ranks: Ranks) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=0, equal_nan=True)
 
 
+def sharded_head_of_rank(
+    hidden: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, world: int
+) -> tuple[torch.Tensor, dict[str, str]]:
+    """The gradient of a head that FSDP2 shards, by the way of the page; and what the functions say of a DTensor."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DeviceMesh, Partial, Replicate, distribute_tensor
+
+    mesh = DeviceMesh.from_group(process_group(world), "cpu")
+    head = torch.nn.Linear(*weight.T.shape, bias=False)
+    head.weight.data.copy_(weight)
+    fully_shard(head, mesh=mesh)
+    logits = distribute_tensor(hidden @ weight.T, mesh, [Replicate()])
+    zeros = torch.zeros(1, len(ids))
+    said = {}
+    for name, call in {
+        "linear_surprisal_entropy": lambda: leafkernels.linear_surprisal_entropy(hidden, head.weight, ids),
+        "surprisal_entropy": lambda: leafkernels.surprisal_entropy(logits, ids),
+        "policy_loss_from_logits": lambda: leafkernels.policy_loss_from_logits(
+            logits[None], ids[None], None, zeros, zeros + 1
+        ),
+    }.items():
+        with pytest.raises(TypeError) as raised:
+            call()
+        said[name] = str(raised.value)
+    whole = head.weight.full_tensor(grad_placements=[Partial("avg")])
+    leafkernels.linear_surprisal_entropy(hidden, whole, ids).surprisal.mean().backward()
+    return head.weight.grad.full_tensor(), said
+
+
+def test_a_head_that_fsdp_shards(ranks: Ranks) -> None:
+    """A DTensor is refused; made whole as the page has it, its gradient is the mean over the ranks, as FSDP2's are."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(8, 6, generator=generator), torch.randn(11, 6, generator=generator)
+    ids = torch.arange(8)
+    calls = [(hidden[part], ids[part], weight, 2) for part in (slice(0, 4), slice(4, 8))]
+    leaf = weight.clone().requires_grad_()
+    leafkernels.linear_surprisal_entropy(hidden, leaf, ids).surprisal.mean().backward()
+    for gradient, said in ranks.call(sharded_head_of_rank, calls):
+        torch.testing.assert_close(gradient, leaf.grad)
+        for name, message in said.items():
+            argument, shape = ("lm_head_weight", "(11, 6)") if name.startswith("linear") else ("logits", "(")
+            assert message.startswith(f"{argument} must be a torch.Tensor of this rank, as full_tensor() or to_local()")
+            assert f"got a DTensor of global shape {shape}" in message
+
+
 def test_masked_tokens_and_bounds_of_the_live_ones_of_a_split_head(ranks: Ranks) -> None:
     """Masked tokens are not read; a bound changes nothing, and what a bound too small leaves out is NaN."""
     case = Head.random(3, [6, 3], torch.float64)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollouts import BACKENDS, DEVICE
+from tiny_decoders import SIZES
 
 import leafkernels
 import python_ref
@@ -39,12 +40,13 @@ def composed(
     token_ids: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     temperature: Any = 1.0,
     response_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What users write, with a plain softmax, in the dtype of the inputs."""
-    logits = torch.nn.functional.linear(hidden, lm_head_weight, bias)
+    logits = torch.nn.functional.linear(hidden, lm_head_weight, bias) * logit_scale
     if logit_softcap is not None:
         logits = logit_softcap * (logits / logit_softcap).tanh()
     if isinstance(temperature, torch.Tensor):
@@ -69,22 +71,23 @@ def test_agrees_with_the_reference(backend: str, small_blocks: None) -> None:
         st.integers(1, 5),
         st.integers(1, 20),
         st.booleans(),
-        st.sampled_from([None, 5.0]),
+        st.sampled_from([(1.0, None), (0.25, 5.0), (3, None), (1.0, 5.0)]),
         st.integers(1, 4),
     )
-    def run(seed: int, rows: int, width: int, vocabulary: int, plain: bool, softcap: float | None, chunk: int) -> None:
+    def run(
+        seed: int, rows: int, width: int, vocabulary: int, plain: bool, head: tuple[float, float | None], chunk: int
+    ) -> None:
         tensors = inputs(seed, (rows,), width, vocabulary, torch.float32)
         if plain:
             tensors.update(bias=None, response_mask=None, temperature=0.7)
-        found = leafkernels.linear_surprisal_entropy(
-            **tensors, logit_softcap=softcap, chunk_tokens=chunk, backend=backend
-        )
+        of_head = {"logit_scale": head[0], "logit_softcap": head[1]}
+        found = leafkernels.linear_surprisal_entropy(**tensors, **of_head, chunk_tokens=chunk, backend=backend)
         lists = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
         mask = lists.pop("response_mask") or [True] * rows
-        expected = python_ref.linear_surprisal_entropy(**lists, logit_softcap=softcap)
+        expected = python_ref.linear_surprisal_entropy(**lists, **of_head)
         for actual, values in zip(found, expected, strict=True):
             want = torch.tensor(values, dtype=torch.float64) * torch.tensor(mask, dtype=torch.bool)
-            atol = tolerance(width, vocabulary, torch.float32, 50.0)
+            atol = tolerance(width, vocabulary, torch.float32, 50.0 * max(1.0, head[0]))
             torch.testing.assert_close(actual.double().cpu(), want, rtol=0, atol=atol)
 
     run()
@@ -99,10 +102,12 @@ def gradients_of(function: Any, tensors: dict[str, Any], weights: torch.Tensor, 
     return list(torch.autograd.grad((weights[0] * surprisal + weights[1] * entropy).sum(), list(leaves.values())))
 
 
-@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, 4.0)])
 @pytest.mark.parametrize("chunk", [1, 3, None])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_against_float64(backend: str, chunk: int | None, softcap: float | None, small_blocks: None) -> None:
+def test_gradients_against_float64(
+    backend: str, chunk: int | None, scale: float, softcap: float | None, small_blocks: None
+) -> None:
     """float32 gradients of every input, summed over the tokens of all chunks, against autograd in float64."""
     tensors = inputs(1, (2, 4), 6, 20, torch.float32)
     weights = torch.rand(2, 2, 4, device=DEVICE)
@@ -110,15 +115,44 @@ def test_gradients_against_float64(backend: str, chunk: int | None, softcap: flo
         leafkernels.linear_surprisal_entropy,
         tensors,
         weights,
+        logit_scale=scale,
         logit_softcap=softcap,
         chunk_tokens=chunk,
         backend=backend,
     )
     wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in tensors.items()}
-    expected = gradients_of(composed, wide, weights, logit_softcap=softcap)
+    expected = gradients_of(composed, wide, weights, logit_scale=scale, logit_softcap=softcap)
     for ours, exact in zip(found, expected, strict=True):
         atol = tolerance(8, 20, torch.float32, 4 * float(exact.abs().max()))
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=atol)
+
+
+# Names in transformers, and what the page says for them.
+HEADS = {
+    "Cohere": ({"logit_scale": 0.0625}, {"logit_scale": 0.0625}),
+    "Granite": ({"logits_scaling": 8.0}, {"logit_scale": 1 / 8.0}),
+    "Gemma2": ({"final_logit_softcapping": 0.5}, {"logit_softcap": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_models(name: str) -> None:
+    """Surprisals of models whose heads scale or cap are those of their own logits."""
+    transformers = pytest.importorskip("transformers")
+    of_config, of_head = HEADS[name]
+    config = getattr(transformers, f"{name}Config")(**SIZES, **of_config, pad_token_id=0)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        weight.data *= 9  # logits that a scale changes much
+    ids = torch.arange(14).view(2, 7) % 29
+    with torch.no_grad():
+        logits, hidden = model(input_ids=ids).logits, model.base_model(input_ids=ids).last_hidden_state
+        expected = leafkernels.surprisal_entropy(logits, ids)
+        found = leafkernels.linear_surprisal_entropy(hidden, model.lm_head.weight, ids, **of_head)
+        plain = leafkernels.linear_surprisal_entropy(hidden, model.lm_head.weight, ids)
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-4, atol=1e-4)
+    assert (plain.surprisal - expected.surprisal).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -128,7 +162,9 @@ def test_gradcheck(masked: bool) -> None:
 
     def both(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
         changed = {**tensors, "hidden": hidden, "lm_head_weight": weight, "bias": bias}
-        return tuple(leafkernels.linear_surprisal_entropy(**changed, logit_softcap=3.0, chunk_tokens=2))
+        return tuple(
+            leafkernels.linear_surprisal_entropy(**changed, logit_scale=0.4, logit_softcap=3.0, chunk_tokens=2)
+        )
 
     assert torch.autograd.gradcheck(both, [tensors[k].requires_grad_() for k in GRADIENTS])
 
@@ -375,6 +411,15 @@ def test_errors() -> None:
     check_refuses(ValueError, "logit_softcap must be positive, got 0", logit_softcap=0)
     check_refuses(ValueError, "logit_softcap must be finite, got inf", logit_softcap=math.inf)
     check_refuses(TypeError, "logit_softcap must be a number, got str", logit_softcap="30")
+    check_refuses(ValueError, "logit_softcap must be finite in float32, got 1e+39", logit_softcap=1e39)
+    check_refuses(ValueError, "logit_scale must be positive, got -0.5", logit_scale=-0.5)
+    check_refuses(ValueError, "logit_scale must be positive in float32, at least 1.2e-38, got 1e-45", logit_scale=1e-45)
+    message = "temperature / logit_scale must be positive in float32, at least 1.2e-38, got 1e-40"
+    check_refuses(ValueError, message, temperature=1e-20, logit_scale=1e20)
+    message = "logit_softcap / logit_scale must be finite in float32, got 1e+40"
+    check_refuses(ValueError, message, logit_softcap=1e20, logit_scale=1e-20)
+    message = "temperature / logit_scale must be positive and finite in float32, got 1e+40"
+    check_refuses(ValueError, message, temperature=torch.full((2, 3), 1e20, dtype=torch.float64), logit_scale=1e-20)
     check_refuses(ValueError, "chunk_tokens must be at least 1, got 0", chunk_tokens=0)
     check_refuses(ValueError, "num_live must be at least 0, got -1", num_live=-1)
     wide = {k: v.double() for k, v in tensors.items() if k in GRADIENTS}

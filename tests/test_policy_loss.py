@@ -436,3 +436,63 @@ def test_errors() -> None:
         "clip must be (below, above) with 0 <= below <= 1 and above >= 0, got (2.0, 0.2)",
         clip=(2.0, 0.2),
     )
+
+
+def test_the_gradient_of_k3_on_policy_is_that_of_the_reverse_divergence() -> None:
+    """Over all tokens of a distribution: its value is that of KL(policy || ref), its gradient of KL(ref || policy)."""
+    logits = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    policy, ref = logits[0].log_softmax(0), logits[1].detach().log_softmax(0)
+    chance = policy.detach().exp()
+    found = leafkernels.policy_loss(
+        policy[:, None],
+        policy.detach()[:, None],
+        torch.zeros(6, 1, dtype=torch.float64),
+        torch.ones(6, 1),
+        ref_logprobs=ref[:, None],
+        kl_coef=1.0,
+        aggregate="sum",
+    )
+    # Each token as often as it is drawn.
+    k3 = (ref - policy).exp() - 1 - (ref - policy)
+    torch.testing.assert_close(found.loss, k3.sum())
+    (gradient,) = torch.autograd.grad((chance * k3).sum(), logits, retain_graph=True)
+    (reverse,) = torch.autograd.grad(-(ref.exp() * policy).sum(), logits, retain_graph=True)
+    (forward,) = torch.autograd.grad((policy.exp() * (policy - ref)).sum(), logits)
+    torch.testing.assert_close((chance * k3).sum(), (chance * (policy - ref)).sum())
+    torch.testing.assert_close(gradient[0], reverse[0])
+    assert (gradient[0] - forward[0]).abs().max() > 0.1
+
+
+def test_weights_by_hand_and_micro_batches() -> None:
+    """As the page has it: a weight goes into the advantage; counts of the whole batch make micro-batches add up."""
+    tensors = inputs(3, dtype=torch.float64)
+    names = ("logprobs", "old_logprobs", "advantages", "response_mask")
+    policy, old, credit, mask = (tensors[name] for name in names)
+    weights = torch.linspace(0.0, 2.0, policy.numel(), dtype=policy.dtype, device=policy.device).view(policy.shape)
+
+    def gradient(rows: slice, **options: Any) -> torch.Tensor:
+        leaf = policy.clone().requires_grad_()
+        parts = leaf[rows], old[rows], (credit * weights)[rows], mask[rows]
+        leafkernels.policy_loss(*parts, dual_clip=3.0, **options).loss.backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    rows = len(policy)
+    halves = slice(0, rows // 2), slice(rows // 2, rows)
+    # A token at a time, so that each weight stands before a loss of its own.
+    for row, column in mask.nonzero().tolist():
+        one = torch.zeros_like(mask)
+        one[row, column] = True
+        leaf = policy.clone().requires_grad_()
+        leafkernels.policy_loss(leaf, old, credit, one, dual_clip=3.0, aggregate="sum").loss.backward()
+        assert leaf.grad is not None
+        of_all = gradient(slice(0, rows), aggregate="sum")[row, column]
+        torch.testing.assert_close(of_all, weights[row, column] * leaf.grad[row, column])
+    count = float(mask.sum())
+    parts = sum(gradient(half, aggregate="constant", constant=count) for half in halves)
+    torch.testing.assert_close(parts, gradient(slice(0, rows), aggregate="token_mean"))
+    alive = [float(mask[half].any(1).sum()) for half in halves]
+    parts = sum(
+        n / sum(alive) * gradient(half, aggregate="sequence_mean") for n, half in zip(alive, halves, strict=True)
+    )
+    torch.testing.assert_close(parts, gradient(slice(0, rows), aggregate="sequence_mean"))

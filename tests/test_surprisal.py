@@ -551,6 +551,9 @@ def test_errors() -> None:
     check_refuses(TypeError, "token_ids must hold integers, got torch.float32", token_ids=logits[:, 0])
     check_refuses(ValueError, "temperature must be positive, got 0.0", temperature=0.0)
     check_refuses(TypeError, "temperature must be a number, got str", temperature="1")
+    check_refuses(ValueError, "temperature must be finite in float32, got 1e+39", temperature=1e39)
+    message = "temperature must be positive in float32, at least 1.2e-38, got 1e-39"
+    check_refuses(ValueError, message, temperature=1e-39)
     for value in (math.inf, math.nan):
         check_refuses(ValueError, f"temperature must be finite, got {value}", temperature=value)
     if DEVICE == "cpu":  # on a GPU nobody looks at the values
@@ -562,6 +565,10 @@ def test_errors() -> None:
                 logits, ids, temperature=temperatures, response_mask=torch.tensor([True, False])
             )
             assert found.surprisal.isfinite().all()
+        for value in (1e39, 1e-39):
+            temperatures = torch.tensor([1.0, value], dtype=torch.float64)
+            message = f"temperature must be positive and finite in float32, got {value}"
+            check_refuses(ValueError, message, temperature=temperatures)
     check_refuses(
         ValueError,
         "temperature must be a number or have one entry for each row, shape (2,), got shape (5,)",

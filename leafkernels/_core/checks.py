@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FLOAT32 = torch.finfo(torch.float32)
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 # PyTorch stores these, and computes little with them.
@@ -21,12 +23,17 @@ def values_readable(tensor: Tensor) -> bool:
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
-    """Raise TypeError unless ``value`` is a dense tensor."""
+    """Raise TypeError unless ``value`` is a dense tensor, and no DTensor, which is that of several ranks."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
         kind = "a nested one" if value.is_nested else f"one of layout {value.layout}"
         raise TypeError(f"{name} must be a dense torch.Tensor, got {kind}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name} must be a torch.Tensor of this rank, as full_tensor() or to_local() give it, got a "
+            f"{type(value).__name__} of global shape {tuple(value.shape)}"
+        )
     return value
 
 
@@ -83,21 +90,22 @@ def check_count(name: str, value: Any, least: int, most: int | None = None) -> N
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a number that float32 holds, in which most is computed."""
+    """Raise unless ``value`` is a number that float32 holds, in which kernels take numbers."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not abs(value) <= torch.finfo(torch.float32).max:
-        where = " in float32" if abs(value) <= sys.float_info.max else ""
-        raise ValueError(f"{name} must be finite{where}, got {value}")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite, got {value}")
+    if abs(value) > FLOAT32.max:
+        raise ValueError(f"{name} must be finite in float32, got {value}")
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a number that is positive and finite in float32."""
+    """Raise unless ``value`` is a positive, finite number that float32 holds, as its reciprocal then is."""
     check_finite(name, value)
     if value <= 0:
         raise ValueError(f"{name} must be positive, got {value}")
-    if value < torch.finfo(torch.float32).tiny:
-        raise ValueError(f"{name} must be positive in float32, got {value}")
+    if value < FLOAT32.tiny:
+        raise ValueError(f"{name} must be positive in float32, at least {FLOAT32.tiny:.2g}, got {value}")
 
 
 def check_kernel_dtype(name: str, dtype: torch.dtype, backend: str) -> None:

@@ -3,11 +3,17 @@
 import torch
 from torch import Tensor
 
-from leafkernels._core.checks import check_device, check_positive, check_real, values_readable
+from leafkernels._core.checks import FLOAT32, check_device, check_positive, check_real, values_readable
 
 
-def check_temperature(temperature: float | Tensor, token_ids: Tensor, mask: Tensor | None) -> Tensor:
-    """One temperature for each row, on the device of the tokens; those of masked rows may be anything."""
+def check_temperature(
+    temperature: float | Tensor, token_ids: Tensor, mask: Tensor | None, logit_scale: float = 1.0
+) -> Tensor:
+    """One temperature for each row, on the device of the tokens; those of masked rows may be anything.
+
+    Logits that are scaled before the temperature divides them are logits at the quotient of the two, which it gives.
+    """
+    name = "temperature" if logit_scale == 1 else "temperature / logit_scale"
     if isinstance(temperature, Tensor):
         check_real("temperature", temperature)
         if temperature.shape != token_ids.shape:
@@ -16,14 +22,20 @@ def check_temperature(temperature: float | Tensor, token_ids: Tensor, mask: Tens
                 f"got shape {tuple(temperature.shape)}"
             )
         check_device("temperature", temperature, "token_ids", token_ids.device)
+        temperature = temperature.detach()
+        if logit_scale != 1:
+            temperature = temperature.double() / logit_scale
         if values_readable(temperature):
             of_live = temperature if mask is None else temperature[mask]
-            is_bad = ~((of_live > 0) & (of_live < torch.inf))
+            is_bad = ~((of_live >= FLOAT32.tiny) & (of_live <= FLOAT32.max))
             if bool(is_bad.any()):
-                raise ValueError(f"temperature must be positive and finite, got {float(of_live[is_bad][0])}")
-        return temperature.detach()
+                found = float(of_live[is_bad][0])
+                where = " in float32" if 0 < found < torch.inf else ""
+                raise ValueError(f"{name} must be positive and finite{where}, got {found}")
+        return temperature
     check_positive("temperature", temperature)
-    return torch.full(token_ids.shape, float(temperature), dtype=torch.float64, device=token_ids.device)
+    check_positive(name, temperature / logit_scale)
+    return torch.full(token_ids.shape, temperature / logit_scale, dtype=torch.float64, device=token_ids.device)
 
 
 def check_own_memory(name: str, tensor: Tensor) -> None:

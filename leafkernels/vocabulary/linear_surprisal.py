@@ -272,6 +272,7 @@ def linear_surprisal_entropy(
     *,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     response_mask: Tensor | None = None,
     num_live: int | None = None,
@@ -296,6 +297,8 @@ def linear_surprisal_entropy(
         token_ids: (...) integers of any dtype.
         bias: (V,) or None.
         temperature: positive; a float, or one for each token, shaped like ``token_ids``.
+        logit_scale: the logits are multiplied by it, before all else: Cohere's ``logit_scale``, 1 / Granite's
+            ``logits_scaling``.
         logit_softcap: c: the logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118), before the temperature.
         response_mask: (...); tokens where it is False are not read, give 0, and get zero gradient.
         num_live: tokens that are unmasked, or a bound of them; more than that give NaN. None counts them, which on a
@@ -337,9 +340,13 @@ def linear_surprisal_entropy(
         )
     check_device("token_ids", token_ids, "hidden", device)
     mask = check_mask(response_mask, "token_ids", token_ids.shape, device)
-    temperatures = check_temperature(temperature, token_ids, mask)
+    check_positive("logit_scale", logit_scale)
+    # c tanh(s x / c) / T = c/s tanh(x / (c/s)) / (T/s): a scale costs nothing.
+    temperatures = check_temperature(temperature, token_ids, mask, logit_scale)
     if logit_softcap is not None:
         check_positive("logit_softcap", logit_softcap)
+        logit_softcap = logit_softcap / logit_scale
+        check_positive("logit_softcap / logit_scale", logit_softcap)
     if num_live is not None:
         check_count("num_live", num_live, 0)
     dtype = _dtype_of_products(hidden)
