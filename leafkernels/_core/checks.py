@@ -83,21 +83,18 @@ def check_count(name: str, value: Any, least: int, most: int | None = None) -> N
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a number that float32 holds, in which most is computed."""
+    """Raise unless ``value`` is a number that float64 holds."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not abs(value) <= torch.finfo(torch.float32).max:
-        where = " in float32" if abs(value) <= sys.float_info.max else ""
-        raise ValueError(f"{name} must be finite{where}, got {value}")
+    if not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raise unless ``value`` is a number that is positive and finite in float32."""
+    """Raise unless ``value`` is a positive, finite number."""
     check_finite(name, value)
     if value <= 0:
         raise ValueError(f"{name} must be positive, got {value}")
-    if value < torch.finfo(torch.float32).tiny:
-        raise ValueError(f"{name} must be positive in float32, got {value}")
 
 
 def check_kernel_dtype(name: str, dtype: torch.dtype, backend: str) -> None:
