@@ -27,9 +27,9 @@ from leafkernels import ESTIMATORS, group_index
 
 try:
     from verl.trainer.ppo.core_algos import register_adv_est
-except (ImportError, RuntimeError) as error:  # what it imports lazily fails with a RuntimeError
+except (ImportError, RuntimeError) as error:  # the latter from lazy imports of what verl imports, in several lines
     raise ImportError(
-        f"leafkernels.integrations.verl needs verl, which cannot be imported here ({error}); "
+        f"leafkernels.integrations.verl needs verl, which cannot be imported here ({' '.join(str(error).split())}); "
         "pip install 'leafkernels[verl]'"
     ) from error
 
