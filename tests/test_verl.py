@@ -277,6 +277,12 @@ def test_sessions_as_in_the_grpo_of_verl(plug: types.ModuleType) -> None:
     torch.testing.assert_close(actual, data.batch["advantages"], rtol=1e-5, atol=1e-5)
 
 
+def test_no_rows(plug: types.ModuleType) -> None:
+    batch = {"responses": torch.zeros(0, 3, dtype=torch.int64), "old_log_probs": torch.zeros(0, 3)}
+    none = torch.zeros(0, 3)
+    assert plug.compute_advantage_of("leaf", none, none, index=[], batch=batch)[0].shape == (0, 3)
+
+
 def test_rows_that_are_not_those_at_hand(plug: types.ModuleType) -> None:
     one = torch.zeros(1, 1)
     batch = {"responses": torch.zeros(2, 1, dtype=torch.int64), "old_log_probs": torch.zeros(2, 1)}
