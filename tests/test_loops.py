@@ -148,35 +148,60 @@ def test_refusals() -> None:
 PAGE = pages.read("trainers.md")
 
 # What real packages import and these tests do not need.
-BESIDE = {"ray", "flash_attn", "deepspeed", "vllm", "pylatexenc", "aiohttp", "torchdata", "bitsandbytes", "einops"}
+BESIDE = {"ray", "flash_attn", "deepspeed", "vllm", "pylatexenc", "aiohttp", "torchdata", "bitsandbytes", "einops",
+          "uvloop", "numba"}  # fmt: skip
 
 
-def stub_what_is_absent(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    """Let a package be imported without its heavy dependencies; skip where it is absent itself."""
-    if importlib.util.find_spec(package) is None:
+class Stub(types.ModuleType):
+    """A module that has every name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return MagicMock()
+
+
+def import_without(
+    patch: pytest.MonkeyPatch, module: str, stubbed: set[str] = frozenset(), bare: set[str] = frozenset()
+) -> Any:
+    """Import a module of a real package, stubs in place of heavy dependencies that are absent and of ``stubbed``.
+
+    Of the packages in ``bare`` no ``__init__`` runs. Skips where the package is absent.
+    """
+    package = module.partition(".")[0]
+    found = importlib.util.find_spec(package)
+    if found is None or found.submodule_search_locations is None:
         pytest.skip(f"needs {package}: pip install --no-deps {package}")
+    root = Path(found.submodule_search_locations[0]).parent
     absent = {name for name in BESIDE if importlib.util.find_spec(name) is None}
 
     class Finder:
         @staticmethod
         def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
-            known = name.partition(".")[0] in absent
-            return importlib.machinery.ModuleSpec(name, Finder, is_package=True) if known else None  # type: ignore
+            if name.partition(".")[0] in absent or any(f"{name}.".startswith(f"{stub}.") for stub in stubbed):
+                return importlib.machinery.ModuleSpec(name, Finder, is_package=True)
+            if name not in bare:
+                return None
+            spec = importlib.machinery.ModuleSpec(name, Finder, is_package=True)
+            spec.submodule_search_locations = [str(root.joinpath(*name.split(".")))]
+            return spec
 
         @staticmethod
         def create_module(spec: Any) -> Any:
-            return MagicMock(__path__=[], __name__=spec.name)
+            return None if spec.name in bare else Stub(spec.name)
 
         @staticmethod
         def exec_module(module: Any) -> None:
             pass
 
-    def ours(name: str) -> bool:
-        return name.partition(".")[0] in {package, *absent}
-
-    for name in [name for name in sys.modules if ours(name)]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    for name in [name for name in sys.modules if name.partition(".")[0] in {package, *absent}]:
+        patch.delitem(sys.modules, name)
+    patch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    try:
+        return importlib.import_module(module)
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in {package, *absent}]:
+            patch.setitem(sys.modules, name, sys.modules.pop(name))
 
 
 class HeldTensor:
@@ -252,9 +277,8 @@ def test_page_openrlhf() -> None:
 @pytest.mark.slow
 def test_page_openrlhf_in_openrlhf(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own trainer makes its own experience maker, on its own experiences; what they import beside is stubbed."""
-    stub_what_is_absent(monkeypatch, "openrlhf")
-    trainer = importlib.import_module("openrlhf.trainer.ppo_trainer")
-    kind = importlib.import_module("openrlhf.trainer.ppo_utils.experience").Experience
+    trainer = import_without(monkeypatch, "openrlhf.trainer.ppo_trainer")
+    kind = sys.modules["openrlhf.trainer.ppo_utils.experience"].Experience
     monkeypatch.setattr(trainer, "RemoteExperienceMaker", trainer.RemoteExperienceMaker)  # put back afterwards
     of_page("OpenRLHF")["plug"]()
 
@@ -374,33 +398,63 @@ def slime_of_rank(rows: list[int]) -> list[torch.Tensor]:
     return [row.cpu() for row in data["advantages"]]
 
 
-def test_page_areal() -> None:
-    """One row of the first prompt is lost: runs of a group size would mix the prompts."""
+def a_row_lost() -> tuple[Rollouts, list[int], list[dict[str, Any]]]:
+    """The example without a row of its first prompt, and AReaL's list of prompts."""
     whole = example()
     kept = [0, 2, 3, 4, 5]
     case = Rollouts(*([column[i] for i in kept] for column in
                       (whole.token_ids, whole.logprobs, whole.mask, whole.rewards, whole.groups)))  # fmt: skip
     prompts = [PROMPTS[i] for i in kept]
     held = sequences(case, prompts)
-    rewards = torch.tensor(case.rewards, device=DEVICE)
+    batch = [
+        {
+            "input_ids": held["token_ids"][rows],
+            "logprobs": held["logprobs"][rows],
+            "loss_mask": held["response_mask"][rows].int(),
+            "attention_mask": torch.ones_like(held["token_ids"][rows], dtype=torch.bool),
+            "rewards": torch.tensor(case.rewards, device=DEVICE)[rows],
+        }
+        for rows in (slice(0, 2), slice(2, 5))
+    ]
+    return case, prompts, batch
+
+
+def test_page_areal() -> None:
+    """Runs of a group size would mix the prompts."""
+    case, prompts, batch = a_row_lost()
 
     class Actor:
         def compute_advantages(self, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
             rolled = ("logprobs", "loss_mask")
             return [{n: t.roll(-1, 1) if n in rolled else t for n, t in data.items()} for data in batch]
 
-    names = {"token_ids": "input_ids", "logprobs": "logprobs", "response_mask": "loss_mask"}
-    batch = [
-        {names[name]: tensor[rows] for name, tensor in held.items()} | {"rewards": rewards[rows]}
-        for rows in (slice(0, 2), slice(2, 5))
-    ]
     found = of_page("AReaL")["leaf_actor"](Actor)().compute_advantages(batch)
     assert_same(case, prompts, torch.cat([data["advantages"] for data in found]), 1)
 
-    data = {"input_ids": held["token_ids"], "logprobs": held["logprobs"].roll(-1, 1), "rewards": rewards}
-    data["loss_mask"] = held["response_mask"].roll(-1, 1)
+    data = {name: torch.cat([part[name] for part in Actor().compute_advantages(batch)]) for name in batch[0]}
     of_page("AReaL")["areal"](data, ["a", "a", "b", "b", "b"])
     assert_same(case, prompts, data["advantages"], 1)
+
+
+@pytest.mark.slow
+def test_page_areal_in_areal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own actor, over no engine; what it imports beside is stubbed."""
+    names = ["api", "infra", "experimental", "engine", "trainer.ppo.stats"]
+    stubbed = {f"areal.{n}" for n in (*names, "utils.logging", "utils.stats_tracker", "utils.perf_tracer")}
+    # A decorator: a mock in its place would take the function away.
+    monkeypatch.setattr(Stub, "trace_perf", staticmethod(lambda *_, **__: lambda function: function), raising=False)
+    module = import_without(
+        monkeypatch, "areal.trainer.ppo.actor", stubbed, {"areal", "areal.trainer", "areal.trainer.ppo"}
+    )
+    actor = object.__new__(of_page("AReaL")["leaf_actor"](module.PPOActor))
+    settings = {"reward_bias": 0.0, "reward_scaling": 1.0, "reward_clip": 20.0, "reward_norm": None, "adv_norm": None}
+    more = {"kl_ctl": 0.0, "kl_estimator": module.KLEstimator("k1"), "mask_no_eos_with_zero": False}
+    actor.__dict__.update(settings | more | {"discount": 1.0, "gae_lambda": 1.0})
+    off = ("overlong_reward_penalty", "use_decoupled_loss", "recompute_logprob")
+    actor.config = SimpleNamespace(**dict.fromkeys(off, False))
+    case, prompts, batch = a_row_lost()
+    found = actor.compute_advantages(batch)
+    assert_same(case, prompts, torch.cat([data["advantages"] for data in found]), 1)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """Our estimators: in verl itself where it is installed, and by the contract of its registry everywhere."""
 
-import importlib
+import importlib.util
+import os
+import re
+import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import ROOT
 from rollouts import Rollouts, assert_rows_close, rollouts, unmasked
 from support import examples
 
@@ -272,11 +277,38 @@ def test_sessions_as_in_the_grpo_of_verl(plug: types.ModuleType) -> None:
     torch.testing.assert_close(actual, data.batch["advantages"], rtol=1e-5, atol=1e-5)
 
 
+def test_no_rows(plug: types.ModuleType) -> None:
+    batch = {"responses": torch.zeros(0, 3, dtype=torch.int64), "old_log_probs": torch.zeros(0, 3)}
+    none = torch.zeros(0, 3)
+    assert plug.compute_advantage_of("leaf", none, none, index=[], batch=batch)[0].shape == (0, 3)
+
+
 def test_rows_that_are_not_those_at_hand(plug: types.ModuleType) -> None:
     one = torch.zeros(1, 1)
     batch = {"responses": torch.zeros(2, 1, dtype=torch.int64), "old_log_probs": torch.zeros(2, 1)}
     with pytest.raises(ValueError, match="^response_mask must be shaped like the responses that the estimator 'leaf' "):
         plug.compute_advantage_of("leaf", one, one, index=["a"], batch=batch)
+
+
+@pytest.mark.parametrize("kind", [ImportError, RuntimeError])
+def test_what_to_install(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lazy imports turn what is missing into a RuntimeError of several lines."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+            if name == "verl":
+                raise kind("Failed to import it\n because of the following error:\nNo module named 'requests'")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "verl" or name == MODULE]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    with pytest.raises(ImportError) as caught:
+        importlib.import_module(MODULE)
+    assert str(caught.value) == (
+        "leafkernels.integrations.verl needs verl, which cannot be imported here (Failed to import it because of the "
+        "following error: No module named 'requests'); pip install 'leafkernels[verl]'"
+    )
 
 
 def test_without_uids(plug: types.ModuleType) -> None:
@@ -342,3 +374,18 @@ def test_the_mixin_over_the_trainer_of_verl(plug: types.ModuleType, monkeypatch:
     assert trainer._compute_advantage(Meta(), {}) == "written"
     for row, of_reference in zip(store["advantages"].unbind(), case.expected(), strict=True):
         assert_rows_close([row.tolist()], [of_reference])
+
+
+@pytest.mark.slow
+def test_main_ppo_trains(tmp_path: Path) -> None:
+    """The whole of verl on a CPU: two steps, with weights that reach the sampler in between."""
+    if importlib.util.find_spec("verl") is None:
+        pytest.skip("needs verl: pip install -e '.[verl]'")
+    pytest.importorskip("transfer_queue", reason="needs verl with its TransferQueue")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "examples" / "verl_leaf" / "run.py", tmp_path / "run", "steps=2"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    numbers = re.findall(r"training/rollout_actor_probs_pearson_corr:([0-9.]+)", run.stdout)
+    assert len(numbers) == 2 and min(map(float, numbers)) > 0.95, numbers  # the sampler has the trainer's weights
+    assert len(re.findall(r"actor/grad_norm:(?!0\.0\b)[0-9.]+", run.stdout)) == 2

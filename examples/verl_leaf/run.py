@@ -1,7 +1,7 @@
-"""verl's main_ppo with LEAF, a tiny model and no GPU: ``python run.py [FOLDER] [steps=2] [verl's own settings...]``.
+"""verl's main_ppo with LEAF, a tiny model and no GPU: ``python run.py [FOLDER] [steps=2] [settings of verl ...]``.
 
-Needs ``pip install 'leafkernels[verl]' TransferQueue math_verify`` in an environment without TRL. Two steps of 4 prompts x 4 answers take
-about two minutes on two cores.
+Needs verl 0.9 with its TransferQueue, in an environment without TRL (docs/trainers.md). Ray and verl take a minute or
+two to start; then a step of 4 prompts x 4 answers takes seconds.
 """
 
 import os
@@ -16,9 +16,9 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 def make_model(folder: Path) -> None:
-    """A Qwen2 of two layers, and a tokenizer of characters."""
+    """A Llama of two layers, and a tokenizer of characters."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
     ids = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *LETTERS])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -28,7 +28,7 @@ def make_model(folder: Path) -> None:
     )
     fast.save_pretrained(folder)
     set_seed(0)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=len(ids),
         hidden_size=32,
         intermediate_size=64,
@@ -40,7 +40,7 @@ def make_model(folder: Path) -> None:
         eos_token_id=1,
         bos_token_id=None,
     )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def make_data(file: Path, prompts: int) -> None:
@@ -118,7 +118,7 @@ def main(folder: Path, steps: int, more: list[str]) -> int:
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     environment = {
         **os.environ,
-        "VERL_USE_EXTERNAL_MODULES": "leaf_on_verl",
+        "VERL_USE_EXTERNAL_MODULES": "without_gpu,leaf_on_verl",
         "VERL_PLATFORM": "cpu",
         # verl has no engine for this platform; that for CUDA asks the platform for its device.
         "VERL_ENGINE_DEVICE": "cuda",

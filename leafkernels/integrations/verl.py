@@ -27,9 +27,9 @@ from leafkernels import ESTIMATORS, group_index
 
 try:
     from verl.trainer.ppo.core_algos import register_adv_est
-except (ImportError, RuntimeError) as error:  # what it imports lazily fails with a RuntimeError
+except (ImportError, RuntimeError) as error:  # the latter from lazy imports of what verl imports, in several lines
     raise ImportError(
-        f"leafkernels.integrations.verl needs verl, which cannot be imported here ({error}); "
+        f"leafkernels.integrations.verl needs verl, which cannot be imported here ({' '.join(str(error).split())}); "
         "pip install 'leafkernels[verl]'"
     ) from error
 
@@ -94,7 +94,7 @@ def compute_advantage_of(
         ESTIMATORS[name](
             packed.logprobs,
             packed.token_ids,
-            token_level_rewards.sum(-1)[torch.tensor(last, device=mask.device)],
+            token_level_rewards.sum(-1)[_index(last, mask.device)],
             response_mask=packed.mask,
             groups=group_index([index[row] for row in last], mask.device),
             cu_seqlens=packed.cu_seqlens,
@@ -140,6 +140,10 @@ def _sessions(keys: Sequence[str] | None, rows: int) -> list[list[int]]:
     return [[row for _, row in sorted(session)] for session in sessions.values()]
 
 
+def _index(numbers: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
 class _Packed(NamedTuple):
     """The tokens of each session on end, (total,), and where they came from."""
 
@@ -160,9 +164,9 @@ def _pack(sessions: list[list[int]], logprobs: Tensor, token_ids: Tensor, mask: 
     """Each row with a separator of its session behind it, and what pads a row moved to the end of its session."""
     device = mask.device
     rows, width = mask.shape
-    numbers = torch.tensor([n for n, session in enumerate(sessions) for _ in session], device=device)
-    order = torch.tensor([row for session in sessions for row in session], device=device)
-    ends = torch.tensor([0, *(len(session) * (width + 1) for session in sessions)], device=device).cumsum(0)
+    numbers = _index([n for n, session in enumerate(sessions) for _ in session], device)
+    order = _index([row for session in sessions for row in session], device)
+    ends = _index([0, *(len(session) * (width + 1) for session in sessions)], device).cumsum(0)
 
     kept = mask.flip(1).cumsum(1).flip(1) > 0  # up to the last token that counts
     separated = torch.cat([kept, kept.new_ones(rows, 1)], 1)[order]
