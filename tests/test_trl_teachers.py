@@ -316,7 +316,7 @@ def test_tokenizers_may_add_special_tokens(tmp_path: Path) -> None:
         gap = logprobs(trained, teacher, known, 11) - logprobs(trained, tiny_trl.model(vocab_size=16), known, 11)
         torch.testing.assert_close(batch["advantages"], torch.where(mask, gap, 0.0).detach(), rtol=1e-4, atol=1e-5)
     for theirs in (tokenizer("z", special=False), tokenizer("<think>", "z", special=False)):
-        with pytest.raises(ValueError, match="got one with another vocabulary: id 1[12] is 'z'"):
+        with pytest.raises(ValueError, match="got one with another vocabulary: id 11 is '(z|<think>)'"):
             run(settings(tmp_path, **PLAIN), another(1, vocab_size=16), more={"teacher_processing_class": theirs})
 
 
