@@ -6,11 +6,11 @@ credit of this rank's rows takes the place of TRL's advantages. Sampling, reward
 """
 
 import inspect
+import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from leafkernels import ESTIMATORS, PRESETS, scatter_spans, span_tree
@@ -19,12 +19,16 @@ from leafkernels.distributed import GatheredGroups, gather_groups
 
 try:
     import trl
-    from trl import GRPOConfig, GRPOTrainer
-except ImportError as error:
+    from trl import GRPOTrainer
+except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy import, in several lines
     raise ImportError(
-        f"leafkernels.integrations.trl needs TRL, which cannot be imported here ({error}); "
+        f"leafkernels.integrations.trl needs TRL, which cannot be imported here ({' '.join(str(error).split())}); "
         "pip install 'leafkernels[trl]'"
     ) from error
+
+from leafkernels.integrations._trl_options import TokenCredit, check_options
+
+_logger = logging.getLogger(__name__)
 
 # What images and the like go by in TRL's batch, and in the function that computes log-probabilities from it.
 _MODEL_INPUTS = (
@@ -47,7 +51,7 @@ _NORMALIZE_OF_SCALE = {
 
 
 @dataclass
-class LeafGRPOConfig(GRPOConfig):
+class LeafGRPOConfig(trl.GRPOConfig):
     """``GRPOConfig`` with the options of ``leafkernels.span_advantages`` and ``tree_td``, under the same names.
 
     For a config of your own: ``@dataclass class MyConfig(LeafGRPOConfig, TheConfigOfMyTrainer)``.
@@ -76,7 +80,8 @@ class LeafGRPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "'span', 'batch', 'reward_std' or 'none'. None follows scale_rewards: 'span' for 'group', 'batch' "
-            "for 'batch', 'none' for 'none'. tree_td has 'reward_std', also for 'group', and 'none'."
+            "for 'batch', 'none' for 'none'; 'batch' with multi_objective_aggregation='normalize_then_sum'. tree_td "
+            "has 'reward_std', also for 'group', and 'none'."
         },
     )
     shrinkage: float = field(
@@ -103,7 +108,7 @@ class LeafGRPOConfig(GRPOConfig):
         super().__post_init__()
 
 
-class LeafGRPOTrainer(GRPOTrainer):
+class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
     """``GRPOTrainer`` whose advantages are one for each token: LEAF's, or those of ``estimator``; same arguments.
 
     Also a mixin for trainers derived from ``GRPOTrainer``, where it comes first:
@@ -111,13 +116,15 @@ class LeafGRPOTrainer(GRPOTrainer):
 
     - Estimators without a tree of boundaries ("grpo", "dr_grpo", "rloo", "tempo", "tree_td") need no log-probabilities,
       and none are computed for them. Those without ``normalize`` scale as their formula does, whatever
-      ``scale_rewards`` says.
+      ``scale_rewards`` says, and a warning tells.
+    - TRL's options that are defined for one advantage a row have the meaning of the table in docs/trainers.md.
     - Boundaries are ranked by ``old_per_token_logps`` where TRL has computed them, else by the log-probabilities that
       vLLM sampled with, else (the default on-policy path) by those of one forward pass more, in eval mode, so that
       dropout neither adds noise nor draws random numbers.
     - Rewards are weighted and summed as TRL does. A row that no reward function scored is left out of every mean and
-      gets 0. Tool tokens and truncated completions (``mask_truncated_completions``) get 0; a truncated completion's
-      reward counts in the group's mean, as in TRL.
+      gets 0; an infinite reward is none, and is counted in ``rewards/NAME/nonfinite``. Tool tokens and truncated
+      completions (``mask_truncated_completions``) get 0; a truncated completion's reward counts in the group's mean,
+      as in TRL.
     - Beside TRL's metrics it logs for "leaf": ``leaf/span_credit_share``, the share of the scored rows' tokens that lie
       in a span which two or more rows share; ``leaf/fork_fire_rate``, the share of (row, boundary) pairs at which the
       row still shares its prefix with another row, so that the boundary is a fork for it; and
@@ -126,7 +133,8 @@ class LeafGRPOTrainer(GRPOTrainer):
 
     Raises:
         RuntimeError: TRL is older than 0.26, which misreads advantages per token, or the Liger loss (up to 1.13) or
-            the SAPO loss (up to 0.27) is asked for, which do so too.
+            the SAPO loss (up to 0.27) is asked for, which do so too, or an option that the installed TRL cannot be
+            made right with.
         TypeError: ``args`` lacks the options, or the trainer's loss takes one advantage a row only.
         ValueError: an option is not what it must be; the message names it.
     """
@@ -136,6 +144,12 @@ class LeafGRPOTrainer(GRPOTrainer):
         _check_trainer(type(self), args)
         super().__init__(model, reward_funcs, args, *more, **kwargs)
         _check_parallelism(self.accelerator)
+        if args.scale_rewards != "group" and not _takes(args.estimator, "normalize"):
+            _logger.warning(
+                "scale_rewards=%r is not used: estimator=%r scales, or does not, as its formula does.",
+                args.scale_rewards,
+                args.estimator,
+            )
         self._gathered: GatheredGroups | None = None
         # Wrong options are told now, not after the first batch has been sampled.
         one = torch.zeros(1, 1)
@@ -195,8 +209,13 @@ class LeafGRPOTrainer(GRPOTrainer):
         names = ("shrinkage", "group_weight", *CreditOptions._fields)
         options = {name: getattr(args, name) for name in names if _takes(args.estimator, name)}
         if args.normalize is None and "normalize" in options:
-            options["normalize"] = _NORMALIZE_OF_SCALE[args.estimator][args.scale_rewards]
+            # As TRL has it: what is normalised before the sum is scaled over the batch after it.
+            scale = "batch" if self._sums_normalized() else args.scale_rewards
+            options["normalize"] = _NORMALIZE_OF_SCALE[args.estimator][scale]
         return options
+
+    def _sums_normalized(self) -> bool:
+        return getattr(self.args, "multi_objective_aggregation", "sum_then_normalize") == "normalize_then_sum"
 
     def _log(self, name: str, value: float) -> None:
         self._metrics[self._mode][f"leaf/{name}"].append(value)
@@ -264,12 +283,13 @@ class LeafGRPOTrainer(GRPOTrainer):
         return self.token_advantages(logprobs, token_ids, inputs["rewards"], mask, inputs["group_size"])[is_token]
 
     def _row_rewards(self, group_size: int) -> Tensor:
-        """(N,) one reward for every row of all ranks, NaN where no function gave one."""
+        """(N,) one reward for every row of all ranks, NaN where no function gave one, or their sum is infinite."""
         rewards = self._rewards_per_function
-        if getattr(self, "multi_objective_aggregation", "sum_then_normalize") == "normalize_then_sum":
+        if self._sums_normalized():
             rewards = _normalize_functions(rewards.view(-1, group_size, rewards.shape[1])).view_as(rewards)
         unscored = rewards.isnan().all(1)
-        return (rewards * self.reward_weights.to(rewards.device)).nansum(1).masked_fill(unscored, torch.nan)
+        summed = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        return summed.masked_fill(unscored | ~summed.isfinite(), torch.nan)
 
     def _replace_logged(self, advantages: Tensor) -> None:
         """Put ours in place of the advantages that TRL has just noted for its table of completions."""
@@ -306,11 +326,6 @@ def _check_parallelism(accelerator: Any) -> None:
 
 def _check_trainer(trainer: type, args: Any) -> None:
     """Refuse what would train on something else than the advantages, in silence."""
-    if Version(trl.__version__).release < (0, 26):
-        raise RuntimeError(
-            f"LeafGRPOTrainer needs TRL 0.26 or newer, got {trl.__version__}, whose loss broadcasts advantages per "
-            "token to (rows, rows, tokens); pip install 'trl>=0.26'"
-        )
     if not isinstance(args, LeafGRPOConfig):
         raise TypeError(
             f"args must be a LeafGRPOConfig, or a dataclass derived from it and your own config, "
@@ -318,16 +333,7 @@ def _check_trainer(trainer: type, args: Any) -> None:
         )
     if args.estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {args.estimator!r}")
-    if args.loss_type == "sapo" and Version(trl.__version__).release < (0, 28):
-        raise RuntimeError(
-            f"loss_type must not be 'sapo' with LeafGRPOTrainer in TRL {trl.__version__}, whose SAPO loss takes one "
-            "advantage a row; choose another, or pip install 'trl>=0.28'"
-        )
-    if getattr(args, "use_liger_kernel", False) and hasattr(GRPOTrainer, "compute_liger_loss"):
-        raise RuntimeError(
-            f"use_liger_kernel must be False with LeafGRPOTrainer in TRL {trl.__version__}, whose Liger loss takes one "
-            "advantage a row; set it to False, or pip install 'trl>=1.14'"
-        )
+    check_options(args, "LeafGRPOTrainer")
     if any(base.__name__ in ("RLOOTrainer", "GMPOTrainer") for base in trainer.__mro__):
         raise TypeError(
             f"{trainer.__name__} must not derive from RLOOTrainer or GMPOTrainer: their losses take one advantage a row"

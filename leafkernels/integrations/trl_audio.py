@@ -23,12 +23,13 @@ try:
     from transformers.modeling_outputs import BaseModelOutputWithPooling
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer.utils import create_model_from_path, get_config_model_id
-except ImportError as error:
+except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy import, in several lines
     raise ImportError(
-        f"leafkernels.integrations.trl_audio needs TRL 1.14 or newer, which cannot be imported here ({error}); "
-        "pip install 'leafkernels[trl]'"
+        "leafkernels.integrations.trl_audio needs TRL 1.14 or newer, which cannot be imported here "
+        f"({' '.join(str(error).split())}); pip install 'leafkernels[trl]'"
     ) from error
 
+from leafkernels.integrations._trl_options import FiniteRewards
 from leafkernels.integrations.trl import LeafGRPOTrainer
 from leafkernels.rows.recordings import Heard, PromptReader, find_encoder, join, join_features, undecoded
 
@@ -42,7 +43,7 @@ class _Prompt(Heard):
     encoded: dict[int, Tensor] = field(default_factory=dict)  # by the id of the encoder
 
 
-class AudioGRPOTrainer(GRPOTrainer):
+class AudioGRPOTrainer(FiniteRewards, GRPOTrainer):
     """``GRPOTrainer`` for models that hear; same arguments, and a mixin for trainers derived from ``GRPOTrainer``.
 
     The dataset has ``prompt`` and ``audio``; all other columns go to the reward functions, as TRL has it.
