@@ -45,6 +45,8 @@ SLOW_FILES = (
     "test_trl",
     "test_trl_audio",
     "test_trl_distillation",
+    "test_trl_engines",
+    "test_trl_options",
     "test_unequal_prompts",
     "test_wheel",
 )

@@ -58,6 +58,7 @@ def test_every_recipe_trains(recipe: Path, table: Path, tmp_path: Path, monkeypa
     run = speech_leaf.main(command)
     assert type(run) is speech_leaf.METHODS[recipe.stem.split("_")[0]]
     assert (run.num_generations, run.beta, run.top_p, run.epsilon_low) == (8, 0.02, 0.9, 0.2)
+    assert run.args.use_bias_correction_kl is False
     adapter = run.model.peft_config["default"]
     assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout) == (64, 128, 0.05)
     adapted = {name.rsplit(".lora", 1)[0] for name, weight in run.model.named_parameters() if weight.requires_grad}

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 
 import tiny_trl
+import transformers
 from tiny_trl import Recorded, config, count_a, picky, script, trainer
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
@@ -400,3 +401,26 @@ def test_a_scale_that_is_not_used_is_told(tmp_path: Path, caplog: Any) -> None:
     assert "is not used" not in caplog.text
     trainer(LeafGRPOTrainer, config(tmp_path, scale_rewards="none", estimator="tempo"))
     assert "scale_rewards='none' is not used: estimator='tempo' scales, or does not, as its formula does" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["Cohere", "Granite"])
+def test_models_whose_head_scales(name: str, tmp_path: Path) -> None:
+    """Boundaries are ranked by what the model itself gives, its scale of the logits (a factor, a divisor) included."""
+    scale = {"logit_scale": 0.125} if name == "Cohere" else {"logits_scaling": 8.0}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"vocab_size": len(tiny_trl.TOKENS), "eos_token_id": tiny_trl.EOS, "pad_token_id": tiny_trl.PAD}
+    settings = getattr(transformers, f"{name}Config")(
+        **sizes, **tokens, bos_token_id=None, initializer_range=0.3, **scale
+    )
+    policy = getattr(transformers, f"{name}ForCausalLM")(settings)
+
+    class Ranked(Recorded):
+        def _ranking_logprobs(self, batch: dict[str, Any]) -> torch.Tensor:
+            self.ranked = super()._ranking_logprobs(batch)
+            return self.ranked
+
+    run = trainer(Ranked, config(tmp_path, max_steps=1), count_a, policy)
+    run.train()
+    mask = run.batches[0]["completion_mask"].bool()
+    # Float32, in tiles or at once.
+    torch.testing.assert_close(run.ranked[mask], run.batches[0]["logprobs"][mask], rtol=1e-5, atol=1e-5)

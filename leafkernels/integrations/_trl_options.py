@@ -1,9 +1,10 @@
-"""What TRL's loss makes of one advantage for each token: ``TokenCredit``, the options it takes, and infinite rewards.
+"""What TRL's loss makes of one advantage for each token: ``TokenCredit``, and the options it takes.
 
 The loss of ``GRPOTrainer`` takes advantages of shape (rows, tokens), but some of its options are defined for one
 advantage a row. With such an option every token would get the gradient of the row's mean credit, or half of a row
 would be dropped. ``TokenCredit`` gives them a meaning for each token, and ``check_options`` refuses what has none. The
 table in docs/trainers.md says what each option means; a test holds both to the fields of TRL's config.
+``MendedGRPOTrainer`` is what every trainer here derives from.
 """
 
 import logging
@@ -14,6 +15,7 @@ import torch
 import trl
 from packaging.version import Version
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
@@ -114,12 +116,30 @@ def _is_set(args: Any, option: Any) -> bool:
     return bool(getattr(args, option.name) != default)
 
 
-class FiniteRewards(GRPOTrainer):
-    """``GRPOTrainer`` to which an infinite reward is none: the function has not scored that completion.
+class MendedGRPOTrainer(GRPOTrainer):
+    """``GRPOTrainer`` with two mends.
 
-    TRL would carry it into the means of its group, or of the batch. ``rewards/NAME/nonfinite`` counts them, over all
-    ranks, in the generation batches that have any; NaN is TRL's own sign of a completion that is not scored.
+    - An infinite reward is none: the function has not scored that completion. TRL would carry it into the means of its
+      group, or of the batch. ``rewards/NAME/nonfinite`` counts them, over all ranks, in the generation batches that
+      have any; NaN is TRL's own sign of a completion that is not scored.
+    - Under FSDP2 an output layer that is sharded alone has the gradient of all ranks. Accelerate shards it so where it
+      does not find the norm before it, as in models that hear or see; and TRL's fused head, which reads its weight and
+      does not call it, would leave each rank's shard with the gradient of that rank.
     """
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        base = self.accelerator.unwrap_model(model)
+        head = base.get_output_embeddings()
+        if not isinstance(head, FSDPModule):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        # Within the forward of the root, from which FSDP2 starts.
+        hook = base.get_input_embeddings().register_forward_pre_hook(lambda *_: head.unshard())
+        try:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        finally:
+            hook.remove()
+            if not torch.is_grad_enabled():  # else after backward
+                head.reshard()
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)
@@ -140,7 +160,7 @@ class FiniteRewards(GRPOTrainer):
         return rewards.masked_fill(is_infinite, torch.nan)
 
 
-class TokenCredit(FiniteRewards):
+class TokenCredit(MendedGRPOTrainer):
     """``GRPOTrainer`` whose loss is right with advantages of shape (rows, tokens), under every option it takes.
 
     - ``importance_sampling_level="sequence"``: every token of a row has the row's ratio s as its value, and

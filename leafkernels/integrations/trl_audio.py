@@ -7,8 +7,8 @@ a frozen audio encoder hears it once.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 try:
     import trl
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, PreTrainedModel
     from transformers.modeling_outputs import BaseModelOutputWithPooling
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer.utils import create_model_from_path, get_config_model_id
@@ -29,7 +29,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
         f"({' '.join(str(error).split())}); pip install 'leafkernels[trl]'"
     ) from error
 
-from leafkernels.integrations._trl_options import FiniteRewards
+from leafkernels.integrations._trl_options import MendedGRPOTrainer
 from leafkernels.integrations.trl import LeafGRPOTrainer
 from leafkernels.rows.recordings import Heard, PromptReader, find_encoder, join, join_features, undecoded
 
@@ -43,7 +43,7 @@ class _Prompt(Heard):
     encoded: dict[int, Tensor] = field(default_factory=dict)  # by the id of the encoder
 
 
-class AudioGRPOTrainer(FiniteRewards, GRPOTrainer):
+class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
     """``GRPOTrainer`` for models that hear; same arguments, and a mixin for trainers derived from ``GRPOTrainer``.
 
     The dataset has ``prompt`` and ``audio``; all other columns go to the reward functions, as TRL has it.
@@ -142,6 +142,7 @@ class AudioGRPOTrainer(FiniteRewards, GRPOTrainer):
             for start in range(0, len(rows), size):
                 taken = [rows[i] for i in range(start, min(start + size, len(rows)))]
                 prompts = [self._read(row["prompt"], row["audio"]) for row in taken]
+                self._ear(self.model).listen(model, prompts, self._most)
                 longest = max(len(prompt.token_ids) for prompt in prompts)
                 gaps = [longest - len(prompt.token_ids) for prompt in prompts]
                 pad = self._tokenizer.pad_token_id
@@ -178,6 +179,9 @@ class AudioGRPOTrainer(FiniteRewards, GRPOTrainer):
                 read[key] = self._read(row["prompt"], row.get("audio"))
             rows.append(read[key])
         self._rows = rows
+        for listener in (self.model, self.ref_model):
+            if listener is not None:
+                self._ear(listener).listen(listener, rows, self._most)
         batch = super()._generate_and_score_completions(inputs)
         batch["audio"] = rows
         return batch
@@ -196,6 +200,28 @@ class AudioGRPOTrainer(FiniteRewards, GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._rows = inputs["audio"]
         return super()._compute_loss(model, inputs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # Some models (Qwen2-Audio) are saved under the names of their published weights, and a Trainer that reads them
+        # back by the names they have here would train on from the weights it began with, with no more than a warning.
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(self.model, PreTrainedModel):
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _most(self, count: int) -> int:
+        """The largest of all ranks' numbers, where each holds a part of the weights, and forwards are made together."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
+        return count
 
     def _ear(self, model: Any) -> "_Ear":
         return self._ears[id(_base(self.accelerator.unwrap_model(model)))]
@@ -231,13 +257,23 @@ class _Ear:
 
         self.encoder.forward = answer
 
+    def listen(self, model: Any, rows: Sequence[_Prompt], most: Callable[[int], int]) -> None:
+        """Let a frozen encoder hear those of the rows that it has not heard, each alone.
+
+        Args:
+            model: what is called, the encoder in it.
+            most: how many calls this rank makes, from the number of those it needs.
+        """
+        if not self.is_frozen or not rows:
+            return
+        new = [row for row in dict.fromkeys(rows) if id(self.encoder) not in row.encoded]
+        for i in range(most(len(new))):
+            row = new[i] if i < len(new) else rows[0]
+            row.encoded[id(self.encoder)] = self._hear_alone(model, row)
+
     @contextmanager
     def hearing(self, rows: Sequence[_Prompt]) -> Iterator[None]:
         """Within, the forwards of the model, in any number, are about ``rows`` one after the other."""
-        if self.is_frozen:
-            for row in rows:
-                if id(self.encoder) not in row.encoded:
-                    row.encoded[id(self.encoder)] = self._hear_alone(row)
         self._rows = rows
         try:
             yield
@@ -254,32 +290,44 @@ class _Ear:
         return args, {**inputs, **join_features(rows)}
 
     @torch.no_grad()
-    def _hear_alone(self, row: _Prompt) -> Tensor:
-        """Let the model itself hand the features to its encoder, and stop it there."""
+    def _hear_alone(self, model: Any, row: _Prompt) -> Tensor:
+        """Let the model itself hand the features to its encoder, and stop it there.
+
+        It is called from the top, where an engine that shards its weights brings them together, and returns from there.
+        """
+        found: list[Tensor] = []
 
         def stop(_module: Any, _args: Any, output: Any) -> None:
-            raise _Encoded(output.last_hidden_state)
+            found.append(output.last_hidden_state)
+            raise _Encoded
 
-        was_training = self.encoder.training
+        def hear(*_args: Any, **inputs: Any) -> BaseModelOutputWithPooling:
+            # As a model in its own dtype hears, whatever the forward around it is cast to.
+            with suppress(_Encoded), torch.autocast(inputs["input_ids"].device.type, enabled=False):
+                self.base.base_model(**inputs)
+            return BaseModelOutputWithPooling()
+
+        was_training, own = self.encoder.training, vars(self.base).get("forward")
         # Granite's encoder normalises by the statistics of the batch in training mode.
         self.encoder.eval()
         hook = self.encoder.register_forward_hook(stop)
+        self.base.forward = hear
         token_ids = torch.tensor([row.token_ids], device=next(self.encoder.parameters()).device)
         try:
-            self.base.base_model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), **row.features)
-        except _Encoded as encoded:
-            return encoded.hidden_states
+            model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), **row.features)
         finally:
             hook.remove()
+            del self.base.forward
+            if own is not None:
+                self.base.forward = own
             self.encoder.train(was_training)
-        raise TypeError(f"model must hand its audio to its encoder, {type(self.base).__name__} did not call it")
+        if not found:
+            raise TypeError(f"model must hand its audio to its encoder, {type(self.base).__name__} did not call it")
+        return found[0]
 
 
 class _Encoded(Exception):
-    """Carries what the encoder gave out of a forward that goes no further."""
-
-    def __init__(self, hidden_states: Tensor) -> None:
-        self.hidden_states = hidden_states
+    """Ends a forward whose encoder has heard what it was to hear."""
 
 
 def _base(model: Any) -> Any:
