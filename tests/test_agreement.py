@@ -232,6 +232,36 @@ def test_layouts_masks_and_names_give_the_same() -> None:
     torch.testing.assert_close(other.cosines, whole.cosines, rtol=0, atol=0)
 
 
+def test_holes_are_not_trained_on_by_any_scheme() -> None:
+    """Where a tool speaks no boundary lies, whatever its surprisal: schemes get the mask of the call."""
+    call = prompts(2, tokens=12)
+    mask = torch.rand((2, 40, 12), generator=torch.Generator().manual_seed(1)) < 0.7
+    call["logprobs"] = -torch.rand((2, 40, 12), generator=torch.Generator().manual_seed(2))
+    plain = gradient_agreement(ESTIMATORS, **call, response_mask=mask, num_splits=3)
+    for odd in (-50.0, math.nan):
+        call["logprobs"] = call["logprobs"].masked_fill(~mask, odd)
+        found = gradient_agreement(ESTIMATORS, **call, response_mask=mask, num_splits=3)
+        for one, two in zip(plain[1:], found[1:], strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+    shown = 0
+
+    def seen(_: torch.Tensor, token_ids: torch.Tensor, *__: Any, response_mask: torch.Tensor) -> torch.Tensor:
+        nonlocal shown
+        shown += int(response_mask.sum())
+        return torch.zeros(token_ids.shape)
+
+    of_one = {name: tensor[0] for name, tensor in call.items()}
+    every = _Prompt(
+        read_rollouts(*of_one.values(), mask[0], None, None, None, "torch"),
+        of_one["logprobs"],
+        mask[0],
+        torch.arange(40),
+    )
+    every.credit(seen, torch.arange(40)[None])
+    assert shown == int(mask[0].sum())
+
+
 def test_gradients_of_the_caller() -> None:
     """The gradient of a model with parameters of its own, rows by their numbers in the call; here of bigrams."""
     call = prompts(2, tokens=4)

@@ -210,11 +210,11 @@ class _Prompt:
 
     def credit(self, scheme: Scheme, members: Tensor, name: str = "dr_grpo") -> Tensor:
         """(splits, k, T) float64 of the rows ``members`` (splits, k), 0 where the mask is False."""
-        mask, result = self.is_token[members], f"what {name} returns"
+        mask, result = self.mask[members], f"what {name} returns"
         credit = scheme(self.logprobs[members], self.token_ids[members], self.rewards[members], response_mask=mask)
         check_real(result, credit)
         check_like(result, credit, "token_ids", mask.shape, mask.device)
-        credit = credit.to(torch.float64).masked_fill(~self.mask[members], 0.0)
+        credit = credit.to(torch.float64).masked_fill(~mask, 0.0)
         _check_all_finite(result, credit)
         return credit
 
