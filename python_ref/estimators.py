@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 
 from python_ref.find import full_mask
-from python_ref.values import deviation, mean
+from python_ref.values import deviation, mean, settled
 
 Table = Sequence[Sequence[float]]
 Rows = Sequence[Sequence[int]]
@@ -13,12 +13,12 @@ Groups = Sequence[Hashable] | None
 
 
 def scored_groups(rewards: Sequence[float], groups: Groups) -> list[list[int]]:
-    """The rows of each prompt that have a reward, where these differ; all others get 0."""
+    """The rows of each prompt that have a reward, where these differ by more than rounding; all others get 0."""
     names = list(groups) if groups is not None else [0] * len(rewards)
     result = []
     for name in dict.fromkeys(names):
         rows = [i for i, other in enumerate(names) if other == name and not math.isnan(rewards[i])]
-        if len({rewards[i] for i in rows}) > 1:
+        if len(set(settled([rewards[i] for i in rows]))) > 1:
             result.append(rows)
     return result
 

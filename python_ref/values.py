@@ -5,6 +5,21 @@ from collections.abc import Sequence
 
 Span = tuple[int, int, float]  # start, end (half-open), value
 
+# Of the largest reward of a prompt: rewards that lie within that of each other are one, known to float32. It is four
+# units of float32's last place at 1, what is left of a sum of a few terms.
+ROUNDING = 2.0**-21
+
+
+def settled(rewards: Sequence[float]) -> list[float]:
+    """The rewards of a prompt, all of them the least one where they differ by rounding alone; NaN stays."""
+    scored = [r for r in rewards if not math.isnan(r)]
+    if not scored:
+        return list(rewards)
+    least, most = min(scored), max(scored)
+    if most - least < math.inf and most - least <= ROUNDING * max(abs(least), abs(most)):
+        return [r if math.isnan(r) else least for r in rewards]
+    return list(rewards)
+
 
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean with one rounding in the sum; 0 for an empty list."""
@@ -73,6 +88,7 @@ def credit(
     leave_one_out: bool,
 ) -> list[list[Span]]:
     """Raw spans of every row, given ``nodes[k][i]``: the members of row i's node at ``boundaries[k]``."""
+    rewards = settled(rewards)
     scored = [r for r in rewards if not math.isnan(r)]
     group_value = mean(scored)
     all_equal = not scored or max(scored) == min(scored)
@@ -116,12 +132,12 @@ def normalize_spans(
 
     "span" z-scores over the spans of a group, "batch" over the spans of all groups, each span once whatever its
     length; "reward_std" divides by the deviation of the group's rewards; "none" changes nothing. A group whose rewards
-    are all equal gives 0 in every mode (its spans still count among those of a "batch").
+    are all equal, but for rounding, gives 0 in every mode (its spans still count among those of a "batch").
     """
     of_call = [value for rows in groups for spans in rows for _, _, value in spans]
     result = []
     for rows, group_rewards in zip(groups, rewards, strict=True):
-        scored = [r for r in group_rewards if not math.isnan(r)]
+        scored = [r for r in settled(group_rewards) if not math.isnan(r)]
         if not scored or max(scored) == min(scored):
             shift, scale = 0.0, math.inf
         elif normalize == "span":

@@ -1,5 +1,6 @@
 """``python -m leafkernels compare``: what it measures, shows, writes and refuses."""
 
+import importlib.util
 import json
 import math
 import re
@@ -198,16 +199,36 @@ WORDS = [
     ),
     (
         [{**GRPO, "is_beaten": False}, row("leaf", 0.19, -0.02, -0.01, True)],
-        3,
-        "On these rollouts grpo agrees best with what it has not seen (0.200). Worse than grpo: leaf. 3 prompts are "
-        "few: take intervals for too narrow.",
+        5,
+        "On these rollouts grpo agrees best with what it has not seen (0.200). Worse than grpo: leaf.",
     ),
+    ([GRPO], 4, "4 prompts are too few to say which scheme agrees best: 5 are needed."),
+    ([GRPO], 1, "1 prompt is too few to say which scheme agrees best: 5 are needed."),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "count", "text"), WORDS)
 def test_the_sentence(rows: list[Record], count: int, text: str) -> None:
     assert _in_words({"schemes": rows, "measured": count}) == text
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_fewer_than_five_prompts_have_neither_an_order_nor_intervals(
+    count: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = save(tmp_path / "few.jsonl", [prompt(number) for number in range(count)])
+    result = measured(few, tmp_path, "--schemes", "tempo,leaf")
+    assert [row["scheme"] for row in result["schemes"]] == ["tempo", "leaf", "grpo"]
+    for row in result["schemes"]:
+        assert row["to_grpo_low"] is None and row["to_grpo_high"] is None and row["is_beaten"] is False
+        assert math.isfinite(row["to_grpo"])
+    shown = capsys.readouterr().out
+    assert "too few to say which scheme agrees best" in shown
+    assert not re.search(r"better|agrees best with|\* (tempo|leaf|grpo)|[+-]0\.\d+ \[", shown)
+    if importlib.util.find_spec("matplotlib"):
+        picture = tmp_path / "few.png"
+        assert main(["compare", str(few), "--plot", str(picture)]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_a_person_can_mend(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

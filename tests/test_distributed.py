@@ -120,6 +120,19 @@ def test_every_estimator_is_one_process(name: str, ranks: Ranks) -> None:
     check_split_rows(name, 4, 15, ranks)
 
 
+@pytest.mark.parametrize("normalize", ["batch", "span"])
+def test_rewards_that_differ_by_rounding_alone_on_several_ranks(normalize: str, ranks: Ranks) -> None:
+    """The prompt of rows 0, 2 and 4 gets exactly 0, as in one process: one unit of float32's last place is no signal."""
+    group = {name: tensor.cpu() for name, tensor in random_group(6, 12, seed=1, vocabulary=2).items()}
+    group["rewards"] = torch.tensor([30.0, 0.25, 30 + 2**-19, 1.0, 30.0, 0.5])
+    group["groups"] = torch.arange(6) % 2
+    expected = leafkernels.span_advantages(**group, normalize=normalize)
+    parts = [{name: tensor[rows] for name, tensor in group.items()} for rows in (slice(0, 1), slice(1, 6))]
+    found = torch.cat(ranks.call(advantages_of_rank, [(part, {"normalize": normalize}, 2) for part in parts]))
+    assert torch.equal(found, expected)
+    assert not found[::2].any() and found[1::2].any()
+
+
 @pytest.mark.parametrize("ids", [torch.int64, torch.int32, torch.int16, torch.uint8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_sends_every_dtype_as_it_comes(dtype: torch.dtype, ids: torch.dtype, ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rollouts import DEVICE
@@ -54,6 +55,14 @@ def test_types() -> None:
     )
     check_refuses(TypeError, "groups must be a torch.Tensor, got str", groups="a")
     check_refuses(TypeError, "groups must be a torch.Tensor, got bool", groups=True)
+    for kind in (list, tuple, np.array):
+        made = "of names, one for each row, groups=leafkernels.group_index(names) makes one"
+        named = kind(["a", "a", "b", "b"])
+        message = f"groups must be a torch.Tensor, got {type(named).__name__}: {made}"
+        for function in (*leafkernels.ESTIMATORS.values(), leafkernels.span_tree):
+            given = {"logprobs": LOGPROBS, "token_ids": IDS, "rewards": REWARDS}
+            check_refuses(TypeError, message, function, **given, groups=named)
+        leafkernels.span_advantages(LOGPROBS, IDS, REWARDS, groups=leafkernels.group_index(named, DEVICE))
     check_refuses(TypeError, "groups must hold integers, got torch.float32", groups=REWARDS)
     check_refuses(TypeError, "num_boundaries must be an int, got float", num_boundaries=2.0)
     check_refuses(TypeError, "min_separation must be an int, got bool", min_separation=True)

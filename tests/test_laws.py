@@ -46,6 +46,10 @@ EQUAL_REWARDS = Rollouts(
     rewards=[0.30000001192092896] * 6,
     groups=[0] * 6,
 )
+# One unit of float32's last place at 30 is 2 ** -19: rounding, and no signal.
+ROUNDED_REWARDS = unmasked([[0, 1, 1], [0, 1, 0], [1, 0, 0]] * 2, [30.0, 30 + 2**-19, math.nan, 30.0, 30 + 2**-18, 30.0])
+LARGE_REWARDS = unmasked([[0, 1, 1], [0, 1, 0], [1, 0, 0]] * 2, [100.0, 100 + 2**-17, 0.0, 1e6, 1e6 + 1, 1e6])
+LARGE_REWARDS.groups[3:] = [1] * 3
 EQUAL_REWARDS_NEAR_BOUNDARIES = unmasked([[0, 1, 1], [0, 1, 0], [1, 0, 0]] * 2, [0.30000001192092896] * 6)
 IDENTICAL = unmasked([[0, 1], [0, 1], [0, 1]], [1.0, 0.0, 0.5])
 # A row ends where others go on; two of them leave it there together.
@@ -71,6 +75,8 @@ def test_agrees_with_the_reference(backend: str, name: str, small_blocks: None) 
     @example(EQUAL_REWARDS, "left")
     @example(EQUAL_REWARDS, "packed")
     @example(EQUAL_REWARDS_NEAR_BOUNDARIES, "right")
+    @example(ROUNDED_REWARDS, "right")
+    @example(LARGE_REWARDS, "right")
     @example(IDENTICAL, "packed")
     @example(PREFIX_OF_OTHERS, "packed")
     @example(EMPTY_ROW, "left")
@@ -349,6 +355,48 @@ def test_equal_rewards_and_single_rows_give_exactly_zero(
     assert result[1].any()
     alone = ESTIMATORS[name](**{key: t.flatten(0, 1) for key, t in both.items()}, group_size=1, backend=backend)
     assert torch.equal(alone, torch.zeros_like(alone))
+
+
+def prompts_of(rewards: list[list[float]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A prompt of six rows for each list of rewards."""
+    groups = [random_group(6, 12, seed, vocabulary=2) for seed in range(len(rewards))]
+    both = {key: torch.stack([group[key] for group in groups]) for key in groups[0]}
+    return both | {"rewards": torch.tensor(rewards, dtype=torch.float64, device=DEVICE).to(dtype)}
+
+
+def every_normalization(name: str) -> list[dict[str, str]]:
+    if not takes(name, "normalize"):
+        return [{}]
+    return [{"normalize": n} for n in (("span", "batch", "reward_std") if name == "leaf" else ("none", "reward_std"))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every_estimator
+@pytest.mark.parametrize("backend", ["torch", "reference"])  # Triton's has its cases above, and in test_values.py
+def test_rewards_that_differ_by_rounding_alone_give_exactly_zero(backend: str, name: str, dtype: torch.dtype) -> None:
+    """They are one number, known to float32: (a + b) + c and a + (b + c) are not two rewards."""
+    one_unit = [30.0] * 5 + [30 + 2**-19]
+    terms = torch.tensor([[1.1, 0.3, 0.7], [1.1, 0.7, 0.3]] * 3)
+    summed = [float(row[0] + row[1] + row[2]) for row in terms]
+    assert len(set(summed)) == 2
+    rounded = [one_unit, [-r for r in one_unit], [100.0, math.nan, 100 + 2**-17] * 2, [2.5e8 + 16, *[2.5e8] * 5], summed]
+    inputs = prompts_of([*rounded, [1.0, 0.0, 0.5, 0.25, 0.0, 1.0]], dtype)
+    for options in every_normalization(name):
+        result = ESTIMATORS[name](**inputs, **options, backend=backend)
+        assert torch.equal(result[:5], torch.zeros_like(result[:5]))
+        assert result[5].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@every_estimator
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_rewards_that_differ_by_more_than_rounding_are_a_signal(backend: str, name: str, dtype: torch.dtype) -> None:
+    """Beside a large mean, and however small all are."""
+    steps = ((1e6, 1.0), (-1e6, 1.0), (30.0, 2**-15), (0.0, 1e-8), (1e-8, 1e-9), (0.0, 1e-30))
+    inputs = prompts_of([[offset + scale, *[offset] * 5] for offset, scale in steps], dtype)
+    for options in every_normalization(name):
+        result = ESTIMATORS[name](**inputs, **options, backend=backend)
+        assert all(prompt.any() for prompt in result)
 
 
 # Gradients to the rewards.

@@ -21,12 +21,13 @@ from leafkernels.command.reading import Failure, Prompt, RolloutFile
 from leafkernels.command.screen import INDENT, Screen, print_line, progress
 from leafkernels.command.summary import draw_written
 from leafkernels.command.writing import replacing
+from leafkernels.credit.agreement import FEWEST
 
 _BASE = "grpo"
 _NOTES = (
     "¹ mean over prompts of the cosine of a scheme's gradient and that of RLOO on the rollouts it has not seen, "
     "{policy}. * the best, and those it is not told apart from: the interval of their difference holds 0.",
-    "² 95% by bootstrap over prompts",
+    "² 95% by bootstrap over prompts, of which it needs 5",
     "³ cosine of credit and truth token by token. It misleads: a gradient sums over rollouts, and what is right token "
     "by token may be lost there. Choose by the gradient.",
     "⁴ tokens whose credit is no multiple of GRPO's",
@@ -119,10 +120,13 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def _result(comparison: Comparison) -> dict[str, Any]:
-    """All that is shown, drawn and written; schemes from the best to the worst."""
+    """All that is shown, drawn and written; schemes from the best to the worst, or as asked for where prompts are too
+    few for an order."""
     found, arguments = comparison.whole(), comparison.arguments
     means, accuracy, differing = (found.mean(of) for of in ("cosines", "token_accuracy", "differing"))
-    names = sorted(found.names, key=lambda name: -means[name])
+    names = list(found.names)
+    if found.num_measured >= FEWEST:
+        names.sort(key=lambda name: -means[name])
     rows = []
     for name in names:
         to_base, to_best = (found.difference(name, other) for other in (_BASE, names[0]))
@@ -131,10 +135,10 @@ def _result(comparison: Comparison) -> dict[str, Any]:
                 "scheme": name,
                 "agreement": means[name],
                 "to_grpo": to_base.mean,
-                "to_grpo_low": to_base.low,
-                "to_grpo_high": to_base.high,
+                "to_grpo_low": _known(to_base.low),
+                "to_grpo_high": _known(to_base.high),
                 "is_beaten": to_best.high < 0,
-                "token_accuracy": None if math.isnan(accuracy[name]) else accuracy[name],
+                "token_accuracy": _known(accuracy[name]),
                 "differing": differing[name],
             }
         )
@@ -152,7 +156,18 @@ def _result(comparison: Comparison) -> dict[str, Any]:
     return result | {"in_words": _in_words(result)}
 
 
+def _known(value: float) -> float | None:
+    """A number that JSON has."""
+    return None if math.isnan(value) else value
+
+
 def _in_words(result: dict[str, Any]) -> str:
+    measured = result["measured"]
+    if measured < FEWEST:
+        return (
+            f"{measured} {'prompt is' if measured == 1 else 'prompts are'} too few to say which scheme agrees best: "
+            f"{FEWEST} are needed."
+        )
     best, *others = result["schemes"]
     base = next(row for row in result["schemes"] if row["scheme"] == _BASE)
     text = f"On these rollouts {best['scheme']} agrees best with what it has not seen ({best['agreement']:.3f})"
@@ -169,8 +184,6 @@ def _in_words(result: dict[str, Any]) -> str:
     worse = [row["scheme"] for row in others if row["to_grpo_high"] < 0]
     if worse:
         text += f" Worse than grpo: {', '.join(worse)}."
-    if result["measured"] < 20:
-        text += f" {result['measured']} prompts are few: take intervals for too narrow."
     return text
 
 
@@ -181,14 +194,15 @@ def draw_comparison(console: Console, result: dict[str, Any]) -> None:
     table.add_column("scheme", no_wrap=True)
     for name in ("gradient ¹", "less GRPO's ²", "tokens ³", "differ ⁴"):
         table.add_column(name, justify="right", no_wrap=True)
+    has_order = result["measured"] >= FEWEST
     for row in rows:
-        interval = f"[{row['to_grpo_low']:+.3f}, {row['to_grpo_high']:+.3f}]"
+        interval = f" [{row['to_grpo_low']:+.3f}, {row['to_grpo_high']:+.3f}]" if has_order else ""
         accuracy = "-" if row["token_accuracy"] is None else f"{row['token_accuracy']:.2f}"
-        mark = " " if row["is_beaten"] else "*"
+        is_marked = has_order and not row["is_beaten"]
         table.add_row(
-            Text(f"{INDENT}{mark} {row['scheme']}", style="" if row["is_beaten"] else "bold"),
+            Text(f"{INDENT}{'*' if is_marked else ' '} {row['scheme']}", style="bold" if is_marked else ""),
             f"{row['agreement']:.3f}",
-            "" if row["scheme"] == _BASE else f"{row['to_grpo']:+.3f} {interval}",
+            "" if row["scheme"] == _BASE else f"{row['to_grpo']:+.3f}{interval}",
             accuracy,
             f"{row['differing']:.0%}",
         )
@@ -220,10 +234,13 @@ def _plot(result: dict[str, Any], file: BinaryIO, path: Path) -> None:
     figure = Figure(figsize=(6.5, 1.3 + 0.4 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     means = [row["to_grpo"] for row in rows]
-    ends = [
-        [row["to_grpo"] - row["to_grpo_low"] for row in rows],
-        [row["to_grpo_high"] - row["to_grpo"] for row in rows],
-    ]
+    ends = None
+    if result["measured"] >= FEWEST:
+        # Of a skewed sample both ends may lie to one side of the mean.
+        ends = [
+            [max(0.0, row["to_grpo"] - row["to_grpo_low"]) for row in rows],
+            [max(0.0, row["to_grpo_high"] - row["to_grpo"]) for row in rows],
+        ]
     axes.errorbar(means, range(len(rows)), xerr=ends, fmt="o", capsize=3, color="C0")
     axes.axvline(0.0, color="0.6", linewidth=1)
     axes.set_yticks(range(len(rows)), [row["scheme"] for row in rows])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from leafkernels import span_tree
+from leafkernels._core.precision import ROUNDING
 from leafkernels.command.reading import Failure, Prompt
 
 
@@ -111,5 +112,7 @@ def scored(rewards: list[float]) -> list[float]:
 
 
 def no_signal(rewards: list[float]) -> bool:
-    """Whether nothing can be learned from a group: its scored rewards are all equal, or there is none."""
-    return len(set(scored(rewards))) <= 1
+    """Whether nothing can be learned from a group: its scored rewards are all equal, but for rounding, or there is
+    none."""
+    known = scored(rewards)
+    return not known or max(known) - min(known) <= ROUNDING * max(map(abs, known))

@@ -51,12 +51,12 @@ class Statistics:
             self.shared_tokens += ends[depth - 1] if depth else 0
         self.boundaries += len(credit.boundaries)
         for k in range(len(credit.boundaries)):
-            rewards_of_nodes: dict[int, set[float]] = {}
+            rewards_of_nodes: dict[int, list[float]] = {}
             for node, reward in zip((row[k] for row in credit.nodes), prompt.rewards, strict=True):
                 if node >= 0:
-                    rewards_of_nodes.setdefault(node, set()).add(reward)
+                    rewards_of_nodes.setdefault(node, []).append(reward)
             self.firing += bool(rewards_of_nodes)
-            self.informing += any(len(rewards) > 1 for rewards in rewards_of_nodes.values())
+            self.informing += not all(map(no_signal, rewards_of_nodes.values()))
 
 
 def draw_summary(console: Console, statistics: Statistics, out: Path | None) -> None:

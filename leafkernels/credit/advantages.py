@@ -89,7 +89,8 @@ def span_advantages(
     A row is the stretch from a rollout's first to its last unmasked token, so rows padded on either side, or after
     prompts of different lengths, line up. Prefixes are compared over the whole stretch, holes included; boundaries are
     chosen at, and advantages written to, unmasked positions only. Empty rows count in the group's mean and in nothing
-    else; groups of one, and groups whose rewards are all equal, get exactly 0.0.
+    else; groups of one, and groups whose rewards are all equal (or differ by rounding alone, see ``span_values``), get
+    exactly 0.0.
 
     On a GPU nothing is read back: the values of ``cu_seqlens`` and ``groups`` are preconditions there. Breaking them
     gives meaningless numbers, never an access outside the tensors.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from leafkernels._core.checks import check_choice, check_count, check_finite, check_like, check_real
+from leafkernels._core.precision import ROUNDING, is_rounding
 from leafkernels.credit.estimators import dr_grpo
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
 from leafkernels.rows.layout import as_rows
@@ -26,12 +27,15 @@ SPARE = 8
 LEAST_COMMON = 8
 # Held-out rollouts that share a prefix, and those of them that go on with the token, for the token to have a truth.
 _SHARING, _CHOOSING = 8, 4
+# Prompts that an interval needs, and from which on its ends are percentiles of the bootstrap: those of 95% cover 84% with
+# 5 differences that are normal and 94% with 41. What is done between covers 95% or more, of skewed ones 92% or more.
+FEWEST, _MANY = 5, 40
 # Credit is float32: what a scheme makes of larger rewards may not be.
 _LARGEST_REWARD = 1e37
 
 
 class Difference(NamedTuple):
-    """Mean over prompts of a scheme's agreement less another's, and the interval that holds it."""
+    """Mean over prompts of a scheme's agreement less another's, and the interval that holds it; NaN: too few prompts."""
 
     mean: float
     low: float
@@ -63,10 +67,12 @@ class GradientAgreement(NamedTuple):
         return dict(zip(self.names, means, strict=True))
 
     def difference(self, name: str, to: str, *, resamples: int = 4000, coverage: float = 0.95) -> Difference:
-        """Agreement of ``name`` less that of ``to``, paired by split, with a percentile interval by bootstrap.
+        """Agreement of ``name`` less that of ``to``, paired by split, with an interval by bootstrap.
 
         Prompts are drawn with replacement, not splits: the splits of a prompt share rollouts. The draws are the same in
-        every call. Without a prompt that was measured all three are NaN.
+        every call. From 40 measured prompts on the ends are percentiles of the drawn means; below, where these are too
+        narrow, of the drawn means over their deviation (a studentised bootstrap). Below 5 the ends are NaN, and without
+        a prompt that was measured all three are.
         """
         check_choice("name", name, self.names)
         check_choice("to", to, self.names)
@@ -77,14 +83,23 @@ class GradientAgreement(NamedTuple):
         first, second = (self.cosines[:, :, self.names.index(scheme)] for scheme in (name, to))
         of_prompts = (first - second).nanmean(1)
         of_prompts = of_prompts[~of_prompts.isnan()]
-        if not len(of_prompts):
-            return Difference(float("nan"), float("nan"), float("nan"))
-        draws = torch.randint(
-            len(of_prompts), (resamples, len(of_prompts)), generator=torch.Generator().manual_seed(len(of_prompts))
-        )
+        count, mean = len(of_prompts), float(of_prompts.mean())
+        if count < FEWEST:
+            return Difference(mean, float("nan"), float("nan"))
+        draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(count))
+        drawn = of_prompts[draws]
         tail = (1.0 - coverage) / 2
-        ends = of_prompts[draws].mean(1).quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
-        return Difference(float(of_prompts.mean()), *ends.tolist())
+        tails = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
+        if count >= _MANY:
+            return Difference(mean, *drawn.mean(1).quantile(tails).tolist())
+        deviation = float(of_prompts.std())
+        if deviation == 0.0:
+            return Difference(mean, mean, mean)
+        # Draws of few prompts may all be one, and then have no deviation: it counts for a quarter of the prompts' own.
+        # A draw deviates less than what it is drawn from, by the root below.
+        ratios = (drawn.mean(1) - mean) / drawn.std(1).clamp_min(deviation / 4)
+        low, high = (ratios.quantile(tails) * deviation * (count / (count - 1)) ** 0.5).tolist()
+        return Difference(mean, mean - high, mean - low)
 
 
 def gradient_agreement(
@@ -133,10 +148,10 @@ def gradient_agreement(
 
     Example:
         >>> _ = torch.manual_seed(0)
-        >>> token_ids = torch.randint(0, 3, (100, 6))
-        >>> rewards = (token_ids[:, 0] == 1).double()  # all is decided by the first token
+        >>> token_ids = torch.randint(0, 3, (6, 40, 6))
+        >>> rewards = (token_ids[..., 0] == 1).double()  # all is decided by the first token
         >>> found = leafkernels.gradient_agreement(
-        ...     {"grpo": leafkernels.grpo, "tree_td": leafkernels.tree_td}, torch.zeros(100, 6), token_ids, rewards
+        ...     {"grpo": leafkernels.grpo, "tree_td": leafkernels.tree_td}, torch.zeros(6, 40, 6), token_ids, rewards
         ... )
         >>> found.difference("tree_td", "grpo").low > 0
         True
@@ -294,7 +309,7 @@ def _measure(
     is_mixed = torch.ones(splits, dtype=torch.bool)
     for part in (members, others):
         of_part = prompt.rewards[part]
-        is_mixed &= (of_part != of_part[:, :1]).any(1)
+        is_mixed &= ~is_rounding(of_part.amin(1), of_part.amax(1))
     if is_mixed.any():
         found[:, is_mixed] = _hold_against(prompt, policy, schemes, members[is_mixed], others[is_mixed])
     return found
@@ -321,7 +336,10 @@ def can_be_measured(rewards: Tensor, num_rollouts: int) -> bool:
     """Whether the scored rewards (n,) of a prompt are enough, and differ enough, to be split."""
     if len(rewards) < 2 * num_rollouts + SPARE:
         return False
-    commonest = int(rewards.unique(return_counts=True)[1].max())
+    # What differs by rounding alone is one reward.
+    ordered = rewards.double().sort().values
+    ends = torch.searchsorted(ordered, ordered + ROUNDING * ordered.abs().max(), right=True)
+    commonest = int((ends - torch.arange(len(ordered))).max())
     return len(rewards) - commonest >= LEAST_COMMON
 
 

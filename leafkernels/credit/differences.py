@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leafkernels._core.checks import check_choice, check_finite
+from leafkernels._core.precision import is_rounding
 from leafkernels.credit.advantages import credit_spans
 from leafkernels.credit.options import CreditOptions
 from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
@@ -168,10 +169,14 @@ def _spans_of_rows(
     # In place of what takes no part stands the row: nothing of another prompt is read.
     members = torch.where(is_other, itself, members)
     # Above the least of the prompt, so that equal rewards are exactly 0.
-    of_members = rewards[members]
-    least = of_members.detach().masked_fill(is_other, torch.inf).amin(1, keepdim=True)
-    of_members = (of_members - least).masked_fill(is_out[rows, None], 0.0)
-    own = (rewards[rows, None] - least).masked_fill(is_out[rows, None], 0.0)
+    of_members, own = rewards[members], rewards[rows, None]
+    constants = of_members.detach()
+    least = constants.masked_fill(is_other, torch.inf).amin(1, keepdim=True)
+    most = constants.masked_fill(is_other, -torch.inf).amax(1, keepdim=True)
+    # And above itself where all differ by rounding alone: exactly 0, and with a slope all the same.
+    is_flat = is_rounding(least, most)
+    of_members = (of_members - torch.where(is_flat, constants, least)).masked_fill(is_out[rows, None], 0.0)
+    own = (own - torch.where(is_flat, own.detach(), least)).masked_fill(is_out[rows, None], 0.0)
 
     # Members in the order in which they leave the row; what takes no part comes first.
     shared, order = shared[rows].masked_fill(is_other, -1).sort(dim=1, stable=True)

@@ -14,7 +14,7 @@ With r the reward of a row, mean, std (ddof 1) and G, the number of rows, those 
     treerl     2 V_k / sqrt(n_k) - V_{k-1} / sqrt(n_{k-1}), on the nodes at the boundaries of ``span_advantages``
 
 As there, a row whose reward is NaN takes no part in anything and gets 0, an empty row counts in mean, std and G, and a
-prompt of one row, or one whose rewards are all equal, gets exactly 0.0.
+prompt of one row, or one whose rewards are all equal but for rounding, gets exactly 0.0.
 """
 
 import torch

@@ -10,6 +10,7 @@ from leafkernels._core.backend import implementation, resolve_backend
 from leafkernels._core.checks import check_device, check_integer, check_rewards, check_tensor
 from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
 from leafkernels._core.ops import register
+from leafkernels._core.precision import is_rounding
 from leafkernels.credit.nodes import nodes_of_table
 from leafkernels.credit.options import CreditOptions
 from leafkernels.rows.find import build_layout, with_prompts
@@ -136,14 +137,12 @@ def _values_of_all_ranks(
     scale = (spread / (number - 1.0).clamp_min(1.0)).sqrt().clamp_min(1e-6)
 
     # A group whose rewards are all equal gets exactly 0.
-    above = rewards.to(torch.float64)
-    is_out = above.isnan()
-    groups, num_groups = layout.group_of_row, layout.group_starts.shape[0] - 1
-    least = above.new_full((num_groups,), torch.inf)
-    least = least.scatter_reduce(0, groups, above.masked_fill(is_out, torch.inf), "amin")[groups]
-    differs = ((above - least).masked_fill(is_out, 0.0) != 0.0).double()
-    is_flat = least.new_zeros(num_groups).scatter_reduce(0, groups, differs, "amax")[groups] == 0.0
-    is_zero = is_missing | is_flat[:, None]
+    rewards = rewards.to(torch.float64)
+    groups, is_out = layout.group_of_row, rewards.isnan()
+    least, most = (rewards.new_full((layout.group_starts.shape[0] - 1,), end) for end in (torch.inf, -torch.inf))
+    least = least.scatter_reduce(0, groups, rewards.masked_fill(is_out, torch.inf), "amin")
+    most = most.scatter_reduce(0, groups, rewards.masked_fill(is_out, -torch.inf), "amax")
+    is_zero = is_missing | is_rounding(least, most)[groups][:, None]
     return spans._replace(values=((spans.raw - mean) / scale).masked_fill(is_zero, 0.0))
 
 
@@ -191,7 +190,9 @@ def span_values(
             fixed boundaries. A group of one gives 0.
         normalize: "span" z-scores over the spans of a prompt (ddof 1, floor 1e-6 under the deviation), "batch" over
             those of the call, "reward_std" divides by the deviation of the prompt's rewards + 1e-6, "none". A prompt
-            whose rewards are all equal gives exactly 0.0 in every mode.
+            whose rewards are all equal gives exactly 0.0 in every mode; so does one whose rewards lie within 2 ** -21
+            of the largest of them in size (four units of float32's last place), which is what rounding leaves: they
+            count as the least of them.
         backend: "auto", "triton", "torch" or "reference".
 
     Example:

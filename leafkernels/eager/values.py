@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from leafkernels._core.precision import is_rounding
+
 
 class _Nodes(NamedTuple):
     names: Tensor  # (N * (S + 1),) one number for each node and column
@@ -62,12 +64,15 @@ def _nodes(
 
 
 def _centred(rewards: Tensor, nodes: _Nodes) -> tuple[Tensor, Tensor]:
-    """Rewards (N, 1) above the least of their group, 0 for rows without one; and the least (N, 1)."""
+    """Rewards (N, 1) above the least of their group, 0 for rows without one and where all differ by rounding alone; and
+    the least (N, 1)."""
     rewards = rewards.to(torch.float64)
-    least = rewards.new_full((nodes.num_groups,), torch.inf)
+    least, most = (rewards.new_full((nodes.num_groups,), end) for end in (torch.inf, -torch.inf))
     least.scatter_reduce_(0, nodes.group_of_row, rewards.masked_fill(nodes.is_out, torch.inf), "amin")
+    most.scatter_reduce_(0, nodes.group_of_row, rewards.masked_fill(nodes.is_out, -torch.inf), "amax")
+    is_flat = is_rounding(least, most).index_select(0, nodes.group_of_row)
     least = least.index_select(0, nodes.group_of_row)
-    return (rewards - least).masked_fill_(nodes.is_out, 0.0).unsqueeze(1), least.unsqueeze(1)
+    return (rewards - least).masked_fill_(nodes.is_out | is_flat, 0.0).unsqueeze(1), least.unsqueeze(1)
 
 
 def _by_node(entries: Tensor, nodes: _Nodes) -> Tensor:

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 32  # rows of a group at a time
+# As in leafkernels._core.precision.
+ROUNDING = tl.constexpr(2.0**-21)
 
 
 @triton.jit
@@ -54,12 +56,18 @@ def _span_values_kernel(
 
     # Counted from the least reward, equal rewards are exactly 0, and so is what is made of them.
     least = tl.full([BLOCK], float("inf"), tl.float64)
+    most = tl.full([BLOCK], float("-inf"), tl.float64)
     for block in range(0, tl.cdiv(size, BLOCK)):
         rank = block * BLOCK + tl.arange(0, BLOCK)
         member = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
         reward = tl.load(rewards_ptr + member, mask=rank < size, other=float("nan")).to(tl.float64)
         least = tl.minimum(least, tl.where(reward == reward, reward, float("inf")))
+        most = tl.maximum(most, tl.where(reward == reward, reward, float("-inf")))
     lowest = tl.min(least, axis=0)
+    highest = tl.max(most, axis=0)
+    # Rewards that differ by rounding alone are the least of them; infinite ones do not.
+    is_flat = highest - lowest <= ROUNDING * tl.maximum(tl.abs(lowest), tl.abs(highest))
+    highest = tl.where(is_flat & (highest - lowest < float("inf")), lowest, highest)
 
     sizes = tl.zeros([BLOCK_S], tl.float64)
     sums = tl.zeros([BLOCK_S], tl.float64)
@@ -70,7 +78,7 @@ def _span_values_kernel(
         member = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
         reward = tl.load(rewards_ptr + member, mask=rank < size, other=float("nan")).to(tl.float64)
         is_in = (reward == reward)[:, None]
-        centred = tl.where(reward == reward, reward - lowest, 0.0)[:, None]
+        centred = tl.where(reward == reward, tl.minimum(reward, highest) - lowest, 0.0)[:, None]
         # (BLOCK, BLOCK_S), rows of the group by slots. -2 equals no name, nor the -1 of slots without a node.
         offs = member[:, None] * (NUM_SLOTS - 1) + slot[None, :]
         other = tl.load(nodes_ptr + offs, mask=is_in & has_node[None, :], other=-2)
@@ -93,7 +101,7 @@ def _span_values_kernel(
         rank = block * BLOCK + tl.arange(0, BLOCK)
         member = tl.load(rows_by_group_ptr + first + rank, mask=rank < size, other=0)
         reward = tl.load(rewards_ptr + member, mask=rank < size, other=float("nan")).to(tl.float64)
-        distance = tl.where(reward == reward, reward - lowest - group_value, 0.0)
+        distance = tl.where(reward == reward, tl.minimum(reward, highest) - lowest - group_value, 0.0)
         spread += distance * distance
     reward_std = tl.sqrt(tl.sum(spread, axis=0) / tl.maximum(group_size - 1.0, 1.0))
 
@@ -102,7 +110,7 @@ def _span_values_kernel(
     num_retained = tl.sum(is_retained.to(tl.int32), axis=0)
     last = tl.max(tl.where(is_retained, at, 0), axis=0)
     is_tail = (slot == num_retained) & (length > last)
-    own_reward = tl.load(rewards_ptr + row).to(tl.float64) - lowest
+    own_reward = tl.minimum(tl.load(rewards_ptr + row).to(tl.float64), highest) - lowest
     own = tl.where(is_tail, own_reward, values)
 
     # n ** -power; n is 0 in slots without a node, and log 0 must not come in.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 import python_ref
 from leafkernels.reference._lists import rows_of_groups
-from python_ref.values import credit, mean
+from python_ref.values import credit, mean, settled
 
 
 def span_values(
@@ -31,7 +31,7 @@ def span_values(
     node_values = torch.full_like(values, torch.nan)
 
     groups = rows_of_groups(rows_by_group, group_starts)
-    group_rewards = [[all_rewards[i] for i in rows] for rows in groups]
+    group_rewards = [settled([all_rewards[i] for i in rows]) for rows in groups]
     raw_spans = []
     for g, rows in enumerate(groups):
         positions = [p for p in boundaries[g].tolist() if p >= 0]

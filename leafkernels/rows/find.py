@@ -1,5 +1,6 @@
 """From the arguments of a call to the layout of its rows: where each lies, and whose it is."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,11 @@ def check_named_groups(groups: Any, num_rows: int, name: str, device: torch.devi
         raise TypeError(
             "groups must be an integer tensor that names the prompt of each row, got an int: for prompts of "
             f"{groups} consecutive rows pass group_size={groups}"
+        )
+    if isinstance(groups, Iterable) and not isinstance(groups, Tensor | str | bytes):
+        raise TypeError(
+            f"groups must be a torch.Tensor, got {type(groups).__name__}: of names, one for each row, "
+            "groups=leafkernels.group_index(names) makes one"
         )
     groups = check_integer("groups", groups)
     if groups.shape != (num_rows,):
