@@ -1,9 +1,12 @@
 """``python -m leafkernels``: what it writes, what it shows, what it says when something is wrong."""
 
+import bz2
 import errno
 import gzip
 import importlib.resources
+import io
 import json
+import lzma
 import math
 import os
 import random
@@ -11,6 +14,8 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +275,63 @@ def test_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture
     empty.touch()
     check_fails_with("nothing.jsonl.gz is empty", [empty, "--out", tmp_path / "out"], capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["xz", "bz2", "zst", "lz4", "zip"])
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.{kind}"])
+def test_rollouts_that_are_packed_otherwise(
+    kind: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told by their first bytes, whatever they are called; none is written under such a name."""
+    plain = save(tmp_path / "plain.jsonl", [GOOD])
+    packed = tmp_path / name.format(kind=kind)
+    packed.write_bytes(PACKERS[kind](plain.read_bytes()))
+    for words in ([packed], ["compare", packed]):
+        check_fails_with(f"{packed} is packed with ", words, capsys)
+    check_fails_with("--out must be plain or end in .gz", [plain, "--out", tmp_path / f"out.jsonl.{kind}"], capsys)
+    assert not (tmp_path / f"out.jsonl.{kind}").exists()
+
+
+def zipped(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("in.jsonl", content)
+    return file.getvalue()
+
+
+# Of Zstandard and LZ4, which Python does not have here, the magic number alone.
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "xz": lzma.compress,
+    "bz2": bz2.compress,
+    "zst": lambda content: b"\x28\xb5\x2f\xfd" + content,
+    "lz4": lambda content: b"\x04\x22\x4d\x18" + content,
+    "zip": zipped,
+}
+
+
+def test_numbers_of_any_size(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.jsonl", [GOOD, GOOD])
+    for option in ("--limit", "--show", "--num-boundaries", "--min-separation"):
+        assert main([str(source), "--out", str(tmp_path / "out.jsonl"), option, str(10**30)]) == 0
+        assert len(load(tmp_path / "out.jsonl")) == 2
+
+
+@pytest.mark.parametrize("module", ["leafkernels", "leafkernels.lookahead"])
+@pytest.mark.parametrize("stopped", ["torch", pytest.param("rich", marks=pytest.mark.slow)])
+def test_an_interrupt_while_the_command_is_imported(module: str, stopped: str, tmp_path: Path) -> None:
+    """A module that is slow to import stands for PyTorch; the signal comes as from a terminal."""
+    script = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    (tmp_path / f"{stopped}.py").write_text(script)
+    run = subprocess.run(
+        [sys.executable, "-m", module],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert run.returncode == 130
+    assert run.stderr == "leafkernels: interrupted\n" and run.stdout == ""
 
 
 def test_files_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,11 @@
 """``python -m leafkernels compare``: what it measures, shows, writes and refuses."""
 
 import importlib.util
+import io
 import json
 import math
 import re
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -11,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import run_python
+from support import run_python, without_interpreter
 
 import leafkernels
 from leafkernels.__main__ import main
-from leafkernels.command.compare import _in_words
+from leafkernels.command.compare import _in_words, _plot
 from leafkernels.command.reading import RolloutFile
 
 Record = dict[str, Any]
@@ -150,6 +152,91 @@ def test_two_runs_write_the_same_bytes(file: Path, tmp_path: Path) -> None:
     assert written[0][1].startswith(b"\x89PNG")
 
 
+def test_two_runs_draw_the_same_bytes_of_every_kind(file: Path, tmp_path: Path) -> None:
+    """At another time of day, and in another process as far as an SVG's names go."""
+    pytest.importorskip("matplotlib")
+    result = measured(file, tmp_path, "--splits", "1", "--schemes", "leaf,tempo")
+    for kind in ("svg", "pdf", "png"):
+        pictures = [io.BytesIO(), io.BytesIO()]
+        for picture in pictures:
+            _plot(result, picture, kind)
+        assert pictures[0].getvalue() == pictures[1].getvalue() and len(pictures[0].getvalue()) > 1000
+
+
+NAMES = ["same", "dotted", "link", "link to a link", "hard link"]
+
+
+def name_again(path: Path, how: str) -> Path:
+    """Another name for the file."""
+    if how == "dotted":
+        return path.parent / "." / ".." / path.parent.name / path.name
+    other = path.parent / f"other {how}"
+    if how == "hard link":
+        other.hardlink_to(path)
+    elif how != "same":
+        first = path.parent / "first"
+        first.symlink_to(path)
+        other.symlink_to(path.name if how == "link" else first.name)
+    return path if how == "same" else other
+
+
+@pytest.mark.parametrize("how", NAMES)
+def test_outputs_never_replace_the_rollouts(
+    how: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, other = file.read_bytes(), name_again(file, how)
+    there = sorted(tmp_path.iterdir())
+    for option in ("--json", "--plot") if importlib.util.find_spec("matplotlib") else ("--json",):
+        named = other
+        if option == "--plot":  # a picture by its name
+            named = tmp_path / "a.png"
+            named.symlink_to(other)
+        for source, out in ((file, named), (named, file)):
+            if option == "--plot" and out is file:
+                continue
+            assert main(["compare", str(source), option, str(out)]) == 2
+            assert f"{option} must be another file than {source}, which it would replace" in capsys.readouterr().err
+    (tmp_path / "a.png").unlink(missing_ok=True)
+    assert file.read_bytes() == before and sorted(tmp_path.iterdir()) == there
+
+
+@pytest.mark.parametrize("how", [*NAMES, "upper case", "there already", "dangling link"])
+def test_outputs_never_replace_each_other(
+    how: str, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    before, out = file.read_bytes(), tmp_path / "a.png"
+    if how in ("link", "link to a link", "hard link", "there already"):
+        out.write_text("precious")
+    other = out
+    if how == "upper case":
+        other = tmp_path / "A.PNG"
+    elif how == "dangling link":
+        other = tmp_path / "dangling"
+        other.symlink_to(out.name)
+    elif how != "there already":
+        other = name_again(out, how)
+    there = {path: path.read_bytes() for path in tmp_path.iterdir() if path.exists()}
+    assert main(["compare", str(file), "--json", str(other), "--plot", str(out)]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"leafkernels: --plot must be another file than {other}, which --json writes\n" and not said.out
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.exists()} == there
+    assert file.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_an_output_may_be_standard_output(file: Path, tmp_path: Path) -> None:
+    """A pipe, or the file that the shell opened: what is printed and what is written are both there."""
+    words = ["-m", "leafkernels", "compare", str(file), "--splits", "1", "--json"]
+    printed = run_python(*words, "/dev/stdout").stdout
+    with open(tmp_path / "out.txt", "wb") as out:
+        command = [sys.executable, *words, "out.txt"]
+        subprocess.run(command, cwd=tmp_path, env=without_interpreter(), stdout=out, check=True, timeout=120)
+    found = (tmp_path / "out.txt").read_text(encoding="utf-8")
+    assert found.replace("out.txt", "/dev/stdout") == printed
+    assert '"in_words"' in found and "gradient ¹" in found
+
+
 def test_grpo_is_measured_whatever_is_asked_for(file: Path, tmp_path: Path) -> None:
     result = measured(file, tmp_path, "--schemes", "leaf")
     assert sorted(row["scheme"] for row in result["schemes"]) == ["grpo", "leaf"]
@@ -275,6 +362,7 @@ def test_what_a_person_can_mend(file: Path, tmp_path: Path, capsys: pytest.Captu
     [
         (["--schemes", "leaf,ppo"], "must be some of leaf,grpo,dr_grpo,rloo,tempo,tree_td,treerl, got 'ppo'"),
         (["--rollouts", "1"], "must be an integer of at least 2, got '1'"),
+        (["--splits", str(10**30)], f"must be an integer of at most 10000, got '{10**30}'"),
         (["--splits", "0"], "must be an integer of at least 1, got '0'"),
         (["--context", "-1"], "must be an integer of at least 0, got '-1'"),
     ],

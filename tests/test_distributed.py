@@ -122,7 +122,7 @@ def test_every_estimator_is_one_process(name: str, ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("normalize", ["batch", "span"])
 def test_rewards_that_differ_by_rounding_alone_on_several_ranks(normalize: str, ranks: Ranks) -> None:
-    """The prompt of rows 0, 2 and 4 gets exactly 0, as in one process: one unit of float32's last place is no signal."""
+    """The prompt of rows 0, 2 and 4 gets exactly 0, as in one process: a unit of the last place is no signal."""
     group = {name: tensor.cpu() for name, tensor in random_group(6, 12, seed=1, vocabulary=2).items()}
     group["rewards"] = torch.tensor([30.0, 0.25, 30 + 2**-19, 1.0, 30.0, 0.5])
     group["groups"] = torch.arange(6) % 2

@@ -47,7 +47,9 @@ EQUAL_REWARDS = Rollouts(
     groups=[0] * 6,
 )
 # One unit of float32's last place at 30 is 2 ** -19: rounding, and no signal.
-ROUNDED_REWARDS = unmasked([[0, 1, 1], [0, 1, 0], [1, 0, 0]] * 2, [30.0, 30 + 2**-19, math.nan, 30.0, 30 + 2**-18, 30.0])
+ROUNDED_REWARDS = unmasked(
+    [[0, 1, 1], [0, 1, 0], [1, 0, 0]] * 2, [30.0, 30 + 2**-19, math.nan, 30.0, 30 + 2**-18, 30.0]
+)
 LARGE_REWARDS = unmasked([[0, 1, 1], [0, 1, 0], [1, 0, 0]] * 2, [100.0, 100 + 2**-17, 0.0, 1e6, 1e6 + 1, 1e6])
 LARGE_REWARDS.groups[3:] = [1] * 3
 EQUAL_REWARDS_NEAR_BOUNDARIES = unmasked([[0, 1, 1], [0, 1, 0], [1, 0, 0]] * 2, [0.30000001192092896] * 6)
@@ -379,7 +381,13 @@ def test_rewards_that_differ_by_rounding_alone_give_exactly_zero(backend: str, n
     terms = torch.tensor([[1.1, 0.3, 0.7], [1.1, 0.7, 0.3]] * 3)
     summed = [float(row[0] + row[1] + row[2]) for row in terms]
     assert len(set(summed)) == 2
-    rounded = [one_unit, [-r for r in one_unit], [100.0, math.nan, 100 + 2**-17] * 2, [2.5e8 + 16, *[2.5e8] * 5], summed]
+    rounded = [
+        one_unit,
+        [-r for r in one_unit],
+        [100.0, math.nan, 100 + 2**-17] * 2,
+        [2.5e8 + 16, *[2.5e8] * 5],
+        summed,
+    ]
     inputs = prompts_of([*rounded, [1.0, 0.0, 0.5, 0.25, 0.0, 1.0]], dtype)
     for options in every_normalization(name):
         result = ESTIMATORS[name](**inputs, **options, backend=backend)

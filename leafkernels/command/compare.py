@@ -7,7 +7,6 @@ import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -20,7 +19,7 @@ from leafkernels.command.credit import pack_prompt
 from leafkernels.command.reading import Failure, Prompt, RolloutFile
 from leafkernels.command.screen import INDENT, Screen, print_line, progress
 from leafkernels.command.summary import draw_written
-from leafkernels.command.writing import replacing
+from leafkernels.command.writing import check_outputs, replacing
 from leafkernels.credit.agreement import FEWEST
 
 _BASE = "grpo"
@@ -93,11 +92,14 @@ def compare(arguments: argparse.Namespace) -> int:
     """Do what the options say and return the exit code."""
     if arguments.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise Failure("--plot needs matplotlib: pip install matplotlib")
+    kind = "png" if arguments.plot is None else arguments.plot.suffix[1:].lower() or "png"
+    if kind not in _STABLE:
+        raise Failure(f"--plot must name a picture (.png, .svg or .pdf), got {arguments.plot}")
     screen = Screen()
     comparison = Comparison(arguments)
-    written = [path for path in (arguments.json, arguments.plot) if path is not None]
     with ExitStack() as stack:
         source = stack.enter_context(RolloutFile(arguments.file))
+        written = check_outputs({"--json": arguments.json, "--plot": arguments.plot}, [arguments.file])
         files = {path: stack.enter_context(replacing(path)) for path in written}
         tick = stack.enter_context(progress(source, 1))
         for prompt in source:
@@ -110,7 +112,7 @@ def compare(arguments: argparse.Namespace) -> int:
             text = json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
             files[arguments.json].write(text.encode())
         if arguments.plot is not None:
-            _plot(result, files[arguments.plot], arguments.plot)
+            _plot(result, files[arguments.plot], kind)
     screen.show(partial(draw_comparison, result=result))
     for path in written:
         screen.show(partial(draw_written, path=path))
@@ -226,8 +228,13 @@ def draw_comparison(console: Console, result: dict[str, Any]) -> None:
             print_line(console, part)
 
 
-def _plot(result: dict[str, Any], file: BinaryIO, path: Path) -> None:
+# By the kind of a picture what would tell its date: two runs write the same bytes.
+_STABLE: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+
+
+def _plot(result: dict[str, Any], file: BinaryIO, kind: str) -> None:
     """Differences to GRPO with their intervals, the best on top."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     rows = [row for row in result["schemes"] if row["scheme"] != _BASE][::-1]
@@ -249,9 +256,6 @@ def _plot(result: dict[str, Any], file: BinaryIO, path: Path) -> None:
     axes.set_title(
         f"{result['rollouts']} rollouts seen, {result['measured']} prompts, context {result['context']}", fontsize=10
     )
-    kind = path.suffix[1:].lower() or "png"
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise Failure(f"--plot must name a picture (.png, .svg or .pdf), got {path}")
-    # Neither the date nor names drawn at random: two runs write the same bytes.
-    stable = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    figure.savefig(file, format=kind, dpi=150, metadata=stable)
+    # Names within an SVG are drawn at random but for the salt.
+    with matplotlib.rc_context({"svg.hashsalt": "leafkernels"}):
+        figure.savefig(file, format=kind, dpi=150, metadata=_STABLE[kind])

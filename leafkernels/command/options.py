@@ -39,8 +39,8 @@ the file is written all the same).
 """
 
 
-def _integer(least: int) -> Callable[[str], int]:
-    """A type for argparse: integers from ``least``."""
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A type for argparse: integers from ``least``, and to ``most`` where that is given."""
 
     def parse(text: str) -> int:
         try:
@@ -49,6 +49,8 @@ def _integer(least: int) -> Callable[[str], int]:
             value = least - 1
         if value < least:
             raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be an integer of at most {most}, got {text!r}")
         return value
 
     return parse
@@ -184,7 +186,11 @@ def parse_compare(argv: Sequence[str]) -> argparse.Namespace:
         help="tokens that the n-gram policy looks back (default: 4)",
     )
     parser.add_argument(
-        "--splits", type=_integer(1), default=8, metavar="N", help="random splits of a prompt's rollouts (default: 8)"
+        "--splits",
+        type=_integer(1, 10_000),
+        default=8,
+        metavar="N",
+        help="random splits of a prompt's rollouts (default: 8)",
     )
     parser.add_argument(
         "--schemes",

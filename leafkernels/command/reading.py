@@ -31,6 +31,16 @@ class Prompt:
     tokens: list[list[str] | None]
 
 
+# By their first bytes, how else files are packed.
+_PACKED = {
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\x04\x22\x4d\x18": ("lz4", "unlz4"),
+    b"PK\x03\x04": ("zip", "unzip"),
+}
+
+
 class RolloutFile:
     """The prompts of a .jsonl or .jsonl.gz file; iterating reads a line when it is asked for, and never looks ahead."""
 
@@ -39,9 +49,14 @@ class RolloutFile:
         try:
             self._raw = open(path, "rb")  # noqa: SIM115 - closed by __exit__
             # The name of a link may tell nothing.
-            is_gzip = path.name.endswith(".gz") or self._raw.peek(2)[:2] == b"\x1f\x8b"
+            begin = self._raw.peek(5)[:5]
         except OSError as error:
             raise Failure(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+        for magic, (kind, unpack) in _PACKED.items():
+            if begin.startswith(magic):
+                self._raw.close()
+                raise Failure(f"{path} is packed with {kind}, and only gzip is read here: {unpack} it first")
+        is_gzip = path.name.endswith(".gz") or begin[:2] == b"\x1f\x8b"
         status = os.fstat(self._raw.fileno())
         self.size = status.st_size if stat.S_ISREG(status.st_mode) else None
         self._lines = cast(BinaryIO, gzip.GzipFile(fileobj=self._raw)) if is_gzip else self._raw

@@ -3,6 +3,7 @@
 import argparse
 import importlib.resources
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,7 +17,7 @@ from leafkernels.command.options import CREDIT_OPTIONS
 from leafkernels.command.reading import Failure, RolloutFile
 from leafkernels.command.screen import Screen, progress
 from leafkernels.command.summary import Statistics, draw_summary, draw_written
-from leafkernels.command.writing import Writer, replacing
+from leafkernels.command.writing import Writer, check_outputs, replacing
 
 _SAMPLE = "sample_rollouts.jsonl.gz"
 
@@ -31,6 +32,8 @@ def show(arguments: argparse.Namespace) -> int:
         path = arguments.rollouts or stack.enter_context(_sample())
         # The writer leaves first and replaces its file only when all is read, so --out may name the input.
         source = stack.enter_context(RolloutFile(path))
+        check_outputs({"--html": arguments.html}, [path])
+        check_outputs({"--out": arguments.out, "--html": arguments.html}, [])
         writer = None
         if arguments.out is not None:
             _check_out(path, arguments.out, arguments.limit)
@@ -40,7 +43,7 @@ def show(arguments: argparse.Namespace) -> int:
             report = _report(path, arguments)
             page = stack.enter_context(replacing(arguments.html))
         tick = stack.enter_context(progress(source, arguments.show))
-        for prompt in islice(source, arguments.limit):
+        for prompt in islice(source, None if arguments.limit is None else min(arguments.limit, sys.maxsize)):
             credit = credit_prompt(prompt, options, device)
             if statistics.prompts < arguments.show:
                 screen.show(partial(draw_prompt, prompt=prompt, credit=credit))
@@ -67,9 +70,6 @@ def show(arguments: argparse.Namespace) -> int:
 
 def _report(path: Path, arguments: argparse.Namespace) -> Report:
     """An empty report; raises where it could not be made."""
-    for name in (path, arguments.out):
-        if name is not None and os.path.realpath(arguments.html) == os.path.realpath(name):
-            raise Failure(f"--html must be another file than {name}, which it would replace")
     options = {name: getattr(arguments, name) for name in CREDIT_OPTIONS if name != "backend"}
     shown = {name: value for name, value in options.items() if value is not None and value is not False}
     preset = {} if arguments.preset is None else {"preset": arguments.preset}

@@ -6,17 +6,55 @@ import os
 import secrets
 import shutil
 import signal
+import stat
+import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import combinations
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 from leafkernels.command.reading import Failure, Prompt
 
 # What ends a process from outside and lets it clean up; Windows has no hang-up.
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+# What a name ends in that says it is packed, and is not written here.
+_PACKED = (".xz", ".zst", ".bz2", ".lz4", ".zip")
+
+
+def check_outputs(outputs: Mapping[str, Path | None], kept: Sequence[Path]) -> list[Path]:
+    """The files to be written, by their options; raises a Failure where two of them are one file, under whatever name,
+    or one is among those that must be ``kept``."""
+    given = {option: path for option, path in outputs.items() if path is not None}
+    for option, path in given.items():
+        for other in kept:
+            if _is_one_file(path, other):
+                raise Failure(f"{option} must be another file than {other}, which it would replace")
+    for (first, path), (second, other) in combinations(given.items(), 2):
+        if _is_one_file(path, other):
+            raise Failure(f"{second} must be another file than {path}, which {first} writes")
+    return list(given.values())
+
+
+def _is_one_file(first: Path, second: Path) -> bool:
+    if os.path.exists(first) and os.path.exists(second):
+        return os.path.samefile(first, second)
+    if os.path.exists(first) or os.path.exists(second):
+        return False
+    # What is not there yet is known by its folder and its name, in which some file systems see neither case nor the
+    # form of an accent.
+    folders, names = zip(*(os.path.split(os.path.realpath(path)) for path in (first, second)), strict=True)
+    return folders[0] == folders[1] and _plain(names[0]) == _plain(names[1])
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 @contextmanager
@@ -25,10 +63,23 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Until then it lies beside the target under a name of its own. After an exception, Ctrl-C, SIGTERM or SIGHUP it is
     removed and ``path`` is what it was. The target of a link is replaced, not the link, and keeps its permissions.
+    Where standard output goes to (/dev/stdout) is not replaced: the whole is printed when the block ends.
 
     Raises:
         Failure: ``path`` cannot be written, or an OSError left the block.
     """
+    printed = _standard_output(path)
+    if printed is not None:
+        with _exit_at_signals(), tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            try:
+                printed.flush()
+                shutil.copyfileobj(file, printed.buffer)
+                printed.flush()
+            except OSError as error:
+                raise Failure(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
+        return
     # Renaming over a device such as /dev/null would remove it for everybody.
     target = Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isfile(target):
@@ -46,6 +97,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             raise Failure(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from error
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _standard_output(path: Path) -> TextIO | None:
+    """Standard output, if ``path`` is the file or the pipe that it goes to: renamed over, it would go nowhere."""
+    try:
+        own = os.fstat(sys.stdout.fileno())
+        return sys.stdout if os.path.samestat(os.stat(path), own) and not stat.S_ISCHR(own.st_mode) else None
+    except (OSError, ValueError):  # not there yet, or no file at all
+        return None
 
 
 @contextmanager
@@ -78,6 +138,8 @@ class Writer:
         self._stack = ExitStack()
 
     def __enter__(self) -> "Writer":
+        if os.path.realpath(self._path).lower().endswith(_PACKED):
+            raise Failure(f"--out must be plain or end in .gz (.jsonl, .jsonl.gz), got {self._path}")
         self._file = self._stack.enter_context(replacing(self._path))
         # By the name of what is written, which a link may not tell.
         if os.path.realpath(self._path).endswith(".gz"):

@@ -27,15 +27,15 @@ SPARE = 8
 LEAST_COMMON = 8
 # Held-out rollouts that share a prefix, and those of them that go on with the token, for the token to have a truth.
 _SHARING, _CHOOSING = 8, 4
-# Prompts that an interval needs, and from which on its ends are percentiles of the bootstrap: those of 95% cover 84% with
-# 5 differences that are normal and 94% with 41. What is done between covers 95% or more, of skewed ones 92% or more.
+# Prompts that an interval needs, and from which on its ends are percentiles of the bootstrap. Of 95% these cover 84%
+# with 5 differences that are normal and 94% with 41; what is done between, 95% or more, and 92% or more of skewed ones.
 FEWEST, _MANY = 5, 40
 # Credit is float32: what a scheme makes of larger rewards may not be.
 _LARGEST_REWARD = 1e37
 
 
 class Difference(NamedTuple):
-    """Mean over prompts of a scheme's agreement less another's, and the interval that holds it; NaN: too few prompts."""
+    """Mean over prompts of a scheme's agreement less another's, and the interval that holds it, NaN for a few."""
 
     mean: float
     low: float

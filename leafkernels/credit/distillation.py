@@ -57,8 +57,11 @@ class FireStatistics(NamedTuple):
 
     @classmethod
     def concatenate(cls, parts: "Iterable[FireStatistics]") -> "FireStatistics":
-        """Statistics of micro-batches as those of the whole."""
-        return cls(torch.cat([part.rows for part in parts]))
+        """Statistics of micro-batches, one at least, as those of the whole."""
+        rows = [part.rows for part in parts]
+        if not rows:
+            raise ValueError("parts must hold the statistics of one micro-batch at least, got none")
+        return cls(torch.cat(rows))
 
     def gather(self, process_group: "dist.ProcessGroup | None" = None) -> "FireStatistics":
         """The rows of all ranks of a group, in the order of the ranks, on each of them; every rank calls.
