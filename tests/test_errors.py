@@ -134,6 +134,11 @@ def test_shapes() -> None:
     check_refuses(ValueError, "groups must name one prompt for each of 4 rows, got shape (3,)", groups=bounds(1, 2, 3))
 
 
+def test_statistics_of_nothing() -> None:
+    message = "parts must hold the statistics of one micro-batch at least, got none"
+    check_refuses(ValueError, message, leafkernels.FireStatistics.concatenate, parts=[])
+
+
 def test_cu_seqlens() -> None:
     def packed(message: str, cu_seqlens: torch.Tensor, error: type[Exception] = ValueError, **changes: Any) -> None:
         check_refuses(error, message, **{**PACKED, **changes}, cu_seqlens=cu_seqlens)

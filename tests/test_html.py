@@ -430,6 +430,17 @@ def test_the_layouts_give_the_same_page(options: dict[str, Any]) -> None:
     assert 1 in unpack(data["prompts"][0]["holes"])
 
 
+def test_holes_do_not_count_as_tokens_with_credit() -> None:
+    """Two columns of a tool in a shared prefix of three, and three columns after it."""
+    mask = torch.tensor([[True, False, False, True, True, True]]).expand(4, -1)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 5], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5], [1, 2, 3, 4, 6, 6]])
+    logprobs = torch.tensor([-0.1, -9.0, -9.0, -5.0, -0.1, -0.1]).expand(4, -1)
+    rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    data = data_of(leafkernels.report(logprobs, ids, rewards, response_mask=mask, num_boundaries=1).page())
+    assert data["prompts"][0]["boundaries"] == [3] and data["prompts"][0]["share"] == 0.25
+    assert data["charts"]["credit"]["grpo"] == [1, 0, 0, 1, 1, 1]
+
+
 def test_one_prompt_and_scores_of_ones_own() -> None:
     given = tensors(1)
     one = {name: tensor[0] for name, tensor in given.items()}

@@ -303,13 +303,20 @@ def test_manifest_is_rewarded_by_bleu(tmp_path: Path) -> None:
     assert 0 < source.scores(utterance, "das ist eine Nummer")["bleu"] < 1
     metrics = run_loop(tmp_path / "out", source, steps=1)
     assert set(metrics[0]["held_out"]) == {"bleu", "exact"}
-    assert len(data.make_source(f"manifest:{write_manifest(tmp_path, False)}", [], 2, "", ask=False).rows[True]) == 2
+    path = write_manifest(tmp_path, False)
+    assert len(data.make_source(f"manifest:{path}", [], 2, "", ask=False).rows[True]) == 2
+    # As an editor may write it: with a byte order mark, blank lines, ends of two characters, any character in a text.
+    odd = path.read_text().replace("das ist", "das\u2028ist").replace("\n", "\r\n\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + odd.encode())
+    rows = data.make_source(f"manifest:{path}", [], 2, "", ask=False).rows
+    assert len(rows[True]) == 2 and rows[True][0].reference == "das\u2028ist Nummer 7"
 
 
 @pytest.mark.parametrize(
     ("text", "held_out", "message"),
     [
         ('{"audio": "0.wav", "reference": "a"}', [], "line 1: must have prompt as text"),
+        ('\n{"audio": "0.wav"', [], "line 2: must be JSON, got "),
         (
             '{"audio": "0.wav", "prompt": "", "reference": "a", "voice": "ann"}',
             ["bob"],

@@ -166,6 +166,12 @@ def test_tables_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "some.tsv").write_text("path\tsentence\na.wav\tb\n")
     with pytest.raises(ValueError, match="rows with the columns 'path' and 'translation', got path, sentence"):
         read_table(tmp_path / "some.tsv", "path", "translation", "")
+    (tmp_path / "some.tsv").write_text("path\ttranslation\na.wav\tb\nc.wav\n")
+    with pytest.raises(ValueError, match=r"row 2: must have 'path' and 'translation', got \['c.wav', None\]"):
+        read_table(tmp_path / "some.tsv", "path", "translation", "")
+    (tmp_path / "some.tsv").write_bytes(b"\xef\xbb\xbfpath\ttranslation\r\na.wav\tb\r\n\r\n")
+    (row,) = read_table(tmp_path / "some.tsv", "path", "translation", "")
+    assert row["reference"] == "b" and row["audio"]["path"].endswith("a.wav")
     with pytest.raises(SystemExit, match="^the small model knows the letters of drawn data only"):
         (tmp_path / "some.tsv").write_text("path\ttranslation\na.wav\tb\n")
         speech_leaf.main(["--data", f"tsv:{tmp_path / 'some.tsv'}", "--output_dir", str(tmp_path), *ON_CPU])

@@ -182,14 +182,19 @@ class Manifest:
             raise FileNotFoundError(
                 f"--data manifest:FILE must name a JSON-lines file, got {str(path)!r}, which is no file"
             )
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # A byte order mark may come first, and text may hold what is a line end to str.splitlines, and to no file.
+        with path.open(encoding="utf-8-sig") as file:
+            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
         self.rows = {False: [], True: []}
-        for number, line in enumerate(lines, start=1):
-            row = json.loads(line)
+        for count, (number, line) in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: must be JSON, got {line[:80]!r} ({error})") from None
             lacking = [name for name in ("audio", "prompt", "reference") if not isinstance(row.get(name), str)]
             if lacking:
                 raise ValueError(f"{path}, line {number}: must have {', '.join(lacking)} as text, got {line[:80]}")
-            is_held_out = row["voice"] in held_out if "voice" in row else number % 8 == 0
+            is_held_out = row["voice"] in held_out if "voice" in row else count % 8 == 0
             self.rows[is_held_out].append(
                 Utterance(
                     audio=read_audio(path.parent / row["audio"]),

@@ -37,7 +37,8 @@ def read_table(path: Path, audio: str, reference: str, instruction: str) -> Data
     reference a line. All columns reach the rewards, the reference under that name."""
     if not path.is_file():
         raise FileNotFoundError(f"a table of audio and references must be a file, got {str(path)!r}, which is none")
-    with path.open(encoding="utf-8", newline="") as file:
+    # A byte order mark, which some editors and spreadsheets put first, is no part of the first column's name.
+    with path.open(encoding="utf-8-sig", newline="") as file:
         # Corpora quote nothing: a lone quotation mark is a part of the text.
         lines = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     lacking = [name for name in (audio, reference) if lines and name not in lines[0]]
@@ -47,7 +48,9 @@ def read_table(path: Path, audio: str, reference: str, instruction: str) -> Data
             + (", ".join(lines[0]) if lines else "no row")
         )
     rows = []
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
+        if not line[audio] or line[reference] is None:
+            raise ValueError(f"{path}, row {number}: must have {audio!r} and {reference!r}, got {list(line.values())}")
         others = {name: value for name, value in line.items() if name and name not in (audio, "audio", "prompt")}
         rows.append(
             {

@@ -76,13 +76,13 @@ class Report:
             name: [values.double().nan_to_num(0.0, _LARGEST, -_LARGEST) for values in rows]
             for name, rows in advantages.items()
         }
-        self._statistics.add(prompt, credit)
+        self._statistics.add(prompt, credit, is_trained)
         pieces = pieces_of(prompt.token_ids, credit)
-        self._profile.add(prompt, credit, pieces, advantages)
+        self._profile.add(prompt, credit, pieces, advantages, is_trained)
         if len(self._prompts) == self._max_prompts:
             return
         counts = Statistics()
-        counts.add(prompt, credit)
+        counts.add(prompt, credit, is_trained)
         known = scored(prompt.rewards)
         runs: dict[tuple[float, ...], int] = {}
         tokens = [(piece.rows[0], position) for piece in pieces for position in range(piece.start, piece.end)]

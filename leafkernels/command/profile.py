@@ -24,20 +24,29 @@ class Profile:
     def __init__(self, schemes: Sequence[str]) -> None:
         self._alive = torch.zeros(0, dtype=torch.float64)
         self._together = torch.zeros(0, dtype=torch.float64)
+        self._holes = torch.zeros(0, dtype=torch.float64)
         self._boundaries = torch.zeros(0, dtype=torch.float64)
         self._credit = {name: torch.zeros(0, dtype=torch.float64) for name in schemes}
         self._means: Counter[tuple[int, float]] = Counter()
 
     def add(
-        self, prompt: Prompt, credit: Credit, pieces: Sequence[Piece], advantages: Mapping[str, Sequence[Tensor]]
+        self,
+        prompt: Prompt,
+        credit: Credit,
+        pieces: Sequence[Piece],
+        advantages: Mapping[str, Sequence[Tensor]],
+        is_trained: Sequence[Sequence[bool]] | None = None,
     ) -> None:
-        """Count one prompt."""
+        """Count one prompt; ``is_trained``: for each rollout, whether each token counts (None: all do)."""
         self._grow(max(map(len, prompt.token_ids)) + 1)
         is_scored = [not math.isnan(reward) for reward in prompt.rewards]
         for piece in pieces:
             count = sum(is_scored[row] for row in piece.rows)
             self._alive[piece.start : piece.end] += count
             self._together[piece.start : piece.end] += count if count > 1 else 0
+        for row, counts in enumerate(is_trained or ()):
+            if is_scored[row]:
+                self._holes[: len(counts)] += ~torch.tensor(counts, dtype=torch.bool)
         for position in credit.boundaries:
             self._boundaries[position] += 1
         for name, rows in advantages.items():
@@ -52,6 +61,7 @@ class Profile:
             zeros = torch.zeros(missing, dtype=torch.float64)
             self._alive = torch.cat([self._alive, zeros])
             self._together = torch.cat([self._together, zeros])
+            self._holes = torch.cat([self._holes, zeros])
             self._boundaries = torch.cat([self._boundaries, zeros])
             self._credit = {name: torch.cat([sums, zeros]) for name, sums in self._credit.items()}
 
@@ -79,10 +89,11 @@ class Profile:
         width = max(1, math.ceil(length / _BINS))
         alive = _binned(self._alive[:length], width)
         boundaries = _binned(self._boundaries[:length], width)
-        credit = {}
+        credit, trained = {}, self._alive - self._holes
         for name, sums in self._credit.items():
-            overall = sums.sum() / self._alive.sum().clamp_min(1)
-            relative = _binned(sums[:length], width) / alive / (overall if overall > 0 else 1)
+            overall = sums.sum() / trained.sum().clamp_min(1)
+            of_bins = _binned(trained[:length], width).clamp_min(1)
+            relative = _binned(sums[:length], width) / of_bins / (overall if overall > 0 else 1)
             credit[name] = _short(relative)
         together = _binned(self._together[:length], width) / alive
         return {

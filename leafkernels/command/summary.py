@@ -1,6 +1,7 @@
 """What is counted over all prompts, and the table that shows it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,18 +38,19 @@ class Statistics:
     firing: int = 0
     informing: int = 0
 
-    def add(self, prompt: Prompt, credit: Credit) -> None:
-        """Count one prompt."""
+    def add(self, prompt: Prompt, credit: Credit, is_trained: Sequence[Sequence[bool]] | None = None) -> None:
+        """Count one prompt; ``is_trained``: for each rollout, whether each token counts (None: all do)."""
         self.prompts += 1
         self.equal_prompts += no_signal(prompt.rewards)
         self.rollouts += len(prompt.rewards)
         self.repeated += len(prompt.rewards) - len({tuple(row) for row in prompt.token_ids})
         self.unscorable += len(prompt.rewards) - len(scored(prompt.rewards))
         self.empty += sum(not row for row in prompt.token_ids)
-        for row, reward, depth, ends in zip(prompt.token_ids, prompt.rewards, credit.depths, credit.ends, strict=True):
+        for number, row in enumerate(prompt.token_ids):
+            depth, counts = credit.depths[number], [True] * len(row) if is_trained is None else is_trained[number]
             self.tokens += len(row)
-            self.scored_tokens += 0 if math.isnan(reward) else len(row)
-            self.shared_tokens += ends[depth - 1] if depth else 0
+            self.scored_tokens += 0 if math.isnan(prompt.rewards[number]) else sum(counts)
+            self.shared_tokens += sum(counts[: credit.ends[number][depth - 1]]) if depth else 0
         self.boundaries += len(credit.boundaries)
         for k in range(len(credit.boundaries)):
             rewards_of_nodes: dict[int, list[float]] = {}
