@@ -163,12 +163,13 @@ def test_gradient_is_zero_for_missing_rewards_and_equal_ones() -> None:
         assert rewards.grad is not None
         assert rewards.grad.isfinite().all()
         assert rewards.grad[1] == 0
-        equal = torch.full((4,), 0.3, device=DEVICE, requires_grad=True)
-        spans = leafkernels.span_values(shared, boundaries, equal, lengths, normalize=normalize)
-        assert not spans.values.any()
-        spans.values.sum().backward()
-        assert equal.grad is not None
-        assert equal.grad.isfinite().all()
+        for rewards in ([0.3] * 4, [30.0, 30 + 2**-19, 30.0, math.nan]):
+            equal = torch.tensor(rewards, device=DEVICE, requires_grad=True)
+            spans = leafkernels.span_values(shared, boundaries, equal, lengths, normalize=normalize)
+            assert not spans.values.any() and not spans.raw.any()
+            spans.values.sum().backward()
+            assert equal.grad is not None
+            assert equal.grad.isfinite().all() and not equal.grad[equal.isnan()].any()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
