@@ -280,7 +280,7 @@ def _run_trunks(
     trunk_ids = batch.ids[heads].gather(1, (batch.starts[heads, None] + columns).clamp(0, width - 1))
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     trunk = _forward(model, trunk_ids, is_trunk, columns.clamp_min(0), keep, cache, inputs)
 
     def score(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,7 +300,7 @@ def _run_trunks(
         mask = is_tail & batch.scored.gather(1, places)
         parts.append(score(trunk[:, -1][of_row][:, None], tail_ids[:, :1], mask[:, :1]))
         if longest > 1:
-            of_rows = DynamicCache()
+            of_rows: Any = DynamicCache()
             for number, layer in enumerate(cache.layers):
                 of_rows.update(layer.keys[of_row], layer.values[of_row], number)
             is_seen = torch.cat([is_trunk[of_row], is_tail], 1)

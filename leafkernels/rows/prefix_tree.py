@@ -1,6 +1,6 @@
 """Which tokens of the rows of a prompt are the same: the prefix tree, a node for each different prefix."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ _order_rows = register(
 )
 
 
-def _fake(token_ids: Tensor, order: Tensor, *args: object) -> tuple[Tensor, ...]:
+def _fake(token_ids: Tensor, order: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *_, num_nodes, _backend = args
     numbers = [order.new_empty((num_nodes,)) for _ in range(4)]
     return token_ids.new_empty((num_nodes,)), *numbers, token_ids.new_empty(token_ids.shape, dtype=torch.int64)
@@ -76,8 +76,8 @@ def tree_of_rows(
         own = layout.row_lengths[order] - shared
         firsts = pad(own.cumsum(0), (1, 0))
         size = layout.max_length, int(firsts[-1]) if max_nodes is None else max_nodes
-        found = _tree_nodes(token_ids, order, shared, firsts, *layout.rows, layout.group_starts, *size, backend)
-        tree = PrefixTree(*found, firsts[layout.group_starts])
+        found: list[Tensor] = _tree_nodes(token_ids, order, shared, firsts, *layout.rows, layout.group_starts, *size, backend)
+        tree = PrefixTree(*(*found, firsts[layout.group_starts]))
     if max_nodes is not None:
         tree = _sized(tree, max_nodes)
     if num_starts is not None:
