@@ -76,7 +76,9 @@ def tree_of_rows(
         own = layout.row_lengths[order] - shared
         firsts = pad(own.cumsum(0), (1, 0))
         size = layout.max_length, int(firsts[-1]) if max_nodes is None else max_nodes
-        found: list[Tensor] = _tree_nodes(token_ids, order, shared, firsts, *layout.rows, layout.group_starts, *size, backend)
+        found: list[Tensor] = _tree_nodes(
+            token_ids, order, shared, firsts, *layout.rows, layout.group_starts, *size, backend
+        )
         tree = PrefixTree(*(*found, firsts[layout.group_starts]))
     if max_nodes is not None:
         tree = _sized(tree, max_nodes)
