@@ -309,6 +309,22 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.parametrize("how", ["same", "link", "hard link"])
+def test_a_report_never_replaces_what_is_read_or_written(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = (save(tmp_path / name, [GOOD]) for name in ("in.jsonl", "out.jsonl"))
+    before = source.read_bytes(), out.read_bytes()
+    for number, (path, words) in enumerate(((source, [source]), (out, [source, "--out", out]))):
+        page = path if how == "same" else tmp_path / f"page{number}.html"
+        if how == "link":
+            page.symlink_to(path)
+        elif how == "hard link":
+            page.hardlink_to(path)
+        check_fails_with("--html must be another file than", [*words, "--html", page], capsys)
+    assert (source.read_bytes(), out.read_bytes()) == before
+
+
 def test_numbers_of_any_size(tmp_path: Path) -> None:
     source = save(tmp_path / "in.jsonl", [GOOD, GOOD])
     for option in ("--limit", "--show", "--num-boundaries", "--min-separation"):

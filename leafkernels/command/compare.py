@@ -23,6 +23,8 @@ from leafkernels.command.writing import check_outputs, replacing
 from leafkernels.credit.agreement import FEWEST
 
 _BASE = "grpo"
+# Credit is float32: schemes that differ by a factor for each prompt have cosines that differ by its rounding.
+_ROUNDING = 1e-6
 _NOTES = (
     "¹ mean over prompts of the cosine of a scheme's gradient and that of RLOO on the rollouts it has not seen, "
     "{policy}. * the best, and those it is not told apart from: the interval of their difference holds 0.",
@@ -139,7 +141,7 @@ def _result(comparison: Comparison) -> dict[str, Any]:
                 "to_grpo": to_base.mean,
                 "to_grpo_low": _known(to_base.low),
                 "to_grpo_high": _known(to_base.high),
-                "is_beaten": to_best.high < 0,
+                "is_beaten": to_best.high < -_ROUNDING,
                 "token_accuracy": _known(accuracy[name]),
                 "differing": differing[name],
             }
@@ -175,7 +177,7 @@ def _in_words(result: dict[str, Any]) -> str:
     text = f"On these rollouts {best['scheme']} agrees best with what it has not seen ({best['agreement']:.3f})"
     if best is base:
         text += "."
-    elif best["to_grpo_low"] > 0:
+    elif best["to_grpo_low"] > _ROUNDING:
         interval = f"{best['to_grpo_low']:+.3f} to {best['to_grpo_high']:+.3f}"
         text += f", better than grpo by {best['to_grpo']:.3f} ({interval})."
     else:
@@ -183,7 +185,7 @@ def _in_words(result: dict[str, Any]) -> str:
     level = [row["scheme"] for row in others if not row["is_beaten"] and row is not base]
     if level:
         text += f" Not told apart from it: {', '.join(level)}."
-    worse = [row["scheme"] for row in others if row["to_grpo_high"] < 0]
+    worse = [row["scheme"] for row in others if row["to_grpo_high"] < -_ROUNDING]
     if worse:
         text += f" Worse than grpo: {', '.join(worse)}."
     return text
