@@ -406,6 +406,8 @@ def test_errors() -> None:
     check_refuses(TypeError, "constant must be a number, got str", aggregate="constant", constant="1")
     check_refuses(ValueError, "kl_coef must be finite, got nan", kl_coef=math.nan)
     check_refuses(ValueError, "entropy_coef must be finite, got inf", entropy_coef=math.inf)
+    for name in ("kl_coef", "entropy_coef", "dual_clip", "max_log_ratio"):
+        check_refuses(ValueError, f"{name} must be finite in float32, got 1e+39", **{name: 1e39})
     check_refuses(ValueError, "importance must be one of 'token', 'sequence', got 'row'", importance="row")
     check_refuses(
         ValueError,
