@@ -118,7 +118,7 @@ def main(folder: Path, steps: int, more: list[str]) -> int:
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
     environment = {
         **os.environ,
-        "VERL_USE_EXTERNAL_MODULES": "without_gpu,leaf_on_verl",
+        "VERL_USE_EXTERNAL_MODULES": "without_gpu",  # leaf_on_verl where there is a GPU
         "VERL_PLATFORM": "cpu",
         # verl has no engine for this platform; that for CUDA asks the platform for its device.
         "VERL_ENGINE_DEVICE": "cuda",

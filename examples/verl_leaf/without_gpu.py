@@ -1,6 +1,7 @@
 """A platform "cpu" and a rollout "transformers", without which verl 0.9 does not run where there is no GPU.
 
-The rollout's server samples one answer at a time. With vLLM or SGLang on a GPU nothing of this is needed.
+The rollout's server samples one answer at a time. With vLLM or SGLang on a GPU nothing of this is needed, and
+``VERL_USE_EXTERNAL_MODULES`` names ``leaf_on_verl``, which is imported here last.
 """
 
 import contextlib
@@ -170,3 +171,6 @@ class Rollout(base.BaseRollout):
 
 replica.RolloutReplicaRegistry.register("transformers", lambda: Replica)
 base._ROLLOUT_REGISTRY["transformers", "async"] = f"{__name__}.Rollout"
+
+# verl imports what the variable names in the middle of its own first import, so that one module must bring all.
+import leaf_on_verl  # noqa: E402, F401
