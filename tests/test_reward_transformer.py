@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pickle
 import threading
 import weakref
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_decoders import MODELS, SIZES, build_model, build_tokenizer
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from leafkernels.lookahead import RewardChannel, RewardTransformer
 
@@ -103,6 +106,42 @@ def test_a_frozen_model_keeps_no_graph_and_the_channel_learns() -> None:
     assert output.logits.grad_fn is None
     output.rewards.sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in wrapped.channel.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2-audio"])
+def test_the_output_is_the_models_with_a_field_more(name: str) -> None:
+    wrapped, kind = wrap(name), type(build_model(name)(input_ids=IDS))
+    with torch.no_grad():
+        output = wrapped(input_ids=IDS, labels=IDS, output_hidden_states=True, use_cache=True)
+    assert isinstance(output, kind) and list(output)[-1] == "rewards" and output["rewards"] is output.rewards
+    assert {"loss", "logits", "past_key_values", "hidden_states"} <= set(output) and output.attentions is None
+    # As DDP and torch.compile take it apart and build it anew, and as a process is sent it.
+    leaves, spec = tree_flatten(output)
+    for other in (tree_unflatten(leaves, spec), type(output)(**output), pickle.loads(pickle.dumps(output))):
+        assert type(other) is type(output) and list(other) == list(output)
+        assert torch.equal(other.rewards, output.rewards) and torch.equal(other.logits, output.logits)
+
+
+@pytest.mark.parametrize("finds", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_under_ddp(layers: int, finds: bool, tmp_path: Path) -> None:
+    """It builds the output anew where it looks for unused parameters, and stops at one where it does not."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": layers}))
+    wrapped = RewardTransformer(model.requires_grad_(False), RewardChannel(layers, 16, width=4))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(wrapped, find_unused_parameters=finds)
+        for _ in range(2):
+            parallel.zero_grad()
+            output = parallel(input_ids=IDS)
+            output.rewards.sum().backward()
+    finally:
+        dist.destroy_process_group()
+    gradients = [parameter.grad for parameter in wrapped.channel.parameters()]
+    wrapped.zero_grad()
+    wrapped(input_ids=IDS)["rewards"].sum().backward()
+    for parameter, gradient in zip(wrapped.channel.parameters(), gradients, strict=True):
+        assert gradient.any() and torch.equal(parameter.grad, gradient)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -237,6 +276,13 @@ def test_refuses() -> None:
         RewardTransformer(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="channel must be of 3 layers and 16 numbers a token.*, got 2 and 16"):
         RewardTransformer(build_model("llama"), RewardChannel(2, 16))
+
+
+def test_refuses_a_forward_that_leaves_a_layer_out() -> None:
+    wrapped = wrap("llama")
+    wrapped.model.model.layers[1] = build_model("llama").model.layers[1]
+    with pytest.raises(RuntimeError, match="model must run the 3 layers that it had .*, got an output of 2 of them"):
+        wrapped(input_ids=IDS)
 
 
 class Heard:

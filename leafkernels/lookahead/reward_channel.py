@@ -57,6 +57,9 @@ class RewardChannel(nn.Module):
         head_width: of the head's inner layers; ``hidden_size`` unless given.
     """
 
+    norm_narrow: Tensor
+    narrow: Tensor
+
     def __init__(
         self,
         num_layers: int,
@@ -80,9 +83,9 @@ class RewardChannel(nn.Module):
         self.num_layers, self.hidden_size, self.width = num_layers, hidden_size, width
         self.head_layers, self.eps, self.head_width = head_layers, eps, head_width
         self.norm_wide = nn.Parameter(torch.ones(num_layers, hidden_size))
-        self.norm_narrow = nn.Parameter(torch.ones(num_layers - 1, width))
+        self._add_narrow("norm_narrow", torch.ones(num_layers - 1, width))
         self.wide = nn.Parameter(torch.empty(num_layers, width, hidden_size))
-        self.narrow = nn.Parameter(torch.empty(num_layers - 1, width, width))
+        self._add_narrow("narrow", torch.empty(num_layers - 1, width, width))
         with torch.no_grad():  # as nn.Linear begins
             for parts, inputs in (
                 (self.wide[:1], hidden_size),
@@ -96,6 +99,13 @@ class RewardChannel(nn.Module):
         )
         if head_layers == 1:
             nn.init.normal_(next(self.head.parameters()), std=0.02)
+
+    def _add_narrow(self, name: str, values: Tensor) -> None:
+        # With one layer there are none, and DDP stops at a parameter that never gets a gradient.
+        if self.num_layers > 1:
+            self.register_parameter(name, nn.Parameter(values))
+        else:
+            self.register_buffer(name, values)
 
     @property
     def settings(self) -> dict[str, int | float]:

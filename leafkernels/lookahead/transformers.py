@@ -1,8 +1,10 @@
 """A transformers model that scores its own tokens, and decodes with a look at what follows."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ class RewardTransformer(nn.Module):
     """A causal language model of transformers with a reward channel beside its decoder (SLA, arXiv 2503.00029).
 
     Called as the model is, it returns what the model returns, logits equal to the bit, and ``rewards`` (B, T) beside
-    them: how good the answer is up to each token. The channel runs in hooks on the decoder's layers, along with the
-    model, and no hidden state is kept for it. It runs after them in two cases: where the decoder recomputes its layers
-    in the backward pass, whose inputs are kept for that anyway, and in decoding on a GPU (``RewardChannel.is_fused``),
-    where ``RewardChannel.fused`` takes all layers of the few tokens at once.
+    them, a field of the output: how good the answer is up to each token. The channel runs in hooks on the decoder's
+    layers, along with the model, and no hidden state is kept for it. It runs after them in two cases: where the decoder
+    recomputes its layers in the backward pass, whose inputs are kept for that anyway, and in decoding on a GPU
+    (``RewardChannel.is_fused``), where ``RewardChannel.fused`` takes all layers of the few tokens at once. The hooks
+    leave the model when the ``RewardTransformer`` goes. It may be called in several threads, be copied and pickled.
 
     A model none of whose parameters requires a gradient runs without one, and the channel with.
 
@@ -56,11 +59,7 @@ class RewardTransformer(nn.Module):
                 f"got {sizes[0]} and {sizes[1]}"
             )
         self.model, self.channel = model, channel
-        self._decoder = [decoder]  # in a list: it is a module of the model's already
-        self._run: _Run | None = None
-        for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True)
-        decoder.register_forward_hook(self._after_decoder)
+        self._hooks = _Hooks(decoder, layers)
 
     @property
     def config(self) -> Any:
@@ -70,32 +69,22 @@ class RewardTransformer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's forward, its output with ``rewards`` (B, T)."""
         is_frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
-        with self._running() as run, torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
-            output = self.model(*args, **kwargs, return_dict=True)
-        output["rewards"] = run.rewards
-        return output
-
-    @contextmanager
-    def _running(self) -> "Iterator[_Run]":
-        # Layers that the backward pass computes again call their hooks again: then there is no run.
-        decoder = self._decoder[0]
+        # Layers that the backward pass computes again call their hooks again: then this run is over.
+        decoder = self._hooks.decoder
         recomputes = bool(getattr(decoder, "gradient_checkpointing", False)) and decoder.training
-        self._run = _Run(self.channel, torch.is_grad_enabled(), recomputes)
+        around, run = _HERE.run, _Run(self._hooks.key, self.channel, torch.is_grad_enabled(), recomputes)
+        _HERE.run = run
         try:
-            yield self._run
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
+                output = self.model(*args, **kwargs, return_dict=True)
         finally:
-            self._run = None
-
-    def _before_layer(self, number: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._run is not None:
-                self._run.take(number, args[0] if args else kwargs["hidden_states"])
-
-        return hook
-
-    def _after_decoder(self, _: nn.Module, __: Any, output: Any) -> None:
-        if self._run is not None:
-            self._run.finish(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+            _HERE.run = around
+        if run.rewards is None:
+            raise RuntimeError(
+                f"model must run the {self.channel.num_layers} layers that it had when it got its channel, got an "
+                f"output of {run.taken} of them"
+            )
+        return _with_rewards(type(output))(**{**output, "rewards": run.rewards})
 
     def generate(
         self,
@@ -271,7 +260,7 @@ class RewardTransformer(nn.Module):
             ValueError: the model that calls has another decoder.
         """
         # Under PEFT and torch.compile it is the model within that calls.
-        if model.get_decoder() is not self._decoder[0]:
+        if model.get_decoder() is not self._hooks.decoder:
             raise ValueError("custom_generate must be called by the model that the channel runs beside")
         found = self.generate_all(
             input_ids,
@@ -336,17 +325,85 @@ class RewardTransformer(nn.Module):
         return channel
 
 
+_OUTPUTS: dict[type[Any], type[Any]] = {}
+
+
+@torch.compiler.assume_constant_result
+def _with_rewards(kind: type[Any]) -> type[Any]:
+    """An output class of transformers with one field more; DDP builds an output anew, by its declared fields."""
+    found = _OUTPUTS.get(kind)
+    if found is None:
+
+        def reduce(output: Any) -> tuple[Any, ...]:  # no module has the class, to be pickled by its name
+            return _rebuild, (kind, dict(output))
+
+        field, own = ("rewards", Any, None), {"__module__": __name__, "__reduce__": reduce}
+        found = make_dataclass(f"{kind.__name__}WithRewards", [field], bases=(kind,), namespace=own)
+    return _OUTPUTS.setdefault(kind, found)
+
+
+def _rebuild(kind: type[Any], fields: dict[str, Any]) -> Any:
+    return _with_rewards(kind)(**fields)
+
+
+class _Here(threading.local):
+    """The run of the forward pass that this thread is in."""
+
+    run: "_Run | None" = None
+
+
+_HERE = _Here()
+
+
+class _Key:
+    """What a run and the hooks that are meant for it share: a model may have several channels."""
+
+
+class _Hooks:
+    """Hooks that tell the run of their thread what a decoder's layers read; they go when this object goes.
+
+    They hold the key alone, so that they keep nothing alive, and copy and pickle along with the model.
+    """
+
+    def __init__(self, decoder: nn.Module, layers: Iterable[nn.Module]) -> None:
+        self.decoder, self.key = decoder, _Key()
+        self._handles = [
+            layer.register_forward_pre_hook(partial(_before_layer, self.key, number), with_kwargs=True)
+            for number, layer in enumerate(layers)
+        ]
+        self._handles.append(decoder.register_forward_hook(partial(_after_decoder, self.key)))
+
+    def __del__(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _before_layer(key: _Key, number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    run = _HERE.run
+    if run is not None and run.key is key:
+        run.take(number, args[0] if args else kwargs["hidden_states"])
+
+
+def _after_decoder(key: _Key, _: nn.Module, __: Any, output: Any) -> None:
+    run = _HERE.run
+    if run is not None and run.key is key:
+        run.finish(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+
 class _Run:
     """The channel along one forward pass."""
 
-    def __init__(self, channel: RewardChannel, with_grad: bool, afterwards: bool) -> None:
+    def __init__(self, key: _Key, channel: RewardChannel, with_grad: bool, afterwards: bool) -> None:
+        self.key = key
         self._channel, self._with_grad, self._afterwards = channel, with_grad, afterwards
         self._kept: list[Tensor] | None = None
         self._layers: list[LayerWeights] = []
         self._state: Tensor | None = None
+        self.taken = 0  # layers
         self.rewards: Tensor | None = None
 
     def take(self, layer: int, hidden: Tensor) -> None:
+        self.taken += 1
         if layer == 0:
             self._kept = [] if self._afterwards or self._channel.is_fused(hidden) else None
         if self._kept is not None:
@@ -359,6 +416,8 @@ class _Run:
             self._state = self._channel.step(self._layers[layer], hidden, self._state)
 
     def finish(self, hidden: Tensor) -> None:
+        if self.taken != self._channel.num_layers:
+            return
         with torch.set_grad_enabled(self._with_grad):
             if self._kept is not None:
                 self.rewards = self._channel([*self._kept, hidden])
