@@ -19,6 +19,20 @@ from leafkernels.lookahead.stepper import TransformersStepper
 _CHANNEL, _SETTINGS = "reward_channel.safetensors", "reward_channel.json"
 # What transformers' generate prepares for its own loop; the stepper has its own.
 _OF_GENERATE = {"past_key_values", "use_cache", "position_ids", "cache_position", "logits_to_keep"}
+# What ``Trainer`` and the engines below it ask of a model. Not all that it has: what they do not allow a quantised
+# model, as to be trained, a channel beside it may.
+_OF_MODEL = {
+    "_no_split_modules",
+    "activation_checkpointing_disable",
+    "activation_checkpointing_enable",
+    "enable_input_require_grads",
+    "get_input_embeddings",
+    "get_output_embeddings",
+    "gradient_checkpointing_disable",
+    "gradient_checkpointing_enable",
+    "main_input_name",
+    "tie_weights",
+}
 
 
 class RewardTransformer(nn.Module):
@@ -26,9 +40,10 @@ class RewardTransformer(nn.Module):
 
     Called as the model is, it returns what the model returns, logits equal to the bit, and ``rewards`` (B, T) beside
     them, a field of the output: how good the answer is up to each token. The channel runs in hooks on the decoder's
-    layers, along with the model, and no hidden state is kept for it. It runs after them in two cases: where the decoder
-    recomputes its layers in the backward pass, whose inputs are kept for that anyway, and in decoding on a GPU
-    (``RewardChannel.is_fused``), where ``RewardChannel.fused`` takes all layers of the few tokens at once. The hooks
+    layers, along with the model, and no hidden state is kept for it. It runs after them in three cases: where the
+    decoder recomputes its layers in the backward pass, whose inputs are kept for that anyway; where ZeRO-3 spreads the
+    channel, which it gathers for a call; and in decoding on a GPU (``RewardChannel.is_fused``), where
+    ``RewardChannel.fused`` takes all layers of the few tokens at once. The hooks
     leave the model when the ``RewardTransformer`` goes. It may be called in several threads, be copied and pickled.
 
     A model none of whose parameters requires a gradient runs without one, and the channel with.
@@ -66,13 +81,18 @@ class RewardTransformer(nn.Module):
         """The model's."""
         return self.model.config
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name) if name in _OF_MODEL else super().__getattr__(name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's forward, its output with ``rewards`` (B, T)."""
         is_frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
         # Layers that the backward pass computes again call their hooks again: then this run is over.
         decoder = self._hooks.decoder
         recomputes = bool(getattr(decoder, "gradient_checkpointing", False)) and decoder.training
-        around, run = _HERE.run, _Run(self._hooks.key, self.channel, torch.is_grad_enabled(), recomputes)
+        # ZeRO-3 gathers the channel's weights where the channel is called as a whole.
+        is_spread = hasattr(self.channel.wide, "ds_id")
+        around, run = _HERE.run, _Run(self._hooks.key, self.channel, torch.is_grad_enabled(), recomputes or is_spread)
         _HERE.run = run
         try:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
@@ -281,13 +301,21 @@ class RewardTransformer(nn.Module):
         padding = _of_config(generation_config.pad_token_id) or (0,)
         return torch.cat([input_ids, nn.utils.rnn.pad_sequence(answers, True, float(padding[0]))], dim=1)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the channel alone, and which base it belongs to, into a folder."""
+    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write the channel alone, and which base it belongs to, into a folder.
+
+        Args:
+            folder: made where it is missing.
+            state_dict: the channel's, where it is spread over processes.
+        """
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.channel.state_dict().items()}
+        state = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in (state_dict or self.channel.state_dict()).items()
+        }
         save_file(state, folder / _CHANNEL)
         settings = {"channel": self.channel.settings, "base": _describe(self.model)}
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

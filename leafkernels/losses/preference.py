@@ -66,7 +66,7 @@ def token_reward_loss(
     sums = token_reward_sums(
         chosen_rewards, rejected_rewards, chosen_mask, rejected_mask, kind=kind, scale=scale, margin=margin
     )
-    return (sums / counts(chosen_mask, rejected_mask)).sum()
+    return (sums / answer_counts(chosen_mask, rejected_mask)).sum()
 
 
 def token_reward_sums(
@@ -81,7 +81,7 @@ def token_reward_sums(
 ) -> Tensor:
     """(3,): what ``token_reward_loss`` sums over the pairs, the chosen tokens and the rejected ones.
 
-    Divided by the ``counts`` of a whole step, the sums of its parts add up to the loss of the step.
+    Divided by the ``answer_counts`` of a whole step, the sums of its parts add up to the loss of the step.
     """
     check_choice("kind", kind, KINDS)
     check_positive("scale", scale)
@@ -103,7 +103,7 @@ def token_reward_sums(
     return pad(of_pairs.sum()[None], (0, 2))
 
 
-def counts(chosen_mask: Tensor, rejected_mask: Tensor) -> Tensor:
+def answer_counts(chosen_mask: Tensor, rejected_mask: Tensor) -> Tensor:
     """(3,) int64: pairs, tokens of the chosen answers and tokens of the rejected ones."""
     pairs = torch.full((), len(chosen_mask), device=chosen_mask.device)
     return torch.stack([pairs, (chosen_mask != 0).sum(), (rejected_mask != 0).sum()])
