@@ -277,7 +277,8 @@ class TokenRewardTrainer(Trainer):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _check_processes(self) -> None:
-        if getattr(self.model.model, "is_distributed_loading_by_transformers", False):
+        scored: Any = self.model
+        if getattr(scored.model, "is_distributed_loading_by_transformers", False):
             raise ValueError(
                 "model must be whole when it is given to TokenRewardTrainer, got one that is sharded at load"
             )
@@ -394,6 +395,7 @@ def _check_options(args: TokenRewardConfig, kwargs: dict[str, Any]) -> None:
             "accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
         )
     # A dispatcher cuts batches in two by rows, and these hold all chosen answers before all rejected ones.
-    if args.accelerator_config.dispatch_batches:
+    config: Any = args.accelerator_config
+    if config.dispatch_batches:
         raise ValueError("accelerator_config must have dispatch_batches=False with TokenRewardTrainer, got True")
-    args.accelerator_config.dispatch_batches = False
+    config.dispatch_batches = False

@@ -131,7 +131,7 @@ class PromptReader:
                 f"{len(clips)} recordings"
             )
         bos = processor.tokenizer.bos_token
-        begun = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
+        begun: dict[str, Any] = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
         if clips:
             begun |= {"audio": clips, "audio_kwargs": {"sampling_rate": self.rate}}
         inputs = (processor if clips else processor.tokenizer)(text=[prompt], return_tensors="pt", **begun)
