@@ -1,10 +1,13 @@
 """Rewards beside logits, on every kind of decoder."""
 
+import copy
 import importlib
 import json
 import pickle
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +269,135 @@ def test_a_base_with_an_adapter_is_loaded_by_its_folder(tmp_path: Path) -> None:
         assert not torch.equal(read(input_ids=IDS).logits, wrapped(input_ids=IDS).logits)
 
 
+def in_threads(calls: list[Any]) -> list[Any]:
+    """What the calls return, each in a thread of its own, which all begin together."""
+    together = threading.Barrier(len(calls))
+
+    def run(call: Any) -> Any:
+        together.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+@pytest.mark.parametrize("mode", [False, True])
+def test_threads_get_what_they_get_one_after_another(mode: bool) -> None:
+    """Eight that score inputs of several lengths and generate, by turns; with dropout in training mode."""
+    wrapped = wrap("gpt2")
+    frozen = wrapped.model.transformer.h[1]
+    if mode:
+        wrapped.train()
+        frozen.eval()
+    modes = [module.training for module in wrapped.modules()]
+    prompts = [
+        torch.randint(29, (1, length), generator=torch.Generator().manual_seed(length)) for length in range(4, 12)
+    ]
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 6}
+
+    def generates(prompt: torch.Tensor) -> Any:
+        return wrapped.generate(prompt, **options)
+
+    def scores(prompt: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return [wrapped(input_ids=prompt).rewards for _ in range(3)]
+
+    def both(number: int) -> list[Any]:
+        turns = [generates, scores] if number % 2 else [scores, generates]
+        # Scores in training mode drop out as chance has it.
+        return [turn(prompts[number]) for _ in range(2) for turn in turns if turn is generates or not mode]
+
+    expected = [both(number) for number in range(8)]
+    found = in_threads([partial(both, number) for number in range(8)])
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            if isinstance(one, list):
+                assert all(torch.equal(mine, alone) for mine, alone in zip(one, other, strict=True))
+            else:
+                assert one == other
+    assert [module.training for module in wrapped.modules()] == modes
+
+
+def test_the_last_of_two_searches_leaves_the_modes_as_the_first_found_them() -> None:
+    """The first ends while the second is in the middle."""
+    wrapped = wrap("gpt2").train()
+    options = {"width": 2, "chunk": 1, "depth": 1, "max_new_tokens": 8, "eos_token_ids": ()}
+    is_amid, may_go_on = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    class Second(Heard):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.pieces) == 2:
+                is_amid.set()
+                assert may_go_on.wait(60)
+            elif len(self.pieces) > 2:
+                seen.extend(module.training for module in wrapped.modules())
+
+    with ThreadPoolExecutor(1) as pool:
+        started: list[Any] = []
+
+        class First(Heard):
+            def put(self, value: torch.Tensor) -> None:
+                super().put(value)
+                if len(self.pieces) == 2:
+                    started.append(pool.submit(wrapped.generate, IDS[0], streamer=Second(), **options))
+                    assert is_amid.wait(60)
+
+        first = wrapped.generate(IDS[0], streamer=First(), **options)
+        may_go_on.set()
+        assert started[0].result() == first
+    assert seen and not any(seen) and all(module.training for module in wrapped.modules())
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda wrapped: pickle.loads(pickle.dumps(wrapped))])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_copies(name: str, way: Any) -> None:
+    """They score and decode by their own weights, and neither needs the other."""
+    wrapped = wrap(name)
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 7}
+    with torch.no_grad():
+        expected, answer = wrapped(input_ids=IDS).rewards, wrapped.generate(IDS[0], **options)
+        other = way(wrapped)
+        assert torch.equal(other(input_ids=IDS).rewards, expected)
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+        changed = other(input_ids=IDS).rewards
+        assert not torch.equal(changed, expected) and torch.equal(wrapped(input_ids=IDS).rewards, expected)
+        base = wrapped.model
+        del wrapped
+        assert not hooks_of(base)
+        assert torch.equal(other(input_ids=IDS).rewards, changed)
+        again = RewardTransformer(base, way(other).channel).eval()
+        for parameter in again.channel.parameters():
+            parameter.div_(1.5)
+        torch.testing.assert_close(again(input_ids=IDS).rewards, expected)
+    assert again.generate(IDS[0], **options).token_ids == answer.token_ids
+
+
+def hooks_of(model: torch.nn.Module) -> list[Any]:
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+    return [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values()]
+
+
+def test_the_model_is_left_without_hooks_and_may_have_two_channels() -> None:
+    model = build_model("llama")
+    torch.manual_seed(2)
+    channels = [RewardChannel(3, 16, width=4) for _ in range(2)]
+    one, other = (RewardTransformer(model, channel) for channel in channels)
+    with torch.no_grad():
+        alone = [RewardTransformer(build_model("llama"), channel)(input_ids=IDS).rewards for channel in channels]
+        assert torch.equal(one(input_ids=IDS).rewards, alone[0])
+        assert torch.equal(other(input_ids=IDS).rewards, alone[1])
+        shallow = copy.copy(one)
+        del one
+        assert torch.equal(shallow(input_ids=IDS).rewards, alone[0])
+        del shallow
+        assert torch.equal(other(input_ids=IDS).rewards, alone[1])
+    del other
+    assert not hooks_of(model)
+
+
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="model must have a decoder with one list of its 3 layers, got BertModel"):
         sizes = {"vocab_size": 29, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -297,6 +429,114 @@ class Heard:
 
     def end(self) -> None:
         self.has_ended = True
+
+
+class Metaspaces:
+    """Tokens as SentencePiece has them: a space belongs to the word behind it, and is dropped at the very beginning."""
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(f" {chr(ord('a') + int(i))}" for i in ids)[1:]
+
+
+@pytest.mark.parametrize("with_space", [False, True])
+def test_a_stop_string_that_is_the_first_token(with_space: bool) -> None:
+    wrapped, tokenizer = wrap("llama"), Metaspaces() if with_space else Letters()
+    options = {"chunk": 3, "depth": 1, "max_new_tokens": 12, "tokenizer": tokenizer}
+    greedy = wrapped.generate(IDS[0], width=1, **options).token_ids
+    for count in (1, 2):
+        stop = " " * with_space + tokenizer.decode(greedy[:count])
+        found = wrapped.generate(IDS[0], width=1, stop_strings=stop, **options)
+        assert found.token_ids == greedy[:count] and found.finish_reason == "stop"
+    # What the text does not hold is no stop.
+    found = wrapped.generate(IDS[0], width=1, stop_strings="  " + tokenizer.decode(greedy[:1]), **options)
+    assert found.token_ids == greedy
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint64])
+def test_ids_of_every_integer_dtype(dtype: torch.dtype) -> None:
+    wrapped = wrap("llama")
+    options = {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 5}
+    expected = wrapped.generate(IDS[0], **options)
+    assert wrapped.generate(IDS[0].to(dtype), **options) == expected
+    for prompts in (IDS[:1].to(dtype), [IDS[0].to(dtype)]):
+        assert wrapped.generate_all(prompts, **options) == [expected]
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"input_ids": IDS[0].bool()}, "input_ids must hold integers, got torch.bool"),
+    ({"input_ids": IDS[0, :0]}, r"prompt_ids must have shape \(P,\) with P at least 1, got shape \(0,\)"),
+    ({"input_ids": IDS[0] - 2}, "prompt_ids must lie between 0 and 28, got -1"),
+    ({"input_ids": IDS[0] + 22}, "prompt_ids must lie between 0 and 28, got 31"),
+    ({"width": 0}, "width must be at least 1, got 0"),
+    ({"width": 99, "depth": 0}, "width must be at most the vocabulary, 29 ids, got 99"),
+    ({"width": 30, "depth": 5}, "width and depth must keep"),
+    ({"chunk": 1.5}, "chunk must be an int, got float"),
+    ({"min_p": float("nan")}, "min_p must be finite, got nan"),
+    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    ({"eos_token_ids": "x"}, "eos_token_ids must be an int or several of them, got 'x'"),
+    ({"suppress_tokens": [3, 29]}, "suppress_tokens must lie between 0 and 28, got 29"),
+    ({"suppress_tokens": -1}, "suppress_tokens must lie between 0 and 28, got -1"),
+    ({"suppress_tokens": [1.5]}, "suppress_tokens must be an int or several of them"),
+    ({"stop_strings": "a"}, "tokenizer must be given with stop_strings, got None"),
+    ({"stop_strings": [""]}, "stop_strings must be a string or a list of them, none of them empty"),
+    ({"inputs": [1]}, "inputs must be what a processor gives"),
+    ({"attention_mask": torch.zeros(8)}, "prompt_ids must have shape"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED)
+def test_a_streamer_gets_nothing_of_a_call_that_is_refused(change: dict[str, Any], message: str) -> None:
+    wrapped, streamer = wrap("llama").train(), Heard()
+    with pytest.raises((TypeError, ValueError), match=message):
+        wrapped.generate(**{"input_ids": IDS[0], "streamer": streamer, **change})
+    assert streamer.pieces == [] and streamer.has_ended
+    assert all(module.training for module in wrapped.modules())
+
+
+def test_a_streamer_is_ended_where_the_search_fails() -> None:
+    """Another thread would wait for it."""
+    from transformers import TextIteratorStreamer
+
+    wrapped = wrap("llama")
+    with torch.no_grad():
+        wrapped.channel.wide.fill_(torch.nan)
+    streamer = TextIteratorStreamer(Letters(), skip_prompt=True, timeout=60)
+    with pytest.raises(ValueError, match="finite rewards .*, got nan at forward 1"):
+        wrapped.generate(IDS[0], streamer=streamer)
+    assert list(streamer) == [""]
+    heard = Heard()
+    with pytest.raises(ValueError, match="got nan at forward 1"):
+        wrapped.generate(IDS[0], streamer=heard)
+    assert heard.pieces == [] and heard.has_ended
+    # Once the prompt has run it has been given.
+    wrapped = wrap("llama")
+    wrapped.channel.reward = lambda hidden, state: hidden.new_full(
+        hidden.shape[:2], torch.nan if hidden.shape[1] == 1 else 0
+    )
+    with pytest.raises(ValueError, match="got nan at forward 2"):
+        wrapped.generate(IDS[0], streamer=(heard := Heard()))
+    assert heard.pieces == [IDS[0].tolist()] and heard.has_ended
+
+    class Breaks(Heard):
+        def put(self, value: torch.Tensor) -> None:
+            raise BrokenPipeError("gone")
+
+        end = put
+
+    with pytest.raises(BrokenPipeError, match="gone"):
+        wrap("llama").generate(IDS[0], streamer=Breaks())
+    with pytest.raises(TypeError, match="streamer must have put and end, as those of transformers, got str"):
+        wrap("llama").generate(IDS[0], streamer="x")
+
+
+def test_ids_of_the_config_that_the_model_does_not_have_are_passed_over() -> None:
+    """As transformers does."""
+    wrapped = wrap("llama")
+    free = wrapped.generate(IDS[0], width=1, max_new_tokens=5, eos_token_ids=()).token_ids
+    wrapped.model.generation_config.suppress_tokens = [-1, 29, 500]
+    assert wrapped.generate(IDS[0], width=1, max_new_tokens=5, eos_token_ids=()).token_ids == free
+    found = own_generate(wrapped, width=1, max_new_tokens=5, eos_token_id=None)
+    assert found[0] == free
 
 
 @pytest.mark.parametrize("name", MODELS)

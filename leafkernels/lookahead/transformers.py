@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
@@ -131,7 +132,7 @@ class RewardTransformer(nn.Module):
         Of the model's generation config its end tokens and its suppressed ones are taken, and nothing else:
         repetition penalties, ``no_repeat_ngram_size``, ``begin_suppress_tokens`` and other logits processors are not
         applied, so that with them the model's own ``generate(do_sample=False)`` gives other tokens. All modules are in
-        evaluation mode meanwhile, and afterwards in the mode that they were in.
+        evaluation mode meanwhile, in other threads too, and afterwards in the mode that they were in.
 
         Args:
             input_ids: (P,) or (1, P) integers, of the prompt; None: those in ``inputs``.
@@ -144,45 +145,43 @@ class RewardTransformer(nn.Module):
             eos_token_ids: one id or several; None: those of the model's generation config.
             suppress_tokens: ids that no branch takes; None: those of the model's generation config.
             stop_strings: one string or several, none of them empty; a branch whose text has come to hold one of them
-                ends by "stop". They stay in the answer.
+                ends by "stop". They stay in the answer. A space before the first token is part of the text.
             tokenizer: which decodes the text for them.
-            streamer: one of transformers, which is given each chunk when it is committed (``TextStreamer`` prints it).
+            streamer: one of transformers, which is given the prompt when it has run, and each chunk when it is
+                committed (``TextStreamer`` prints it). It is ended also where this raises.
             packed: as in ``TransformersStepper``.
 
         Raises:
             TypeError, ValueError: an argument is not what it must be, a reward is not finite, or no token's logit is.
         """
-        ids, mask, features = _apart(input_ids, attention_mask, inputs)
-        if check_integer("input_ids", ids).dim() not in (1, 2) or ids.shape[:-1].numel() != 1:
-            raise ValueError(
-                f"input_ids must have shape (P,) or (1, P), for several prompts there is generate_all, got shape "
-                f"{tuple(ids.shape)}"
+        with _ended_on_error(streamer):
+            ids, mask, features = _apart(input_ids, attention_mask, inputs)
+            if check_integer("input_ids", ids).dim() not in (1, 2) or ids.shape[:-1].numel() != 1:
+                raise ValueError(
+                    f"input_ids must have shape (P,) or (1, P), for several prompts there is generate_all, got shape "
+                    f"{tuple(ids.shape)}"
+                )
+            (found,) = self._search(
+                _prompts(ids, mask, features),
+                features,
+                suppress_tokens,
+                stop_strings,
+                tokenizer,
+                packed,
+                streamer=streamer,
+                width=width,
+                chunk=chunk,
+                depth=depth,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=eos_token_ids,
+                with_end=with_end,
+                min_p=min_p,
+                max_branches=max_branches,
             )
-        (prompt_ids,) = _prompts(ids, mask, features)
-        if streamer is not None:
-            streamer.put(prompt_ids.cpu())
-        (found,) = self.generate_all(
-            [prompt_ids],
-            inputs=features,
-            width=width,
-            chunk=chunk,
-            depth=depth,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=eos_token_ids,
-            suppress_tokens=suppress_tokens,
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
-            on_commit=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
-            with_end=with_end,
-            min_p=min_p,
-            packed=packed,
-            max_branches=max_branches,
-        )
         if streamer is not None:
             streamer.end()
         return found
 
-    @torch.no_grad()
     def generate_all(
         self,
         input_ids: Tensor | Sequence[Tensor] | None = None,
@@ -223,33 +222,61 @@ class RewardTransformer(nn.Module):
                     f"input_ids must have shape (B, P) or be a list of tensors (P,), got shape {tuple(ids.shape)}"
                 )
             prompts = _prompts(ids, mask, features)
-        of_model = self.model.generation_config
+        return self._search(
+            prompts,
+            features,
+            suppress_tokens,
+            stop_strings,
+            tokenizer,
+            packed,
+            on_commit=on_commit,
+            width=width,
+            chunk=chunk,
+            depth=depth,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=eos_token_ids,
+            with_end=with_end,
+            min_p=min_p,
+            max_branches=max_branches,
+        )
+
+    @torch.no_grad()
+    def _search(
+        self,
+        prompts: list[Any],
+        features: Mapping[str, Tensor],
+        suppress_tokens: Any,
+        stop_strings: Any,
+        tokenizer: Any,
+        packed: bool,
+        *,
+        eos_token_ids: Any,
+        streamer: Any = None,
+        on_commit: Callable[[int, list[int]], None] | None = None,
+        **options: Any,
+    ) -> list[Search]:
+        """``search_all`` of checked arguments; ``streamer`` is told of the only prompt."""
+        prompts = [_checked(ids, self.model.get_input_embeddings()) for ids in prompts]
+        of_model, vocabulary = self.model.generation_config, _count_logits(self.model)
+        if suppress_tokens is None:
+            suppressed = self._suppressed(of_model)
+        else:
+            suppressed = as_ids("suppress_tokens", suppress_tokens)
+            for token in suppressed:
+                if not 0 <= token < vocabulary:
+                    raise ValueError(f"suppress_tokens must lie between 0 and {vocabulary - 1}, got {token}")
         ends = _of_config(of_model.eos_token_id) if eos_token_ids is None else eos_token_ids
-        suppressed = _of_config(of_model.suppress_tokens) if suppress_tokens is None else suppress_tokens
         is_stop = _holds(stop_strings, tokenizer)
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            return search_all(
-                TransformersStepper(
-                    self, packed=packed, inputs=features, suppress_tokens=as_ids("suppress_tokens", suppressed)
-                ),
-                prompts,
-                width=width,
-                chunk=chunk,
-                depth=depth,
-                max_new_tokens=max_new_tokens,
-                eos_token_ids=ends,
-                on_commit=on_commit,
-                is_stop=is_stop,
-                with_end=with_end,
-                min_p=min_p,
-                max_branches=max_branches,
-            )
-        finally:
-            # Each its own: a frozen model may be in evaluation mode within a module that is in training mode.
-            for module, was_training in modes:
-                module.training = was_training
+        with _evaluating(self):
+            stepper: Any = TransformersStepper(self, packed=packed, inputs=features, suppress_tokens=suppressed)
+            if streamer is not None:
+                stepper = _Streamed(stepper, prompts[0], streamer)
+                on_commit = stepper.on_commit
+            return search_all(stepper, prompts, eos_token_ids=ends, on_commit=on_commit, is_stop=is_stop, **options)
+
+    def _suppressed(self, config: Any) -> tuple[int, ...]:
+        """What a generation config suppresses; transformers too passes over ids that the model does not have."""
+        return tuple(token for token in _of_config(config.suppress_tokens) if 0 <= token < _count_logits(self.model))
 
     def custom_generate(
         self,
@@ -291,7 +318,7 @@ class RewardTransformer(nn.Module):
             depth=depth,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             eos_token_ids=_of_config(generation_config.eos_token_id),
-            suppress_tokens=_of_config(generation_config.suppress_tokens),
+            suppress_tokens=self._suppressed(generation_config),
             with_end=with_end,
             min_p=generation_config.min_p or 0.0,
             packed=packed,
@@ -418,6 +445,73 @@ def _after_decoder(key: _Key, _: nn.Module, __: Any, output: Any) -> None:
         run.finish(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
 
+# Of each module that a search runs: in how many of them it is now, and the mode that it was found in.
+_MODES: dict[nn.Module, tuple[int, bool]] = {}
+_MODES_LOCK = threading.Lock()
+
+
+@contextmanager
+def _evaluating(root: nn.Module) -> Iterator[None]:
+    """All modules in evaluation mode until the last thread leaves, and then each in its own.
+
+    A frozen model may be in evaluation mode within a module that is in training mode.
+    """
+    modules = list(root.modules())
+    with _MODES_LOCK:
+        for module in modules:
+            searches, mode = _MODES.get(module, (0, module.training))
+            _MODES[module] = searches + 1, mode
+        root.eval()
+    try:
+        yield
+    finally:
+        with _MODES_LOCK:
+            for module in modules:
+                searches, mode = _MODES.pop(module)
+                if searches > 1:
+                    _MODES[module] = searches - 1, mode
+                else:
+                    module.training = mode
+
+
+@contextmanager
+def _ended_on_error(streamer: Any) -> Iterator[None]:
+    """Another thread may wait for what the streamer gives."""
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(f"streamer must have put and end, as those of transformers, got {type(streamer).__name__}")
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            with suppress(Exception):  # the streamer may be what failed
+                streamer.end()
+        raise
+
+
+class _Streamed:
+    """A stepper that gives a streamer the prompt when its forward lies behind: then nothing was wrong with the call."""
+
+    def __init__(self, stepper: TransformersStepper, prompt_ids: Tensor, streamer: Any) -> None:
+        self._stepper, self._prompt_ids, self._streamer = stepper, prompt_ids, streamer
+        self._has_prompt = False
+
+    def prefill(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self._stepper.prefill(prompts)
+
+    def extend(self, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        self._put_prompt()
+        return self._stepper.extend(parents, token_ids)
+
+    def on_commit(self, _: int, token_ids: list[int]) -> None:
+        self._put_prompt()
+        self._streamer.put(torch.tensor(token_ids))
+
+    def _put_prompt(self) -> None:
+        if not self._has_prompt:
+            self._has_prompt = True
+            self._streamer.put(self._prompt_ids.cpu())
+
+
 class _Run:
     """The channel along one forward pass."""
 
@@ -498,6 +592,24 @@ def _prompts(input_ids: Tensor, attention_mask: Any, features: Mapping[str, Any]
     return [ids[seen] for ids, seen in zip(torch.atleast_2d(input_ids), torch.atleast_2d(mask), strict=True)]
 
 
+def _checked(prompt_ids: Any, embedding: Any) -> Tensor:
+    """(P,) int64, of ids that the model has."""
+    ids = check_integer("prompt_ids", prompt_ids).long()
+    if ids.dim() != 1 or not ids.numel():
+        raise ValueError(f"prompt_ids must have shape (P,) with P at least 1, got shape {tuple(ids.shape)}")
+    least, most = (int(value) for value in ids.aminmax())
+    rows = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else most + 1
+    if least < 0 or most >= rows:
+        raise ValueError(f"prompt_ids must lie between 0 and {rows - 1}, got {least if least < 0 else most}")
+    return ids
+
+
+def _count_logits(model: Any) -> int:
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    rows = 0 if head is None else int(head.shape[0])  # 0 also where DeepSpeed keeps it in parts
+    return rows or int(model.config.get_text_config().vocab_size)
+
+
 def _holds(stop_strings: str | Sequence[str], tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
     """Whether the text of a branch has come to hold one of the strings with its last token."""
     strings: list[Any] = list(stop_strings) if isinstance(stop_strings, list | tuple) else [stop_strings]
@@ -512,8 +624,13 @@ def _holds(stop_strings: str | Sequence[str], tokenizer: Any) -> Callable[[Seque
     most = max(len(string.encode()) for string in strings) + 16
 
     def holds(token_ids: Sequence[int]) -> bool:
-        text = tokenizer.decode(list(token_ids[-most:]))
-        return any(string in text for string in strings)
+        tail = list(token_ids[-most:])
+        texts = [tokenizer.decode(tail)]
+        if len(tail) == len(token_ids):
+            # Of the first token too a tokenizer may drop the space; behind another one, here itself, it does not.
+            first, twice = tokenizer.decode(tail[:1]), tokenizer.decode(tail[:1] + tail)
+            texts += [twice[len(first) :]] if twice.startswith(first) else []
+        return any(string in text for string in strings for text in texts)
 
     return holds
 
