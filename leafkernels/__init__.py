@@ -1,5 +1,8 @@
 """LEAF span advantages for GRPO loops: one advantage per span of a rollout, from the prefixes that rollouts share."""
 
+import leafkernels._core.interrupt as _interrupt  # noqa: F401 - before what takes seconds
+
+# isort: split
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 

@@ -4,6 +4,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 
+from leafkernels._core.interrupt import unwatch
 from leafkernels.command.compare import compare
 from leafkernels.command.options import parse_arguments, parse_compare
 from leafkernels.command.reading import Failure
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         run, arguments = show, parse_arguments(words)
     try:
+        unwatch()
         return run(arguments)
     except Failure as failure:
         complain(str(failure))

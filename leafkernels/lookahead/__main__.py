@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from leafkernels._core.interrupt import unwatch
 from leafkernels.lookahead.search import Search, check_options
 from leafkernels.lookahead.transformers import RewardTransformer
 
@@ -44,6 +45,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--min-p", type=float, default=0.0, help="least share of the best token's probability to fork into"
     )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that comes with the model (default: refuse it)"
+    )
     parser.add_argument("--plain", action="store_true", help="leave the tokenizer's chat template alone")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--explain", action="store_true", help="show the candidates of each chunk with their values")
@@ -59,10 +63,18 @@ def _answer(arguments: argparse.Namespace) -> int:
     shared |= {"min_p": arguments.min_p, "max_branches": 256}
     check_options(width=arguments.width, with_end=False, **shared)
     _check_device(arguments.device)
-    model = RewardTransformer.from_pretrained(arguments.channel, arguments.model)
+    # So that nothing else reads what is piped in.
+    prompt = _read_input() if arguments.prompt == "-" else arguments.prompt
+    trust = {"trust_remote_code": arguments.trust_remote_code}
+    try:
+        model = RewardTransformer.from_pretrained(arguments.channel, arguments.model, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model or model.config.name_or_path, **trust)
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError("the model comes with code of its own, which --trust-remote-code lets run") from error
+        raise
     model.to(arguments.device)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model or model.config.name_or_path)
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    unwatch()  # what loads the model imports more
     input_ids = _prompt_ids(tokenizer, prompt, arguments.plain).to(arguments.device)
     streamer = _Timed(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     options = {**shared, "stop_strings": arguments.stop, "tokenizer": tokenizer}
@@ -77,6 +89,12 @@ def _answer(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _read_input() -> str:
+    if sys.stdin is None:
+        raise ValueError("prompt must come from standard input, which is closed")
+    return sys.stdin.read().removeprefix("\ufeff")
+
+
 def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
@@ -86,22 +104,34 @@ def _check_device(name: str) -> None:
 
 def _prompt_ids(tokenizer: Any, prompt: str, plain: bool) -> Tensor:
     if plain or not tokenizer.chat_template:
-        ids = tokenizer(prompt)["input_ids"]
+        ids, bare = (tokenizer(prompt, add_special_tokens=adds)["input_ids"] for adds in (True, False))
+        # A begin or an end token that the prompt has already is not added to it.
+        for token, step in ((tokenizer.bos_token_id, 1), (tokenizer.eos_token_id, -1)):
+            had, has = (_count_first(row[::step], token) for row in (bare, ids))
+            if had:
+                ids = ids[::step][max(has - had, 0) :][::step]
     else:
         messages = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def _count_first(ids: list[int], token: int | None) -> int:
+    """How many of the first ids are that one."""
+    return next((number for number, other in enumerate(ids) if other != token), len(ids))
+
+
 class _Timed:
-    """A streamer that notes when the prompt, the first chunk and the end came, before another."""
+    """A streamer that notes when it was made, when each chunk came and when the end, before another."""
 
     def __init__(self, streamer: Any) -> None:
-        self._streamer = streamer
-        self.times: list[float] = []
+        self._streamer, self._has_prompt = streamer, False
+        self.times = [time.perf_counter()]
 
     def put(self, token_ids: Tensor) -> None:
-        self.times.append(time.perf_counter())
+        if self._has_prompt:
+            self.times.append(time.perf_counter())
+        self._has_prompt = True
         if self._streamer is not None:
             self._streamer.put(token_ids)
 

@@ -250,10 +250,12 @@ def check_options(
         raise ValueError(f"min_p must lie between 0 and 1, got {min_p}")
     # With the end counted, candidates that all end at once fork once more before one is chosen.
     forks = depth + 1 + bool(with_end)
-    if width**forks > max_branches:
+    # A power of two that is too large already tells, without the digits of a huge one.
+    is_huge = width > 1 and forks > max_branches.bit_length()
+    if is_huge or width**forks > max_branches:
         raise ValueError(
             f"width and depth must keep width ** (depth + {forks - depth}) at {max_branches} branches (max_branches), "
-            f"got {width} ** {forks} = {width**forks}"
+            f"got {width} ** {forks}{'' if is_huge else f' = {width**forks}'}"
         )
 
 

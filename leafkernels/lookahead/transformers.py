@@ -1,11 +1,11 @@
 """A transformers model that scores its own tokens, and decodes with a look at what follows."""
 
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import make_dataclass
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from leafkernels._core.checks import check_integer, check_mask
+from leafkernels.lookahead.folder import check_base, load_base, read_channel, write_channel
 from leafkernels.lookahead.reward_channel import LayerWeights, RewardChannel
 from leafkernels.lookahead.search import Search, as_ids, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
 
-_CHANNEL, _SETTINGS = "reward_channel.safetensors", "reward_channel.json"
 # What transformers' generate prepares for its own loop; the stepper has its own.
 _OF_GENERATE = {"past_key_values", "use_cache", "position_ids", "cache_position", "logits_to_keep"}
 # What ``Trainer`` and the engines below it ask of a model. Not all that it has: what they do not allow a quantised
@@ -328,55 +328,34 @@ class RewardTransformer(nn.Module):
         padding = _of_config(generation_config.pad_token_id) or (0,)
         return torch.cat([input_ids, nn.utils.rnn.pad_sequence(answers, True, float(padding[0]))], dim=1)
 
-    def save_pretrained(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write the channel alone, and which base it belongs to, into a folder.
-
-        Args:
-            folder: made where it is missing.
-            state_dict: the channel's, where it is spread over processes.
-        """
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in (state_dict or self.channel.state_dict()).items()
-        }
-        save_file(state, folder / _CHANNEL)
-        settings = {"channel": self.channel.settings, "base": _describe(self.model)}
-        (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the channel alone, and which base it belongs to, into a folder."""
+        write_channel(folder, self.channel, self.model)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any = None, **kwargs: Any) -> "RewardTransformer":
         """Read a channel; ``model`` is its base, loaded or by name (None: by the name in the folder).
 
         By name it is loaded with ``kwargs``, by ``AutoModelForCausalLM``, or else as the class that its config names.
+        Code that comes with it runs with ``trust_remote_code=True`` only, and nobody is asked.
 
         Raises:
-            ValueError: the model is not of the kind and the sizes of the channel's base.
+            FileNotFoundError: there is no such folder.
+            ValueError: the folder is damaged, or the model is not of the kind and the sizes of the channel's base.
         """
-        if model is None or isinstance(model, str):
-            base = json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))["base"]
-            model = _load(model or base["name"], **kwargs)
-        return cls(model, cls.read_channel(folder, model).to(next(model.parameters()).device))
+        channel, base = read_channel(folder)
+        if model is None and not base["name"]:
+            raise ValueError(f"model must be given: the channel in {folder} was saved beside a model without a name")
+        if model is None or isinstance(model, str | PathLike):
+            model = load_base(str(model or base["name"]), **kwargs)
+        check_base(folder, base, model)
+        return cls(model, channel.to(next(model.parameters()).device))
 
     @staticmethod
     def read_channel(folder: str | Path, model: Any) -> RewardChannel:
-        """The channel in a folder, on the CPU; raises ValueError where ``model`` is not its base."""
-        from safetensors.torch import load_file
-
-        settings = json.loads((Path(folder) / _SETTINGS).read_text(encoding="utf-8"))
-        base, found = settings["base"], _describe(model)
-        differing = [name for name in base if name != "name" and base[name] != found[name]]
-        if differing:
-            raise ValueError(
-                f"model must be the base of the channel in {folder}, {base['name']!r}, of "
-                f"{', '.join(f'{name} {base[name]}' for name in differing)}, got "
-                f"{', '.join(f'{name} {found[name]}' for name in differing)}"
-            )
-        channel = RewardChannel(**settings["channel"])
-        channel.load_state_dict(load_file(Path(folder) / _CHANNEL))
+        """The channel in a folder, on the CPU; raises as ``from_pretrained`` does."""
+        channel, base = read_channel(folder)
+        check_base(folder, base, model)
         return channel
 
 
@@ -548,21 +527,6 @@ class _Run:
                 self.rewards = self._channel.reward(hidden, self._state)
 
 
-def _load(name: str, **kwargs: Any) -> Any:
-    """A model by name; those that hear are no models for ``AutoModelForCausalLM``."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kind = transformers.AutoModelForCausalLM
-    try:
-        config, _ = transformers.PreTrainedConfig.get_config_dict(name, **kwargs)
-    except OSError:  # a folder that holds an adapter has no config
-        config = {}
-    if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        kind = getattr(transformers, (config.get("architectures") or [""])[0], kind)
-    return kind.from_pretrained(name, **kwargs)
-
-
 def _of_config(ids: Any) -> tuple[int, ...]:
     """What a generation config says of an id: none, one, or several."""
     return () if ids is None else as_ids("ids of the generation config", ids)
@@ -649,11 +613,3 @@ def _find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:
             f"{type(decoder).__name__}, has {len(found)}"
         )
     return decoder, found[0]
-
-
-def _describe(model: Any) -> dict[str, Any]:
-    config = model.config.get_text_config()
-    sizes = ("num_hidden_layers", "hidden_size", "vocab_size")
-    return {"name": model.config.name_or_path, "model_type": config.model_type} | {
-        name: getattr(config, name) for name in sizes
-    }
