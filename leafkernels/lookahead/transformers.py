@@ -41,10 +41,9 @@ class RewardTransformer(nn.Module):
 
     Called as the model is, it returns what the model returns, logits equal to the bit, and ``rewards`` (B, T) beside
     them, a field of the output: how good the answer is up to each token. The channel runs in hooks on the decoder's
-    layers, along with the model, and no hidden state is kept for it. It runs after them in three cases: where the
-    decoder recomputes its layers in the backward pass, whose inputs are kept for that anyway; where ZeRO-3 spreads the
-    channel, which it gathers for a call; and in decoding on a GPU (``RewardChannel.is_fused``), where
-    ``RewardChannel.fused`` takes all layers of the few tokens at once. The hooks
+    layers, along with the model, and no hidden state is kept for it. It runs after them in two cases: where the decoder
+    recomputes its layers in the backward pass, whose inputs are kept for that anyway, and in decoding on a GPU
+    (``RewardChannel.is_fused``), where ``RewardChannel.fused`` takes all layers of the few tokens at once. The hooks
     leave the model when the ``RewardTransformer`` goes. It may be called in several threads, be copied and pickled.
 
     A model none of whose parameters requires a gradient runs without one, and the channel with.
@@ -91,9 +90,7 @@ class RewardTransformer(nn.Module):
         # Layers that the backward pass computes again call their hooks again: then this run is over.
         decoder = self._hooks.decoder
         recomputes = bool(getattr(decoder, "gradient_checkpointing", False)) and decoder.training
-        # ZeRO-3 gathers the channel's weights where the channel is called as a whole.
-        is_spread = hasattr(self.channel.wide, "ds_id")
-        around, run = _HERE.run, _Run(self._hooks.key, self.channel, torch.is_grad_enabled(), recomputes or is_spread)
+        around, run = _HERE.run, _Run(self._hooks.key, self.channel, torch.is_grad_enabled(), recomputes)
         _HERE.run = run
         try:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
@@ -506,7 +503,9 @@ class _Run:
     def take(self, layer: int, hidden: Tensor) -> None:
         self.taken += 1
         if layer == 0:
-            self._kept = [] if self._afterwards or self._channel.is_fused(hidden) else None
+            # ZeRO-3 has the weights in one piece only where the channel is called as a whole.
+            is_spread = hasattr(self._channel.wide, "ds_id")
+            self._kept = [] if self._afterwards or is_spread or self._channel.is_fused(hidden) else None
         if self._kept is not None:
             # As transformers keeps them for output_hidden_states: its layers do not write to what they read.
             self._kept.append(hidden)
