@@ -1,6 +1,7 @@
 """The folder of a reward channel: its weights, the arguments that build it, and which base it belongs to."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ WEIGHTS, SETTINGS = "reward_channel.safetensors", "reward_channel.json"
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
 
 
-def write_channel(folder: str | Path, channel: RewardChannel, model: Any) -> None:
-    """Write the channel alone, and which base it belongs to."""
+def write_channel(
+    folder: str | Path, settings: Mapping[str, Any], state_dict: Mapping[str, Tensor], model: Any
+) -> None:
+    """Write the arguments and the weights of a channel, and which base it belongs to."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in channel.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     save_file(state, folder / WEIGHTS)
-    settings = {"channel": channel.settings, "base": {"name": model.config.name_or_path} | _sizes(model)}
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    said = {"channel": settings, "base": {"name": model.config.name_or_path} | _sizes(model)}
+    (folder / SETTINGS).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def read_channel(folder: str | Path) -> tuple[RewardChannel, dict[str, Any]]:
@@ -115,7 +118,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         settings = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, got what does not read: {error}") from error
-    parts = [settings.get(name) if isinstance(settings, dict) else None for name in ("channel", "base")]
+    parts: list[Any] = [settings.get(name) if isinstance(settings, dict) else None for name in ("channel", "base")]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} must hold an object with the objects 'channel' and 'base', got {settings!r:.200}")
     channel, base = parts

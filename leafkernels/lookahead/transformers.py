@@ -253,7 +253,9 @@ class RewardTransformer(nn.Module):
         **options: Any,
     ) -> list[Search]:
         """``search_all`` of checked arguments; ``streamer`` is told of the only prompt."""
-        prompts = [_checked(ids, self.model.get_input_embeddings()) for ids in prompts]
+        # A token that stands for an image or a recording may be none of the embedding's.
+        embedding = None if features else self.model.get_input_embeddings()
+        prompts = [_checked(ids, embedding) for ids in prompts]
         of_model, vocabulary = self.model.generation_config, _count_logits(self.model)
         if suppress_tokens is None:
             suppressed = self._suppressed(of_model)
@@ -327,7 +329,7 @@ class RewardTransformer(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the channel alone, and which base it belongs to, into a folder."""
-        write_channel(folder, self.channel, self.model)
+        write_channel(folder, self.channel.settings, self.channel.state_dict(), self.model)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, model: Any = None, **kwargs: Any) -> "RewardTransformer":
