@@ -15,7 +15,6 @@ from transformers import Trainer, TrainingArguments
 from leafkernels._core.checks import check_choice, check_count, check_finite
 from leafkernels.lookahead.folder import write_channel
 from leafkernels.lookahead.pairs import PairReader
-from leafkernels.lookahead.reward_channel import RewardChannel
 from leafkernels.lookahead.transformers import RewardTransformer
 from leafkernels.losses.preference import (
     KINDS,
@@ -248,12 +247,10 @@ class TokenRewardTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the channel, with ``train_model`` adapter or model too, and the tokenizer; every process calls."""
         folder, scored = Path(output_dir or self.args.output_dir or "."), self.accelerator.unwrap_model(self.model)
-        state = _whole(scored.channel, self.args.should_save)
+        channel = _whole(scored.channel, self.args.should_save)
         model = _whole(scored.model, self.args.should_save) if self.args.train_model else None
         if self.args.should_save:
-            channel = RewardChannel(**scored.channel.settings)
-            channel.load_state_dict(state, assign=True)
-            write_channel(folder, channel, scored.model)
+            write_channel(folder, scored.channel.settings, channel, scored.model)
             if model is not None:
                 scored.model.save_pretrained(folder, state_dict=model)
             processing_class: Any = self.processing_class
