@@ -270,7 +270,7 @@ def test_activations_that_are_computed_again(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        ({"chosen": "hhhhh"}, {"max_length": 7}, "chosen and rejected must differ in their tokens"),
+        ({"chosen": "hhhf", "rejected": "hhhe"}, {"max_length": 7}, "chosen and rejected must differ in their tokens"),
         ({"prompt": "a" * 40}, {"max_length": 30}, "chosen must have a token after its prompt of 40 tokens"),
         ({"prompt": "a" * 140}, {}, r"prompt and chosen must have at most 128 tokens, for which .* got 14\d"),
         ({"prompt": ""}, {}, "prompt must have a token, got ''"),
@@ -286,9 +286,6 @@ def test_a_bad_row_is_told_before_training(
 ) -> None:
     rows: list[Any] = [{"prompt": "abc", "chosen": "abcd", "rejected": "hhhhh"} for _ in range(9)]
     rows[7] = {"prompt": "hhhh", "chosen": "hhhhe", "rejected": "hhhh", **row}
-    if "max_length" in changes and changes["max_length"] == 7:
-        rows[7] |= {"rejected": "hhhe"}
-        rows[7]["chosen"] = "hhhf"
     run = trainer(tmp_path, rows, max_steps=2, per_device_train_batch_size=1, **changes)
     named = r".* \(row 7 of train_dataset; of 9 rows 1 cannot be trained on: 7; bad_rows='drop' leaves them out\)$"
     with pytest.raises((TypeError, ValueError), match=message + named):
@@ -749,8 +746,14 @@ def on_engine(rank: int, engine: str, kind: str, folder: str, resume: str | None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "kind"),
-    [(engine, kind) for engine in ENGINES for kind in OF_KIND if engine in ("fsdp2", "zero3") or kind == "frozen"]
-    + [("ddp", kind) for kind in ONE_OUTPUT],
+    [
+        *[(engine, "frozen") for engine in ENGINES],
+        *[("ddp", kind) for kind in ONE_OUTPUT],
+        ("fsdp2", "whole"),
+        ("fsdp2", "adapter"),
+        ("zero3", "whole"),
+        ("zero3", "adapter"),
+    ],
 )
 def test_two_processes_are_one(engine: str, kind: str, engines: Any, tmp_path: Path) -> None:
     """Weights, logs and evaluation; checkpoints hold what was trained, and training goes on from them."""
