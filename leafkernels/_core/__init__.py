@@ -1,1 +1,1 @@
-"""Parts of an operation, without mathematics: registration, backends, checks, precision, ranks."""
+"""Parts of an operation, without mathematics: registration, backends, checks, precision, ranks; and interrupt."""
