@@ -175,6 +175,7 @@ class TokenRewardTrainer(Trainer):
         batches, _ = super().get_batch_samples(*args, **kwargs)
         if not batches:
             return batches, None
+        # Trainer's own sum of losses begins anew there.
         if self.state.global_step == self._globalstep_last_logged:
             self._noted, self._noted_steps = {}, 0
         self._noted_steps += 1
