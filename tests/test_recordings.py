@@ -12,10 +12,19 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("soundfile", reason="needs soundfile: pip install -e '.[speech]'")
 
 from support import run_python
-from tiny_decoders import build_model
+from tiny_decoders import add_specials, build_model
 from tiny_listeners import MODELS, RATE, asked, process, qwen2_audio, tone, wave
 
-from leafkernels.rows.recordings import Heard, PromptReader, find_encoder, join_features, resample, undecoded
+from leafkernels.rows.recordings import (
+    Heard,
+    PromptReader,
+    _read_clip,
+    added_tokens,
+    find_encoder,
+    join_features,
+    resample,
+    undecoded,
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,73 @@ def test_recordings_in_every_form(reader: PromptReader, tmp_path: Path) -> None:
         assert other.token_ids == first.token_ids
         for name, values in first.features.items():
             assert torch.equal(other.features[name], values)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int16", "int32", "uint8", "int8"])
+def test_arrays_of_any_order_and_dtype_are_what_files_are(reader: PromptReader, channels: int, dtype: str) -> None:
+    """As soundfile gives them, (samples, channels), and as torchaudio does, with a level for each channel."""
+    samples = np.stack([tone(number, 0.3) / (number + 1) for number in range(channels)], 1)
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        array = samples.astype(kind)
+        expected = array.astype(np.float32)
+    else:
+        half = 2.0 ** (8 * kind.itemsize - 1)
+        array = (np.round(samples * (half - 1)) + (half if kind.kind == "u" else 0)).astype(kind)
+        expected = ((array - (half if kind.kind == "u" else 0)) / half).astype(np.float32)
+    first = reader.read(asked("ab"), wave(expected))
+    for form in (array, array.T, torch.from_numpy(array.copy())):
+        found = reader.read(asked("ab"), {"array": form, "sampling_rate": RATE})
+        assert found.token_ids == first.token_ids
+        for name, values in first.features.items():
+            assert torch.equal(found.features[name], values)
+
+
+@pytest.mark.parametrize(("subtype", "dtype"), [("PCM_16", "int16"), ("PCM_32", "int32"), ("PCM_U8", "uint8")])
+def test_integers_are_scaled_as_soundfile_scales_those_of_a_file(subtype: str, dtype: str, tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, tone(1, 0.1), RATE, subtype=subtype)
+    expected, _ = soundfile.read(path, dtype="float32")
+    if dtype == "uint8":  # which soundfile does not give
+        array = np.round(expected * 128 + 128).astype(np.uint8)
+    else:
+        array, _ = soundfile.read(path, dtype=dtype)
+    np.testing.assert_array_equal(_read_clip({"array": array, "sampling_rate": RATE}, RATE), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_clip_that_is_too_short_is_not_deaf(name: str) -> None:
+    """Alone, and among others: with no audio token, or none of its own, a prompt would be trained without it."""
+    reader = PromptReader(MODELS[name]()[1])
+    whole, short = ({"array": tone(1, seconds), "sampling_rate": RATE} for seconds in (0.5, 0.005))
+    message = r"^audio must be long enough for one audio token, got 0\.005 s \(80 samples .*, with the prompt"
+    with pytest.raises(ValueError, match=message):
+        reader.read(asked("ab"), short)
+    two = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "a"}, {"type": "audio"}]}]
+    with pytest.raises(ValueError, match=message):
+        reader.read(two, [whole, short])
+    assert reader.read(two, [whole, whole]).token_ids
+
+
+@pytest.mark.parametrize("seconds", [0.021, 0.03])
+def test_no_audio_token_behind_the_first_frame(reader: PromptReader, seconds: float) -> None:
+    """One frame of 20 ms is there, and the encoder makes a token of two."""
+    with pytest.raises(ValueError, match="^audio must be long enough for one audio token, got 0.0"):
+        reader.read(asked("ab"), {"array": tone(1, seconds), "sampling_rate": RATE})
+    assert 3 in reader.read(asked("ab"), {"array": tone(1, 0.041), "sampling_rate": RATE}).token_ids
+
+
+def test_end_tokens_that_a_tokenizer_adds_do_not_stand_before_the_answer() -> None:
+    model, processor = qwen2_audio()
+    plain = PromptReader(processor)
+    asking = plain.read("<|AUDIO|>ab", wave(tone(1))).token_ids, plain.read_text("ab").token_ids
+    add_specials(processor.tokenizer, "<end> $A <unk>")
+    reader = PromptReader(processor)
+    assert added_tokens(processor.tokenizer) == ([1], [2])
+    found = reader.read("<|AUDIO|>ab", wave(tone(1))).token_ids, reader.read_text("ab").token_ids
+    assert found == tuple([1, *ids] for ids in asking)
 
 
 def test_another_rate_is_resampled(reader: PromptReader) -> None:
@@ -138,6 +214,16 @@ def test_datasets_audio_is_left_to_the_reader() -> None:
         ({"array": [0.1] * 9, "sampling_rate": 0}, None, "a sampling rate that is a positive integer, got 0"),
         ({"array": [0.1] * 9}, None, "a sampling rate that is a positive integer, got None"),
         ({"array": [], "sampling_rate": RATE}, None, "audio must have samples, got an empty recording"),
+        ({"array": np.zeros((0, 900)), "sampling_rate": RATE}, None, "must have samples, got an empty recording"),
+        ({"array": np.ones((2, 2)), "sampling_rate": RATE}, None, r"tells samples from channels.*got shape \(2, 2\)"),
+        ({"array": np.ones((9, 30)), "sampling_rate": RATE}, None, r"at most 32, got shape \(9, 30\)"),
+        ({"array": np.ones((80, 900)), "sampling_rate": RATE}, None, r"at most 32, got shape \(80, 900\)"),
+        ({"array": np.ones((1, 2, 900)), "sampling_rate": RATE}, None, r"got shape \(1, 2, 900\) of float64"),
+        ({"array": 0.5, "sampling_rate": RATE}, None, r"of floats, or of integers .*, got shape \(\) of float64"),
+        ({"array": [1, 2] * 900, "sampling_rate": RATE}, None, r"at most 32 bits, got shape \(1800,\) of int64"),
+        ({"array": [[0.1], [0.1, 0.2]], "sampling_rate": RATE}, None, r"got shape \(\) of object"),
+        ({"array": [True] * 900, "sampling_rate": RATE}, None, r"got shape \(900,\) of bool"),
+        ({"array": ["a"] * 900, "sampling_rate": RATE}, None, r"got shape \(900,\) of <U1"),
         ({"bytes": wave(tone(1, 3.0))}, None, r"no longer than the 2 s that the encoder takes, got 3\.00 s"),
         ("nowhere.wav", None, "audio must be a file that soundfile reads, got 'nowhere.wav'"),
         ({"bytes": b"text"}, None, "audio must be a file that soundfile reads, got b'text'"),

@@ -1,6 +1,8 @@
 """The trainer of reward channels, on a tiny model whose preferences have a rule."""
 
 import importlib
+import itertools
+import logging
 import random
 import re
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any
 import pages
 import pytest
 import torch
-from tiny_decoders import build_model, build_tokenizer
+from engines import ENGINES, engine_settings, trained_weights
+from tiny_decoders import add_specials, build_model, build_tokenizer
 
 from leafkernels.lookahead import RewardChannel, RewardTransformer, TokenRewardConfig, TokenRewardTrainer
+from leafkernels.losses.preference import KINDS
 
 datasets = pytest.importorskip("datasets", reason="needs datasets: pip install -e '.[trl]'")
 
@@ -50,6 +54,34 @@ def trainer(
     rows = pairs(320, 0) if rows is None else rows
     processor = processor or build_tokenizer()
     return TokenRewardTrainer(model, args, processing_class=processor, train_dataset=rows, eval_dataset=pairs(32, 1))
+
+
+def scored(kind: str = "frozen") -> RewardTransformer:
+    """A model that stays frozen, or that is trained along with the settings in ``ALONG``, or an adapter on it."""
+    base = build_model("llama")
+    if kind == "adapter":
+        peft = pytest.importorskip("peft")
+        torch.manual_seed(2)
+        base = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"]))
+    torch.manual_seed(1)
+    return RewardTransformer(base, RewardChannel(3, 16, width=4))
+
+
+ALONG = {"train_model": True, "simpo_weight": 0.5, "sft_weight": 0.2}
+OF_KIND: dict[str, dict[str, Any]] = {"frozen": {}, "whole": ALONG, "adapter": ALONG}
+# Where the loss reads no logits, or no rewards.
+ONE_OUTPUT = {
+    "rewards alone": {"train_model": True},
+    "logits alone": {"train_model": True, "reward_weight": 0.0, "simpo_weight": 1.0},
+}
+
+
+def weights(run: TokenRewardTrainer) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in run.model.named_parameters() if weight.requires_grad}
+
+
+def logged(run: TokenRewardTrainer) -> list[dict[str, float]]:
+    return [line for line in run.state.log_history if "loss" in line]
 
 
 def test_learns_what_is_preferred_and_leaves_the_model_alone(tmp_path: Path) -> None:
@@ -139,6 +171,221 @@ def test_refuses_a_template_whose_prompt_does_not_begin_the_conversation(tmp_pat
         run._collate([row])
     with pytest.raises(TypeError, match="chosen and rejected must be messages where prompt is, got 'cde'"):
         run._collate([{**row, "chosen": "cde"}])
+    run.processing_class.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(ValueError, match="^TemplateError: no such role, with the prompt .*'content': 'ab'"):
+        run._collate([row])
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_the_best_checkpoint_is_what_stays(kind: str, tmp_path: Path) -> None:
+    """The first of three here: best is what is highest, and the loss falls."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(tmp_path, model=scored(kind), **options, **best, **OF_KIND[kind])
+    run.train()
+    first, *_, last = (line["eval_loss"] for line in run.state.log_history if "eval_loss" in line)
+    assert first > last + 1e-4 and run.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert run.evaluate()["eval_loss"] == first
+    again = RewardTransformer.read_channel(tmp_path / "checkpoint-1", run.model.model).state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in run.model.channel.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_are_one_batch(kind: str, tmp_path: Path) -> None:
+    """Weights, losses and metrics of 8 pairs of many lengths, and of a last step of 5, whole or two by two."""
+    rows = pairs(13, 3)
+    lengths = [len(row[side]) for row in rows for side in ("chosen", "rejected")]
+    assert len(set(lengths)) > 3
+    options = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "kind": kind, "max_grad_norm": 0.0, **ALONG}
+    runs = []
+    for size in (8, 2):
+        run = trainer(
+            tmp_path,
+            rows,
+            scored("whole"),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            **options,
+        )
+        run.train()
+        runs.append((weights(run), logged(run)))
+    (whole, lines), (found, found_lines) = runs
+    start = dict(scored("whole").named_parameters())
+    assert max((weight - start[name]).abs().max() for name, weight in whole.items()) > 0.01
+    for name, weight in whole.items():
+        # Float32 sums in another order, in two steps.
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    assert len(lines) == 2
+    for line, other in zip(lines, found_lines, strict=True):
+        del line["epoch"], other["epoch"]  # of batches
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("logging", [{"logging_steps": 3}, {"logging_strategy": "epoch"}])
+def test_logs_are_means_since_the_last_time(logging: dict[str, Any], tmp_path: Path) -> None:
+    """Steps of 4, 4 and 2 pairs: losses are means over the steps, as ``loss`` is, metrics over the pairs."""
+    still = {"learning_rate": 0.0, "per_device_train_batch_size": 4, "max_steps": 6, **ALONG}
+    every, some = (trainer(tmp_path, pairs(10, 4), scored("whole"), **still, **more) for more in ({}, logging))
+    for run in (every, some):
+        run.train()
+    lines, found = logged(every), logged(some)
+    assert len(lines) == 6 and len(found) == 2
+    for epoch in range(2):
+        part = lines[3 * epoch : 3 * epoch + 3]
+        names = part[0].keys() - {"epoch", "step", "learning_rate", "grad_norm"}
+        assert {"loss", "sft_loss", "simpo_loss", "reward_loss", "diff_value_acc_50%", "rewards/margins"} <= names
+        for name in names:
+            steps = [1, 1, 1] if name.endswith("loss") else [4, 4, 2]
+            mean = sum(size * line[name] for size, line in zip(steps, part, strict=True)) / sum(steps)
+            # The log is rounded to four digits after the point, or six figures.
+            assert found[epoch][name] == pytest.approx(mean, rel=1e-4, abs=2e-4), name
+
+
+def test_nothing_is_carried_over_from_another_training(tmp_path: Path) -> None:
+    """A first training whose last steps were not logged."""
+    run = trainer(tmp_path, max_steps=3, logging_steps=2, learning_rate=0.0)
+    run.train()
+    run.args.max_steps = 2
+    run.train()
+    fresh = trainer(tmp_path, max_steps=2, logging_steps=2, learning_rate=0.0)
+    fresh.train()
+    assert logged(run) == logged(fresh)
+
+
+@pytest.mark.parametrize("kind", OF_KIND)
+def test_activations_that_are_computed_again(kind: str, tmp_path: Path) -> None:
+    runs = []
+    for again in (False, True):
+        options = {"gradient_checkpointing": again, "max_steps": 2, **OF_KIND[kind]}
+        runs.append(trainer(tmp_path, model=scored(kind), **options))
+        runs[-1].train()
+    decoder = runs[1].model.model.get_decoder()
+    assert decoder.gradient_checkpointing and decoder.training == (kind != "frozen")
+    expected, found = map(weights, runs)
+    for name, weight in expected.items():
+        # AdamW moves a weight by the learning rate, 0.02, whatever the size of its gradient.
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        ({"chosen": "hhhf", "rejected": "hhhe"}, {"max_length": 7}, "chosen and rejected must differ in their tokens"),
+        ({"prompt": "a" * 40}, {"max_length": 30}, "chosen must have a token after its prompt of 40 tokens"),
+        ({"prompt": "a" * 140}, {}, r"prompt and chosen must have at most 128 tokens, for which .* got 14\d"),
+        ({"prompt": ""}, {}, "prompt must have a token, got ''"),
+        ({"rejected": None}, {}, "rejected must be a text or a list of messages, got None"),
+        ({"prompt": []}, {}, r"prompt must be a text or a list of messages, got \[\]"),
+        ({"prompt": [{"role": "user"}]}, {}, "prompt must be a text or a list of messages"),
+        ({"prompt": [{"role": "user", "content": "a"}]}, {}, "chosen and rejected must be messages where prompt is"),
+        ({"audio": "a.wav"}, {}, "processing_class must be the processor of a model that hears"),
+    ],
+)
+def test_a_bad_row_is_told_before_training(
+    row: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows: list[Any] = [{"prompt": "abc", "chosen": "abcd", "rejected": "hhhhh"} for _ in range(9)]
+    rows[7] = {"prompt": "hhhh", "chosen": "hhhhe", "rejected": "hhhh", **row}
+    run = trainer(tmp_path, rows, max_steps=2, per_device_train_batch_size=1, **changes)
+    named = r".* \(row 7 of train_dataset; of 9 rows 1 cannot be trained on: 7; bad_rows='drop' leaves them out\)$"
+    with pytest.raises((TypeError, ValueError), match=message + named):
+        run.train()
+    assert run.state.global_step == 0
+    run = trainer(tmp_path, rows, max_steps=9, per_device_train_batch_size=1, bad_rows="drop", **changes)
+    with caplog.at_level(logging.WARNING, logger="leafkernels"):
+        run.train()
+    assert re.search("train_dataset: left out 1 of 9 rows \\(7\\); row 7: " + message, caplog.text)
+    assert run.state.global_step == 9 and len(run.train_dataset) == 8
+
+
+def test_bad_rows_for_evaluation(tmp_path: Path) -> None:
+    """Of a dict of datasets too, before training; and of one that is given to ``evaluate``."""
+    bad = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c" * (n % 3)} for n in range(7)])
+    bad = bad.map(lambda row: {"chosen": row["rejected"] if row["rejected"] == "cc" else "b"})
+    message = r"chosen and rejected must differ, got 'cc' twice, .*\(row 2 of eval_dataset{}; of 7 rows 2 .*: 2, 5;"
+    for dataset, key in ((bad, ""), ({"one": pairs(4, 0), "other": bad}, r"\['other'\]")):
+        run = trainer(tmp_path, max_steps=1)
+        run.eval_dataset = dataset
+        with pytest.raises(ValueError, match=message.format(key)):
+            run.train()
+    run = trainer(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=message.format("")):
+        run.evaluate(bad)
+    run = trainer(tmp_path, max_steps=1, bad_rows="drop")
+    assert run.evaluate(bad)["eval_loss"] > 0
+    with pytest.raises(ValueError, match="of 2 rows 2 cannot be trained on: 0, 1"):
+        run.evaluate(bad.select([2, 5]))
+
+
+def test_bad_rows_of_a_stream(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They are named, or left out, as they come."""
+    rows = pairs(24, 0).to_list()
+    rows[5]["chosen"] = rows[5]["rejected"]
+    rows[18]["prompt"] = ""
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    options = {"max_steps": 5, "per_device_train_batch_size": 4}
+    message = f"chosen and rejected must differ, got .* twice, with the prompt {rows[5]['prompt']!r}$"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, stream, **options).train()
+    run = trainer(tmp_path, stream, bad_rows="drop", **options)
+    with caplog.at_level(logging.WARNING, logger="leafkernels"):
+        run.train()
+    assert "train_dataset: left out a row, 1 by now: chosen and rejected must differ" in caplog.text
+    assert "train_dataset: left out a row, 2 by now: prompt must have a token" in caplog.text
+
+    class Plain(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter(rows)
+
+    with pytest.raises(
+        ValueError, match="^bad_rows must be 'raise' where train_dataset is neither .* got 'drop' and P"
+    ):
+        trainer(tmp_path, Plain(), bad_rows="drop", **options).train()
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, Plain(), **options).train()
+
+
+@pytest.mark.parametrize("template", ["$A", "<unk> $A", "<unk> $A <eos>", "$A <eos>"])
+def test_begin_and_end_tokens_stand_once(template: str, tmp_path: Path) -> None:
+    """Whatever the tokenizer puts around a text by itself, and the text itself has."""
+    words = build_tokenizer()
+    words.bos_token = "<unk>"
+    add_specials(words, template)
+    run = trainer(tmp_path, processor=words)
+    begin = [2] if template.startswith("<unk>") else []
+    for prompt, answer in itertools.product(("ab", "<unk>ab"), ("c", "c<eos>", "c<eos>\n", "<unk>c", "c<eos><eos>")):
+        batch = run._collate([{"prompt": prompt, "chosen": answer, "rejected": "e"}])
+        first = [2] if "<unk>" in prompt else begin
+        assert batch["input_ids"].tolist() == [[*first, 3, 4, 5, 1], [*first, 3, 4, 7, 1]], (prompt, answer)
+        assert batch["answer_mask"].sum(1).tolist() == [2, 2]
+    batch = run._collate([{"prompt": "a<eos>b", "chosen": "c<eos>c", "rejected": ""}])
+    # What stands amid a text is the text's.
+    assert batch["input_ids"].tolist() == [[*begin, 3, 1, 4, 5, 1, 5, 1], [*begin, 3, 1, 4, 1, 0, 0, 0]]
+    words.chat_template = (
+        "<unk>{% for m in messages %}{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}h{% endif %}"
+    )
+    row = {"prompt": [{"role": "user", "content": "ab"}]}
+    row |= {side: [{"role": "assistant", "content": f"h{side[0]}<eos>"}] for side in ("chosen", "rejected")}
+    batch = run._collate([row])
+    assert batch["input_ids"].tolist() == [[2, 3, 4, 1, 10, 5, 1], [2, 3, 4, 1, 10, 20, 1]]
+
+
+def test_refuses_what_it_does_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True}
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        args = TokenRewardConfig(**options)
+        with pytest.raises(ValueError, match=f"^{name} must be None with TokenRewardTrainer"):
+            TokenRewardTrainer(scored(), args, processing_class=build_tokenizer(), **{name: print})
+    with pytest.raises(ValueError, match=r"^label_smoothing_factor must be 0 .* got 0\.1"):
+        trainer(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="^accelerator_config must have dispatch_batches=False"):
+        trainer(tmp_path, accelerator_config={"dispatch_batches": True})
+    with pytest.raises(ValueError, match="^bad_rows must be one of 'raise', 'drop', got 'skip'"):
+        trainer(tmp_path, bad_rows="skip")
+    args = TokenRewardConfig(**options)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="must have a process for each GPU, got one for 2: start it with torchrun"):
+        TokenRewardTrainer(scored(), args, processing_class=build_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -377,6 +624,42 @@ def test_several_recordings_of_a_prompt(tiny: Any, tmp_path: Path) -> None:
         assert torch.equal(batch["input_features"][place], batch["input_features"][clip])
 
 
+def test_recordings_of_a_stream_are_whole(tiny: Any, tmp_path: Path) -> None:
+    """Three recordings a row: more of them than answers."""
+    rows = [
+        {
+            "prompt": "<|AUDIO|>a" * 3,
+            "audio": [{"bytes": tiny.wave(tiny.tone(n + number)), "path": None} for n in range(3)],
+            "chosen": "a",
+            "rejected": "b",
+        }
+        for number in range(4)
+    ]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    seen = []
+    run = listening(tiny, tmp_path, stream, max_steps=2, per_device_train_batch_size=2)
+    run.model.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
+    run.train()
+    assert [len(batch["input_features"]) for batch in seen] == [12, 12]
+    assert torch.equal(seen[1]["input_features"], run._collate(rows[2:])["input_features"])
+
+
+def test_bad_recordings_are_told_before_training(tiny: Any, tmp_path: Path) -> None:
+    rows = low_or_high(tiny, 6, 0).to_list()
+    for clip, message in (
+        ({"array": tiny.tone(1, 0.02), "sampling_rate": tiny.RATE}, "audio must be long enough for one audio token"),
+        ("a text", "audio must be a file that soundfile reads, got 'a text'"),
+        ([], "audio must be a recording in every row, got an empty list"),
+    ):
+        bad = [*rows[:4], {**rows[4], "audio": clip}, rows[5]]
+        with pytest.raises(ValueError, match=f"^{message}.*, with the prompt.* .row 4 of train_dataset; of 6 rows 1"):
+            listening(tiny, tmp_path, bad, max_steps=1).train()
+        run = listening(tiny, tmp_path, bad, max_steps=1, bad_rows="drop")
+        run.eval_dataset = None
+        run.train()
+        assert len(run.train_dataset) == 5
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
@@ -426,3 +709,110 @@ def test_the_page_teaches_a_model_that_hears(tiny: Any, tmp_path: Path, monkeypa
     answer = names["taught_by_ear"](model, processor, low_or_high(tiny, 8, 0), "<|AUDIO|>ab?", tiny.tone(3))
     assert answer.token_ids
     assert processor.tokenizer.get_vocab() == tiny.Qwen2AudioProcessor.from_pretrained("channel").tokenizer.get_vocab()
+
+
+# Several processes
+
+
+def on_engine(rank: int, engine: str, kind: str, folder: str, resume: str | None = None) -> dict[str, Any]:
+    """Two steps of 16 pairs in two micro-batches, evaluated after each; the first is best where best is highest."""
+    best = {"load_best_model_at_end": resume is None, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = trainer(
+        Path(folder),
+        pairs(32, 0),
+        scored(kind),
+        max_steps=2,
+        per_device_train_batch_size=4 if engine else 8,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        **best,
+        **{**OF_KIND, **ONE_OUTPUT}[kind],
+        **engine_settings(engine),
+    )
+    run.train(resume_from_checkpoint=resume)
+    return {
+        "state": type(run.model_wrapped).__name__,
+        "weights": trained_weights(run),
+        "lines": [{**line, "epoch": 0.0} for line in logged(run)],
+        "eval": [line["eval_loss"] for line in run.state.log_history if "eval_loss" in line],
+        "best": run.state.best_model_checkpoint,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        *[(engine, "frozen") for engine in ENGINES],
+        *[("ddp", kind) for kind in ONE_OUTPUT],
+        ("fsdp2", "whole"),
+        ("fsdp2", "adapter"),
+        ("zero3", "whole"),
+        ("zero3", "adapter"),
+    ],
+)
+def test_two_processes_are_one(engine: str, kind: str, engines: Any, tmp_path: Path) -> None:
+    """Weights, logs and evaluation; checkpoints hold what was trained, and training goes on from them."""
+    expected = on_engine(0, "", kind, str(tmp_path / "one"))
+    ranks = engines.run(engine, on_engine, engine, kind, str(tmp_path / "two"))
+    again = engines.run(engine, on_engine, engine, kind, str(tmp_path / "again"), str(tmp_path / "two/checkpoint-1"))
+    assert expected["best"].endswith("checkpoint-1")
+    for found in ranks:
+        assert found["best"].endswith("checkpoint-1")
+        assert found["eval"] == pytest.approx(expected["eval"], abs=1e-5)
+        for line, other in zip(found["lines"], expected["lines"], strict=True):
+            assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+        for name, weight in found["weights"].items():
+            # AdamW moves a weight by the learning rate, whatever the size of its gradient: 1e-3 in the step that stays.
+            torch.testing.assert_close(weight, expected["weights"][name], rtol=0, atol=1e-5, msg=name)
+    for found in again:
+        assert found["lines"][-1] == pytest.approx(ranks[0]["lines"][-1], rel=1e-4, abs=1e-5)
+        assert found["eval"][-1] == pytest.approx(ranks[0]["eval"][-1], abs=1e-6)
+    folder = tmp_path / "two" / "checkpoint-1"
+    for name, weight in RewardTransformer.read_channel(folder, build_model("llama")).named_parameters():
+        assert torch.equal(weight.double(), ranks[0]["weights"].get(f"channel.{name}", weight.double())), name
+    if kind == "whole":
+        model = dict(type(build_model("llama")).from_pretrained(folder).named_parameters())
+        for name, weight in ranks[0]["weights"].items():
+            if name.startswith("model."):
+                assert torch.equal(model[name.removeprefix("model.")].double(), weight), name
+
+
+def bad_row_on_engine(rank: int, engine: str, folder: str) -> str:
+    rows = [{"prompt": "abc", "chosen": "ab", "rejected": "h"} for _ in range(8)]
+    for number in (5, 6):
+        rows[number]["rejected"] = "ab"
+    with pytest.raises(ValueError) as found:
+        trainer(Path(folder), rows, max_steps=1, per_device_train_batch_size=2).train()
+    run = trainer(Path(folder), rows, max_steps=1, per_device_train_batch_size=2, bad_rows="drop")
+    run.train()
+    assert len(run.train_dataset) == 6
+    return str(found.value)
+
+
+@pytest.mark.slow
+def test_bad_rows_are_told_on_every_process(engines: Any, tmp_path: Path) -> None:
+    for message in engines.run("ddp", bad_row_on_engine, "ddp", str(tmp_path)):
+        assert "row 5 of train_dataset; of 8 rows 2 cannot be trained on: 5, 6;" in message
+
+
+def stream_on_engine(rank: int, engine: str, folder: str) -> dict[str, Any]:
+    stream = datasets.Dataset.from_list(pairs(16, 0).to_list()).to_iterable_dataset()
+    run = trainer(
+        Path(folder), stream, scored("whole"), max_steps=2, per_device_train_batch_size=8 // (1 + bool(engine)), **ALONG
+    )
+    run.train()
+    return {"lines": [{**line, "epoch": 0.0} for line in logged(run)], "weights": trained_weights(run)}
+
+
+@pytest.mark.slow
+def test_a_stream_keeps_its_pairs_on_two_processes(engines: Any, tmp_path: Path) -> None:
+    """A dispatcher would cut a batch of all chosen and all rejected answers in two."""
+    expected = stream_on_engine(0, "", str(tmp_path))
+    for found in engines.run("ddp", stream_on_engine, "ddp", str(tmp_path)):
+        for line, other in zip(found["lines"], expected["lines"], strict=True):
+            assert line == pytest.approx(other, rel=1e-4, abs=1e-5)

@@ -62,3 +62,11 @@ def build_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=whole, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
+
+
+def add_specials(tokenizer: Any, template: str) -> None:
+    """Let a tokenizer put tokens around a text ($A) by itself, as those of Llama and BERT do."""
+    from tokenizers.processors import TemplateProcessing
+
+    specials = [(token, tokenizer.convert_tokens_to_ids(token)) for token in template.split() if token != "$A"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=specials)

@@ -51,8 +51,9 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
     - ``prompt``: messages with a ``{"type": "audio"}`` part for each recording (with none, the recordings go before the
       first user message), or text with the processor's audio token in it.
     - ``audio``: a recording, or a list of them: datasets' ``Audio`` (undecoded or decoded), the path or the bytes of a
-      file that soundfile reads, or ``{"array": (samples,), "sampling_rate": int}``. Of several channels the mean is
-      taken; other rates than the feature extractor's are resampled.
+      file that soundfile reads, or ``{"array": ..., "sampling_rate": int}``, the array (samples,), (samples, channels)
+      or (channels, samples). Integers are scaled by the range of their dtype. Of several channels the mean is taken;
+      other rates than the feature extractor's are resampled.
 
     A frozen encoder (no parameter of it wants a gradient) runs in eval mode, once for a prompt of a generation batch,
     alone, so that what it gives depends on no other clip. One that is trained runs in every forward, over clips padded
@@ -62,8 +63,8 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
     Raises:
         RuntimeError: TRL is older than 1.14.
         ValueError: vLLM, tools, environments or a ``rollout_func``; a dataset without audio; recordings and audio parts
-            that differ in number; a recording that is silent, empty, not finite, longer than the encoder takes, or of a
-            sampling rate that cannot be.
+            that differ in number; a recording that is silent, empty, not finite, too short for one audio token, longer
+            than the encoder takes, or of a sampling rate, a shape or a dtype that cannot be.
         TypeError: the model or the processor takes no audio.
     """
 
@@ -399,8 +400,10 @@ def _key(audio: Any) -> Any:
     """Something that is equal for equal recordings."""
     if isinstance(audio, dict):
         return tuple((name, _key(value)) for name, value in sorted(audio.items()))
-    if isinstance(audio, np.ndarray | Tensor):
-        return np.asarray(audio).tobytes()
+    if isinstance(audio, Tensor):
+        audio = audio.detach().cpu().double().numpy()  # numpy has no bfloat16
+    if isinstance(audio, np.ndarray):
+        return audio.shape, audio.dtype.str, audio.tobytes()
     if isinstance(audio, list | tuple):
         return tuple(_key(value) for value in audio)
     if isinstance(audio, str | bytes | int | float | None):

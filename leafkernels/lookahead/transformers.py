@@ -20,6 +20,20 @@ from leafkernels.lookahead.stepper import TransformersStepper
 
 # What transformers' generate prepares for its own loop; the stepper has its own.
 _OF_GENERATE = {"past_key_values", "use_cache", "position_ids", "cache_position", "logits_to_keep"}
+# What ``Trainer`` and the engines below it ask of a model. Not all that it has: what they do not allow a quantised
+# model, as to be trained, a channel beside it may.
+_OF_MODEL = {
+    "_no_split_modules",
+    "activation_checkpointing_disable",
+    "activation_checkpointing_enable",
+    "enable_input_require_grads",
+    "get_input_embeddings",
+    "get_output_embeddings",
+    "gradient_checkpointing_disable",
+    "gradient_checkpointing_enable",
+    "main_input_name",
+    "tie_weights",
+}
 
 
 class RewardTransformer(nn.Module):
@@ -66,6 +80,9 @@ class RewardTransformer(nn.Module):
     def config(self) -> Any:
         """The model's."""
         return self.model.config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name) if name in _OF_MODEL else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's forward, its output with ``rewards`` (B, T)."""
@@ -488,7 +505,9 @@ class _Run:
     def take(self, layer: int, hidden: Tensor) -> None:
         self.taken += 1
         if layer == 0:
-            self._kept = [] if self._afterwards or self._channel.is_fused(hidden) else None
+            # ZeRO-3 has the weights in one piece only where the channel is called as a whole.
+            is_spread = hasattr(self._channel.wide, "ds_id")
+            self._kept = [] if self._afterwards or is_spread or self._channel.is_fused(hidden) else None
         if self._kept is not None:
             # As transformers keeps them for output_hidden_states: its layers do not write to what they read.
             self._kept.append(hidden)

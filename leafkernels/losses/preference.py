@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid, pad, softplus
 
 from leafkernels._core.checks import (
     check_choice,
@@ -63,22 +63,50 @@ def token_reward_loss(
         >>> leafkernels.token_reward_loss(chosen, rejected, torch.ones(1, 2), torch.ones(1, 2))
         tensor(0.3133)
     """
+    sums = token_reward_sums(
+        chosen_rewards, rejected_rewards, chosen_mask, rejected_mask, kind=kind, scale=scale, margin=margin
+    )
+    return (sums / answer_counts(chosen_mask, rejected_mask)).sum()
+
+
+def token_reward_sums(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    *,
+    kind: str = "sequence_bt",
+    scale: float = 1.0,
+    margin: float = 0.0,
+) -> Tensor:
+    """(3,): what ``token_reward_loss`` sums over the pairs, the chosen tokens and the rejected ones.
+
+    Divided by the ``answer_counts`` of a whole step, the sums of its parts add up to the loss of the step.
+    """
     check_choice("kind", kind, KINDS)
     check_positive("scale", scale)
     check_finite("margin", margin)
     chosen, chosen_mask = _answers("chosen", chosen_rewards, chosen_mask)
     rejected, rejected_mask = _answers("rejected", rejected_rewards, rejected_mask)
     _check_pairs(chosen, rejected)
+    if kind == "token_bce":
+        sides = (softplus(-chosen), chosen_mask), (softplus(rejected), rejected_mask)
+        return pad(torch.stack([0.5 * torch.where(mask, x, 0.0).sum() for x, mask in sides]), (1, 0))
     if kind == "sequence_bt":
         difference = _mean(chosen, chosen_mask) - _mean(rejected, rejected_mask)
-        return softplus(-scale * (difference - margin)).mean()
-    if kind == "token_bt":
+        of_pairs = softplus(-scale * (difference - margin))
+    elif kind == "token_bt":
         difference, is_token = _aligned(chosen, chosen_mask, rejected, rejected_mask)
-        return _mean(softplus(-scale * (difference - margin)), is_token).mean()
-    if kind == "token_bce":
-        of_chosen = _mean(softplus(-chosen).flatten(), chosen_mask.flatten())
-        return 0.5 * (of_chosen + _mean(softplus(rejected).flatten(), rejected_mask.flatten()))
-    return -0.5 * (_log_mean_sigmoid(chosen, chosen_mask) + _log_mean_sigmoid(-rejected, rejected_mask)).mean()
+        of_pairs = _mean(softplus(-scale * (difference - margin)), is_token)
+    else:
+        of_pairs = -0.5 * (_log_mean_sigmoid(chosen, chosen_mask) + _log_mean_sigmoid(-rejected, rejected_mask))
+    return pad(of_pairs.sum()[None], (0, 2))
+
+
+def answer_counts(chosen_mask: Tensor, rejected_mask: Tensor) -> Tensor:
+    """(3,) int64: pairs, tokens of the chosen answers and tokens of the rejected ones."""
+    pairs = torch.full((), len(chosen_mask), device=chosen_mask.device)
+    return torch.stack([pairs, (chosen_mask != 0).sum(), (rejected_mask != 0).sum()])
 
 
 def simpo_loss(

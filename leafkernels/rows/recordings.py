@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# No microphone array has more channels; a spectrogram has more rows.
+_MOST_CHANNELS = 32
+
 
 @dataclass(eq=False)
 class Heard:
@@ -47,6 +50,7 @@ class PromptReader:
             )
         self.rate, self.audio_token = extractor.sampling_rate, str(token)
         self._processor, self._extractor = processor, extractor
+        self._end = added_tokens(processor.tokenizer)[1]
         self._chat_template_kwargs = dict(chat_template_kwargs or {})
 
     def read(self, prompt: Any, audio: Any) -> Heard:
@@ -56,16 +60,19 @@ class PromptReader:
             prompt: messages with a ``{"type": "audio"}`` part for each recording (with none, the recordings go before
                 the first user message), or text with the audio token in it.
             audio: a recording, or a list of them: datasets' ``Audio`` (undecoded or decoded), the path or the bytes of
-                a file that soundfile reads, or ``{"array": (samples,), "sampling_rate": int}``. Of several channels
-                the mean is taken; other rates are resampled.
+                a file that soundfile reads, or ``{"array": ..., "sampling_rate": int}`` with an array (samples,),
+                (samples, channels) or (channels, samples), which are told apart by their sizes: at most 32 channels.
+                Integers are scaled by the range of their dtype, as those of files. Of several channels the mean is
+                taken; other rates are resampled.
 
         Raises:
             ValueError: recordings and audio parts that differ in number; a recording that is silent, empty, not finite,
-                longer than the encoder takes, or of a sampling rate that cannot be.
+                too short for one audio token, longer than the encoder takes, or of a sampling rate, a shape or a dtype
+                that cannot be.
         """
         try:
             clips = _read_clips(audio, self.rate)
-            inputs = self._process(prompt, clips)
+            inputs = self._hear(prompt, clips)
             features = {
                 name: values
                 for name, values in inputs.items()
@@ -75,6 +82,27 @@ class PromptReader:
         except ValueError as error:
             raise ValueError(f"{error}, with the prompt {_shorten(repr(prompt))}") from error
         return Heard(torch.as_tensor(inputs["input_ids"])[0].tolist(), features)
+
+    def _hear(self, prompt: Any, clips: list[np.ndarray]) -> Any:
+        """The processor's inputs, with an audio token for every clip at least: without one it is not heard."""
+        shortest = min(clips, key=len)
+        too_short = (
+            f"audio must be long enough for one audio token, got {len(shortest) / self.rate:g} s "
+            f"({len(shortest)} samples at {self.rate} Hz)"
+        )
+        if len(shortest) < (getattr(self._extractor, "hop_length", None) or 1):
+            raise ValueError(too_short)
+        try:
+            inputs = self._process(prompt, clips)
+            alone = inputs
+            if len(clips) > 1:
+                alone = self._process([{"role": "user", "content": [{"type": "audio"}]}], [shortest])
+        except (IndexError, RuntimeError) as error:  # of a window that is longer than the clip
+            raise ValueError(f"{too_short}, of which the processor says {error}") from error
+        token = self._processor.tokenizer.convert_tokens_to_ids(self.audio_token)
+        if token not in torch.as_tensor(alone["input_ids"])[0].tolist():
+            raise ValueError(too_short)
+        return inputs
 
     def read_text(self, prompt: Any) -> Heard:
         """The same for a prompt without a recording, text or messages; it has no features."""
@@ -103,12 +131,13 @@ class PromptReader:
                 f"{len(clips)} recordings"
             )
         bos = processor.tokenizer.bos_token
-        begun = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
-        if not clips:
-            return processor.tokenizer([prompt], return_tensors="pt", **begun)
-        return processor(
-            text=[prompt], audio=clips, return_tensors="pt", audio_kwargs={"sampling_rate": self.rate}, **begun
-        )
+        begun: dict[str, Any] = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
+        if clips:
+            begun |= {"audio": clips, "audio_kwargs": {"sampling_rate": self.rate}}
+        inputs = (processor if clips else processor.tokenizer)(text=[prompt], return_tensors="pt", **begun)
+        if self._end and "add_special_tokens" not in begun:
+            inputs["input_ids"] = inputs["input_ids"][:, : -len(self._end)]  # the answer follows
+        return inputs
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         processor = self._processor
@@ -182,6 +211,16 @@ def find_encoder(model: Any) -> Any:
     raise TypeError(f"model must have an audio encoder, got {type(model).__name__}")
 
 
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and behind a text by itself."""
+    whole, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        end = start + len(plain)
+        if whole[start:end] == plain:
+            return whole[:start], whole[end:]
+    return [], []
+
+
 def _takes_audio(processor: Any) -> bool:
     """Whether a call takes audio; Voxtral's reads it from the messages only."""
     return "audio" in inspect.signature(type(processor).__call__).parameters
@@ -203,22 +242,51 @@ def _read_clip(clip: Any, rate: int) -> np.ndarray:
         decoded = clip.get_all_samples()
         samples, own_rate = np.asarray(decoded.data).T, decoded.sample_rate
     elif isinstance(clip, dict) and clip.get("array") is not None:
-        samples, own_rate = np.asarray(clip["array"], dtype=np.float32), clip.get("sampling_rate")
-        # Channels first, as everyone has them who has an array of two dimensions.
-        samples = samples.T
+        samples, own_rate = _read_array(clip["array"]), clip.get("sampling_rate")
     else:
         samples, own_rate = _read_file(clip)
-    if samples.ndim == 2:
-        samples = samples.mean(1)
-    if not isinstance(own_rate, int | np.integer) or own_rate <= 0:
+    if isinstance(own_rate, bool) or not isinstance(own_rate, int | np.integer) or own_rate <= 0:
         raise ValueError(f"audio must have a sampling rate that is a positive integer, got {own_rate!r}")
     if samples.size == 0:
         raise ValueError("audio must have samples, got an empty recording")
+    if samples.ndim == 2:
+        samples = samples.mean(1)
     if not np.isfinite(samples).all():
         raise ValueError("audio must be finite, got NaN or infinity among the samples")
     if not samples.any():
         raise ValueError(f"audio must be audible, got {samples.size / own_rate:.2f} s of silence")
     return resample(samples, int(own_rate), rate)
+
+
+def _read_array(array: Any) -> np.ndarray:
+    """(samples,) or (samples, channels) float32 of an array in either order, integers scaled as those of files are."""
+    if isinstance(array, Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    try:
+        samples = np.asarray(array)
+    except ValueError:  # lists of several lengths
+        samples = np.asarray(None)
+    kind, bits = samples.dtype.kind, 8 * samples.dtype.itemsize
+    if samples.ndim not in (1, 2) or kind not in "fiu" or (kind != "f" and bits == 64):
+        # Of 64 bits are lists of whole numbers, of any range.
+        raise ValueError(
+            "audio must be an array (samples,), (samples, channels) or (channels, samples) of floats, or of integers "
+            f"of at most 32 bits, got shape {samples.shape} of {samples.dtype}"
+        )
+    if samples.ndim == 2:
+        channels, length = sorted(samples.shape)
+        if channels > _MOST_CHANNELS or 1 < length <= _MOST_CHANNELS and channels != 1:
+            raise ValueError(
+                "audio must be an array whose shape tells samples from channels, of which there are at most "
+                f"{_MOST_CHANNELS}, got shape {samples.shape}"
+            )
+        if samples.shape[0] == channels:
+            samples = samples.T
+    if kind == "f":
+        return samples.astype(np.float32)
+    half = 2.0 ** (bits - 1)
+    return ((samples - (half if kind == "u" else 0.0)) / half).astype(np.float32)
 
 
 def _read_file(clip: Any) -> tuple[np.ndarray, int]:
