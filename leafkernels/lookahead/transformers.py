@@ -13,10 +13,9 @@ from leafkernels._core.checks import check_integer, check_mask
 from leafkernels.lookahead.reward_channel import LayerWeights, RewardChannel
 from leafkernels.lookahead.search import Search, as_ids, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
+from leafkernels.lookahead.trial import UnfitLayersError, base_of, check_layers
 
 _CHANNEL, _SETTINGS = "reward_channel.safetensors", "reward_channel.json"
-# What transformers' generate prepares for its own loop; the stepper has its own.
-_OF_GENERATE = {"past_key_values", "use_cache", "position_ids", "cache_position", "logits_to_keep"}
 
 
 class RewardTransformer(nn.Module):
@@ -47,7 +46,7 @@ class RewardTransformer(nn.Module):
             raise TypeError(f"channel must be a RewardChannel, got {type(channel).__name__}")
         config = model.config.get_text_config()
         if channel is None:
-            eps = getattr(config, "rms_norm_eps", 1e-6)
+            eps = getattr(config, "rms_norm_eps", None) or 1e-6
             channel = RewardChannel(len(layers), config.hidden_size, eps=eps).to(next(decoder.parameters()).device)
         sizes = (channel.num_layers, channel.hidden_size)
         if sizes != (len(layers), config.hidden_size):
@@ -61,6 +60,7 @@ class RewardTransformer(nn.Module):
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True)
         decoder.register_forward_hook(self._after_decoder)
+        check_layers(self)
 
     @property
     def config(self) -> Any:
@@ -223,7 +223,11 @@ class RewardTransformer(nn.Module):
         try:
             return search_all(
                 TransformersStepper(
-                    self, packed=packed, inputs=features, suppress_tokens=as_ids("suppress_tokens", suppressed)
+                    self,
+                    packed=packed,
+                    inputs=features,
+                    suppress_tokens=as_ids("suppress_tokens", suppressed),
+                    max_new_tokens=max_new_tokens,
                 ),
                 prompts,
                 width=width,
@@ -273,10 +277,11 @@ class RewardTransformer(nn.Module):
         # Under PEFT and torch.compile it is the model within that calls.
         if model.get_decoder() is not self._decoder[0]:
             raise ValueError("custom_generate must be called by the model that the channel runs beside")
+        mask = inputs.pop("attention_mask", None)
         found = self.generate_all(
             input_ids,
-            inputs.pop("attention_mask", None),
-            inputs={name: value for name, value in inputs.items() if name not in _OF_GENERATE and value is not None},
+            mask,
+            inputs=self._features(input_ids, mask, inputs),
             width=width,
             chunk=chunk,
             depth=depth,
@@ -289,8 +294,27 @@ class RewardTransformer(nn.Module):
             max_branches=max_branches,
         )
         answers = [torch.tensor(of_one.token_ids, device=input_ids.device) for of_one in found]
-        padding = _of_config(generation_config.pad_token_id) or (0,)
+        # As transformers pads; without an end token no answer is shorter than another.
+        padding = _of_config(generation_config.pad_token_id) or _of_config(generation_config.eos_token_id) or (0,)
         return torch.cat([input_ids, nn.utils.rnn.pad_sequence(answers, True, float(padding[0]))], dim=1)
+
+    def _features(self, input_ids: Tensor, mask: Tensor | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of what ``generate`` hands over: what the model reads of the prompts; the stepper has a cache of its own."""
+        from transformers import Cache
+
+        features = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if isinstance(value, Cache):
+                if value.get_seq_length():
+                    raise ValueError(f"{name} must be empty, got a cache of {value.get_seq_length()} tokens")
+                del features[name]
+        positions = features.pop("position_ids", None)
+        ask = getattr(base_of(self), "_prepare_position_ids_for_generation", None)
+        if positions is not None and ask is not None:
+            found = ask(input_ids, {**features, "attention_mask": torch.ones_like(input_ids) if mask is None else mask})
+            if found.ndim != positions.ndim or not (found == positions).all():
+                features["position_ids"] = positions
+        return features
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the channel alone, and which base it belongs to, into a folder."""
@@ -344,9 +368,11 @@ class _Run:
         self._kept: list[Tensor] | None = None
         self._layers: list[LayerWeights] = []
         self._state: Tensor | None = None
+        self._shape: torch.Size | None = None
         self.rewards: Tensor | None = None
 
     def take(self, layer: int, hidden: Tensor) -> None:
+        self._check(hidden)
         if layer == 0:
             self._kept = [] if self._afterwards or self._channel.is_fused(hidden) else None
         if self._kept is not None:
@@ -359,12 +385,22 @@ class _Run:
             self._state = self._channel.step(self._layers[layer], hidden, self._state)
 
     def finish(self, hidden: Tensor) -> None:
+        self._check(hidden)
         with torch.set_grad_enabled(self._with_grad):
             if self._kept is not None:
                 self.rewards = self._channel([*self._kept, hidden])
             else:
                 assert self._state is not None
                 self.rewards = self._channel.reward(hidden, self._state)
+
+    def _check(self, hidden: Tensor) -> None:
+        size = self._channel.hidden_size
+        self._shape = hidden.shape if self._shape is None else self._shape
+        if hidden.dim() != 3 or hidden.shape[-1] != size or hidden.shape != self._shape:
+            raise UnfitLayersError(
+                f"model must have a decoder whose layers and final norm all pass on (B, T, {size}), got shape "
+                f"{tuple(hidden.shape)}{'' if hidden.shape == self._shape else f' behind {tuple(self._shape)}'}"
+            )
 
 
 def _load(name: str, **kwargs: Any) -> Any:
@@ -405,9 +441,13 @@ def _prompts(input_ids: Tensor, attention_mask: Any, features: Mapping[str, Any]
     mask = check_mask(attention_mask, "input_ids", input_ids.shape, input_ids.device, "attention_mask")
     if mask is None or mask.all():
         return list(torch.atleast_2d(input_ids))
-    for name, values in features.items():
-        if getattr(values, "shape", None) == input_ids.shape:
-            raise ValueError(f"inputs must hold nothing by token, as {name} does, where attention_mask has padding")
+    lengths = torch.atleast_2d(mask).sum(1, keepdim=True)
+    is_left = torch.arange(mask.shape[-1], device=mask.device) >= mask.shape[-1] - lengths
+    # Padded so, the prompts are run as they came, with what stands beside their tokens.
+    if not (lengths.max() == mask.shape[-1] and torch.equal(is_left, torch.atleast_2d(mask))):
+        for name, values in features.items():
+            if getattr(values, "shape", ())[-mask.dim() :] == mask.shape:
+                raise ValueError(f"inputs must hold nothing by token, as {name} does, where attention_mask has padding")
     return [ids[seen] for ids, seen in zip(torch.atleast_2d(input_ids), torch.atleast_2d(mask), strict=True)]
 
 
@@ -436,6 +476,10 @@ def _find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     kind = type(model).__name__
     if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
         raise ValueError(f"model must be a language model of transformers, got {kind}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model must be a decoder alone, which reads prompt and answer, got {kind}, an encoder-decoder"
+        )
     decoder = model.get_decoder()
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == count]
