@@ -68,11 +68,10 @@ class TransformersStepper:
         self._has_kinds = bool(kinds)
         self._cache: Any = None
         self._base = trial.base_of(model)
-        read = {} if self._base is None else inspect.signature(self._base.forward).parameters
-        # Whether the model counts positions by itself, and under which name it reads a cache.
-        self._counts_itself = self._base is not None and "position_ids" not in read
-        of_cache = [name for name, parameter in read.items() if "Cache" in str(parameter.annotation)]
-        self._cache_name = of_cache[0] if of_cache else "past_key_values"
+        self._counts_itself, self._cache_name = False, "past_key_values"
+        if self._base is not None:
+            self._counts_itself = "position_ids" not in inspect.signature(self._base.forward).parameters
+            self._cache_name = _name_of_cache(self._base)
         trial.check_model(self, packed)
 
     @property
@@ -256,6 +255,17 @@ class TransformersStepper:
             **{self._cache_name: self._cache},
         )
         return output.logits[:, -1], output.rewards[:, -1]
+
+
+def _name_of_cache(base: Any) -> str:
+    """Under which name the model reads a cache, or else transformers' ``generate`` hands it one."""
+    from transformers import GenerationMixin
+
+    for asked in (base.forward, GenerationMixin.prepare_inputs_for_generation):
+        for name, parameter in inspect.signature(asked).parameters.items():
+            if "Cache" in str(parameter.annotation):
+                return name
+    return "past_key_values"
 
 
 def _take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -85,13 +85,17 @@ def check_inputs(stepper: Any, prompts: Sequence[Tensor]) -> None:
         return
     key = ("inputs", stepper._packed, *names)
     found = _FOUND.setdefault(stepper._model, {})
-    if key not in found:
-        found[key] = _wrong(_compare_inputs, stepper, prompts)
-    if found[key]:
+    if key in found:
+        return
+    # What is raised here is about these prompts, and the model's own.
+    with _quietly(base):
+        wrong = _compare_inputs(_plain(stepper), prompts)
+    if wrong:
         raise ValueError(
             f"inputs must be what {type(base).__name__} reads of its prompts once, and behind {', '.join(names)} it "
-            f"gives other tokens than its own generate: {found[key]}"
+            f"gives other tokens than its own generate: {wrong}"
         )
+    found[key] = ""
 
 
 def check_turns(stepper: Any, shortest: int, longest: int) -> None:
@@ -161,12 +165,17 @@ def _tried(stepper: Any, packed: bool, padded: bool) -> str:
     return str(found[key])
 
 
-def _wrong(compare: Any, stepper: Any, *args: Any) -> str:
+def _plain(stepper: Any) -> Any:
+    """Another stepper on the same model, which suppresses nothing."""
     mine = copy.copy(stepper)
     mine._suppressed = stepper._suppressed[:0]
+    return mine
+
+
+def _wrong(compare: Any, stepper: Any, *args: Any) -> str:
     try:
         with _quietly(stepper._base):
-            wrong: str = compare(mine, *args)
+            wrong: str = compare(_plain(stepper), *args)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as failure:  # whatever a model raises is the answer
@@ -250,19 +259,25 @@ def _compare_inputs(mine: Any, prompts: Sequence[Tensor]) -> str:
 def _generate(
     base: Any, input_ids: Tensor, count: int, seen: Tensor | None = None, inputs: Mapping[str, Any] | None = None
 ) -> Any:
+    from transformers import GenerationConfig
+
+    # Without what the model's own config asks of sampling, processors and ends.
+    known = vars(GenerationConfig())
+    unasked = {name: None for name in base.generation_config.to_diff_dict() if name in known}
+    unasked.pop("transformers_version", None)
     own = {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids) if seen is None else seen,
         "do_sample": False,
         "num_beams": 1,
+        "num_return_sequences": 1,
         "max_new_tokens": count,
-        "min_new_tokens": count,
         "pad_token_id": 0,
         "use_cache": True,
         "return_dict_in_generate": True,
         "output_logits": True,
     }
-    return base.generate(**{**(inputs or {}), **own})
+    return base.generate(**{**unasked, **(inputs or {}), **own})
 
 
 class _Differences:
@@ -302,5 +317,5 @@ def _plain_ids(base: Any) -> Tensor:
 
     read(config.to_dict())
     size = config.get_text_config().vocab_size
-    free = [number for number in range(size) if number not in named]
+    free = [number for number in range(size) if number not in named] or list(range(size))
     return torch.tensor([free[(7 * place + 3) % len(free)] for place in range(6)])
