@@ -136,6 +136,20 @@ def test_a_config_that_leaves_the_norms_constant_open() -> None:
     assert found.token_ids == expected[0, IDS.shape[1] :].tolist()
 
 
+def test_rows_padded_on_the_left_are_scored_by_their_positions() -> None:
+    """Of a model with learnt positions, which the mask does not tell it."""
+    torch.manual_seed(1)
+    wrapped = RewardTransformer(build_model("gpt2"), RewardChannel(3, 16, width=4))
+    mask = torch.tensor([[0, 0, 0] + [1] * 5, [1] * 8])
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        found = wrapped(input_ids=IDS, attention_mask=mask, position_ids=positions).rewards[0, 3:]
+        alone = wrapped(input_ids=IDS[:1, 3:]).rewards[0]
+        right = wrapped(input_ids=IDS.roll(-3, 1), attention_mask=mask.flip(1)).rewards[0, :5]
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(right, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_a_channel_looks_at_a_few_tokens_and_leaves_no_trace() -> None:
     """Modes, random numbers and gradients are those of before."""
     model = build_model("gpt2").train()

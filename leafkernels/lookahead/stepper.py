@@ -109,7 +109,7 @@ class TransformersStepper:
         is_padded = not all(len(prompt) == input_ids.shape[1] for prompt in prompts)
         positions = self._positions_of(input_ids, seen)
         places: dict[str, Any] = {"attention_mask": seen.long()} if is_padded else {}
-        if self._tells_positions(is_padded):
+        if is_padded if self._base is None else not self._counts_itself:
             places["position_ids"] = positions
         own = {"input_ids": input_ids, self._cache_name: self._cache, "use_cache": True}
         output = self._model(**{**self._inputs, **places, **own})
@@ -132,18 +132,18 @@ class TransformersStepper:
             return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
         # What stands left of a prompt is masked, and its columns are dropped before the first token.
         input_ids = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True, padding_side="left")
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=input_ids.device)
-        return input_ids, torch.arange(input_ids.shape[1], device=input_ids.device) >= input_ids.shape[1] - lengths[
-            :, None
-        ]
-
-    def _tells_positions(self, is_padded: bool) -> bool:
-        return is_padded if self._base is None else not self._counts_itself
+        padding = torch.tensor([[input_ids.shape[1] - len(prompt)] for prompt in prompts], device=input_ids.device)
+        return input_ids, torch.arange(input_ids.shape[1], device=input_ids.device) >= padding
 
     def _positions_of(self, input_ids: Tensor, seen: Tensor) -> Tensor:
         """(..., B, P), as ``generate`` prepares them: behind an image they are not those of the tokens."""
         given = self._inputs.get("position_ids")
         if given is not None:
+            if given.shape[-1] != input_ids.shape[1]:
+                raise ValueError(
+                    f"position_ids of inputs must have one for each of {input_ids.shape[1]} tokens, got shape "
+                    f"{tuple(given.shape)}"
+                )
             return given
         ask = getattr(self._base, "_prepare_position_ids_for_generation", None)
         if ask is None or self._counts_itself:

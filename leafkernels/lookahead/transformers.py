@@ -29,6 +29,8 @@ class RewardTransformer(nn.Module):
 
     A model none of whose parameters requires a gradient runs without one, and the channel with.
 
+    Two tokens are run through a new one, which tells whether its layers are such as a channel reads.
+
     Args:
         model: a model with a decoder of layers, as Llama, Qwen, Mistral, Gemma, Phi and GPT-2 have it, or an audio or
             vision model around one; under PEFT too.
@@ -36,7 +38,8 @@ class RewardTransformer(nn.Module):
 
     Raises:
         TypeError: the channel is no ``RewardChannel``.
-        ValueError: the model has no such decoder, or the channel is of another size.
+        ValueError: the model has no such decoder, or an encoder before it (T5, BART); its layers or its final norm pass
+            on something else than (B, T, numbers) (Gemma 3n, OPT with a projection); or the channel is of another size.
     """
 
     def __init__(self, model: Any, channel: RewardChannel | None = None) -> None:
@@ -68,7 +71,11 @@ class RewardTransformer(nn.Module):
         return self.model.config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's forward, its output with ``rewards`` (B, T)."""
+        """As the model's forward, its output with ``rewards`` (B, T).
+
+        Positions are the model's business: one with learnt ones (GPT-2) counts them from the first column, padding
+        included, so that rows padded on the left need ``position_ids`` to be scored as they are alone.
+        """
         is_frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
         with self._running() as run, torch.set_grad_enabled(torch.is_grad_enabled() and not is_frozen):
             output = self.model(*args, **kwargs, return_dict=True)
@@ -129,7 +136,8 @@ class RewardTransformer(nn.Module):
             attention_mask: of the same shape, 0 at padding; None: that in ``inputs``, or no padding.
             inputs: what the model reads of the prompt, as its processor gives it: ``input_features`` and
                 ``feature_attention_mask`` of a Qwen2-Audio, for instance; ``input_ids`` and ``attention_mask`` too,
-                where these are not given by themselves.
+                where these are not given by themselves. When inputs of such names first come, two tokens are compared
+                with those of the model's ``generate``, which reads the prompt once more.
             width, chunk, depth, max_new_tokens, with_end, min_p, max_branches: as in ``search``; the paper's first
                 three are 2, 10, 2.
             eos_token_ids: one id or several; None: those of the model's generation config.
@@ -142,6 +150,7 @@ class RewardTransformer(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument is not what it must be, a reward is not finite, or no token's logit is.
+                ValueError also where the model's own ``generate`` goes on in another way (``TransformersStepper``).
         """
         ids, mask, features = _apart(input_ids, attention_mask, inputs)
         if check_integer("input_ids", ids).dim() not in (1, 2) or ids.shape[:-1].numel() != 1:
@@ -263,8 +272,9 @@ class RewardTransformer(nn.Module):
     ) -> Tensor:
         """For ``model.generate(..., custom_generate=self.custom_generate, width=2, chunk=10, depth=2)``.
 
-        From the generation config come the length, the end tokens, the suppressed ones, ``min_p`` and the padding; what
-        else the model reads of its prompts, as the features of an audio model, is read here too. Nothing is sampled,
+        From the generation config come the length, the end tokens, the suppressed ones, ``min_p`` and the padding (the
+        end token where there is none); what else the model reads of its prompts, as the features of an audio model, is
+        read here too. Nothing is sampled,
         and logits processors are not asked. transformers hands neither a streamer nor a tokenizer over: for a streamer
         and for stop strings there is ``generate``.
 
@@ -272,7 +282,7 @@ class RewardTransformer(nn.Module):
             (B, P + T) prompts and answers, padded on the right.
 
         Raises:
-            ValueError: the model that calls has another decoder.
+            ValueError: the model that calls has another decoder, a cache is not empty, or as in ``generate``.
         """
         # Under PEFT and torch.compile it is the model within that calls.
         if model.get_decoder() is not self._decoder[0]:

@@ -107,16 +107,18 @@ def check_turns(stepper: Any, shortest: int, longest: int) -> None:
     if base is None or stepper._counts_itself:
         return
     found = _FOUND.setdefault(stepper._model, {})
-    if "turns" not in found:
-        is_rotary = any("inv_freq" in name for name, _ in base.named_buffers())
-        found["turns"] = (longest, 0) if is_rotary else (0, float("inf"))
-    least, most = found["turns"]
+    # Between these lengths they are known to be the same.
+    least, most = found.get("turns", (float("inf"), 0))
     if least <= shortest and longest <= most:
+        return
+    if not any("inv_freq" in name for name, _ in base.named_buffers()):
+        found["turns"] = (0, float("inf"))
         return
     # Twice as far where that makes no difference, so that few lengths are tried.
     for end in (2 * longest, longest):
         if _same_turns(base, shortest, end):
-            found["turns"] = (shortest, end)
+            meets = shortest <= most and least <= end
+            found["turns"] = (min(least, shortest), max(most, end)) if meets else (shortest, end)
             return
     raise ValueError(
         "prompts and answers must be all shorter or all longer than the length where the rotary frequencies of "
