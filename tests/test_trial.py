@@ -150,6 +150,22 @@ def test_rows_padded_on_the_left_are_scored_by_their_positions() -> None:
     torch.testing.assert_close(right, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast", "nan"])
+def test_rounding_is_no_difference(kind: str) -> None:
+    """Of whatever the model computes in; and a broken model has the sentence of the search."""
+    model = build_other("Mixtral")
+    if kind == "nan":
+        model.lm_head.weight.data[3] = torch.nan
+        with pytest.raises(ValueError, match="a finite best logit, got nan at forward 1"):
+            RewardTransformer(model).generate(IDS[0])
+        return
+    if kind != "autocast":
+        model.to(getattr(torch, kind))
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        found = RewardTransformer(model).generate_all([IDS[0], IDS[1, :3]], eos_token_ids=(), **AHEAD)
+    assert [len(of_one.token_ids) for of_one in found] == [9, 9]
+
+
 def test_a_channel_looks_at_a_few_tokens_and_leaves_no_trace() -> None:
     """Modes, random numbers and gradients are those of before."""
     model = build_model("gpt2").train()
