@@ -224,18 +224,6 @@ def test_every_parameter_gets_a_gradient_and_the_state_keeps_its_names(layers: i
     assert torch.equal(other(hidden), channel(hidden)) and torch.equal(other.fused(hidden), channel.fused(hidden))
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_every_parameter_gets_a_gradient_and_the_state_keeps_its_names(layers: int) -> None:
-    """A channel of one layer has no narrow weights; its state, which folders hold, has them with no number in them."""
-    channel, hidden = _random(layers, 8, 4, 5)
-    channel(hidden).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in channel.parameters())
-    assert {*channel.state_dict()} == {"norm_wide", "norm_narrow", "wide", "narrow", "head.0.weight"}
-    other = RewardChannel(layers, 8, 4).to(DEVICE)
-    other.load_state_dict(channel.state_dict())
-    assert torch.equal(other(hidden), channel(hidden)) and torch.equal(other.fused(hidden), channel.fused(hidden))
-
-
 def test_by_hand() -> None:
     channel = RewardChannel(1, 2, width=1, eps=1e-30)
     with torch.no_grad():

@@ -159,6 +159,39 @@ def test_one_branch_is_greedy(seed: int, chunk: int, depth: int, limit: int) -> 
     assert _run(seed, 5, width=1, chunk=chunk, depth=depth, max_new_tokens=limit).token_ids == tokens[2:]
 
 
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_of_equal_logits_the_lower_id_comes_first(seed: int, width: int, dtype: torch.dtype) -> None:
+    """So that the first candidate of a fork is what greedy decoding takes, and the others do not hang on a kernel."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, 3, (4, 200), generator=draw).to(dtype)
+    rows[torch.rand(rows.shape, generator=draw) < 0.5] = -math.inf
+
+    class Ties:
+        def prefill(self, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rows[:1], torch.zeros(1)
+
+        def extend(self, parents: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return rows[1:2].expand(len(parents), -1), torch.zeros(len(parents))
+
+    found = search(Ties(), torch.tensor([1]), width=width, chunk=1, depth=0, max_new_tokens=4)
+    best = sorted((i for i in range(200) if rows[1, i] > -math.inf), key=lambda i: (-float(rows[1, i]), i))[:width]
+    assert [candidate.first_token for candidate in found.commits[1].candidates] == best
+    assert found.token_ids == [int(rows[0].argmax()), *[int(rows[1].argmax())] * 3]
+
+
+def test_a_fork_has_no_more_branches_than_tokens_are_left() -> None:
+    class Few(Table):
+        def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
+            logits, rewards = super()._all()
+            logits[:, :4] = -math.inf
+            return logits, rewards
+
+    found = search(Few(0, 6, 5, 3), torch.tensor([1, 2]), width=5, chunk=1, depth=0, max_new_tokens=4)
+    assert all({c.first_token for c in commit.candidates} == {4, 5} for commit in found.commits[1:])
+    assert all(len(commit.candidates) == 2 for commit in found.commits[1:])
+
+
 def _every_answer(
     table: Table, prefix: list[int], grown: int, width: int, chunk: int, limit: int, min_p: float
 ) -> list[list[int]]:

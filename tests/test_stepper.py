@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_decoders import MODELS, build_model
+from tiny_decoders import ALONE, BOTH, MODELS, NONE, OTHERS, SIZES, build_model, build_other
 
-from leafkernels.lookahead import TransformersStepper, search
+from leafkernels.lookahead import TransformersStepper, search, search_all
 
 pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
 
@@ -214,3 +214,147 @@ def test_packs_what_has_alibi_in_its_config_and_not_in_use() -> None:
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     TransformersStepper(WithRewards(transformers.FalconForCausalLM(transformers.FalconConfig(vocab_size=29, **sizes))))
+
+
+PROMPTS = [torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 8, 7, 6, 5, 4, 3, 2, 11, 12])]
+
+
+def greedy(model: Any, prompt: torch.Tensor, **options: Any) -> list[int]:
+    """By the model's own ``generate``."""
+    options = {"do_sample": False, "max_new_tokens": 8, "attention_mask": torch.ones_like(prompt[None]), **options}
+    found: list[int] = model.generate(prompt[None], **options)[0, len(prompt) :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_taken_goes_on_as_generate_does(name: str) -> None:
+    """Whatever the decoder: greedy decoding is its own, prompts and branches are what they are alone, or it is said."""
+    model = WithRewards(build_other(name))
+    taken, ahead = OTHERS[name][1], {"width": 2, "chunk": 2, "depth": 1, "max_new_tokens": 7}
+    if taken != BOTH:
+        match = "must give with a cache, token by token" if taken == NONE else "positions .* columns .* packed=False"
+        with pytest.raises(ValueError, match=match):
+            TransformersStepper(model)
+    if taken == NONE:
+        with pytest.raises(ValueError, match="model must give with a cache, token by token, what its own generate"):
+            TransformersStepper(model, packed=False)
+        return
+    found = []
+    for packed in (False, True) if taken == BOTH else (False,):
+        for prompt in PROMPTS:
+            stepper = TransformersStepper(model, packed=packed)
+            by_search = search(stepper, prompt, width=1, chunk=3, depth=1, max_new_tokens=8)
+            assert by_search.token_ids == greedy(model.model, prompt)
+        alone = [search(TransformersStepper(model, packed=packed), prompt, **ahead).token_ids for prompt in PROMPTS]
+        found.append(alone)
+        if taken == ALONE:
+            with pytest.raises(ValueError, match="prompts must have one length, since .* beside padding: logits diff"):
+                search_all(TransformersStepper(model, packed=packed), PROMPTS, **ahead)
+        else:
+            together = search_all(TransformersStepper(model, packed=packed), PROMPTS, **ahead)
+            assert [of_one.token_ids for of_one in together] == alone
+    assert found[0] == found[-1]
+
+
+def test_a_model_that_swallows_positions() -> None:
+    """It has the argument and does not read it: what is found by trying must not be asked of a signature or a name."""
+    import transformers
+
+    class Deaf(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    torch.manual_seed(0)
+    model = WithRewards(Deaf(transformers.LlamaConfig(**SIZES, initializer_range=0.3)).eval())
+    with pytest.raises(ValueError, match=r"'llama' counts them in columns .*logits differ by .* packed=False"):
+        TransformersStepper(model)
+    stepper = TransformersStepper(model, packed=False)
+    assert search(stepper, PROMPTS[0], width=1, chunk=3, depth=1, max_new_tokens=8).token_ids == greedy(
+        model.model, PROMPTS[0], eos_token_id=None
+    )
+
+
+def test_the_cache_goes_by_the_name_that_the_model_reads() -> None:
+    import inspect
+
+    import transformers
+    from transformers import Cache
+
+    llama = transformers.LlamaForCausalLM
+    name = next(n for n, p in inspect.signature(llama.forward).parameters.items() if "Cache" in str(p.annotation))
+
+    class Renamed(llama):
+        def forward(self, input_ids: Any, position_ids: Any = None, kept: Cache | None = None, **kwargs: Any) -> Any:
+            if kept is not None:
+                kwargs[name] = kept
+            return super().forward(input_ids, position_ids=position_ids, **kwargs)
+
+    torch.manual_seed(0)
+    model = WithRewards(Renamed(transformers.LlamaConfig(**SIZES, initializer_range=0.3)).eval())
+    stepper = TransformersStepper(model)
+    assert search(stepper, PROMPTS[0], width=1, chunk=3, depth=1, max_new_tokens=8).token_ids == greedy(
+        model.model, PROMPTS[0], eos_token_id=None
+    )
+
+
+def test_what_is_read_with_every_token_is_refused() -> None:
+    """``generate`` repeats the last of them; here they would be lost behind the prompt."""
+    model = WithRewards(build_model("gpt2"))
+    kinds = torch.tensor([[3, 3, 3, 4, 4]])
+    stepper = TransformersStepper(model, inputs={"token_type_ids": kinds})
+    with pytest.raises(ValueError, match="inputs must be what GPT2LMHeadModel reads .* behind token_type_ids it gives"):
+        stepper.prefill(PROMPTS[0])
+
+
+SWITCH = 16
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": SWITCH, "factor": 8.0}
+LONG |= {"short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.0, 1.5]}
+
+
+@pytest.mark.parametrize("kind", ["Phi3", "Llama", "dynamic"])
+def test_rotary_frequencies_that_change_with_the_length(kind: str) -> None:
+    import transformers
+
+    sizes = {**SIZES, "initializer_range": 0.3, "eos_token_id": None, "pad_token_id": 0}
+    if kind == "dynamic":
+        dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+        config = transformers.LlamaConfig(**{**sizes, "max_position_embeddings": SWITCH}, rope_parameters=dynamic)
+    else:
+        original = {"original_max_position_embeddings": SWITCH} if kind == "Phi3" else {}
+        config = getattr(transformers, f"{kind}Config")(**sizes, **original, rope_parameters=LONG)
+    torch.manual_seed(0)
+    model = WithRewards(transformers.AutoModelForCausalLM.from_config(config).eval())
+    ids = torch.randint(3, 29, (24,))
+
+    def frequencies() -> list[torch.Tensor]:
+        return [buffer.clone() for name, buffer in model.model.named_buffers() if "inv_freq" in name]
+
+    for length in (3, 8, 9, 16, 17, 24):
+        stepper = TransformersStepper(model, max_new_tokens=8)
+        if length + 8 <= SWITCH or length > SWITCH and kind != "dynamic":
+            found = search(stepper, ids[:length], width=1, chunk=3, depth=1, max_new_tokens=8)
+            assert found.token_ids == greedy(model.model, ids[:length])
+            continue
+        before = frequencies()
+        with pytest.raises(ValueError, match=f"rotary frequencies .* got lengths from {length} to {length + 8}, and"):
+            stepper.prefill(ids[:length])
+        assert all(map(torch.equal, before, frequencies()))
+        if length < SWITCH:  # found on the way where the length of the answer was not told
+            with pytest.raises(ValueError, match=f"got lengths from {length} to {SWITCH + 1}, and"):
+                search(TransformersStepper(model), ids[:length], width=2, chunk=2, depth=1, max_new_tokens=12)
+    with pytest.raises(ValueError, match="got lengths from 4 to 20, and they change"):
+        TransformersStepper(model).prefill([ids[:4], ids[:20]])
+    TransformersStepper(model).prefill([ids[:4], ids[:9]])
+
+
+def test_a_trial_leaves_the_model_as_it_was() -> None:
+    model = WithRewards(build_model("gpt2"))
+    model.model.train()
+    model.model.transformer.h[0].eval()
+    modes = [module.training for module in model.model.modules()]
+    config = model.model.generation_config
+    config.update(num_beams=3, num_return_sequences=2, repetition_penalty=2.0, stop_strings=["a"], eos_token_id=5)
+    before = config.to_dict()
+    TransformersStepper(model)
+    assert [module.training for module in model.model.modules()] == modes
+    assert model.model.generation_config is config and config.to_dict() == before

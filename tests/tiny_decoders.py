@@ -38,6 +38,50 @@ MODELS = {
     ),
 }
 
+# Of other decoders, weights that make context and positions matter; and where their branches can be run.
+BOTH, ROWS, ALONE, NONE = "packed and in rows", "in rows", "in rows, of one prompt", "not"
+_BART = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+_BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64, "vocab_size": 29}
+_BERT = {**SIZES, "is_decoder": True}
+_SPECIAL = {f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
+_EXPERTS = {**SIZES, "num_experts_per_tok": 2}
+OTHERS = {
+    "Roberta": (_BERT, BOTH),  # positions from 2 on where it is not told them
+    "OPT": ({**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}, BOTH),
+    "GPTJ": ({"vocab_size": 29, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 64}, BOTH),
+    "GPTNeoX": (SIZES, BOTH),
+    "Gemma3Text": ({**SIZES, **WINDOW, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}, BOTH),
+    "Mixtral": ({**_EXPERTS, "num_local_experts": 3}, BOTH),
+    "Cohere2Moe": ({**_EXPERTS, **WINDOW, "num_experts": 3, "layer_types": ["full_attention"] * 3}, BOTH),
+    "ModernBertDecoder": ({**SIZES, "local_attention": 12, **_SPECIAL}, BOTH),
+    "Bart": (_BART, ALONE),
+    "MBart": (_BART, ALONE),
+    "Pegasus": (_BART, ALONE),
+    "Whisper": ({**_BART, "pad_token_id": 0, "max_target_positions": 64}, ALONE),
+    "RoFormer": ({**_BERT, "embedding_size": 16}, ALONE),
+    "Moshi": ({**SIZES, "num_codebooks": 2, "sliding_window": 60}, BOTH),
+    "Bloom": ({"vocab_size": 29, "hidden_size": 16, "n_layer": 2, "n_head": 2}, ROWS),
+    "Mpt": ({"vocab_size": 29, "d_model": 16, "n_layers": 2, "n_heads": 2}, ROWS),
+    "OpenAIGPT": ({"vocab_size": 29, "n_embd": 16, "n_layer": 2, "n_head": 2}, NONE),
+    "Rwkv": ({"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}, NONE),
+    "XLNet": ({"vocab_size": 29, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16}, NONE),
+}
+
+
+def build_other(name: str) -> Any:
+    """One of ``OTHERS``, which generates without an end token."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**OTHERS[name][0])
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    return model
+
 
 def build_model(name: str, attention: str = "eager") -> Any:
     """The model of that name, in evaluation mode; the same weights in every call."""

@@ -327,9 +327,7 @@ def _grow(
     running: list[_Branch], logits: Tensor, width: int, is_fork: bool, min_p: float, ends: _Ends, forward: int
 ) -> tuple[list[int], list[_Branch]]:
     """Every branch with each of its ``width`` best tokens, and the indices of the branches they come from."""
-    # Of one token, argmax: ties are broken as transformers' greedy decoding breaks them.
-    indices = logits.argmax(-1, keepdim=True) if width == 1 else logits.topk(width, dim=-1).indices
-    values = logits.gather(-1, indices)
+    values, indices = _best(logits, width)
     first = values[:, :1]
     # A best logit that is NaN or infinite leaves none; it travels with the tokens, so that the host waits once.
     is_taken = ((values - first).float().exp() >= min_p) & (values > float("-inf")) & first.isfinite()
@@ -346,6 +344,19 @@ def _grow(
             parents.append(index)
             branches.append(branch._replace(path=path, tokens=grown, finish_reason=ends.reason(grown)))
     return parents, branches
+
+
+def _best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Values and ids (S, width) of the best of (S, V), of equal ones the lower id first.
+
+    As transformers' greedy decoding has it, whose token a fork must contain; topk takes any of them. Where fewer are
+    left than ``width``, the values of the others are -inf.
+    """
+    found = [logits.max(-1, keepdim=True)]
+    while len(found) < width:
+        logits = logits.scatter(-1, found[-1].indices, float("-inf"))
+        found.append(logits.max(-1, keepdim=True))
+    return torch.cat([best.values for best in found], -1), torch.cat([best.indices for best in found], -1)
 
 
 def _check_finite(numbers: Iterable[float], forward: int) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from leafkernels._core.checks import check_integer, check_mask
 from leafkernels.lookahead.folder import check_base, load_base, read_channel, write_channel
+from leafkernels.lookahead.modes import evaluating
 from leafkernels.lookahead.reward_channel import LayerWeights, RewardChannel
 from leafkernels.lookahead.search import Search, as_ids, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
+from leafkernels.lookahead.trial import UnfitLayersError, base_of, check_layers
 
-# What transformers' generate prepares for its own loop; the stepper has its own.
-_OF_GENERATE = {"past_key_values", "use_cache", "position_ids", "cache_position", "logits_to_keep"}
 # What ``Trainer`` and the engines below it ask of a model. Not all that it has: what they do not allow a quantised
 # model, as to be trained, a channel beside it may.
 _OF_MODEL = {
@@ -48,6 +48,8 @@ class RewardTransformer(nn.Module):
 
     A model none of whose parameters requires a gradient runs without one, and the channel with.
 
+    Two tokens are run through a new one, which tells whether its layers are such as a channel reads.
+
     Args:
         model: a model with a decoder of layers, as Llama, Qwen, Mistral, Gemma, Phi and GPT-2 have it, or an audio or
             vision model around one; under PEFT too.
@@ -55,7 +57,8 @@ class RewardTransformer(nn.Module):
 
     Raises:
         TypeError: the channel is no ``RewardChannel``.
-        ValueError: the model has no such decoder, or the channel is of another size.
+        ValueError: the model has no such decoder, or an encoder before it (T5, BART); its layers or its final norm pass
+            on something else than (B, T, numbers) (Gemma 3n, OPT with a projection); or the channel is of another size.
     """
 
     def __init__(self, model: Any, channel: RewardChannel | None = None) -> None:
@@ -65,7 +68,7 @@ class RewardTransformer(nn.Module):
             raise TypeError(f"channel must be a RewardChannel, got {type(channel).__name__}")
         config = model.config.get_text_config()
         if channel is None:
-            eps = getattr(config, "rms_norm_eps", 1e-6)
+            eps = getattr(config, "rms_norm_eps", None) or 1e-6
             channel = RewardChannel(len(layers), config.hidden_size, eps=eps).to(next(decoder.parameters()).device)
         sizes = (channel.num_layers, channel.hidden_size)
         if sizes != (len(layers), config.hidden_size):
@@ -75,6 +78,7 @@ class RewardTransformer(nn.Module):
             )
         self.model, self.channel = model, channel
         self._hooks = _Hooks(decoder, layers)
+        check_layers(self)
 
     @property
     def config(self) -> Any:
@@ -85,7 +89,11 @@ class RewardTransformer(nn.Module):
         return getattr(self.model, name) if name in _OF_MODEL else super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's forward, its output with ``rewards`` (B, T)."""
+        """As the model's forward, its output with ``rewards`` (B, T).
+
+        Positions are the model's business: one with learnt ones (GPT-2) counts them from the first column, padding
+        included, so that rows padded on the left need ``position_ids`` to be scored as they are alone.
+        """
         is_frozen = not any(parameter.requires_grad for parameter in self.model.parameters())
         # Layers that the backward pass computes again call their hooks again: then this run is over.
         decoder = self._hooks.decoder
@@ -136,7 +144,8 @@ class RewardTransformer(nn.Module):
             attention_mask: of the same shape, 0 at padding; None: that in ``inputs``, or no padding.
             inputs: what the model reads of the prompt, as its processor gives it: ``input_features`` and
                 ``feature_attention_mask`` of a Qwen2-Audio, for instance; ``input_ids`` and ``attention_mask`` too,
-                where these are not given by themselves.
+                where these are not given by themselves. When inputs of such names first come, two tokens are compared
+                with those of the model's ``generate``, which reads the prompt once more.
             width, chunk, depth, max_new_tokens, with_end, min_p, max_branches: as in ``search``; the paper's first
                 three are 2, 10, 2.
             eos_token_ids: one id or several; None: those of the model's generation config.
@@ -150,6 +159,7 @@ class RewardTransformer(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument is not what it must be, a reward is not finite, or no token's logit is.
+                ValueError also where the model's own ``generate`` goes on in another way (``TransformersStepper``).
         """
         with _ended_on_error(streamer):
             ids, mask, features = _apart(input_ids, attention_mask, inputs)
@@ -266,8 +276,14 @@ class RewardTransformer(nn.Module):
                     raise ValueError(f"suppress_tokens must lie between 0 and {vocabulary - 1}, got {token}")
         ends = _of_config(of_model.eos_token_id) if eos_token_ids is None else eos_token_ids
         is_stop = _holds(stop_strings, tokenizer)
-        with _evaluating(self):
-            stepper: Any = TransformersStepper(self, packed=packed, inputs=features, suppress_tokens=suppressed)
+        with evaluating(self):
+            stepper: Any = TransformersStepper(
+                self,
+                packed=packed,
+                inputs=features,
+                suppress_tokens=suppressed,
+                max_new_tokens=options["max_new_tokens"],
+            )
             if streamer is not None:
                 stepper = _Streamed(stepper, prompts[0], streamer)
                 on_commit = stepper.on_commit
@@ -294,8 +310,9 @@ class RewardTransformer(nn.Module):
     ) -> Tensor:
         """For ``model.generate(..., custom_generate=self.custom_generate, width=2, chunk=10, depth=2)``.
 
-        From the generation config come the length, the end tokens, the suppressed ones, ``min_p`` and the padding; what
-        else the model reads of its prompts, as the features of an audio model, is read here too. Nothing is sampled,
+        From the generation config come the length, the end tokens, the suppressed ones, ``min_p`` and the padding (the
+        end token where there is none); what else the model reads of its prompts, as the features of an audio model, is
+        read here too. Nothing is sampled,
         and logits processors are not asked. transformers hands neither a streamer nor a tokenizer over: for a streamer
         and for stop strings there is ``generate``.
 
@@ -303,15 +320,16 @@ class RewardTransformer(nn.Module):
             (B, P + T) prompts and answers, padded on the right.
 
         Raises:
-            ValueError: the model that calls has another decoder.
+            ValueError: the model that calls has another decoder, a cache is not empty, or as in ``generate``.
         """
         # Under PEFT and torch.compile it is the model within that calls.
         if model.get_decoder() is not self._hooks.decoder:
             raise ValueError("custom_generate must be called by the model that the channel runs beside")
+        mask = inputs.pop("attention_mask", None)
         found = self.generate_all(
             input_ids,
-            inputs.pop("attention_mask", None),
-            inputs={name: value for name, value in inputs.items() if name not in _OF_GENERATE and value is not None},
+            mask,
+            inputs=self._features(input_ids, mask, inputs),
             width=width,
             chunk=chunk,
             depth=depth,
@@ -324,8 +342,27 @@ class RewardTransformer(nn.Module):
             max_branches=max_branches,
         )
         answers = [torch.tensor(of_one.token_ids, device=input_ids.device) for of_one in found]
-        padding = _of_config(generation_config.pad_token_id) or (0,)
+        # As transformers pads; without an end token no answer is shorter than another.
+        padding = _of_config(generation_config.pad_token_id) or _of_config(generation_config.eos_token_id) or (0,)
         return torch.cat([input_ids, nn.utils.rnn.pad_sequence(answers, True, float(padding[0]))], dim=1)
+
+    def _features(self, input_ids: Tensor, mask: Tensor | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Of what ``generate`` hands over: what the model reads of the prompts; the stepper has a cache of its own."""
+        from transformers import Cache
+
+        features = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if isinstance(value, Cache):
+                if value.get_seq_length():
+                    raise ValueError(f"{name} must be empty, got a cache of {value.get_seq_length()} tokens")
+                del features[name]
+        positions = features.pop("position_ids", None)
+        ask = getattr(base_of(self), "_prepare_position_ids_for_generation", None)
+        if positions is not None and ask is not None:
+            found = ask(input_ids, {**features, "attention_mask": torch.ones_like(input_ids) if mask is None else mask})
+            if found.ndim != positions.ndim or not (found == positions).all():
+                features["position_ids"] = positions
+        return features
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the channel alone, and which base it belongs to, into a folder."""
@@ -423,35 +460,6 @@ def _after_decoder(key: _Key, _: nn.Module, __: Any, output: Any) -> None:
         run.finish(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
 
-# Of each module that a search runs: in how many of them it is now, and the mode that it was found in.
-_MODES: dict[nn.Module, tuple[int, bool]] = {}
-_MODES_LOCK = threading.Lock()
-
-
-@contextmanager
-def _evaluating(root: nn.Module) -> Iterator[None]:
-    """All modules in evaluation mode until the last thread leaves, and then each in its own.
-
-    A frozen model may be in evaluation mode within a module that is in training mode.
-    """
-    modules = list(root.modules())
-    with _MODES_LOCK:
-        for module in modules:
-            searches, mode = _MODES.get(module, (0, module.training))
-            _MODES[module] = searches + 1, mode
-        root.eval()
-    try:
-        yield
-    finally:
-        with _MODES_LOCK:
-            for module in modules:
-                searches, mode = _MODES.pop(module)
-                if searches > 1:
-                    _MODES[module] = searches - 1, mode
-                else:
-                    module.training = mode
-
-
 @contextmanager
 def _ended_on_error(streamer: Any) -> Iterator[None]:
     """Another thread may wait for what the streamer gives."""
@@ -499,11 +507,13 @@ class _Run:
         self._kept: list[Tensor] | None = None
         self._layers: list[LayerWeights] = []
         self._state: Tensor | None = None
+        self._shape: torch.Size | None = None
         self.taken = 0  # layers
         self.rewards: Tensor | None = None
 
     def take(self, layer: int, hidden: Tensor) -> None:
         self.taken += 1
+        self._check(hidden)
         if layer == 0:
             # ZeRO-3 has the weights in one piece only where the channel is called as a whole.
             is_spread = hasattr(self._channel.wide, "ds_id")
@@ -520,12 +530,22 @@ class _Run:
     def finish(self, hidden: Tensor) -> None:
         if self.taken != self._channel.num_layers:
             return
+        self._check(hidden)
         with torch.set_grad_enabled(self._with_grad):
             if self._kept is not None:
                 self.rewards = self._channel([*self._kept, hidden])
             else:
                 assert self._state is not None
                 self.rewards = self._channel.reward(hidden, self._state)
+
+    def _check(self, hidden: Tensor) -> None:
+        size = self._channel.hidden_size
+        self._shape = hidden.shape if self._shape is None else self._shape
+        if hidden.dim() != 3 or hidden.shape[-1] != size or hidden.shape != self._shape:
+            raise UnfitLayersError(
+                f"model must have a decoder whose layers and final norm all pass on (B, T, {size}), got shape "
+                f"{tuple(hidden.shape)}{'' if hidden.shape == self._shape else f' behind {tuple(self._shape)}'}"
+            )
 
 
 def _of_config(ids: Any) -> tuple[int, ...]:
@@ -551,9 +571,13 @@ def _prompts(input_ids: Tensor, attention_mask: Any, features: Mapping[str, Any]
     mask = check_mask(attention_mask, "input_ids", input_ids.shape, input_ids.device, "attention_mask")
     if mask is None or mask.all():
         return list(torch.atleast_2d(input_ids))
-    for name, values in features.items():
-        if getattr(values, "shape", None) == input_ids.shape:
-            raise ValueError(f"inputs must hold nothing by token, as {name} does, where attention_mask has padding")
+    lengths = torch.atleast_2d(mask).sum(1, keepdim=True)
+    is_left = torch.arange(mask.shape[-1], device=mask.device) >= mask.shape[-1] - lengths
+    # Padded so, the prompts are run as they came, with what stands beside their tokens.
+    if not (lengths.max() == mask.shape[-1] and torch.equal(is_left, torch.atleast_2d(mask))):
+        for name, values in features.items():
+            if getattr(values, "shape", ())[-mask.dim() :] == mask.shape:
+                raise ValueError(f"inputs must hold nothing by token, as {name} does, where attention_mask has padding")
     return [ids[seen] for ids, seen in zip(torch.atleast_2d(input_ids), torch.atleast_2d(mask), strict=True)]
 
 
@@ -605,6 +629,10 @@ def _find_decoder(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     kind = type(model).__name__
     if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
         raise ValueError(f"model must be a language model of transformers, got {kind}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"model must be a decoder alone, which reads prompt and answer, got {kind}, an encoder-decoder"
+        )
     decoder = model.get_decoder()
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == count]
