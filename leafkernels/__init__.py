@@ -1,14 +1,7 @@
 """LEAF span advantages for GRPO loops: one advantage per span of a rollout, from the prefixes that rollouts share."""
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from leafkernels._core.interrupts import end_at_interrupts
-
-# What `python -m` puts there while it imports the package of its module: this process is the command's.
-if sys.argv[:1] == ["-m"] and any(word.split(".")[0] == "leafkernels" for word in sys.orig_argv):
-    end_at_interrupts()
 
 from torch import Tensor
 

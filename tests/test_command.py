@@ -332,24 +332,6 @@ def test_numbers_of_any_size(tmp_path: Path) -> None:
         assert len(load(tmp_path / "out.jsonl")) == 2
 
 
-@pytest.mark.parametrize("module", ["leafkernels", "leafkernels.lookahead"])
-@pytest.mark.parametrize("stopped", ["torch", pytest.param("rich", marks=pytest.mark.slow)])
-def test_an_interrupt_while_the_command_is_imported(module: str, stopped: str, tmp_path: Path) -> None:
-    """A module that is slow to import stands for PyTorch; the signal comes as from a terminal."""
-    script = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
-    (tmp_path / f"{stopped}.py").write_text(script)
-    run = subprocess.run(
-        [sys.executable, "-m", module],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert run.returncode == 130
-    assert run.stderr == "leafkernels: interrupted\n" and run.stdout == ""
-
-
 def test_files_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save(tmp_path / "in.jsonl", [GOOD, GOOD])
     before = source.read_bytes()

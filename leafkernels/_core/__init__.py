@@ -1,1 +1,1 @@
-"""Parts of an operation, without mathematics: registration, backends, checks, precision, ranks, interrupts."""
+"""Parts of an operation, without mathematics: registration, backends, checks, precision, ranks."""
