@@ -29,7 +29,10 @@ LOSS_TYPES = options.CHOICES["loss_type"]
 # Rows of several lengths, the third with a hole, the fourth cut off and masked; no row's credit is flat.
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]])
 CREDIT = torch.tensor([[1.0, -1, 1, -1, 1, -1], [1, -1, 1, 0, 0, 0], [-2, 0.5, 0, 0, 0, 0.25], [0, 0, 0, 0, 0, 0]])
-BOUNDS = {"delta": None, "epsilon_low": 0.2, "epsilon_high": 0.25, "quantile": 1.0, "off_policy": None}
+# What vLLM's own log-probabilities make of each row, and of each token: 1 on padding.
+OF_ROWS = torch.tensor([[1.2], [0.7], [0.0], [1.0]])
+SAMPLED = {"sequence": OF_ROWS, "token": torch.where(MASK.bool(), OF_ROWS + 0.1 * torch.arange(1, 7), 1.0)}
+BOUNDS = {"delta": None, "epsilon_low": 0.2, "epsilon_high": 0.25, "quantile": 1.0, "off_policy": None, "sampled": None}
 LONGEST = 10
 
 
@@ -77,6 +80,8 @@ def gradient(
         elif loss_type == "vespo":
             k, lam = (2.0, 3.0) if sign >= 0 else (3.0, 2.0)
             whole = math.exp(math.fsum(log_ratios))
+            if bounds["sampled"]:
+                whole *= math.prod(SAMPLED["token"][r].tolist())
             slope = -a * math.exp(lam + k * math.log(whole) - lam * whole)
         else:
             upper = math.inf if bounds["delta"] is None else bounds["delta"]
@@ -88,6 +93,8 @@ def gradient(
             live = [values["entropy"][i][j] for i in micro for j in tokens[i]]
             line = torch.tensor(live, dtype=torch.float32).quantile(1 - bounds["quantile"])
             slope *= float(torch.tensor(values["entropy"][r][t], dtype=torch.float32) >= line)
+        if bounds["sampled"] and loss_type != "vespo":
+            slope *= float(SAMPLED[bounds["sampled"]].expand(MASK.shape)[r][t])
         if bounds["beta"]:
             apart = values["ref"][r][t] - lp
             k3, of_k3 = math.exp(apart) - apart - 1, 1 - math.exp(apart)
@@ -116,6 +123,8 @@ def measured(run: Any, case: dict[str, torch.Tensor], loss_type: str, level: str
         "beta": bounds["beta"],
         "top_entropy_quantile": bounds["quantile"],
         "off_policy_mask_threshold": bounds["off_policy"],
+        "use_vllm": bounds["sampled"] is not None,
+        "vllm_importance_sampling_correction": bounds["sampled"] is not None,
     }
     logprobs = case["logprobs"].clone().requires_grad_()
     size = len(MASK) // parts
@@ -136,6 +145,8 @@ def measured(run: Any, case: dict[str, torch.Tensor], loss_type: str, level: str
             }
             if "on_policy" not in case:
                 inputs["old_per_token_logps"] = case["old"][part]
+            if bounds["sampled"]:
+                inputs["importance_sampling_ratio"] = SAMPLED[bounds["sampled"]][part]
             forward = (logprobs[part], case["entropy"][part].float(), None)
             patch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", lambda *_, f=forward, **__: f)
             run._compute_loss(run.model, inputs).backward()
@@ -175,10 +186,14 @@ def test_every_token_has_its_own_gradient(run: Any, loss_type: str, level: str, 
         {"off_policy": -10.0},
         {"beta": 0.3},
         {"beta": 0.3, "corrected": True},
+        {"sampled": "token"},
+        {"sampled": "sequence"},
     ],
     ids=str,
 )
 def test_options_of_the_loss(run: Any, loss_type: str, level: str, changes: dict[str, Any]) -> None:
+    if loss_type == "vespo" and changes.get("sampled") == "sequence":
+        pytest.skip("TRL refuses it")
     for seed, parts in itertools.product(range(2), (1, 2)):
         check(run, rows(seed), loss_type, level, parts, **changes)
 

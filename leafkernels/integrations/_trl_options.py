@@ -172,7 +172,7 @@ class TokenCredit(MendedGRPOTrainer):
     Advantages of shape (rows,) give what TRL gives, but for a KL term that TRL multiplies by the ratio of a sequence.
     """
 
-    importance_sampling_level: str
+    importance_sampling_level: str  # TRL's
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self.importance_sampling_level != "sequence":
