@@ -46,7 +46,7 @@ def tree_nodes(
     """
     device, num_rows = token_ids.device, order.shape[0]
     ids = token_ids.new_empty(num_nodes)
-    positions, parents, ends, counts = torch.empty((4, num_nodes), dtype=torch.int64, device=device)
+    positions, parents, ends, counts = (torch.empty(num_nodes, dtype=torch.int64, device=device) for _ in range(4))
     nodes = torch.full(token_ids.shape, -1, dtype=torch.int64, device=device)
     if num_rows == 0 or token_ids.numel() == 0:
         return ids, positions, parents, ends, counts, nodes

@@ -152,7 +152,7 @@ def launch_order_rows(
 ) -> tuple[Tensor, Tensor]:
     """See ``leafkernels.eager.prefix_tree.order_rows``."""
     num_rows = row_starts.shape[0]
-    order, shared_in_order = torch.empty((2, num_rows), dtype=torch.int64, device=token_ids.device)
+    order, shared_in_order = torch.empty_like(row_starts), torch.empty_like(row_starts)
     if num_rows:
         groups = rows_by_group, group_starts, group_of_row
         parents, shared, next_ids = launch_refinement(token_ids, row_starts, row_lengths, *groups)
@@ -176,7 +176,7 @@ def launch_tree_nodes(
     """See ``leafkernels.eager.prefix_tree.tree_nodes``."""
     device, num_groups = token_ids.device, group_starts.shape[0] - 1
     ids = token_ids.new_empty(num_nodes)
-    positions, parents, ends, counts = torch.empty((4, num_nodes), dtype=torch.int64, device=device)
+    positions, parents, ends, counts = (torch.empty(num_nodes, dtype=torch.int64, device=device) for _ in range(4))
     nodes = torch.full(token_ids.shape, -1, dtype=torch.int64, device=device)
     if order.shape[0] and max_length and num_groups:
         _tree_nodes_kernel[(num_groups, num_splits(max_length, BLOCK, num_groups))](

@@ -177,13 +177,17 @@ def _plain(stepper: Any) -> Any:
 
 
 def _wrong(compare: Any, stepper: Any, *args: Any) -> str:
+    mine = _plain(stepper)
     try:
         with _quietly(stepper._base):
-            wrong: str = compare(_plain(stepper), *args)
+            wrong: str = compare(mine, *args)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as failure:  # whatever a model raises is the answer
         return f"{type(failure).__name__}: {failure}"
+    finally:
+        # What _keep_apart leaves is a circle, which would hold the model until Python looks for circles.
+        vars(mine).clear()
     return wrong
 
 
