@@ -274,6 +274,16 @@ def test_rewards_normalized_before_the_sum(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, run.of_trl, rtol=2e-4 + 1e-6, atol=1e-6)
 
 
+def test_rewards_normalized_before_the_sum_are_equal_within_rounding() -> None:
+    """Of two functions and two prompts: one is equal but for a last place, one differs, one scores no row."""
+    rewards = torch.tensor([[3000.0, 1.0], [3000.0, 2.0], [torch.nan, 3.0], [torch.nan] * 2]).repeat(2, 1, 1)
+    rewards[0, 1, 0] = torch.nextafter(rewards[0, 0, 0], torch.tensor(torch.inf))
+    rewards[1, :, 0] = torch.nan
+    found = plug._normalize_functions(rewards)
+    assert found[0, :2, 0].tolist() == [0.0, 0.0] and found[0, 2:, 0].isnan().all() and found[1, :, 0].isnan().all()
+    assert found[:, :3, 1].tolist() == [pytest.approx([-1.0, 0.0, 1.0], abs=2e-4)] * 2
+
+
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_batches_are_split_with_their_advantages(iterations: int, tmp_path: Path) -> None:
     """One generation, shuffled, in four parts, once or twice: every row keeps its own advantages."""

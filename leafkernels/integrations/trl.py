@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from leafkernels import ESTIMATORS, PRESETS, scatter_spans, span_tree
+from leafkernels._core.precision import is_rounding
 from leafkernels.credit.options import CreditOptions
 from leafkernels.distributed import GatheredGroups, gather_groups
 
@@ -305,12 +306,16 @@ def _takes(estimator: str, option: str) -> bool:
 
 def _normalize_functions(rewards: Tensor) -> Tensor:
     """(prompts, rows, functions): each function's rewards z-scored over a prompt, with TRL's 1e-4."""
-    # From the least reward up, so that equal rewards give exactly 0.
-    rewards = rewards - rewards.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
+    dtype, is_scored = rewards.dtype, ~rewards.isnan()
+    rewards = rewards.double()
+    least = rewards.masked_fill(~is_scored, torch.inf).amin(1, keepdim=True)
+    most = rewards.masked_fill(~is_scored, -torch.inf).amax(1, keepdim=True)
+    # From the least reward up, so that rewards that are equal, or differ by rounding alone, give exactly 0.
+    rewards = (rewards - least).masked_fill(is_rounding(least, most) & is_scored, 0.0)
     centred = rewards - rewards.nanmean(1, keepdim=True)
-    count = (~rewards.isnan()).sum(1, keepdim=True)
+    count = is_scored.sum(1, keepdim=True)
     deviation = (centred.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return centred / (deviation + 1e-4)
+    return (centred / (deviation + 1e-4)).to(dtype)
 
 
 def _check_parallelism(accelerator: Any) -> None:
