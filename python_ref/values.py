@@ -8,6 +8,8 @@ Span = tuple[int, int, float]  # start, end (half-open), value
 # Of the largest reward of a prompt: rewards that lie within that of each other are one, known to float32. It is four
 # units of float32's last place at 1, what is left of a sum of a few terms.
 ROUNDING = 2.0**-21
+# Up to here float32 holds every whole number.
+EXACT = 2.0**24
 
 
 def settled(rewards: Sequence[float]) -> list[float]:
@@ -16,7 +18,11 @@ def settled(rewards: Sequence[float]) -> list[float]:
     if not scored:
         return list(rewards)
     least, most = min(scored), max(scored)
-    if most - least < math.inf and most - least <= ROUNDING * max(abs(least), abs(most)):
+    spread, size = most - least, max(abs(least), abs(most))
+    are_whole = float(least).is_integer() and float(most).is_integer()
+    # Of whole numbers float32 makes no sum that is rounded up to 2 ** 24, and beyond it holds none that lie so near.
+    is_exact = are_whole and (size <= EXACT or spread * EXACT < size)
+    if spread < math.inf and spread <= ROUNDING * size and not is_exact:
         return [r if math.isnan(r) else least for r in rewards]
     return list(rewards)
 

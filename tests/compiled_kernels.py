@@ -86,6 +86,18 @@ def ties_of_rows(backend: str, rounds: int) -> Any:
         return leafkernels.common_prefix_lengths(ids, backend=backend)
 
 
+@case(tile=0)
+@case(tile=32)
+def tree_of_rows(backend: str, tile: int) -> Any:
+    """Rows that leave each other at several places, some of them the same; blocks as they are, and several a row."""
+    import leafkernels
+
+    ids = (random(6, 70) * 1.1).long()
+    options = {"response_mask": holes(6, 70), "group_size": 3, "max_nodes": 420, "backend": backend}
+    with sizes("prefix_tree", **({"BLOCK": tile, "BLOCK_RANKS": 2} if tile else {})):
+        return leafkernels.prefix_tree(ids, **options)
+
+
 @case()
 def boundaries_of_groups(backend: str) -> Any:
     import leafkernels

@@ -400,7 +400,7 @@ def test_rewards_that_differ_by_rounding_alone_give_exactly_zero(backend: str, n
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_rewards_that_differ_by_more_than_rounding_are_a_signal(backend: str, name: str, dtype: torch.dtype) -> None:
     """Beside a large mean, and however small all are."""
-    steps = ((1e6, 1.0), (-1e6, 1.0), (30.0, 2**-15), (0.0, 1e-8), (1e-8, 1e-9), (0.0, 1e-30))
+    steps = ((1e6, 1.0), (-1e6, 1.0), (1e7, 1.0), (30.0, 2**-15), (0.0, 1e-8), (1e-8, 1e-9), (0.0, 1e-30))
     inputs = prompts_of([[offset + scale, *[offset] * 5] for offset, scale in steps], dtype)
     for options in every_normalization(name):
         result = ESTIMATORS[name](**inputs, **options, backend=backend)

@@ -6,6 +6,8 @@ from torch import Tensor
 # Of the largest reward of a prompt: rewards that lie within that of each other are one, known to float32, in which most
 # are summed. It is four units of float32's last place at 1. A power of 2, so that no bound is rounded.
 ROUNDING = 2.0**-21
+# Up to here float32 holds every whole number.
+EXACT = 2.0**24
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -15,6 +17,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def is_rounding(least: Tensor, most: Tensor) -> Tensor:
     """Whether the rewards of a prompt, float64 from ``least`` to ``most``, differ by rounding alone; infinite ones do
-    not."""
-    spread = most - least
-    return (spread <= ROUNDING * torch.maximum(least.abs(), most.abs())) & (spread < torch.inf)
+    not, nor whole numbers that float32 cannot have rounded."""
+    spread, size = most - least, torch.maximum(least.abs(), most.abs())
+    are_whole = (least == least.floor()) & (most == most.floor()) & (spread > 0)
+    # Of these float32 makes no sum that is rounded up to 2 ** 24, and beyond it holds none that lie so near.
+    are_exact = are_whole & ((size <= EXACT) | (spread * EXACT < size))
+    return (spread <= ROUNDING * size) & (spread < torch.inf) & ~are_exact

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from leafkernels import span_tree
-from leafkernels._core.precision import ROUNDING
+from leafkernels._core.precision import is_rounding
 from leafkernels.command.reading import Failure, Prompt
 
 
@@ -115,4 +115,7 @@ def no_signal(rewards: list[float]) -> bool:
     """Whether nothing can be learned from a group: its scored rewards are all equal, but for rounding, or there is
     none."""
     known = scored(rewards)
-    return not known or max(known) - min(known) <= ROUNDING * max(map(abs, known))
+    if not known or max(known) == min(known):
+        return True
+    ends = torch.tensor([min(known), max(known)], dtype=torch.float64)
+    return bool(is_rounding(*ends))

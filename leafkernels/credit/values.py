@@ -192,7 +192,8 @@ def span_values(
             those of the call, "reward_std" divides by the deviation of the prompt's rewards + 1e-6, "none". A prompt
             whose rewards are all equal gives exactly 0.0 in every mode; so does one whose rewards lie within 2 ** -21
             of the largest of them in size (four units of float32's last place), which is what rounding leaves: they
-            count as the least of them.
+            count as the least of them. Whole numbers up to 2 ** 24 are exact, and none of them are equal
+            by this rule.
         backend: "auto", "triton", "torch" or "reference".
 
     Example:

@@ -15,6 +15,7 @@ from torch import Tensor
 BLOCK = 32  # rows of a group at a time
 # As in leafkernels._core.precision.
 ROUNDING = tl.constexpr(2.0**-21)
+EXACT = tl.constexpr(2.0**24)
 
 
 @triton.jit
@@ -65,8 +66,12 @@ def _span_values_kernel(
         most = tl.maximum(most, tl.where(reward == reward, reward, float("-inf")))
     lowest = tl.min(least, axis=0)
     highest = tl.max(most, axis=0)
-    # Rewards that differ by rounding alone are the least of them; infinite ones do not.
-    is_flat = highest - lowest <= ROUNDING * tl.maximum(tl.abs(lowest), tl.abs(highest))
+    # Rewards that differ by rounding alone are the least of them; infinite ones do not, nor exact whole numbers.
+    largest = tl.maximum(tl.abs(lowest), tl.abs(highest))
+    is_flat = highest - lowest <= ROUNDING * largest
+    are_whole = (lowest == tl.floor(lowest)) & (highest == tl.floor(highest))
+    is_exact = are_whole & ((largest <= EXACT) | ((highest - lowest) * EXACT < largest))
+    is_flat = is_flat & (is_exact == 0)
     highest = tl.where(is_flat & (highest - lowest < float("inf")), lowest, highest)
 
     sizes = tl.zeros([BLOCK_S], tl.float64)
