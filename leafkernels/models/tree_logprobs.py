@@ -25,8 +25,8 @@ from leafkernels.vocabulary.surprisal import surprisal_entropy
 
 PLANS = ("auto", "rows", "trunks")
 
-# Models whose trunks have been compared with rows, and what came of it: None, or why not.
-_checked: "weakref.WeakKeyDictionary[Any, str | None]" = weakref.WeakKeyDictionary()
+# Models whose trunks have been compared with rows, and what came of it, by the names of inputs: None, or why not.
+_checked: "weakref.WeakKeyDictionary[Any, dict[Any, str | None]]" = weakref.WeakKeyDictionary()
 
 
 class TreeLogprobs(NamedTuple):
@@ -101,7 +101,8 @@ def tree_logprobs(
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
-        RuntimeError: ``plan="trunks"`` and the model gives other log-probabilities that way, or cannot run so.
+        RuntimeError: ``plan="trunks"``, or ``inputs``, and the model gives other log-probabilities that way, cannot run
+            so, or (with ``inputs``) reads a number for each token beside its id, as models that see do.
     """
     check_choice("plan", plan, PLANS)
     batch = _read(input_ids, attention_mask, response_mask, groups, group_size, inputs)
@@ -109,7 +110,7 @@ def tree_logprobs(
         nothing = torch.zeros(input_ids.shape, device=input_ids.device)
         return TreeLogprobs(nothing, nothing)
     clusters = best_clusters(batch.shared, batch.lengths, batch.prompts if inputs else None)
-    stats = _choose(model, batch, clusters, plan, check, bool(inputs))
+    stats = _choose(model, batch, clusters, plan, check, dict(inputs or {}))
     run = _run_rows if stats.plan == "rows" else _run_trunks
     return run(model, batch, clusters, temperature, dict(inputs or {}))
 
@@ -124,7 +125,7 @@ def tree_stats(
 ) -> TreeStats:
     """How ``tree_logprobs`` runs a batch, why, and how many tokens that is; the arguments are its own."""
     batch = _read(input_ids, attention_mask, None, groups, group_size, None)
-    return _choose(model, batch, best_clusters(batch.shared, batch.lengths), "auto", True, False)
+    return _choose(model, batch, best_clusters(batch.shared, batch.lengths), "auto", True, {})
 
 
 def _read(
@@ -162,17 +163,26 @@ def _read(
     )
 
 
-def _choose(model: Any, batch: _Batch, clusters: list[Cluster], plan: str, check: bool, has_inputs: bool) -> TreeStats:
+def _choose(
+    model: Any, batch: _Batch, clusters: list[Cluster], plan: str, check: bool, inputs: dict[str, Any]
+) -> TreeStats:
     rows, trunks = cost_of_rows(batch.lengths), cost_of_trunks(clusters, batch.lengths)
     counts = len(batch.lengths), len(clusters), rows.tokens, trunks.tokens
     if plan == "rows":
+        if inputs:
+            raise ValueError(
+                "plan must be 'auto' or 'trunks' where inputs has features once for each prompt, got 'rows'"
+            )
         return TreeStats("rows", "plan='rows'", *counts)
-    reason = _why_not(model, batch if check else None)
+    reason = _why_not(model, batch if check else None, clusters, inputs)
     if reason is not None:
-        if plan == "trunks" or has_inputs:
-            raise RuntimeError(f"plan must be 'rows' with {type(_bare(model)).__name__}: {reason}")
+        name = type(_bare(model)).__name__
+        if inputs:
+            raise RuntimeError(f"inputs must be None with {name}, run each row with features of its own: {reason}")
+        if plan == "trunks":
+            raise RuntimeError(f"plan must be 'rows' with {name}: {reason}")
         return TreeStats("rows", reason, *counts)
-    if plan == "auto" and not has_inputs and not shares_trunks(rows, trunks, *_weights(model)):
+    if plan == "auto" and not inputs and not shares_trunks(rows, trunks, *_weights(model)):
         return TreeStats("rows", "the rows share too little", *counts)
     return TreeStats("trunks", "fewer tokens" if plan == "auto" else "plan='trunks'", *counts)
 
@@ -200,25 +210,30 @@ def _weights(model: Any) -> tuple[float, float]:
     return 2.0 * weights, 4.0 * config.hidden_size * config.num_hidden_layers
 
 
-def _why_not(model: Any, batch: _Batch | None) -> str | None:
+def _why_not(model: Any, batch: _Batch | None, clusters: list[Cluster], inputs: dict[str, Any]) -> str | None:
     """Why trunks would be wrong or impossible with this model as it is now; None: they are right."""
     bare = _bare(model)
     if _cache_name(model) is None or "position_ids" not in inspect.signature(bare.forward).parameters:
         return "its forward takes no position_ids, or no cache of keys and values"
+    types = [name for name in inspect.signature(bare.forward).parameters if name.endswith("token_type_ids")]
+    if inputs and types:
+        # Qwen2.5-VL runs without them, and then gives other positions behind an image.
+        return f"its forward reads {types[0]}, a number for each token, and inputs has what belongs to a prompt"
     if bare.training and getattr(bare, "is_gradient_checkpointing", False):
         return "gradient checkpointing switches the cache off"
     if any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in bare.parameters()):
         return "its weights are sharded, and the ranks would have to run equally many forwards"
     if batch is None:
         return None
-    if bare not in _checked:
-        _checked[bare] = _compare(model, batch)
-    return _checked[bare]
+    found = _checked.setdefault(bare, {})
+    names = tuple(sorted(inputs))
+    if names not in found:
+        found[names] = _compare(model, *(_longest_rows(batch, clusters) if inputs else _few_rows(batch)), inputs)
+    return found[names]
 
 
-@torch.no_grad()
-def _compare(model: Any, batch: _Batch) -> str | None:
-    """Two trunks of unequal length under five rows of a few of the batch's last tokens, against the same rows alone."""
+def _few_rows(batch: _Batch) -> tuple[_Batch, list[Cluster]]:
+    """Two trunks of unequal length under five rows, of a few of the batch's last tokens."""
     lengths, clusters = [8, 7, 5, 6, 4], [Cluster(0, 2, 5), Cluster(2, 5, 3)]
     device = batch.ids.device
     ends = batch.starts + torch.tensor(batch.lengths, device=device)
@@ -226,16 +241,40 @@ def _compare(model: Any, batch: _Batch) -> str | None:
     ids = tokens[(torch.arange(8, device=device) * 2 + torch.arange(5, device=device)[:, None]) % 3]
     for first, last, depth in clusters:
         ids[first:last, :depth] = ids[first, :depth].clone()
-    columns, of_rows = torch.arange(8, device=device), torch.tensor(lengths, device=device)[:, None]
-    starts = torch.zeros(5, dtype=torch.int64, device=device)
-    scored = (columns > 0) & (columns < of_rows)
-    small = _Batch(torch.arange(5, device=device), starts, lengths, [], [1] * 5, None, ids, scored, 5)
+    return _small(ids, lengths, [1] * 5), clusters
+
+
+def _longest_rows(batch: _Batch, clusters: list[Cluster]) -> tuple[_Batch, list[Cluster]]:
+    """The longest row of each prompt, whose features then are one for each row."""
+    heads = [max(range(c.first, c.last), key=lambda row: batch.lengths[row]) for c in clusters]
+    lengths = [batch.lengths[head] for head in heads]
+    where = torch.tensor(heads, device=batch.ids.device)
+    places = batch.starts[where, None] + torch.arange(max(lengths), device=batch.ids.device)
+    ends = (batch.starts[where] + torch.tensor(lengths, device=batch.ids.device))[:, None]
+    ids = batch.ids[where].gather(1, torch.minimum(places, ends - 1))
+    depths = [cluster.depth for cluster in clusters]
+    return _small(ids, lengths, depths), [Cluster(n, n + 1, depth) for n, depth in enumerate(depths)]
+
+
+def _small(ids: Tensor, lengths: list[int], firsts: list[int]) -> _Batch:
+    """Rows that begin in the first column, and are scored from ``firsts`` on."""
+    device, count = ids.device, len(lengths)
+    columns, every = torch.arange(ids.shape[1], device=device), torch.arange(count, device=device)
+    first, last = (torch.tensor(numbers, device=device)[:, None] for numbers in (firsts, lengths))
+    scored = (columns >= first) & (columns < last)
+    return _Batch(every, torch.zeros_like(every), lengths, [], firsts, None, ids, scored, count)
+
+
+@torch.no_grad()
+def _compare(model: Any, batch: _Batch, clusters: list[Cluster], inputs: dict[str, Any]) -> str | None:
+    """What is wrong with trunks, by a forward of the same rows alone; None: nothing."""
     parts = [part for part in _bare(model).modules() if part.training]
     try:
         for part in parts:
             part.training = False
-        alone = _run_rows(model, small, clusters, 1.0, {}).logprobs
-        shared = _run_trunks(model, small, clusters, 1.0, {}).logprobs
+        # Positions behind images and recordings are the model's business: its own forward counts them.
+        alone = _run_rows(model, batch, clusters, 1.0, inputs, has_positions=not inputs).logprobs
+        shared = _run_trunks(model, batch, clusters, 1.0, inputs).logprobs
     except Exception as error:  # whatever a model's code raises says that it cannot run so
         return f"it cannot continue from the keys and values of a shared prefix ({type(error).__name__}: {error})"
     finally:
@@ -243,20 +282,26 @@ def _compare(model: Any, batch: _Batch) -> str | None:
             part.training = True
     most = float((alone - shared).abs().max())
     is_exact = next(_bare(model).parameters()).dtype in (torch.float32, torch.float64)
-    if not most < (1e-3 if is_exact and not torch.is_autocast_enabled(device.type) else 0.2):
+    if not most < (1e-3 if is_exact and not torch.is_autocast_enabled(batch.ids.device.type) else 0.2):
         return f"log-probabilities of a few tokens differ by {most:.2g} where their rows share a prefix"
     return None
 
 
 def _run_rows(
-    model: Any, batch: _Batch, clusters: list[Cluster], temperature: float, inputs: dict[str, Any]
+    model: Any,
+    batch: _Batch,
+    clusters: list[Cluster],
+    temperature: float,
+    inputs: dict[str, Any],
+    has_positions: bool = True,
 ) -> TreeLogprobs:
     """One forward of all rows, left where they stand."""
     columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     lengths = torch.tensor(batch.lengths, device=batch.ids.device)[:, None]
     positions = columns - batch.starts[:, None]
     is_token = (positions >= 0) & (positions < lengths)
-    logits = _forward(model, batch.ids, is_token, positions.clamp_min(0), len(columns), None, inputs)
+    given = positions.clamp_min(0) if has_positions else None
+    logits = _forward(model, batch.ids, is_token, given, len(columns), None, inputs)
     found = surprisal_entropy(
         logits[:, :-1], batch.ids[:, 1:], temperature=temperature, response_mask=batch.scored[:, 1:]
     )
@@ -277,7 +322,11 @@ def _run_trunks(
     heads = torch.tensor([cluster.first for cluster in clusters], device=device)
     columns = torch.arange(deepest, device=device) - deepest + depths[:, None]
     is_trunk = columns >= 0
+    lengths = torch.tensor(batch.lengths, device=device)
+    # What fills: the last token of a row, which stands for no recording or image. Models count those that do.
+    last_ids = batch.ids.gather(1, (batch.starts + lengths - 1)[:, None])
     trunk_ids = batch.ids[heads].gather(1, (batch.starts[heads, None] + columns).clamp(0, width - 1))
+    trunk_ids = torch.where(is_trunk, trunk_ids, last_ids[heads])
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()
@@ -289,14 +338,13 @@ def _run_trunks(
 
     own = slice(deepest - keep + 1, None)
     parts = [tuple(part[of_row] for part in score(trunk[:, :-1], trunk_ids[:, own], is_trunk[:, own]))]
-    lengths = torch.tensor(batch.lengths, device=device)
     longest = max(n - c.depth for c in clusters for n in batch.lengths[c.first : c.last])
     if longest:
         offsets = torch.arange(longest, device=device)
         begins = depths[of_row][:, None]
         is_tail = begins + offsets < lengths[:, None]
         places = (batch.starts[:, None] + begins + offsets).clamp_max(width - 1)
-        tail_ids = batch.ids.gather(1, places)
+        tail_ids = torch.where(is_tail, batch.ids.gather(1, places), last_ids)
         mask = is_tail & batch.scored.gather(1, places)
         parts.append(score(trunk[:, -1][of_row][:, None], tail_ids[:, :1], mask[:, :1]))
         if longest > 1:
@@ -317,7 +365,7 @@ def _run_trunks(
 
 
 def _forward(
-    model: Any, ids: Tensor, mask: Tensor, positions: Tensor, keep: int, cache: Any, inputs: dict[str, Any]
+    model: Any, ids: Tensor, mask: Tensor, positions: Tensor | None, keep: int, cache: Any, inputs: dict[str, Any]
 ) -> Tensor:
     """(rows, keep, V) logits of the last columns."""
     names = inspect.signature(_bare(model).forward).parameters
@@ -326,7 +374,7 @@ def _forward(
         more[_cache_name(model) or ""] = cache
     if "logits_to_keep" in names:
         more["logits_to_keep"] = keep
-    if "position_ids" in names:
+    if "position_ids" in names and positions is not None:
         more["position_ids"] = positions
     output = model(input_ids=ids, attention_mask=mask.long(), use_cache=cache is not None, **more)
     return output.logits[:, -keep:]
