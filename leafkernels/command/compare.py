@@ -28,7 +28,7 @@ _ROUNDING = 1e-6
 _NOTES = (
     "¹ mean over prompts of the cosine of a scheme's gradient and that of RLOO on the rollouts it has not seen, "
     "{policy}. * the best, and those it is not told apart from: the interval of their difference holds 0.",
-    "² 95% by bootstrap over prompts, of which it needs 5",
+    f"² 95% by bootstrap over prompts, of which it needs {FEWEST}",
     "³ cosine of credit and truth token by token. It misleads: a gradient sums over rollouts, and what is right token "
     "by token may be lost there. Choose by the gradient.",
     "⁴ tokens whose credit is no multiple of GRPO's",

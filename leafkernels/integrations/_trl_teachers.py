@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leafkernels import surprisal_entropy
+from leafkernels.models.asking import evaluating
 
 # Logits that one forward pass makes, 2 GiB in float32; a row alone may have more.
 _LOGITS = 1 << 29
@@ -33,6 +34,7 @@ class Teacher:
 
 
 def vocabulary_size(name: str, model: Any) -> int:
+    """How many ids the head of a model has, also where its weight is spread over ranks."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         raise TypeError(f"{name} must be a causal language model, got {type(model).__name__} without a head")
@@ -179,18 +181,6 @@ def keeps_logits(model: Any) -> bool:
     """Whether its forward pass makes the last logits alone when asked to."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(inner.forward).parameters
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """In evaluation mode; afterwards each of its modules is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def pad_rows(rows: Tensor, count: int) -> Tensor:

@@ -17,6 +17,7 @@ from leafkernels import ESTIMATORS, PRESETS, scatter_spans, span_tree
 from leafkernels._core.precision import is_rounding
 from leafkernels.credit.options import CreditOptions
 from leafkernels.distributed import GatheredGroups, gather_groups
+from leafkernels.models.asking import evaluating
 
 try:
     import trl
@@ -256,20 +257,15 @@ class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
         for name in ("old_per_token_logps", "sampling_per_token_logps"):
             if batch.get(name) is not None:
                 return batch[name]
-        is_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                return self._get_per_token_logps_and_entropies(
-                    self.model,
-                    torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
-                    torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
-                    batch["completion_ids"].shape[1],
-                    batch_size=getattr(self.args, f"per_device_{self._mode}_batch_size"),
-                    **{name: batch[name] for name in _MODEL_INPUTS if name in batch},
-                )[0]
-        finally:
-            self.model.train(is_training)
+        with evaluating(self.model), torch.no_grad():
+            return self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
+                batch["completion_ids"].shape[1],
+                batch_size=getattr(self.args, f"per_device_{self._mode}_batch_size"),
+                **{name: batch[name] for name in _MODEL_INPUTS if name in batch},
+            )[0]
 
     def _packed_advantages(self, inputs: dict[str, Any]) -> Tensor:
         """(total,) what ``token_advantages`` gives for packed rows."""

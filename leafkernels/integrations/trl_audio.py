@@ -31,6 +31,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
 
 from leafkernels.integrations._trl_options import MendedGRPOTrainer
 from leafkernels.integrations.trl import LeafGRPOTrainer
+from leafkernels.models.asking import evaluating
 from leafkernels.rows.recordings import Heard, PromptReader, find_encoder, join, join_features, undecoded
 
 _logger = logging.getLogger(__name__)
@@ -136,10 +137,8 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
         """
         size = batch_size or self.args.per_device_eval_batch_size
         model = self.accelerator.unwrap_model(self.model)
-        was_training = model.training
-        model.eval()
         answers: list[str] = []
-        try:
+        with evaluating(model):
             for start in range(0, len(rows), size):
                 taken = [rows[i] for i in range(start, min(start + size, len(rows)))]
                 prompts = [self._read(row["prompt"], row["audio"]) for row in taken]
@@ -162,8 +161,6 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
                         suppress_tokens=self.generation_kwargs["suppress_tokens"],
                     )
                 answers += self._tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)
-        finally:
-            model.train(was_training)
         return answers
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -308,20 +305,19 @@ class _Ear:
                 self.base.base_model(**inputs)
             return BaseModelOutputWithPooling()
 
-        was_training, own = self.encoder.training, vars(self.base).get("forward")
-        # Granite's encoder normalises by the statistics of the batch in training mode.
-        self.encoder.eval()
+        own = vars(self.base).get("forward")
         hook = self.encoder.register_forward_hook(stop)
         self.base.forward = hear
         token_ids = torch.tensor([row.token_ids], device=next(self.encoder.parameters()).device)
         try:
-            model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), **row.features)
+            # Granite's encoder normalises by the statistics of the batch in training mode.
+            with evaluating(self.encoder):
+                model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), **row.features)
         finally:
             hook.remove()
             del self.base.forward
             if own is not None:
                 self.base.forward = own
-            self.encoder.train(was_training)
         if not found:
             raise TypeError(f"model must hand its audio to its encoder, {type(self.base).__name__} did not call it")
         return found[0]

@@ -17,7 +17,6 @@ from leafkernels.integrations._trl_teachers import (
     Teacher,
     check_ranks,
     common_ids,
-    evaluating,
     is_below_adapter,
     keeps_logits,
     known_tokenizer,
@@ -30,6 +29,7 @@ from leafkernels.integrations._trl_teachers import (
     vocabulary_size,
     without_adapter,
 )
+from leafkernels.models.asking import evaluating
 
 try:
     from trl import GRPOConfig, GRPOTrainer

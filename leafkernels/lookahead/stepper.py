@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leafkernels.lookahead import trial
+from leafkernels.models.asking import name_of_cache
 
 # Decoder layers of these kinds read and write keys and values alone.
 _KINDS_OF_ATTENTION = {"full_attention", "sliding_attention"}
@@ -71,7 +72,7 @@ class TransformersStepper:
         self._counts_itself, self._cache_name = False, "past_key_values"
         if self._base is not None:
             self._counts_itself = "position_ids" not in inspect.signature(self._base.forward).parameters
-            self._cache_name = _name_of_cache(self._base)
+            self._cache_name = name_of_cache(self._base)
         trial.check_model(self, packed)
 
     @property
@@ -255,17 +256,6 @@ class TransformersStepper:
             **{self._cache_name: self._cache},
         )
         return output.logits[:, -1], output.rewards[:, -1]
-
-
-def _name_of_cache(base: Any) -> str:
-    """Under which name the model reads a cache, or else transformers' ``generate`` hands it one."""
-    from transformers import GenerationMixin
-
-    for asked in (base.forward, GenerationMixin.prepare_inputs_for_generation):
-        for name, parameter in inspect.signature(asked).parameters.items():
-            if "Cache" in str(parameter.annotation):
-                return name
-    return "past_key_values"
 
 
 def _take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from leafkernels._core.checks import check_integer, check_mask
 from leafkernels.lookahead.folder import check_base, load_base, read_channel, write_channel
-from leafkernels.lookahead.modes import evaluating
 from leafkernels.lookahead.reward_channel import LayerWeights, RewardChannel
 from leafkernels.lookahead.search import Search, as_ids, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
 from leafkernels.lookahead.trial import UnfitLayersError, base_of, check_layers
+from leafkernels.models.asking import evaluating
 
 # What ``Trainer`` and the engines below it ask of a model. Not all that it has: what they do not allow a quantised
 # model, as to be trained, a channel beside it may.
@@ -312,9 +312,8 @@ class RewardTransformer(nn.Module):
 
         From the generation config come the length, the end tokens, the suppressed ones, ``min_p`` and the padding (the
         end token where there is none); what else the model reads of its prompts, as the features of an audio model, is
-        read here too. Nothing is sampled,
-        and logits processors are not asked. transformers hands neither a streamer nor a tokenizer over: for a streamer
-        and for stop strings there is ``generate``.
+        read here too. Nothing is sampled, and logits processors are not asked. transformers hands neither a streamer
+        nor a tokenizer over: for a streamer and for stop strings there is ``generate``.
 
         Returns:
             (B, P + T) prompts and answers, padded on the right.

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from leafkernels.lookahead.modes import evaluating
+from leafkernels.models.asking import evaluating
 
 # Of each model: what was found, by what was asked.
 _FOUND: "WeakKeyDictionary[Any, dict[Any, Any]]" = WeakKeyDictionary()

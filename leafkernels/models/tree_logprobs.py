@@ -17,6 +17,7 @@ from torch import Tensor
 
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_choice, check_integer, check_mask
+from leafkernels.models.asking import evaluating, name_of_cache
 from leafkernels.models.plan import Cluster, best_clusters, cost_of_rows, cost_of_trunks, shares_trunks
 from leafkernels.rows.find import find_rows
 from leafkernels.rows.layout import as_rows
@@ -26,7 +27,9 @@ from leafkernels.vocabulary.surprisal import surprisal_entropy
 PLANS = ("auto", "rows", "trunks")
 
 # Models whose trunks have been compared with rows, and what came of it, by the names of inputs: None, or why not.
-_checked: "weakref.WeakKeyDictionary[Any, dict[Any, str | None]]" = weakref.WeakKeyDictionary()
+_checked: "weakref.WeakKeyDictionary[Any, dict[tuple[str, ...], str | None]]" = weakref.WeakKeyDictionary()
+# What models cost, which takes a look at all of their weights.
+_known_costs: "weakref.WeakKeyDictionary[Any, tuple[float, float]]" = weakref.WeakKeyDictionary()
 
 
 class TreeLogprobs(NamedTuple):
@@ -182,7 +185,7 @@ def _choose(
         if plan == "trunks":
             raise RuntimeError(f"plan must be 'rows' with {name}: {reason}")
         return TreeStats("rows", reason, *counts)
-    if plan == "auto" and not inputs and not shares_trunks(rows, trunks, *_weights(model)):
+    if plan == "auto" and not inputs and not shares_trunks(rows, trunks, *_costs(model)):
         return TreeStats("rows", "the rows share too little", *counts)
     return TreeStats("trunks", "fewer tokens" if plan == "auto" else "plan='trunks'", *counts)
 
@@ -194,28 +197,29 @@ def _bare(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _cache_name(model: Any) -> str | None:
-    """What the model calls its cache of keys and values."""
-    names = inspect.signature(_bare(model).forward).parameters
-    return next((name for name in ("past_key_values", "cache") if name in names), None)
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward takes."""
+    return inspect.signature(_bare(model).forward).parameters
 
 
-def _weights(model: Any) -> tuple[float, float]:
+def _costs(model: Any) -> tuple[float, float]:
     """Operations of a layer's products for a token, and of its attention for a pair of tokens."""
     bare = _bare(model)
-    config = bare.config.get_text_config() if hasattr(bare.config, "get_text_config") else bare.config
-    embeddings = {id(part.weight): part.weight.numel() for part in (bare.get_input_embeddings(),
-                  bare.get_output_embeddings()) if part is not None}  # fmt: skip
-    weights = sum(weight.numel() for weight in bare.parameters()) - sum(embeddings.values())
-    return 2.0 * weights, 4.0 * config.hidden_size * config.num_hidden_layers
+    if bare not in _known_costs:
+        config = bare.config.get_text_config() if hasattr(bare.config, "get_text_config") else bare.config
+        ends = [part for part in (bare.get_input_embeddings(), bare.get_output_embeddings()) if part is not None]
+        embeddings = {id(part.weight): part.weight.numel() for part in ends}
+        weights = sum(weight.numel() for weight in bare.parameters()) - sum(embeddings.values())
+        _known_costs[bare] = 2.0 * weights, 4.0 * config.hidden_size * config.num_hidden_layers
+    return _known_costs[bare]
 
 
 def _why_not(model: Any, batch: _Batch | None, clusters: list[Cluster], inputs: dict[str, Any]) -> str | None:
     """Why trunks would be wrong or impossible with this model as it is now; None: they are right."""
-    bare = _bare(model)
-    if _cache_name(model) is None or "position_ids" not in inspect.signature(bare.forward).parameters:
+    bare, parameters = _bare(model), _parameters(model)
+    if not {name_of_cache(bare), "position_ids"} <= parameters.keys():
         return "its forward takes no position_ids, or no cache of keys and values"
-    types = [name for name in inspect.signature(bare.forward).parameters if name.endswith("token_type_ids")]
+    types = sorted(name for name in parameters if name.endswith("token_type_ids"))
     if inputs and types:
         # Qwen2.5-VL runs without them, and then gives other positions behind an image.
         return f"its forward reads {types[0]}, a number for each token, and inputs has what belongs to a prompt"
@@ -225,8 +229,8 @@ def _why_not(model: Any, batch: _Batch | None, clusters: list[Cluster], inputs: 
         return "its weights are sharded, and the ranks would have to run equally many forwards"
     if batch is None:
         return None
-    found = _checked.setdefault(bare, {})
     names = tuple(sorted(inputs))
+    found = _checked.setdefault(bare, {})
     if names not in found:
         found[names] = _compare(model, *(_longest_rows(batch, clusters) if inputs else _few_rows(batch)), inputs)
     return found[names]
@@ -268,18 +272,13 @@ def _small(ids: Tensor, lengths: list[int], firsts: list[int]) -> _Batch:
 @torch.no_grad()
 def _compare(model: Any, batch: _Batch, clusters: list[Cluster], inputs: dict[str, Any]) -> str | None:
     """What is wrong with trunks, by a forward of the same rows alone; None: nothing."""
-    parts = [part for part in _bare(model).modules() if part.training]
     try:
-        for part in parts:
-            part.training = False
-        # Positions behind images and recordings are the model's business: its own forward counts them.
-        alone = _run_rows(model, batch, clusters, 1.0, inputs, has_positions=not inputs).logprobs
-        shared = _run_trunks(model, batch, clusters, 1.0, inputs).logprobs
+        with evaluating(model):
+            # Positions behind images and recordings are the model's business: its own forward counts them.
+            alone = _run_rows(model, batch, clusters, 1.0, inputs, has_positions=not inputs).logprobs
+            shared = _run_trunks(model, batch, clusters, 1.0, inputs).logprobs
     except Exception as error:  # whatever a model's code raises says that it cannot run so
         return f"it cannot continue from the keys and values of a shared prefix ({type(error).__name__}: {error})"
-    finally:
-        for part in parts:
-            part.training = True
     most = float((alone - shared).abs().max())
     is_exact = next(_bare(model).parameters()).dtype in (torch.float32, torch.float64)
     if not most < (1e-3 if is_exact and not torch.is_autocast_enabled(batch.ids.device.type) else 0.2):
@@ -368,10 +367,10 @@ def _forward(
     model: Any, ids: Tensor, mask: Tensor, positions: Tensor | None, keep: int, cache: Any, inputs: dict[str, Any]
 ) -> Tensor:
     """(rows, keep, V) logits of the last columns."""
-    names = inspect.signature(_bare(model).forward).parameters
+    names = _parameters(model)
     more: dict[str, Any] = dict(inputs)
     if cache is not None:
-        more[_cache_name(model) or ""] = cache
+        more[name_of_cache(_bare(model))] = cache
     if "logits_to_keep" in names:
         more["logits_to_keep"] = keep
     if "position_ids" in names and positions is not None:
