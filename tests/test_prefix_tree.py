@@ -164,10 +164,16 @@ def test_thousands_of_rows() -> None:
     assert torch.equal(tree.counts, tree.nodes.flatten().bincount())
 
 
-def test_bad_arguments_are_told() -> None:
+def test_bad_arguments_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
     with pytest.raises(ValueError, match=r"^max_nodes must be at least the number of nodes, 4, got 3$"):
         leafkernels.prefix_tree(ids, max_nodes=3)
+    many = torch.randint(0, 2, (40, 30), generator=torch.Generator().manual_seed(0))
+    number = leafkernels.prefix_tree(many).token_ids.shape[0]
+    for backend in BACKENDS[:2]:
+        monkeypatch.setattr("leafkernels.eager.prefix_tree._CHUNK", 40)  # fewer entries than there are nodes
+        with pytest.raises(ValueError, match=rf"^max_nodes must be at least the number of nodes, {number}, got 500$"):
+            leafkernels.prefix_tree(many, max_nodes=500, backend=backend)
     with pytest.raises(ValueError, match=r"^max_nodes must be at least 0, got -1$"):
         leafkernels.prefix_tree(ids, max_nodes=-1)
     with pytest.raises(TypeError, match=r"^max_nodes must be an int, got float$"):

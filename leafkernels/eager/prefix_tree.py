@@ -60,7 +60,7 @@ def tree_nodes(
     # After the last row one that shares nothing, and begins where the nodes end.
     later = torch.arange(1, num_rows + 1, device=device)[:, None]
     next_shared = pad(shared[1:], (0, 1), value=-1)[:, None]
-    width = int(lengths.max())
+    width, is_short = int(lengths.max()), int(firsts[-1]) > num_nodes
     step = max(_CHUNK // num_rows, 1)
     for start in range(0, width, step):
         columns = torch.arange(start, min(start + step, width), device=device)
@@ -72,8 +72,8 @@ def tree_nodes(
         flat_nodes[(bases[:, None] + columns)[is_token]] = number[is_token]
         is_own = is_token & (begun == places)
         own, place, column = number[is_own], places.expand_as(is_own)[is_own], columns.expand_as(is_own)[is_own]
-        keep = own < num_nodes
-        if num_nodes < number.numel() and not bool(keep.all()):
+        if is_short:
+            keep = own < num_nodes
             own, place, column = own[keep], place[keep], column[keep]
         ids[own] = flat_ids[bases[place] + column]
         positions[own] = column

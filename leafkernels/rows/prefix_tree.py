@@ -71,10 +71,12 @@ def tree_of_rows(
     """The tree of the rows of a layout; the arguments have been checked."""
     if backend == "reference":
         tree = PrefixTree(*implementation(backend).prefix_tree(token_ids, *layout.rows, *layout.groups))
+        _check_room(tree.starts[-1], max_nodes)
     else:
         order, shared = order_of_rows(token_ids, layout, backend)
         own = layout.row_lengths[order] - shared
         firsts = pad(own.cumsum(0), (1, 0))
+        _check_room(firsts[-1], max_nodes)
         size = layout.max_length, int(firsts[-1]) if max_nodes is None else max_nodes
         found: list[Tensor] = _tree_nodes(
             token_ids, order, shared, firsts, *layout.rows, layout.group_starts, *size, backend
@@ -88,15 +90,17 @@ def tree_of_rows(
     return tree
 
 
+def _check_room(number: Tensor, max_nodes: int | None) -> None:
+    if max_nodes is not None and values_readable(number) and int(number) > max_nodes:
+        raise ValueError(f"max_nodes must be at least the number of nodes, {int(number)}, got {max_nodes}")
+
+
 def _sized(tree: PrefixTree, max_nodes: int) -> PrefixTree:
     """The tree with what stands after its nodes made empty."""
-    number = tree.starts[-1]
-    if values_readable(number) and int(number) > max_nodes:
-        raise ValueError(f"max_nodes must be at least the number of nodes, {int(number)}, got {max_nodes}")
     missing = max_nodes - tree.token_ids.shape[0]
     ids, positions, parents, ends, counts = (pad(field, (0, missing)) for field in tree[:5])
     every = torch.arange(max_nodes, device=ids.device)
-    is_empty = every >= number
+    is_empty = every >= tree.starts[-1]
     ids, positions, counts = (field.masked_fill(is_empty, 0) for field in (ids, positions, counts))
     return PrefixTree(
         ids,
