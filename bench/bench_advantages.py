@@ -12,7 +12,11 @@ import python_ref
 from bench.bench_prefix_lengths import dense, dense_by_chunks, ids_needed
 from bench.harness import Bench, Call, Prepare, Session, compiled, interleaved
 from bench.rollouts import SHAPES, TINY, Batch, Shape
-from leafkernels import eager
+from leafkernels.credit.options import CreditOptions
+from leafkernels.eager import boundaries as boundaries_of
+from leafkernels.eager import nodes
+from leafkernels.eager import scatter as scatter_of
+from leafkernels.eager import values as values_of
 from leafkernels.rows.find import build_layout
 from leafkernels.rows.layout import as_rows
 
@@ -47,7 +51,7 @@ def backend_of_package(backend: str) -> Prepare:
 
 def dense_compiled(
     batch: Batch,
-    credit: tuple[str, float, bool, str] = ("both", 0.5, False, "span"),
+    credit: CreditOptions = CreditOptions(),  # noqa: B008
     finish: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Call:
     """The PyTorch backend's functions, compiled one by one: together they break into the same graphs.
@@ -58,20 +62,16 @@ def dense_compiled(
     mask = None if batch.mask is None else as_rows(batch.mask)
     scores, rewards, shape = as_rows(batch.logprobs), batch.rewards.flatten(), batch.token_ids.shape
     layout = build_layout(as_rows(batch.token_ids), mask, batch.shape.group, None)
-    select, nodes_of = map(compiled, (eager.select_boundaries, eager.nodes_of_prefix_lengths))
-    values, scatter = map(compiled, (eager.span_values, eager.scatter_spans))
+    select, nodes_of = map(compiled, (boundaries_of.select_boundaries, nodes.nodes_of_prefix_lengths))
+    values, scatter = map(compiled, (values_of.span_values, scatter_of.scatter_spans))
     prefixes = dense_by_chunks(batch, compiled(dense))
-    groups = (layout.rows_by_group, layout.group_starts, layout.group_of_row)
-    slots = (layout.slot_starts, layout.slot_ends, layout.row_starts)
-    count, size = batch.shape.num_boundaries, [rewards.shape[0], batch.shape.tokens]
+    options, size = credit._replace(num_boundaries=batch.shape.num_boundaries), [rewards.shape[0], batch.shape.tokens]
 
     def call() -> Tensor:
-        boundaries = select(
-            scores, mask, layout.row_starts, layout.row_lengths, *groups, layout.max_length, count, None, True
-        )
-        nodes = nodes_of(prefixes().flatten(0, 1), boundaries, layout.row_lengths, *groups)
-        normalized, _, ends, _, _ = values(rewards, nodes, boundaries, layout.row_lengths, *groups, *credit)
-        return scatter(finish(normalized), ends, mask, *slots, size, torch.float32).view(shape)
+        boundaries = select(scores, mask, layout, options, True)
+        named = nodes_of(prefixes().flatten(0, 1), boundaries, layout)
+        normalized, _, ends, _, _ = values(rewards, named, boundaries, layout, options)
+        return scatter(finish(normalized), ends, mask, layout, size, torch.float32).view(shape)
 
     return call
 

@@ -8,7 +8,8 @@ import leafkernels
 import python_ref
 from bench.harness import Bench, Call, Prepare, compiled
 from bench.rollouts import Batch, Shape
-from leafkernels import eager
+from leafkernels.credit.options import CreditOptions
+from leafkernels.eager import boundaries
 from leafkernels.rows.find import build_layout
 from leafkernels.rows.layout import as_rows
 
@@ -32,10 +33,9 @@ def backend_of_package(backend: str) -> Prepare:
 def eager_compiled(batch: Batch) -> Call:
     """The PyTorch backend's own function: the compiler sees into it, and the layout is made before."""
     layout = build_layout(as_rows(batch.surprisal), None, batch.shape.group, None)
-    function = compiled(eager.select_boundaries)
-    scores, count = as_rows(batch.surprisal), batch.shape.num_boundaries
-    rows = (layout.row_starts, layout.row_lengths, layout.rows_by_group, layout.group_starts, layout.group_of_row)
-    return lambda: function(scores, None, *rows, layout.max_length, count, None, False)
+    function = compiled(boundaries.select_boundaries)
+    scores, options = as_rows(batch.surprisal), CreditOptions(num_boundaries=batch.shape.num_boundaries)
+    return lambda: function(scores, None, layout, options, False)
 
 
 PREPARES = {

@@ -18,6 +18,7 @@ from bench import bench_advantages
 from bench.bench_prefix_lengths import ids_needed
 from bench.harness import Bench, Call, Prepare, compiled
 from bench.rollouts import Batch, Shape
+from leafkernels.credit.options import CreditOptions
 
 INPUTS = ("sampled", "ragged")
 # LEAF has a bench of its own.
@@ -110,7 +111,7 @@ def compiled_peer(name: str) -> Prepare:
         if name == "treerl":
             return bench_advantages.dense_compiled(
                 batch,
-                ("global", 0.5, True, "none"),
+                CreditOptions(terms="global", leave_one_out=True, normalize="none"),
                 lambda scaled: 2.0 * scaled - pad(scaled[:, :-1], (1, 0)),
             )
         if name in LEAVING:

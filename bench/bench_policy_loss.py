@@ -12,7 +12,8 @@ import leafkernels
 import python_ref
 from bench.harness import Bench, Call, Prepare, compiled
 from bench.rollouts import Batch, Shape
-from leafkernels import eager
+from leafkernels.eager import policy_loss
+from leafkernels.losses.policy_loss import LossOptions
 
 INPUTS = ("sampled", "ragged")
 OP = "policy_loss with gradient"
@@ -52,11 +53,12 @@ def backend_of_package(backend: str) -> Prepare:
 
 def eager_compiled(batch: Batch) -> Call:
     tokens = tokens_of(batch)
-    options = (*BOUNDS["clip"], BOUNDS["dual_clip"], BOUNDS["max_log_ratio"], 0.0, 0.0, False, True)
-    function = compiled(eager.policy_loss)
+    bounds = (*BOUNDS["clip"], BOUNDS["dual_clip"], BOUNDS["max_log_ratio"])
+    options = LossOptions(*bounds, 0.0, 0.0, False, "token_mean", None)
+    function = compiled(policy_loss.policy_loss)
 
     def call() -> tuple[Tensor, Tensor]:
-        sums, gradient = function(*tokens, None, None, *options)
+        sums, gradient = function(*tokens, None, None, options, True)
         return sums[0].sum(), gradient
 
     return call

@@ -9,7 +9,7 @@ import leafkernels
 import python_ref
 from bench.harness import Bench, Call, Prepare, compiled
 from bench.rollouts import Batch, Shape
-from leafkernels import eager
+from leafkernels.eager import scatter
 from leafkernels.rows.find import build_layout
 from leafkernels.rows.layout import as_rows
 
@@ -50,10 +50,9 @@ def eager_compiled(batch: Batch) -> Call:
     values, ends = (tensor.flatten(0, 1) for tensor in spans(batch))
     mask = None if batch.mask is None else as_rows(batch.mask)
     layout = build_layout(as_rows(batch.token_ids), mask, batch.shape.group, None)
-    rows = (layout.slot_starts, layout.slot_ends, layout.row_starts)
     size = [values.shape[0], batch.shape.tokens]
-    function = compiled(eager.scatter_spans)
-    return lambda: function(values, ends, mask, *rows, size, torch.float32).view(batch.token_ids.shape)
+    function = compiled(scatter.scatter_spans)
+    return lambda: function(values, ends, mask, layout, size, torch.float32).view(batch.token_ids.shape)
 
 
 PREPARES = {

@@ -9,7 +9,9 @@ import leafkernels
 import python_ref
 from bench.harness import Bench, Call, Prepare, compiled
 from bench.rollouts import Batch, Shape
-from leafkernels import eager
+from leafkernels.credit.options import CreditOptions
+from leafkernels.eager import nodes
+from leafkernels.eager import values as values_of
 from leafkernels.rows.find import build_layout
 
 INPUTS = ("sampled",)
@@ -50,14 +52,13 @@ def backend_of_package(backend: str) -> Prepare:
 def eager_compiled(batch: Batch) -> Call:
     """The PyTorch backend's own functions: the compiler sees into them, and the layout is made before."""
     prefix_lengths, boundaries, rewards, lengths = arguments(batch)
-    nodes_of, values = compiled(eager.nodes_of_prefix_lengths), compiled(eager.span_values)
+    nodes_of, values = compiled(nodes.nodes_of_prefix_lengths), compiled(values_of.span_values)
     of_rows = prefix_lengths.flatten(0, 1)
-    layout = build_layout(of_rows, None, batch.shape.group, None)
-    tensors = (boundaries, lengths.flatten(), layout.rows_by_group, layout.group_starts, layout.group_of_row)
+    layout = build_layout(of_rows, None, batch.shape.group, None)._replace(row_lengths=lengths.flatten())
 
     def call() -> Tensor:
-        nodes = nodes_of(of_rows, *tensors)
-        return values(rewards.flatten(), nodes, *tensors, "both", 0.5, False, "span")[0].view(*rewards.shape, -1)
+        named = nodes_of(of_rows, boundaries, layout)
+        return values(rewards.flatten(), named, boundaries, layout, CreditOptions())[0].view(*rewards.shape, -1)
 
     return call
 

@@ -26,8 +26,10 @@ if not torch.cuda.is_available():
 
 from bench import report  # noqa: E402
 from bench.harness import DEVICE, best_of, copy_bandwidth, describe_machine, graph_of, median_of_events  # noqa: E402
-from leafkernels import kernels  # noqa: E402
-from leafkernels.kernels import surprisal  # noqa: E402
+from leafkernels.kernels import policy_loss_from_logits, surprisal  # noqa: E402
+from leafkernels.losses.policy_loss import LossOptions  # noqa: E402
+from leafkernels.losses.policy_loss_from_logits import LossConstants  # noqa: E402
+from leafkernels.vocabulary.inputs import RowStatistics  # noqa: E402
 
 SHAPES = tuple(itertools.product((64, 8192), (151_936, 128_256)))
 TINY_SHAPES = ((2, 300),)
@@ -67,29 +69,22 @@ class Case:
         self.ids = torch.randint(vocab_size, (num_rows,), generator=generator, device=DEVICE)
         self.ones = torch.ones(num_rows, device=DEVICE)
         self.mask = torch.ones(num_rows, dtype=torch.bool, device=DEVICE)
-        self.of_rows = surprisal.launch_surprisal_entropy(self.logits, self.ids, self.ones, None)
+        self.statistics = RowStatistics(*surprisal.surprisal_entropy(self.logits, self.ids, self.ones, None))
 
     def states(self) -> tuple[Tensor, ...]:
-        return surprisal.launch_surprisal_entropy(self.logits, self.ids, self.ones, None)
+        return surprisal.surprisal_entropy(self.logits, self.ids, self.ones, None)
 
     def backward(self) -> tuple[Tensor, ...]:
-        surprisal.launch_surprisal_entropy_backward(
-            self.gradients,
-            self.ones,
-            self.ones,
-            *self.of_rows,
-            self.logits,
-            self.ids,
-            self.ones,
-            None,
-            None,
+        surprisal.write_gradients(
+            self.gradients, self.ones, self.ones, self.statistics, self.logits, self.ids, self.ones, None
         )
         return (self.gradients,)
 
     def loss(self) -> tuple[Tensor, ...]:
-        options = (0.2, 0.2, math.inf, math.inf, 0.0, 0.01, True)
-        inputs = (self.logits, self.ids, self.ones, self.mask, self.ones, -self.of_rows[0], self.ones, None)
-        return kernels.policy_loss_from_logits(*inputs, *options)
+        options = LossOptions(0.2, 0.2, math.inf, math.inf, 0.0, 0.01, False, "sum", None)
+        old_logprobs = -self.statistics.surprisal
+        constants = LossConstants(self.ids, self.ones, self.mask, self.ones, old_logprobs, self.ones, None)
+        return policy_loss_from_logits.policy_loss_from_logits(self.logits, constants, options, True)
 
     def kernels(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
         return {"states": self.states, "backward": self.backward, "loss and gradient": self.loss}

@@ -3,10 +3,7 @@
 import leafkernels._core.interrupt as _interrupt  # noqa: F401 - before what takes seconds
 
 # isort: split
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from leafkernels.credit.advantages import span_advantages
 from leafkernels.credit.agreement import GradientAgreement, gradient_agreement
@@ -16,6 +13,7 @@ from leafkernels.credit.distillation import FireOPD, FireStatistics, fire_opd, f
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
 from leafkernels.credit.options import PRESETS
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
+from leafkernels.credit.registry import ESTIMATORS, Estimator
 from leafkernels.credit.scatter import scatter_spans
 from leafkernels.credit.tree import SpanTree, span_tree
 from leafkernels.credit.values import SpanValues, span_values
@@ -30,23 +28,13 @@ from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
 if TYPE_CHECKING:
     from leafkernels.command.notebook import report
 
-ESTIMATORS: dict[str, Callable[..., Tensor]] = {
-    "leaf": span_advantages,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "rloo": rloo,
-    "tempo": tempo,
-    "tree_td": tree_td,
-    "treerl": treerl,
-}
-"""Every credit scheme by its name; all take the arguments of ``grpo``."""
-
 __version__ = "0.1.0"
 
 __all__ = [
     "ESTIMATORS",
     "GradientAgreement",
     "PRESETS",
+    "Estimator",
     "FireOPD",
     "FireStatistics",
     "PolicyLoss",

@@ -10,18 +10,13 @@ from python_ref.differences import tempo, tree_td, treerl
 from python_ref.distillation import fire_opd, fire_statistics
 from python_ref.estimators import dr_grpo, grpo, rloo
 from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
-from python_ref.policy_loss import policy_loss, policy_loss_slopes
+from python_ref.policy_loss import policy_loss, policy_loss_backward
 from python_ref.policy_loss_from_logits import policy_loss_from_logits
 from python_ref.prefix_lengths import common_prefix_lengths
 from python_ref.prefix_tree import PrefixTree, prefix_tree
 from python_ref.reward_channel import channel_states, reward_channel
 from python_ref.scatter import gather_spans, scatter_spans
-from python_ref.surprisal import (
-    merge_surprisal_states,
-    surprisal_entropy,
-    surprisal_entropy_backward,
-    surprisal_state,
-)
+from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
 from python_ref.tree import SpanTree, span_tree
 from python_ref.values import normalize_spans, span_values
 
@@ -37,11 +32,10 @@ __all__ = [
     "grpo",
     "linear_surprisal_entropy",
     "linear_surprisal_entropy_backward",
-    "merge_surprisal_states",
     "normalize_spans",
     "policy_loss",
+    "policy_loss_backward",
     "policy_loss_from_logits",
-    "policy_loss_slopes",
     "prefix_tree",
     "reward_channel",
     "rloo",
@@ -52,7 +46,6 @@ __all__ = [
     "span_values",
     "surprisal_entropy",
     "surprisal_entropy_backward",
-    "surprisal_state",
     "tempo",
     "tree_td",
     "treerl",

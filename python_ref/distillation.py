@@ -5,8 +5,6 @@ import struct
 from collections.abc import Sequence
 from fractions import Fraction
 
-from python_ref.values import mean
-
 Table = Sequence[Sequence[float]]
 # The lowest finite float32: of scores, -inf alone is below it.
 LOWEST = -(2.0 - 2.0**-23) * 2.0**127
@@ -53,39 +51,39 @@ def fire_opd(
     normalize: str = "batch",
     base_logprobs: Table | None = None,
     extrapolation: float = 1.0,
+    statistics: Table | None = None,
 ) -> dict[str, list]:
-    """Weights, advantages, and what the filter found, all rows being the scope; see ``leafkernels.fire_opd``."""
+    """Weights, advantages, and what the filter found; see ``leafkernels.fire_opd``.
+
+    All rows are the scope, or, where they are given, those of ``statistics``, as from ``fire_statistics``.
+    """
     live = [[t for t, m in enumerate(mask) if m] for mask in response_mask]
     scores = [score(teacher_logprobs[i], tokens) for i, tokens in enumerate(live)]
-    kept, threshold, _ = keep_rows(scores, drop)
-    keep = [of_row and bool(tokens) for of_row, tokens in zip(kept, live, strict=True)]
+    own = fire_statistics(teacher_logprobs, student_entropy, teacher_entropy, response_mask)
+    scope = own if statistics is None else statistics
+    in_scope, threshold, least = keep_rows([_mean_of(row) for row in scope], drop)
+    keep = [not of_row < least and bool(tokens) for of_row, tokens in zip(scores, live, strict=True)]
+    teacher_max, student_max = (max(_largest([row[column] for row in scope]), 1e-6) for column in (2, 3))
 
-    def largest(entropy: Table | None) -> float:
-        found = [h for i, tokens in enumerate(live) for h in _entropies(entropy, i, tokens) or []]
-        return max(_largest(found), 1e-6)
+    def mean_weight(rows: Table) -> float:
+        return _mean_weight(rows, teacher_max, student_max, alpha, beta)
 
-    raw = fire_weights(
+    if normalize == "trajectory":
+        means = [mean_weight([row]) for row in own]
+    elif normalize == "kept":
+        means = [mean_weight([row for row, kept in zip(scope, in_scope, strict=True) if kept])] * len(own)
+    else:
+        means = [mean_weight(scope)] * len(own)
+    weights = fire_weights(
         student_entropy,
         teacher_entropy,
         response_mask,
-        [1.0] * len(live),
-        largest(teacher_entropy),
-        largest(student_entropy),
+        [1 / of_row for of_row in means],
+        teacher_max,
+        student_max,
         alpha=alpha,
         beta=beta,
     )
-
-    def mean_weight(rows: list[int]) -> float:
-        return mean([raw[i][t] for i in rows for t in live[i]]) or 1.0
-
-    everywhere = list(range(len(live)))
-    if normalize == "trajectory":
-        means = [mean_weight([i]) for i in everywhere]
-    elif normalize == "kept":
-        means = [mean_weight([i for i in everywhere if keep[i]])] * len(live)
-    else:
-        means = [mean_weight(everywhere)] * len(live)
-    weights = [[w / of_row for w in row] for row, of_row in zip(raw, means, strict=True)]
     return {
         "advantages": fire_advantages(
             old_logprobs,
@@ -109,30 +107,7 @@ def fire_opd(
     }
 
 
-def fire_scope(
-    rows: Sequence[Sequence[float]],
-    scores: Sequence[float],
-    *,
-    drop: float,
-    alpha: float,
-    beta: float,
-    of_kept: bool = False,
-) -> list[float]:
-    """What all rows say together, from the seven numbers of each: what ``fire_opd`` finds from the tokens.
-
-    The quantile of the scores, the least score that a kept row may have, the largest teacher's and student's entropy
-    (at least 1e-6), and the mean weight of all tokens, or of those of kept rows.
-    """
-    keep, threshold, least = keep_rows(scores, drop)
-    teacher_max, student_max = (max(_largest([row[column] for row in rows]), 1e-6) for column in (2, 3))
-    counting = [row for row, of_row in zip(rows, keep, strict=True) if of_row or not of_kept]
-    mean_of_all = mean_weight(counting, teacher_max, student_max, alpha, beta)
-    return [threshold, least, teacher_max, student_max, mean_of_all]
-
-
-def mean_weight(
-    rows: Sequence[Sequence[float]], teacher_max: float, student_max: float, alpha: float, beta: float
-) -> float:
+def _mean_weight(rows: Table, teacher_max: float, student_max: float, alpha: float, beta: float) -> float:
     """The mean weight of the tokens of rows, by their seven numbers; 1 of no token.
 
     (1 + a (1 - h_t)) (1 + b h_s) = (1 + a) + (1 + a) b h_s - a h_t - a b h_t h_s, with entropies as shares of the
@@ -226,6 +201,11 @@ def score(teacher_logprobs: Sequence[float], live: Sequence[int]) -> float:
         return math.nan
     of_row = _sum([teacher_logprobs[t] for t in live]) / len(live)
     return float(struct.unpack("f", struct.pack("f", of_row))[0])
+
+
+def _mean_of(row: Sequence[float]) -> float:
+    """The score of a row from its seven numbers."""
+    return float(struct.unpack("f", struct.pack("f", row[1] / row[0]))[0]) if row[0] else math.nan
 
 
 def keep_rows(scores: Sequence[float], drop: float) -> tuple[list[bool], float, float]:

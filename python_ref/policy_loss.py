@@ -74,7 +74,7 @@ def policy_loss(
     }
 
 
-def policy_loss_slopes(
+def policy_loss_backward(
     logprobs: Table,
     old_logprobs: Table,
     advantages: Table,
@@ -85,25 +85,38 @@ def policy_loss_slopes(
     max_log_ratio: float | None = None,
     ref_logprobs: Table | None = None,
     kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
     importance: str = "token",
-) -> list[list[float]]:
-    """The derivative of each token's loss in its log-probability, 0 where the mask is False.
+    aggregate: str = "token_mean",
+    constant: float | None = None,
+) -> tuple[list[list[float]], list[list[float]]]:
+    """The derivatives of the loss in each log-probability and in each entropy, 0 where the mask is False.
 
     With importance="sequence" the row's ratio is taken to move with the token's log-ratio (GSPO-token).
     """
-    slopes = []
+    number = sum(map(sum, response_mask))
+    rows_with_any = sum(map(any, response_mask))
+    of_logprobs, of_entropies = [], []
     for i, mask in enumerate(response_mask):
         live = [t for t, m in enumerate(mask) if m]
-        of_row = [0.0] * len(mask)
+        weight = {
+            "token_mean": 1 / max(number, 1),
+            "sequence_mean": 1 / (max(len(live), 1) * max(rows_with_any, 1)),
+            "sum": 1.0,
+            "constant": 1 / (constant or 1.0),
+        }[aggregate]
+        slopes = [0.0] * len(mask)
         for t in live:
             log_ratio = logprobs[i][t] - old_logprobs[i][t]
             if importance == "sequence":
                 log_ratio = math.fsum(logprobs[i][u] - old_logprobs[i][u] for u in live) / len(live)
-            of_row[t] = surrogate(log_ratio, advantages[i][t], clip, dual_clip, max_log_ratio).slope
+            slope = surrogate(log_ratio, advantages[i][t], clip, dual_clip, max_log_ratio).slope
             if ref_logprobs is not None and kl_coef != 0:
-                of_row[t] -= kl_coef * expm1(ref_logprobs[i][t] - logprobs[i][t])
-        slopes.append(of_row)
-    return slopes
+                slope -= kl_coef * expm1(ref_logprobs[i][t] - logprobs[i][t])
+            slopes[t] = weight * slope
+        of_logprobs.append(slopes)
+        of_entropies.append([-weight * entropy_coef if m else 0.0 for m in mask])
+    return of_logprobs, of_entropies
 
 
 class Surrogate(NamedTuple):

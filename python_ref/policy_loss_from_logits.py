@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from python_ref.policy_loss import Table, policy_loss, policy_loss_slopes
+from python_ref.policy_loss import Table, policy_loss, policy_loss_backward
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
 
 
@@ -29,8 +29,6 @@ def policy_loss_from_logits(
     Without ``old_logprobs`` the policy is its own old one: every ratio is 1.
     """
     logprobs, entropies, gradients = [], [], []
-    number = sum(map(sum, response_mask))
-    rows_with_any = sum(map(any, response_mask))
     temperatures = [[1.0] * len(mask) for mask in response_mask] if temperature is None else temperature
     for i in range(len(response_mask)):
         surprisals, of_row = surprisal_entropy(logits[i], token_ids[i], temperature=temperatures[i])
@@ -43,30 +41,16 @@ def policy_loss_from_logits(
         "max_log_ratio": max_log_ratio,
         "ref_logprobs": ref_logprobs,
         "kl_coef": kl_coef,
+        "entropy_coef": entropy_coef,
+        "aggregate": aggregate,
+        "constant": constant,
     }
-    slopes = policy_loss_slopes(*policies, advantages, response_mask, **options)
+    slopes, of_entropies = policy_loss_backward(*policies, advantages, response_mask, **options)
     for i, mask in enumerate(response_mask):
-        weight = {
-            "token_mean": 1 / max(number, 1),
-            "sequence_mean": 1 / (max(sum(mask), 1) * max(rows_with_any, 1)),
-            "sum": 1.0,
-            "constant": 1 / (constant or 1.0),
-        }[aggregate]
-        of_surprisals = [-weight * slope for slope in slopes[i]]
-        of_entropies = [-weight * entropy_coef if live else 0.0 for live in mask]
+        of_surprisals = [-slope for slope in slopes[i]]
         # A masked token is not looked at, whatever its logits.
         shown = [row if live else [0.0] * len(row) for row, live in zip(logits[i], mask, strict=True)]
         gradients.append(
-            surprisal_entropy_backward(of_surprisals, of_entropies, shown, token_ids[i], temperature=temperatures[i])
+            surprisal_entropy_backward(of_surprisals, of_entropies[i], shown, token_ids[i], temperature=temperatures[i])
         )
-    found = policy_loss(
-        *policies,
-        advantages,
-        response_mask,
-        entropy=entropies,
-        entropy_coef=entropy_coef,
-        aggregate=aggregate,
-        constant=constant,
-        **options,
-    )
-    return found, gradients
+    return policy_loss(*policies, advantages, response_mask, entropy=entropies, **options), gradients

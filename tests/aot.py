@@ -304,33 +304,17 @@ CASES = [
         )
         for tokens, packed in (("*fp32", False), ("*fp32", True), ("*bf16", False))
     ),
-    Case(
-        "fire_scope",
-        distillation._fire_scope_kernel,
-        "*fp64 *fp64 *fp32 fp32 fp32 fp32 fp32 i32",
-        {
-            "KEPT": True,
-            "HAS_TEACHER": True,
-            "HAS_STUDENT": True,
-            "COLUMNS": distillation.COLUMNS,
-            "BLOCK": distillation.BLOCK,
-            "num_warps": distillation.SCOPE_WARPS,
-        },
-        False,
-    ),
     *(
         Case(
             f"fire_weights {tokens}{' base' if base else ''}{' packed' if packed else ''}",
             distillation._fire_weights_kernel,
-            f"*fp32 *fp32 *i1 *i1 {tokens} {tokens} {tokens if base else 'None'} {tokens} {tokens} *i1 "
-            f"{'*i32' if packed else 'None'} *fp64 *fp32 *fp64 fp32 fp32 fp32 {'i32 ' * 8}",
+            f"*fp32 *fp32 *i1 {tokens} {tokens} {tokens if base else 'None'} {tokens} {tokens} *i1 "
+            f"{'*i32' if packed else 'None'} *i1 *fp64 *fp64 fp32 fp32 fp32 {'i32 ' * 8}",
             {
-                "PER_ROW": packed,
                 "HAS_BASE": base,
                 "HAS_STUDENT": True,
                 "HAS_TEACHER": True,
                 "PACKED": packed,
-                "COLUMNS": distillation.COLUMNS,
                 "BLOCK": distillation.BLOCK,
                 "num_warps": distillation.WEIGHTS_WARPS,
             },

@@ -1,12 +1,17 @@
 """Who imports whom: the rooms of the package, read from its source, and what a fresh process loads."""
 
 import ast
+import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support import run_python
+
+import leafkernels.lookahead  # noqa: F401 - for its operations
+from leafkernels._core.operation import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("leafkernels", "python_ref")
@@ -26,7 +31,6 @@ SHARED_FLOOR = 2
 BACKENDS = {
     "kernels": {"leafkernels.kernels", "torch", "triton", "math"},
     "eager": {"leafkernels.eager", "leafkernels.rows.layout", "leafkernels._core.precision", "torch"},
-    "reference": {"leafkernels.reference", "leafkernels._core.precision", "python_ref", "torch"},
 }
 
 
@@ -132,6 +136,17 @@ def test_no_import_circle() -> None:
     for module in SOURCES:
         visit(module, ())
     assert {f"leafkernels.{name}" for name in BACKENDS} <= IMPORTS["leafkernels._core.backend"]
+
+
+@pytest.mark.parametrize("package", ["kernels", "eager"])
+def test_the_implementations_of_an_operation_have_its_parameters(package: str) -> None:
+    # One gradient for research, and what PyTorch does in five cheap steps.
+    missing = {"kernels": {"span_values_backward"}, "eager": {"regular_layout"}}[package]
+    for name, (stem, declaration) in OPERATIONS.items():
+        if stem and name not in missing:
+            found = inspect.signature(getattr(importlib.import_module(f"leafkernels.{package}.{stem}"), name))
+            expected = list(inspect.signature(declaration).parameters)
+            assert list(found.parameters) == expected, f"leafkernels.{package}.{stem}.{name}"
 
 
 def test_a_fresh_process_loads_little() -> None:

@@ -262,18 +262,15 @@ def test_the_logits_of_all_tokens_never_exist() -> None:
     tensors = inputs(7, (40,), 3, 1000, torch.float32)
     with Largest() as seen:
         # The dispatcher's own view of what runs inside of an operation needs its body itself.
-        linear_surprisal._impl(
+        linear_surprisal._fold_chunks(
+            "torch",
             tensors["hidden"],
             tensors["lm_head_weight"],
             None,
             tensors["token_ids"],
             tensors["temperature"],
             None,
-            None,
-            40,
-            2,
-            torch.float32,
-            "torch",
+            linear_surprisal.HeadOptions(softcap=None, num_live=40, chunk=2, dtype=torch.float32),
         )
     assert seen.elements <= 8000  # the room of the PyTorch backend for 2 rows; all logits would be 40,000
     for itemsize in (2, 4):
@@ -360,9 +357,9 @@ def test_no_token_that_counts(backend: str) -> None:
 
 def test_the_buffer_is_no_larger_than_the_tokens_need() -> None:
     tensors = inputs(13, (4,), 3, 9, torch.float32)
-    head = linear_surprisal._Head(
-        tensors["hidden"], tensors["lm_head_weight"], None, tensors["response_mask"], None, 10**9, 10**9, torch.float32
-    )
+    options = linear_surprisal.HeadOptions(softcap=None, num_live=10**9, chunk=10**9, dtype=torch.float32)
+    of_head = tensors["hidden"], tensors["lm_head_weight"], None, tensors["response_mask"]
+    head = linear_surprisal._Head(*of_head, options)
     assert head.buffer.shape == (4, 9)
     assert sum(rows.shape[0] for rows in head.chunks()) == 4  # type: ignore[union-attr]
 

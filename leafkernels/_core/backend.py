@@ -15,7 +15,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when its kernels are imported, so a later change has no effect there either.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
-_MODULES = {"triton": "leafkernels.kernels", "torch": "leafkernels.eager", "reference": "leafkernels.reference"}
+_PACKAGES = {"triton": "leafkernels.kernels", "torch": "leafkernels.eager"}
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -44,6 +44,6 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 
 @cache
-def implementation(backend: str) -> ModuleType:
-    """The module that holds the functions of a resolved backend; imported when it is first needed."""
-    return importlib.import_module(_MODULES[backend])
+def implementation(backend: str, stem: str) -> ModuleType:
+    """The module of an operation in a resolved backend, "triton" or "torch"; imported when it is first needed."""
+    return importlib.import_module(f"{_PACKAGES[backend]}.{stem}")

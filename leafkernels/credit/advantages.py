@@ -24,32 +24,40 @@ class Credit(NamedTuple):
     spans: SpanValues
 
 
+def check_credit(
+    rollouts: Rollouts, boundary_scores: Any, options: CreditOptions, gathered: Any = None
+) -> CreditOptions:
+    """The options, checked like the other arguments of ``span_advantages``."""
+    if boundary_scores is not None:
+        token_ids = rollouts.token_ids
+        check_real("boundary_scores", boundary_scores)
+        check_like("boundary_scores", boundary_scores, "token_ids", token_ids.shape, token_ids.device)
+    if gathered is not None:
+        _check_gathered(gathered, rollouts)
+    return options.checked()
+
+
 def credit_spans(
     rollouts: Rollouts,
-    logprobs: Tensor,
     boundary_scores: Tensor | None,
     options: CreditOptions,
     gathered: GatheredGroups | None = None,
 ) -> Credit:
-    """Boundaries, nodes and span values; arguments as ``span_advantages``."""
-    options = options.checked()
-    if gathered is not None:
-        _check_gathered(gathered, rollouts)
+    """Boundaries, nodes and span values, by "triton" or "torch"; the arguments have been checked."""
     token_ids, layout, backend = rollouts.token_ids, rollouts.layout, rollouts.backend
-    if boundary_scores is not None:
-        check_real("boundary_scores", boundary_scores)
-        check_like("boundary_scores", boundary_scores, "token_ids", token_ids.shape, token_ids.device)
-    boundaries = boundaries_of_groups(
-        as_rows(logprobs if boundary_scores is None else boundary_scores),
-        rollouts.rows,
-        options.num_boundaries,
-        options.min_separation,
-        boundary_scores is None,
-        backend,
-    )
+    scores = as_rows(rollouts.logprobs if boundary_scores is None else boundary_scores)
+    boundaries = boundaries_of_groups(scores, rollouts.rows, options, boundary_scores is None, backend)
     nodes = nodes_of_groups(as_rows(token_ids), layout, boundaries, backend)
     spans = values_of_groups(rollouts.rewards, nodes, boundaries, layout, options, backend, gathered)
     return Credit(boundaries, nodes, spans)
+
+
+def refuse_batch_of_ranks(options: CreditOptions, gathered: GatheredGroups | None) -> None:
+    """Raise where the spans of other ranks would have to be known, which the reference does not ask for."""
+    if gathered is not None and options.normalize == "batch":
+        raise NotImplementedError(
+            "backend must be 'torch' or 'triton' where gathered is given with normalize='batch', got 'reference'"
+        )
 
 
 def _check_gathered(gathered: Any, rollouts: Rollouts) -> None:
@@ -137,7 +145,11 @@ def span_advantages(
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     options = CreditOptions(num_boundaries, min_separation, terms, multiplicity_power, leave_one_out, normalize)
-    spans = credit_spans(rollouts, logprobs, boundary_scores, options, gathered).spans
+    options = check_credit(rollouts, boundary_scores, options, gathered)
+    if rollouts.backend == "reference":
+        refuse_batch_of_ranks(options, gathered)
+        return rollouts.by_reference(span_advantages, boundary_scores=boundary_scores, **options._asdict())
+    spans = credit_spans(rollouts, boundary_scores, options, gathered).spans
     return scatter_to_tokens(
         spans.values, spans.span_ends, rollouts.rows, token_ids.shape, torch.float32, rollouts.backend
     )

@@ -5,57 +5,40 @@ from torch import Tensor
 
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_real
-from leafkernels._core.ops import register
-from leafkernels.credit.options import check_boundary_options
+from leafkernels._core.operation import operation
+from leafkernels.credit.options import CreditOptions
 from leafkernels.rows.find import Rows, find_rows
-from leafkernels.rows.layout import as_rows
+from leafkernels.rows.layout import Layout, as_rows
+from leafkernels.rows.lists import rows_of_groups, to_lists
 
 
-def _fake(
-    scores: Tensor,
-    mask: Tensor | None,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    max_length: int,
-    num_boundaries: int,
-    min_separation: int | None,
-    negate: bool,
-    backend: str,
+@operation("boundaries")
+def _select_boundaries(
+    scores: Tensor, mask: Tensor | None, layout: Layout, options: CreditOptions, negate: bool
 ) -> Tensor:
-    return scores.new_empty((group_starts.shape[0] - 1, num_boundaries), dtype=torch.int32)
+    return scores.new_empty((layout.group_starts.shape[0] - 1, options.num_boundaries), dtype=torch.int32)
 
 
-_select_boundaries = register(
-    "select_boundaries(Tensor scores, Tensor? mask, Tensor row_starts, Tensor row_lengths, Tensor rows_by_group, "
-    "Tensor group_starts, Tensor group_of_row, SymInt max_length, int num_boundaries, int? min_separation, "
-    "bool negate, str backend) -> Tensor",
-    _fake,
-)
-
-
-def boundaries_of_groups(
-    scores: Tensor,
-    rows: Rows,
-    num_boundaries: int,
-    min_separation: int | None,
-    negate: bool,
-    backend: str,
-) -> Tensor:
+def boundaries_of_groups(scores: Tensor, rows: Rows, options: CreditOptions, negate: bool, backend: str) -> Tensor:
     """(P, B) int32, B boundaries of each of P prompts; the arguments have been checked."""
-    return _select_boundaries(
-        scores.detach(),
-        rows.mask,
-        *rows.layout.rows,
-        *rows.layout.groups,
-        rows.layout.max_length,
-        num_boundaries,
-        min_separation,
-        negate,
-        backend,
-    )
+    if backend == "reference":
+        return _by_reference(-scores if negate else scores, rows, options)
+    return _select_boundaries(backend, scores.detach(), rows.mask, rows.layout, options, negate)
+
+
+def _by_reference(scores: Tensor, rows: Rows, options: CreditOptions) -> Tensor:
+    import python_ref
+
+    of_rows, masks, found = to_lists(scores, rows), to_lists(rows.mask, rows), []
+    for members in rows_of_groups(rows.layout):
+        boundaries = python_ref.select_boundaries(
+            [of_rows[i] for i in members],
+            response_mask=None if masks is None else [masks[i] for i in members],
+            num_boundaries=options.num_boundaries,
+            min_separation=options.min_separation,
+        )
+        found.append(boundaries + [-1] * (options.num_boundaries - len(boundaries)))
+    return torch.tensor(found, dtype=torch.int32, device=scores.device).reshape(len(found), options.num_boundaries)
 
 
 def select_boundaries(
@@ -98,8 +81,7 @@ def select_boundaries(
         tensor([2, 4], dtype=torch.int32)
     """
     check_real("scores", scores)
-    check_boundary_options(num_boundaries, min_separation)
+    options = CreditOptions(num_boundaries, min_separation).checked()
     backend = resolve_backend(backend, scores.device)
     rows = find_rows("scores", scores, response_mask, groups, group_size, cu_seqlens, backend)
-    found = boundaries_of_groups(as_rows(scores), rows, num_boundaries, min_separation, False, backend)
-    return rows.per_prompt(found)
+    return rows.per_prompt(boundaries_of_groups(as_rows(scores), rows, options, False, backend))

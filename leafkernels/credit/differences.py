@@ -8,11 +8,11 @@ from torch.nn.functional import pad
 
 from leafkernels._core.checks import check_choice, check_finite
 from leafkernels._core.precision import is_rounding
-from leafkernels.credit.advantages import credit_spans
+from leafkernels.credit.advantages import check_credit, credit_spans
 from leafkernels.credit.options import CreditOptions
 from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
 from leafkernels.credit.scatter import scatter_to_tokens
-from leafkernels.rows.layout import Layout, as_rows, group_members
+from leafkernels.rows.layout import Layout, as_rows
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
 # Pairs of rows whose lines are worked on together.
@@ -67,7 +67,7 @@ def tempo(
                 [-0.5773, -1.1547, -0.5773]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
-    return _credit_differences(rollouts, _TEMPO)
+    return rollouts.by_reference(tempo) if rollouts.backend == "reference" else _credit_differences(rollouts, _TEMPO)
 
 
 def tree_td(
@@ -117,6 +117,9 @@ def tree_td(
     check_finite("group_weight", group_weight)
     check_choice("normalize", normalize, ("none", "reward_std"))
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    if rollouts.backend == "reference":
+        options = {"shrinkage": shrinkage, "group_weight": group_weight, "normalize": normalize}
+        return rollouts.by_reference(tree_td, **options)
     return _credit_differences(rollouts, _Weights(float(shrinkage), float(group_weight), normalize == "reward_std"))
 
 
@@ -144,7 +147,7 @@ def _spans_of_leaving(rollouts: Rollouts, weights: _Weights) -> tuple[Tensor, Te
     One number for each pair of rows, and so PyTorch on every backend, without a synchronisation.
     """
     layout, is_out, rewards = rollouts.layout, rollouts.rewards.isnan(), rollouts.rewards.to(torch.float64)
-    shared = prefix_lengths_of_groups(as_rows(rollouts.token_ids), layout, None, rollouts.backend)
+    shared = prefix_lengths_of_groups(as_rows(rollouts.token_ids), rollouts.rows, None, rollouts.backend)
     num_rows, group = shared.shape
     values = rollouts.rewards.new_empty((num_rows, 2 * group), dtype=torch.float64)
     ends = shared.new_empty((num_rows, 2 * group))
@@ -162,9 +165,7 @@ def _spans_of_rows(
 ) -> tuple[Tensor, Tensor]:
     group = shared.shape[1]
     itself = torch.arange(shared.shape[0], device=shared.device)[rows, None]
-    members, is_member = group_members(
-        layout.rows_by_group, layout.group_starts, layout.group_of_row[rows], layout.max_group
-    )
+    members, is_member = layout.members(rows)
     is_other = ~is_member | is_out[members]
     # In place of what takes no part stands the row: nothing of another prompt is read.
     members = torch.where(is_other, itself, members)
@@ -284,7 +285,11 @@ def treerl(
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
     options = CreditOptions(num_boundaries, min_separation, "global", 0.5, leave_one_out=True, normalize="none")
-    spans = credit_spans(rollouts, logprobs, boundary_scores, options).spans
+    options = check_credit(rollouts, boundary_scores, options)
+    if rollouts.backend == "reference":
+        forking = {"num_boundaries": num_boundaries, "min_separation": min_separation}
+        return rollouts.by_reference(treerl, boundary_scores=boundary_scores, **forking)
+    spans = credit_spans(rollouts, boundary_scores, options).spans
     # The global term is G / (G - 1) * (mean of r over the node - mean) / sqrt(n), and that is V / sqrt(n).
     values = 2.0 * spans.values - pad(spans.values[:, :-1], (1, 0))
     return scatter_to_tokens(values, spans.span_ends, rollouts.rows, token_ids.shape, torch.float32, rollouts.backend)

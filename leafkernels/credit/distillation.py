@@ -1,5 +1,6 @@
 """FiRe-OPD: advantages of on-policy distillation, filtered by rollout and weighted by token (arXiv 2606.02684)."""
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -18,15 +19,19 @@ from leafkernels._core.checks import (
     check_real,
     check_tensor,
 )
-from leafkernels._core.ops import register
+from leafkernels._core.operation import operation
 from leafkernels._core.ranks import place
 from leafkernels.rows.find import check_cu_seqlens
 from leafkernels.rows.gather import gather_section
 from leafkernels.rows.groups import read_names
 
 SCOPES = ("batch", "trajectory", "kept")
-# No entropy is above 0 that is not above this.
+# Floor of the largest entropy, which is a divisor.
 _LEAST_MAX = 1e-6
+# Of scores, -inf alone is below it: the teacher bans a token, and the row is never kept.
+_LOWEST = torch.finfo(torch.float32).min
+# A rank this near to an integer is one: 0.29 * 100 is not 29 in float64.
+_RANK_ROUNDING = 1e-9
 
 
 class FireStatistics(NamedTuple):
@@ -94,44 +99,85 @@ class FireOPD(NamedTuple):
     """Scalar float32: the quantile of the scores that the filter drops below; NaN where no row has a token."""
 
 
-_TOKENS = "Tensor? student_entropy, Tensor? teacher_entropy, Tensor mask, Tensor? cu_seqlens"
+class FireTokens(NamedTuple):
+    """What a row's statistics are over: tokens (N, T), or (total,) with ``cu_seqlens``."""
+
+    teacher_logprobs: Tensor
+    student_entropy: Tensor | None
+    teacher_entropy: Tensor | None
+    mask: Tensor
+    cu_seqlens: Tensor | None
 
 
-def _statistics_fake(
-    teacher_logprobs: Tensor,
-    student: Tensor | None,
-    teacher: Tensor | None,
-    mask: Tensor,
-    cu_seqlens: Tensor | None,
-    _: str,
-) -> Tensor:
-    num_rows = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return mask.new_empty((num_rows, 7), dtype=torch.float64)
+class FireOptions(NamedTuple):
+    """Options of ``fire_opd`` that say what a token weighs."""
+
+    alpha: float
+    beta: float
+    extrapolation: float
 
 
-_fire_statistics = register(
-    f"fire_statistics(Tensor teacher_logprobs, {_TOKENS}, str backend) -> Tensor", _statistics_fake
-)
+@operation("distillation")
+def _fire_statistics(tokens: FireTokens) -> Tensor:
+    num_rows = tokens.mask.shape[0] if tokens.cu_seqlens is None else tokens.cu_seqlens.shape[0] - 1
+    return tokens.mask.new_empty((num_rows, 7), dtype=torch.float64)
 
 
-_fire_scope = register(
-    "fire_scope(Tensor rows, Tensor scores, float drop, float alpha, float beta, bool of_kept, str backend) -> Tensor",
-    lambda rows, *_: rows.new_empty(5),
-)
+@operation("distillation")
+def _fire_weights(
+    old_logprobs: Tensor,
+    base_logprobs: Tensor | None,
+    tokens: FireTokens,
+    keep: Tensor,
+    means: Tensor,
+    maxima: Tensor,
+    options: FireOptions,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = tokens.mask
+    return tuple(mask.new_empty(mask.shape, dtype=kind) for kind in (dtype, dtype, torch.bool))  # type: ignore[return-value]
 
 
-def _weights_fake(old_logprobs: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    mask, rows, dtype = args[4], args[6], args[-2]
-    tokens = (mask.new_empty(mask.shape, dtype=kind) for kind in (dtype, dtype, torch.bool))
-    return *tokens, mask.new_empty(rows.shape[0])
+class _Scope(NamedTuple):
+    """What all rows in scope say together, float64."""
+
+    threshold: Tensor
+    least: Tensor  # score that a kept row may have
+    maxima: Tensor  # (2,) the largest teacher's and student's entropy
+    mean: Tensor  # weight
 
 
-_fire_weights = register(
-    f"fire_weights(Tensor old_logprobs, Tensor teacher_logprobs, Tensor? base_logprobs, {_TOKENS}, Tensor rows, "
-    "Tensor scores, Tensor numbers, float alpha, float beta, float extrapolation, bool per_row, ScalarType dtype, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _weights_fake,
-)
+def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, of_kept: bool) -> _Scope:
+    """Without a synchronisation. The mean is over all rows, or over those that are kept."""
+    rows, scores = statistics.rows, statistics.scores
+    # NaN goes last, and one more to be there.
+    ranked = pad(scores, (0, 1), value=math.nan).sort().values.to(torch.float64)
+    rank = drop * (~scores.isnan()).sum().sub(1).clamp_min(0).to(torch.float64)
+    low, high = rank.add(_RANK_ROUNDING).floor(), rank.sub(_RANK_ROUNDING).ceil()
+    # Not by a scalar index, which would be read back.
+    below, least = ranked.gather(0, torch.stack([low, high]).long()).unbind()
+    share = (rank - low).clamp(0, 1)
+    quantile = torch.where((below == least) | (high <= low), below, below * (1 - share) + least * share)
+    least = least.clamp_min(_LOWEST)
+    counting = ~(scores < least)[:, None] if of_kept else torch.ones_like(scores, dtype=torch.bool)[:, None]
+    sums = torch.where(counting, rows, 0.0).sum(0)
+    maxima = torch.stack([statistics.teacher_entropy_max, statistics.student_entropy_max])
+    return _Scope(quantile, least, maxima, _mean_weight(sums, maxima, options))
+
+
+def _mean_weight(sums: Tensor, maxima: Tensor, options: FireOptions) -> Tensor:
+    """Of (1 + alpha (1 - H_T / M_T)) (1 + beta H_S / M_S), from sums (..., 7) over rows; 1 of no token."""
+    counts, _, _, _, teacher, student, products = sums.unbind(-1)
+    teacher_max, student_max = maxima.unbind()
+    alpha, beta, _ = options
+    total = counts
+    if alpha:
+        total = total + alpha * (counts - teacher / teacher_max)
+    if beta:
+        total = total + beta * (student / student_max)
+    if alpha and beta:
+        total = total + alpha * beta * ((student - products / teacher_max) / student_max)
+    return torch.where(counts > 0, total / counts, 1.0)
 
 
 def fire_statistics(
@@ -178,7 +224,7 @@ def fire_statistics(
     """
     tokens = {"teacher_logprobs": teacher_logprobs, "student_entropy": student_entropy}
     tensors, mask, backend = _checked(tokens | {"teacher_entropy": teacher_entropy}, response_mask, cu_seqlens, backend)
-    return FireStatistics(_fire_statistics(*tensors, mask, cu_seqlens, backend))
+    return _statistics_of(FireTokens._make([*tensors, mask, cu_seqlens]), backend)
 
 
 def fire_opd(
@@ -276,31 +322,70 @@ def fire_opd(
     base = None if extrapolation == 1 else base
     of_student, of_teacher = (None if beta == 0 else of_student), (None if alpha == 0 else of_teacher)
 
-    own = FireStatistics(_fire_statistics(teacher, of_student, of_teacher, mask, cu_seqlens, backend))
+    of_tokens = FireTokens(cast(Tensor, teacher), of_student, of_teacher, mask, cu_seqlens)
+    own = _statistics_of(of_tokens, backend)
     scope = own if statistics is None else _check_statistics(statistics, own)
-    scores = own.scores
-    of_scope = scores if scope is own else scope.scores
-    numbers = _fire_scope(scope.rows, of_scope, float(drop), float(alpha), float(beta), normalize == "kept", backend)
     dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    advantages, weights, kept, keep = _fire_weights(
-        old,
-        teacher,
-        base,
-        of_student,
-        of_teacher,
-        mask,
-        cu_seqlens,
-        own.rows,
-        scores,
-        numbers,
-        float(alpha),
-        float(beta),
-        float(extrapolation),
-        normalize == "trajectory",
-        dtype,
-        backend,
+    if backend == "reference":
+        words = {"drop": drop, "alpha": alpha, "beta": beta, "normalize": normalize, "extrapolation": extrapolation}
+        return _opd_by_reference(cast(Tensor, old), base, of_tokens, scope, words, dtype)
+    options = FireOptions(float(alpha), float(beta), float(extrapolation))
+    threshold, least, maxima, mean = _read_scope(scope, float(drop), options, normalize == "kept")
+    scores = own.scores
+    keep = (own.rows[:, 0] > 0) & ~(scores < least)
+    of_rows = _mean_weight(own.rows, maxima, options) if normalize == "trajectory" else mean.expand_as(keep)
+    advantages, weights, kept = _fire_weights(
+        backend, cast(Tensor, old), base, of_tokens, keep, of_rows.contiguous(), maxima, options, dtype
     )
-    return FireOPD(advantages, kept, weights, keep, scores, numbers[0].to(torch.float32))
+    return FireOPD(advantages, kept, weights, keep, scores, threshold.to(torch.float32))
+
+
+def _statistics_of(tokens: FireTokens, backend: str) -> FireStatistics:
+    import python_ref
+
+    if backend != "reference":
+        return FireStatistics(_fire_statistics(backend, tokens))
+    lists = [_rows(tensor, tokens.cu_seqlens) for tensor in tokens[:4]]
+    rows = torch.tensor(python_ref.fire_statistics(*lists), dtype=torch.float64, device=tokens.mask.device)
+    return FireStatistics(rows.reshape(len(lists[3]), 7))
+
+
+def _opd_by_reference(
+    old_logprobs: Tensor,
+    base_logprobs: Tensor | None,
+    tokens: FireTokens,
+    scope: FireStatistics,
+    words: dict[str, Any],
+    dtype: torch.dtype,
+) -> FireOPD:
+    import python_ref
+
+    mask, cu_seqlens = tokens.mask, tokens.cu_seqlens
+    old, base, *others = (_rows(tensor, cu_seqlens) for tensor in (old_logprobs, base_logprobs, *tokens[:4]))
+    found = python_ref.fire_opd(old, *others, base_logprobs=base, statistics=scope.rows.tolist(), **words)
+
+    def of_tokens(name: str, kind: torch.dtype) -> Tensor:
+        flat = [value for row in found[name] for value in row]
+        return torch.tensor(flat, dtype=kind, device=mask.device).reshape(mask.shape)
+
+    def of_rows(name: str, kind: torch.dtype) -> Tensor:
+        return torch.tensor(found[name], dtype=kind, device=mask.device)
+
+    return FireOPD(
+        of_tokens("advantages", dtype),
+        of_tokens("response_mask", torch.bool),
+        of_tokens("weights", dtype),
+        of_rows("keep", torch.bool),
+        of_rows("scores", torch.float32),
+        of_rows("threshold", torch.float32)[0],
+    )
+
+
+def _rows(tensor: Tensor | None, cu_seqlens: Tensor | None) -> Any:
+    if tensor is None or cu_seqlens is None:
+        return None if tensor is None else tensor.tolist()
+    bounds = cu_seqlens.tolist()
+    return [tensor[start:end].tolist() for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def fire_teachers(

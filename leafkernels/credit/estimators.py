@@ -17,6 +17,8 @@ As there, a row whose reward is NaN takes no part in anything and gets 0, an emp
 prompt of one row, or one whose rewards are all equal but for rounding, gets exactly 0.0.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,12 @@ from leafkernels.credit.values import values_of_groups
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
 
-def _one_for_each_row(rollouts: Rollouts, leave_one_out: bool, normalize: str) -> Tensor:
+def _one_for_each_row(
+    estimator: Callable[..., Tensor], rollouts: Rollouts, leave_one_out: bool, normalize: str
+) -> Tensor:
     """The credit of a tree without boundaries: it has no nodes, and every row is a tail."""
+    if rollouts.backend == "reference":
+        return rollouts.by_reference(estimator)
     layout = rollouts.layout
     nodes = layout.row_lengths.new_empty((layout.row_lengths.shape[0], 0))
     boundaries = layout.group_starts.new_empty((layout.group_starts.shape[0] - 1, 0), dtype=torch.int32)
@@ -71,7 +77,7 @@ def grpo(
                 [-0.5773, -0.5773, -0.5773]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
-    return _one_for_each_row(rollouts, False, "reward_std")
+    return _one_for_each_row(grpo, rollouts, False, "reward_std")
 
 
 def dr_grpo(
@@ -101,7 +107,7 @@ def dr_grpo(
                 [-0.3333, -0.3333, -0.3333]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
-    return _one_for_each_row(rollouts, False, "none")
+    return _one_for_each_row(dr_grpo, rollouts, False, "none")
 
 
 def rloo(
@@ -131,4 +137,4 @@ def rloo(
                 [-0.5000, -0.5000, -0.5000]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
-    return _one_for_each_row(rollouts, True, "none")
+    return _one_for_each_row(rloo, rollouts, True, "none")

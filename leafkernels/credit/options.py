@@ -29,7 +29,9 @@ class CreditOptions(NamedTuple):
 
     def checked(self) -> "CreditOptions":
         """The same options; raises unless each is what it must be."""
-        check_boundary_options(self.num_boundaries, self.min_separation)
+        check_count("num_boundaries", self.num_boundaries, 0, _MOST)
+        if self.min_separation is not None:
+            check_count("min_separation", self.min_separation, 1, _MOST)
         check_choice("terms", self.terms, TERMS)
         check_choice("normalize", self.normalize, NORMALIZE)
         check_finite("multiplicity_power", self.multiplicity_power)
@@ -47,10 +49,3 @@ class CreditFields(TypedDict, total=False):
     multiplicity_power: float
     leave_one_out: bool
     normalize: str
-
-
-def check_boundary_options(num_boundaries: int, min_separation: int | None) -> None:
-    """Raise unless both are counts that make sense."""
-    check_count("num_boundaries", num_boundaries, 0, _MOST)
-    if min_separation is not None:
-        check_count("min_separation", min_separation, 1, _MOST)

@@ -5,50 +5,45 @@ from torch import Tensor
 
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_device, check_integer, values_readable
-from leafkernels._core.ops import register
+from leafkernels._core.operation import operation
 from leafkernels.rows.find import Rows, find_rows
 from leafkernels.rows.layout import Layout, as_rows
+from leafkernels.rows.lists import rows_of_groups, to_lists
 
 
-def _fake(
-    token_ids: Tensor,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    limit: Tensor | None,
-    start: Tensor | None,
-    max_group: int,
-    backend: str,
-) -> Tensor:
-    return token_ids.new_empty((row_starts.shape[0], max_group), dtype=torch.int32)
-
-
-_common_prefix_lengths = register(
-    "common_prefix_lengths(Tensor token_ids, Tensor row_starts, Tensor row_lengths, Tensor rows_by_group, "
-    "Tensor group_starts, Tensor group_of_row, Tensor? limit, Tensor? start, SymInt max_group, str backend) -> Tensor",
-    _fake,
-)
+@operation("prefix_lengths")
+def _common_prefix_lengths(token_ids: Tensor, limit: Tensor | None, start: Tensor | None, layout: Layout) -> Tensor:
+    return token_ids.new_empty((layout.row_starts.shape[0], layout.max_group), dtype=torch.int32)
 
 
 def prefix_lengths_of_groups(
-    token_ids: Tensor, layout: Layout, limit: Tensor | None, backend: str, start: Tensor | None = None
+    token_ids: Tensor, rows: Rows, limit: Tensor | None, backend: str, start: Tensor | None = None
 ) -> Tensor:
     """(N, max_group) int32: row i against the j-th row of its group, 0 after the last.
 
     ``limit`` (P,) stops the comparison: longer prefixes count as that long. Tokens before ``start`` (P,) count
     as equal. Both are integers. The arguments have been checked.
     """
-    return _common_prefix_lengths(
-        token_ids,
-        *layout.rows,
-        *layout.groups,
-        limit,
-        start,
-        layout.max_group,
-        backend,
-    )
+    if backend == "reference":
+        return _by_reference(token_ids, rows, limit, start)
+    return _common_prefix_lengths(backend, token_ids, limit, start, rows.layout)
+
+
+def _by_reference(token_ids: Tensor, rows: Rows, limit: Tensor | None, start: Tensor | None) -> Tensor:
+    import python_ref
+
+    ids, masks = to_lists(token_ids, rows), to_lists(rows.mask, rows)
+    found = torch.zeros((len(ids), rows.layout.max_group), dtype=torch.int32)
+    for group, members in enumerate(rows_of_groups(rows.layout)):
+        table = python_ref.common_prefix_lengths(
+            [ids[i] for i in members],
+            response_mask=None if masks is None else [masks[i] for i in members],
+            limit=None if limit is None else max(int(limit[group]), 0),
+            start=0 if start is None else max(int(start[group]), 0),
+        )
+        for i, of_row in zip(members, table, strict=True):
+            found[i, : len(members)] = torch.tensor(of_row, dtype=torch.int32)
+    return found.to(token_ids.device)
 
 
 def common_prefix_lengths(
@@ -100,7 +95,7 @@ def common_prefix_lengths(
     backend = resolve_backend(backend, token_ids.device)
     rows = find_rows("token_ids", token_ids, response_mask, groups, group_size, cu_seqlens, backend)
     lengths = prefix_lengths_of_groups(
-        as_rows(token_ids), rows.layout, _of_groups("limit", limit, rows), backend, _of_groups("start", start, rows)
+        as_rows(token_ids), rows, _of_groups("limit", limit, rows), backend, _of_groups("start", start, rows)
     )
     if rows.prompt_shape is None:
         return _between_all_rows(lengths, rows.layout)

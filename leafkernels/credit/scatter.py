@@ -8,52 +8,54 @@ from torch import Tensor
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_device, check_integer, check_real
 from leafkernels._core.derivatives import refuse_forward_mode
-from leafkernels._core.ops import register
+from leafkernels._core.operation import operation
+from leafkernels._core.reference import from_reference
 from leafkernels.rows.find import Rows, find_rows
-from leafkernels.rows.layout import to_int32
-
-_SPANS = "Tensor span_ends, Tensor? mask, Tensor slot_starts, Tensor slot_ends, Tensor row_starts"
-
-
-_scatter_spans = register(
-    f"scatter_spans(Tensor values, {_SPANS}, SymInt[] size, ScalarType dtype, str backend) -> Tensor",
-    lambda values, span_ends, mask, slot_starts, slot_ends, row_starts, size, dtype, backend: values.new_empty(
-        size, dtype=dtype
-    ),
-)
+from leafkernels.rows.layout import Layout, to_int32
+from leafkernels.rows.lists import to_lists, to_tokens
 
 
-_gather_spans = register(
-    f"gather_spans(Tensor gradients, {_SPANS}, str backend) -> Tensor",
-    lambda gradients, span_ends, *_: gradients.new_empty(span_ends.shape, dtype=torch.float64),
-)
+@operation("scatter")
+def _scatter_spans(
+    values: Tensor, span_ends: Tensor, mask: Tensor | None, layout: Layout, size: list[int], dtype: torch.dtype
+) -> Tensor:
+    return values.new_empty(size, dtype=dtype)
+
+
+@operation("scatter")
+def _gather_spans(gradients: Tensor, span_ends: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
+    return gradients.new_empty(span_ends.shape, dtype=torch.float64)
 
 
 class _ScatterSpans(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, places: tuple[Tensor | None, ...], *options: Any) -> Tensor:
-        ctx.save_for_backward(*places)
-        ctx.values_dtype, ctx.options = values.dtype, options
-        return _scatter_spans(values, *places, *options)
+    """The adjoint sums the gradients of each span, and its own adjoint spreads again: derivatives of every order."""
 
     @staticmethod
-    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sums = _GatherSpans.apply(gradients.contiguous(), ctx.saved_tensors, *ctx.options)
-        return sums.to(ctx.values_dtype), None, None, None, None
+    def forward(
+        ctx: Any, values: Tensor, span_ends: Tensor, rows: Rows, size: list[int], dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(span_ends)
+        ctx.rows, ctx.values_dtype, ctx.options = rows, values.dtype, (size, dtype, backend)
+        return _scatter_spans(backend, values, span_ends, rows.mask, rows.layout, size, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
+        sums = _GatherSpans.apply(grad_tokens.contiguous(), *ctx.saved_tensors, ctx.rows, *ctx.options)
+        return sums.to(ctx.values_dtype), None, None, None, None, None
 
 
 class _GatherSpans(torch.autograd.Function):
-    """The adjoint, whose own adjoint spreads again: both are linear, and have derivatives of every order."""
+    @staticmethod
+    def forward(
+        ctx: Any, gradients: Tensor, span_ends: Tensor, rows: Rows, size: list[int], dtype: torch.dtype, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(span_ends)
+        ctx.rows, ctx.options = rows, (size, dtype, backend)
+        return _gather_spans(backend, gradients, span_ends, rows.mask, rows.layout)
 
     @staticmethod
-    def forward(ctx: Any, gradients: Tensor, places: tuple[Tensor | None, ...], *options: Any) -> Tensor:
-        ctx.save_for_backward(*places)
-        ctx.options = options
-        return _gather_spans(gradients, *places, options[-1])
-
-    @staticmethod
-    def backward(ctx: Any, of_sums: Tensor) -> tuple[Tensor | None, ...]:
-        return _ScatterSpans.apply(of_sums, ctx.saved_tensors, *ctx.options), None, None, None, None
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        return _ScatterSpans.apply(grad_sums, *ctx.saved_tensors, ctx.rows, *ctx.options), None, None, None, None, None
 
 
 def scatter_to_tokens(
@@ -65,14 +67,37 @@ def scatter_to_tokens(
     """
     refuse_forward_mode("scatter_spans", values)
     layout = rows.layout
+    size = list(shape) if len(shape) < 3 else [layout.row_starts.shape[0], shape[-1]]
+    if backend == "reference":
+        return _by_reference(values, span_ends.tolist(), rows, size, dtype).reshape(shape)
     if rows.is_cut:
         # A node's span may end after some of its rows.
         span_ends = torch.minimum(span_ends, layout.row_lengths.unsqueeze(1).to(span_ends.dtype))
-    places = (span_ends, rows.mask, *layout.slots, layout.row_starts)
-    size = shape if len(shape) < 3 else (layout.row_starts.shape[0], shape[-1])
     if values.requires_grad:
-        return _ScatterSpans.apply(values, places, size, dtype, backend).reshape(shape)
-    return _scatter_spans(values, *places, size, dtype, backend).reshape(shape)
+        return _ScatterSpans.apply(values, span_ends, rows, size, dtype, backend).reshape(shape)
+    return _scatter_spans(backend, values, span_ends, rows.mask, layout, size, dtype).reshape(shape)
+
+
+def _by_reference(values: Tensor, span_ends: list, rows: Rows, size: list[int], dtype: torch.dtype) -> Tensor:
+    import python_ref
+
+    like = values.new_empty(()).expand(size)
+    masks = to_lists(torch.ones(size, dtype=torch.bool) if rows.mask is None else rows.mask, rows)
+
+    def scatter(values: Tensor) -> Tensor:
+        return to_tokens(python_ref.scatter_spans(values.tolist(), span_ends, masks), like, dtype)
+
+    def gather(grad_tokens: Tensor) -> Tensor:
+        sums = python_ref.gather_spans(to_lists(grad_tokens, rows), span_ends, masks)
+        return torch.tensor(sums, dtype=torch.float64, device=values.device).reshape(values.shape)
+
+    def backward(grad_tokens: Tensor, _: Tensor) -> tuple[Tensor]:
+        return (from_reference("scatter_spans", gather, lambda grad, _: (spread(grad),), grad_tokens),)
+
+    def spread(values: Tensor) -> Tensor:
+        return from_reference("scatter_spans", scatter, backward, values)
+
+    return spread(values)
 
 
 def scatter_spans(

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from leafkernels.credit.advantages import credit_spans
+from leafkernels._core.reference import from_reference, gradient_by
+from leafkernels.credit.advantages import check_credit, credit_spans, refuse_batch_of_ranks
 from leafkernels.credit.options import CreditFields, CreditOptions
-from leafkernels.credit.values import SpanValues, finish
+from leafkernels.credit.values import SpanValues, finish, spans_of_trees
 from leafkernels.rows.gather import GatheredGroups
-from leafkernels.rows.rollouts import read_rollouts
+from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
 
 class SpanTree(NamedTuple):
@@ -51,17 +52,51 @@ def span_tree(
         ([2, -1], [[0, -1], [0, -1], [-1, -1]])
     """
     rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
-    credit = credit_spans(rollouts, logprobs, boundary_scores, CreditOptions(**options), gathered)
+    checked = check_credit(rollouts, boundary_scores, CreditOptions(**options), gathered)
     rows, layout = rollouts.rows, rollouts.layout
-    of_rows = credit.boundaries[layout.group_of_row]
-    spans = finish(credit.spans, of_rows, rows.row_shape)
-    has_node = spans.node_sizes.flatten(0, -2)[:, 1:] > 0
-    nodes = credit.nodes.masked_fill(~has_node, -1)
+    if rollouts.backend == "reference":
+        boundaries, nodes, spans = _by_reference(rollouts, boundary_scores, checked, gathered)
+    else:
+        boundaries, nodes, found = credit_spans(rollouts, boundary_scores, checked, gathered)
+        spans = finish(found, boundaries[layout.group_of_row], rows.row_shape)
+    nodes = nodes.masked_fill(spans.node_sizes.flatten(0, -2)[:, 1:] == 0, -1)
     if rows.prompt_shape is not None:
         nodes = torch.where(nodes < 0, nodes, nodes % max(layout.max_group, 1))
     return SpanTree(
-        boundaries=rows.per_prompt(credit.boundaries),
+        boundaries=rows.per_prompt(boundaries),
         lengths=layout.row_lengths.reshape(rows.row_shape),
         nodes=nodes.to(torch.int32).reshape(*rows.row_shape, nodes.shape[-1]),
         spans=spans,
     )
+
+
+def _by_reference(
+    rollouts: Rollouts, boundary_scores: Tensor | None, options: CreditOptions, gathered: GatheredGroups | None
+) -> tuple[Tensor, Tensor, SpanValues]:
+    """Boundaries (P, B), nodes (N, B) and spans."""
+    import python_ref
+
+    refuse_batch_of_ranks(options, gathered)
+    rows, layout, num_boundaries = rollouts.rows, rollouts.layout, options.num_boundaries
+    lists = rollouts.as_lists(boundary_scores=boundary_scores, **options._asdict())
+    boundaries = torch.full((layout.group_starts.shape[0] - 1, num_boundaries), -1, dtype=torch.int32)
+    nodes = torch.arange(layout.row_starts.shape[0])[:, None].repeat(1, num_boundaries)
+    trees = python_ref.span_tree(rewards=rollouts.rewards.tolist(), **lists)
+    for tree in trees:
+        group = lists["groups"][tree.rows[0]]
+        boundaries[group, : len(tree.boundaries)] = torch.tensor(tree.boundaries, dtype=torch.int32)
+        for k, of_rows in enumerate(tree.nodes):
+            for i, members in zip(tree.rows, of_rows, strict=True):
+                nodes[i, k] = min((tree.rows[j] for j in members), default=i)
+
+    def compute(rewards: Tensor) -> SpanValues:
+        return spans_of_trees(trees, rewards, num_boundaries, rows.row_shape)
+
+    def twin(rewards: Tensor) -> SpanValues:
+        of_torch = rollouts._replace(rewards=rewards, backend="torch")
+        found = credit_spans(of_torch, boundary_scores, options)
+        return finish(found.spans, found.boundaries[layout.group_of_row], rows.row_shape)
+
+    spans = SpanValues(*from_reference("span_tree", compute, gradient_by(twin), rollouts.rewards, constants=(2, 3, 4)))
+    device = rollouts.token_ids.device
+    return boundaries.to(device), nodes.to(device), spans

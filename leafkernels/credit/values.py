@@ -1,27 +1,27 @@
 """What each span earned: the mean reward of the rows that share it, against the group's and the parent node's."""
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leafkernels._core.backend import implementation, resolve_backend
+from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_device, check_integer, check_rewards, check_tensor
 from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
-from leafkernels._core.ops import register
+from leafkernels._core.operation import operation
 from leafkernels._core.precision import is_rounding
+from leafkernels._core.reference import from_reference, gradient_by
 from leafkernels.credit.nodes import nodes_of_table
 from leafkernels.credit.options import CreditOptions
 from leafkernels.rows.find import build_layout, with_prompts
 from leafkernels.rows.gather import GatheredGroups
 from leafkernels.rows.layout import Layout, to_int32
+from leafkernels.rows.lists import rows_of_groups
 
-_INPUTS = (
-    "Tensor rewards, Tensor nodes, Tensor boundaries, Tensor row_lengths, "
-    "Tensor rows_by_group, Tensor group_starts, Tensor group_of_row, "
-    "str terms, float multiplicity_power, bool leave_one_out, str normalize"
-)
+if TYPE_CHECKING:
+    import python_ref
 
 
 class SpanValues(NamedTuple):
@@ -44,46 +44,55 @@ class SpanValues(NamedTuple):
     """(..., S) float64: mean reward of the group, then of the row's node at each boundary; NaN where there is none."""
 
 
-def _impl(rewards: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *arguments, backend = args
-    if rewards.shape[0] == 0:
-        return _fake(rewards, *args)
-    return implementation(str(backend)).span_values(rewards, *arguments)
-
-
-def _fake(rewards: Tensor, nodes: Tensor, boundaries: Tensor, *_: Any) -> tuple[Tensor, ...]:
+@operation("values")
+def _span_values(
+    rewards: Tensor, nodes: Tensor, boundaries: Tensor, layout: Layout, options: CreditOptions
+) -> SpanValues:
+    shape = rewards.shape[0], boundaries.shape[1] + 1
     dtypes = (torch.float64, torch.float64, torch.int32, torch.int32, torch.float64)
-    return tuple(rewards.new_empty((rewards.shape[0], boundaries.shape[1] + 1), dtype=dtype) for dtype in dtypes)
+    return SpanValues(*(rewards.new_empty(shape, dtype=dtype) for dtype in dtypes))
 
-
-_span_values = register(
-    f"span_values({_INPUTS}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _fake, _impl
-)
 
 # Rewards are constants in training: this gradient serves research, and has one form, in PyTorch, on every device.
-_span_values_backward = register(
-    f"span_values_backward(Tensor gradients, Tensor raw_gradients, Tensor raw, {_INPUTS}) -> Tensor",
-    lambda gradients, raw_gradients, raw, rewards, *_: rewards.new_empty(rewards.shape, dtype=torch.float64),
-    lambda *args: implementation("torch").span_values_backward(*args),
-)
+@operation("values")
+def _span_values_backward(
+    gradients: Tensor,
+    raw_gradients: Tensor,
+    raw: Tensor,
+    rewards: Tensor,
+    nodes: Tensor,
+    boundaries: Tensor,
+    layout: Layout,
+    options: CreditOptions,
+) -> Tensor:
+    return rewards.new_empty(rewards.shape, dtype=torch.float64)
 
 
 class _SpanValues(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rewards: Tensor, constants: tuple[Tensor, ...], options: tuple[Any, ...], backend: str
+        ctx: Any,
+        rewards: Tensor,
+        nodes: Tensor,
+        boundaries: Tensor,
+        layout: Layout,
+        options: CreditOptions,
+        backend: str,
     ) -> tuple[Tensor, ...]:
-        outputs = _span_values(rewards, *constants, *options, backend)
-        ctx.save_for_backward(outputs[1], rewards, *constants)
-        ctx.options = options
-        ctx.mark_non_differentiable(*outputs[2:])
-        return outputs
+        spans = _span_values(backend, rewards, nodes, boundaries, layout, options)
+        ctx.save_for_backward(spans.raw, rewards, nodes, boundaries)
+        ctx.layout, ctx.options = layout, options
+        ctx.mark_non_differentiable(*spans[2:])
+        return tuple(spans)
 
     @staticmethod
     def backward(ctx: Any, gradients: Tensor, raw_gradients: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("span_values")
-        of_rewards = _span_values_backward(gradients, raw_gradients, *ctx.saved_tensors, *ctx.options)
-        return of_rewards.to(ctx.saved_tensors[1].dtype), None, None, None
+        raw, rewards, nodes, boundaries = ctx.saved_tensors
+        grad_rewards = _span_values_backward(
+            "torch", gradients, raw_gradients, raw, rewards, nodes, boundaries, ctx.layout, ctx.options
+        )
+        return grad_rewards.to(rewards.dtype), None, None, None, None, None
 
 
 def values_of_groups(
@@ -103,12 +112,10 @@ def values_of_groups(
     refuse_forward_mode("span_values", rewards)
     if gathered is not None and options.normalize == "batch":
         return _values_of_all_ranks(rewards.detach(), nodes, boundaries, layout, options, backend, gathered)
-    constants = (nodes, boundaries, layout.row_lengths, *layout.groups)
-    of_values = options.terms, options.multiplicity_power, options.leave_one_out, options.normalize
     # Rewards are constants in training, and then an autograd function would only cost time.
     if rewards.requires_grad:
-        return SpanValues(*_SpanValues.apply(rewards, constants, of_values, backend))
-    return SpanValues(*_span_values(rewards, *constants, *of_values, backend))
+        return SpanValues(*_SpanValues.apply(rewards, nodes, boundaries, layout, options, backend))
+    return _span_values(backend, rewards, nodes, boundaries, layout, options)
 
 
 def _values_of_all_ranks(
@@ -236,14 +243,70 @@ def span_values(
     layout = with_prompts(build_layout(of_rows, None, group, None), row_shape)
     boundaries = to_int32(boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries))
     # A row without a reward takes part in nothing, as if it were empty.
-    is_out = rewards.isnan()
-    layout = layout._replace(row_lengths=lengths.reshape(-1).to(torch.int64).masked_fill(is_out, 0))
-    spans = values_of_groups(
-        rewards,
-        nodes_of_table(of_rows, layout, boundaries, backend),
-        boundaries,
-        layout,
-        options,
-        backend,
-    )
-    return finish(spans, boundaries[layout.group_of_row], row_shape)
+    layout = layout._replace(row_lengths=lengths.reshape(-1).to(torch.int64)).without(rewards.isnan())
+
+    def credited(rewards: Tensor, backend: str) -> SpanValues:
+        nodes = nodes_of_table(of_rows, layout, boundaries, backend)
+        spans = values_of_groups(rewards, nodes, boundaries, layout, options, backend)
+        return finish(spans, boundaries[layout.group_of_row], row_shape)
+
+    if backend != "reference":
+        return credited(rewards, backend)
+
+    def compute(rewards: Tensor) -> SpanValues:
+        trees = _trees_of_table(of_rows.tolist(), boundaries.tolist(), rewards.tolist(), layout, options)
+        return spans_of_trees(trees, rewards, num_boundaries, row_shape)
+
+    gradient = gradient_by(lambda rewards: credited(rewards, "torch"))
+    return SpanValues(*from_reference("span_values", compute, gradient, rewards, constants=(2, 3, 4)))
+
+
+def _trees_of_table(
+    prefix_lengths: list, boundaries: list, rewards: list, layout: Layout, options: CreditOptions
+) -> "list[python_ref.SpanTree]":
+    """The trees of the prompts of ``span_values``, from the definition."""
+    import python_ref
+    from python_ref.values import nodes_from_prefix_lengths
+
+    lengths, trees = layout.row_lengths.tolist(), []
+    for group, rows in enumerate(rows_of_groups(layout)):
+        shared, positions = [prefix_lengths[i] for i in rows], [p for p in boundaries[group] if p >= 0]
+        of_rows = [lengths[i] for i in rows]
+        has_tokens = [length > 0 for length in of_rows]
+        nodes = [nodes_from_prefix_lengths(shared, of_rows, p, has_tokens) for p in positions]
+        raw = python_ref.span_values(
+            shared,
+            positions,
+            [rewards[i] for i in rows],
+            of_rows,
+            terms=options.terms,
+            multiplicity_power=options.multiplicity_power,
+            leave_one_out=options.leave_one_out,
+        )
+        trees.append(python_ref.SpanTree(rows, positions, nodes, raw, raw))
+    of_prompts = [[rewards[i] for i in tree.rows] for tree in trees]
+    normalized = python_ref.normalize_spans([tree.raw for tree in trees], of_prompts, options.normalize)
+    return [replace(tree, spans=spans) for tree, spans in zip(trees, normalized, strict=True)]
+
+
+def spans_of_trees(
+    trees: "list[python_ref.SpanTree]", rewards: Tensor, num_boundaries: int, row_shape: tuple[int, ...]
+) -> SpanValues:
+    """What ``python_ref`` says of the rows of some prompts, as ``span_values`` returns it."""
+    from python_ref.values import mean, settled
+
+    shape, all_rewards = (rewards.shape[0], num_boundaries + 1), rewards.tolist()
+    values, raw, node_values = (torch.full(shape, fill, dtype=torch.float64) for fill in (0.0, 0.0, torch.nan))
+    ends, sizes = (torch.zeros(shape, dtype=torch.int32) for _ in range(2))
+    for tree in trees:
+        of_tree = settled([all_rewards[i] for i in tree.rows])
+        scored = [r for r in of_tree if r == r]
+        for rank, i in enumerate(tree.rows):
+            sizes[i, 0], node_values[i, 0] = len(scored), mean(scored) if scored else torch.nan
+            for k, nodes in enumerate(tree.nodes, 1):
+                if len(nodes[rank]) >= 2:
+                    sizes[i, k], node_values[i, k] = len(nodes[rank]), mean([of_tree[j] for j in nodes[rank]])
+            for s, ((_, end, value), (_, _, of_raw)) in enumerate(zip(tree.spans[rank], tree.raw[rank], strict=True)):
+                values[i, s], raw[i, s], ends[i, s:] = value, of_raw, end
+    fields = (values, raw, ends, sizes, node_values)
+    return SpanValues(*(field.to(rewards.device).reshape(*row_shape, shape[1]) for field in fields))

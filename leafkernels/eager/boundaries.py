@@ -4,10 +4,16 @@ A column first appears in the walk at its own maximum; rejected there, it stays 
 grows. So one maximum over the rows and ``num_boundaries`` rounds of "take the best, blank its neighbours" suffice.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from leafkernels.eager._rows import aligned_rows, are_in_runs
+from leafkernels.rows.layout import Layout
+
+if TYPE_CHECKING:
+    from leafkernels.credit.options import CreditOptions
 
 # Scores ranked at a time, and columns at least: what is computed of them stays in a cache.
 _CHUNK = 1 << 17
@@ -20,24 +26,15 @@ _FAR = 1e300
 
 
 def select_boundaries(
-    scores: Tensor,
-    mask: Tensor | None,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    max_length: int,
-    num_boundaries: int,
-    min_separation: int | None,
-    negate: bool,
+    scores: Tensor, mask: Tensor | None, layout: Layout, options: "CreditOptions", negate: bool
 ) -> Tensor:
     """(P, num_boundaries) int32, ascending, -1 where there are fewer; ``negate`` ranks by -scores."""
-    num_groups = group_starts.shape[0] - 1
+    row_lengths, group_of_row, num_groups = layout.row_lengths, layout.group_of_row, layout.group_starts.shape[0] - 1
+    num_boundaries, min_separation = options.num_boundaries, options.min_separation
     if num_groups * num_boundaries * row_lengths.shape[0] == 0 or (width := int(row_lengths.max())) < 2:
         return scores.new_full((num_groups, num_boundaries), -1, dtype=torch.int32)
     shortest = int(row_lengths.min())
-    columns = _columns(scores, mask, row_starts, row_lengths, num_groups, group_of_row, shortest, width, negate)
+    columns = _columns(scores, mask, layout, shortest, width, negate)
 
     separation: Tensor | int
     if min_separation is not None:
@@ -60,20 +57,11 @@ def select_boundaries(
     return accepted.masked_fill_(accepted == width, -1).to(torch.int32)
 
 
-def _columns(
-    scores: Tensor,
-    mask: Tensor | None,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    num_groups: int,
-    group_of_row: Tensor,
-    shortest: int,
-    width: int,
-    negate: bool,
-) -> Tensor:
+def _columns(scores: Tensor, mask: Tensor | None, layout: Layout, shortest: int, width: int, negate: bool) -> Tensor:
     """(P, width) int64: the best score of each column, and of equal scores the smallest row, as one number to sort by;
     the best column has the least."""
-    num_rows = row_starts.shape[0]
+    row_starts, row_lengths = layout.rows
+    num_rows, group_of_row, num_groups = row_starts.shape[0], layout.group_of_row, layout.group_starts.shape[0] - 1
     in_runs = are_in_runs(group_of_row, num_groups)
     columns = []
     step = max(_CHUNK // num_rows, _COLUMNS)

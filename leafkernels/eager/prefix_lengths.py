@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leafkernels.eager._rows import aligned_rows
-from leafkernels.rows.layout import group_members
+from leafkernels.rows.layout import Layout
 
 # Comparing all pairs takes a tenth of the steps of a refinement, and is for problems of at most so many tokens; in one
 # step, if there are hardly any.
@@ -38,34 +38,22 @@ _FAR = torch.iinfo(torch.int32).max
 counts: Tensor | None = None
 
 
-def common_prefix_lengths(
-    token_ids: Tensor,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    limit: Tensor | None,
-    start: Tensor | None,
-    max_group: int,
-) -> Tensor:
+def common_prefix_lengths(token_ids: Tensor, limit: Tensor | None, start: Tensor | None, layout: Layout) -> Tensor:
     """(N, max_group) int32: row i against the j-th row of its group.
 
     At most ``limit[group]`` tokens count, and the first ``start[group]`` are taken to be equal.
     """
-    num_rows = row_starts.shape[0]
+    num_rows, max_group, group_of_row = layout.row_starts.shape[0], layout.max_group, layout.group_of_row
     if num_rows * max_group == 0:
         return torch.zeros((num_rows, max_group), dtype=torch.int32, device=token_ids.device)
-    caps = row_lengths
+    caps = layout.row_lengths
     if limit is not None:
-        caps = torch.minimum(row_lengths, limit.to(torch.int64)[group_of_row].clamp_min(0))
+        caps = torch.minimum(caps, limit.to(torch.int64)[group_of_row].clamp_min(0))
     if start is None and are_few(num_rows * max_group, int(caps.max())):
-        members, is_member = group_members(rows_by_group, group_starts, group_of_row, max_group)
-        return all_pairs(aligned_rows(token_ids, row_starts, int(caps.max())), caps, members, is_member)
+        return all_pairs(aligned_rows(token_ids, layout.row_starts, int(caps.max())), caps, *layout.members())
     starts = torch.zeros_like(caps) if start is None else start.to(torch.int64)[group_of_row]
-    first_of_row = group_starts[group_of_row]
-    order, left_at = refine(token_ids, row_starts, caps, starts, rows_by_group, first_of_row)
-    return _least_between(order, left_at, caps, rows_by_group, group_starts, group_of_row, max_group)
+    order, left_at = refine(token_ids, caps, starts, layout)
+    return _least_between(order, left_at, caps, layout)
 
 
 def are_few(num_pairs: int, width: int) -> bool:
@@ -94,24 +82,17 @@ def all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) 
     return torch.minimum(shared, ends).to(torch.int32)
 
 
-def refine(
-    token_ids: Tensor,
-    row_starts: Tensor,
-    caps: Tensor,
-    starts: Tensor,
-    rows_by_group: Tensor,
-    first_of_row: Tensor,
-) -> tuple[Tensor, Tensor]:
+def refine(token_ids: Tensor, caps: Tensor, starts: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """The rows in their sorted order, and what each shares with the one before, both (N,) int64.
 
-    Groups keep their places, from ``first_of_row`` on. Of rows that share some prefix the smallest comes first, and
-    identical rows that are not cut are side by side.
+    Row i counts up to ``caps[i]`` tokens, and its first ``starts[i]`` as equal. Groups keep their places. Of rows that
+    share some prefix the smallest comes first, and identical rows that are not cut are side by side.
     """
-    tokens, offsets = _flat(token_ids, row_starts)
-    order = rows_by_group.clone()
+    tokens, offsets = _flat(token_ids, layout.row_starts)
+    order = layout.rows_by_group.clone()
     left_at = torch.zeros_like(order)
     every_place = torch.arange(order.shape[0], device=order.device)
-    head = first_of_row[rows_by_group]  # where the representative stands: at the head of its class
+    head = layout.group_starts[layout.group_of_row[order]]  # where the representative stands: at the head of its class
     at = (head != every_place).nonzero().squeeze(1)
     head = head[at]
     shared = starts[order[at]]
@@ -141,17 +122,9 @@ def refine(
     return order, left_at
 
 
-def _least_between(
-    order: Tensor,
-    left_at: Tensor,
-    caps: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    max_group: int,
-) -> Tensor:
+def _least_between(order: Tensor, left_at: Tensor, caps: Tensor, layout: Layout) -> Tensor:
     """(N, max_group) int32 by rank: the least of ``left_at`` after the earlier row, up to the later one."""
-    num_rows = order.shape[0]
+    num_rows, max_group = order.shape[0], layout.max_group
     every_rank = torch.arange(max_group, device=order.device)
     places = torch.empty_like(order)
     places[order] = torch.arange(num_rows, device=order.device)
@@ -161,13 +134,13 @@ def _least_between(
     step = max(1, _CHUNK // max_group)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
-        first = group_starts[group_of_row[rows]][:, None]
+        first = layout.group_starts[layout.group_of_row[rows]][:, None]
         own = places[rows, None] - first
         between = left_at[(first + every_rank).clamp_max_(num_rows - 1)]
         later = between.masked_fill(every_rank <= own, _FAR).cummin(1).values
         # Backwards from the row: what stands at a place is between it and the place before.
         earlier = between.roll(-1, 1).masked_fill_(every_rank >= own, _FAR).flip(1).cummin(1).values.flip(1)
-        members, is_member = group_members(rows_by_group, group_starts, group_of_row[rows], max_group)
+        members, is_member = layout.members(rows)
         theirs = (places[members] - first).masked_fill_(is_member.logical_not(), 0)
         shared = torch.minimum(later, earlier).gather(1, theirs)
         torch.where(theirs == own, caps[rows, None], shared, out=lengths[rows]).masked_fill_(~is_member, 0)

@@ -9,37 +9,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leafkernels.eager.prefix_lengths import refine
+from leafkernels.rows.layout import Layout
 
 # Entries of a table of rows and columns that are looked at together: what is made of them stays in a cache.
 _CHUNK = 1 << 17
 
 
-def order_rows(
-    token_ids: Tensor,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-) -> tuple[Tensor, Tensor]:
+def order_rows(token_ids: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """The rows in depth-first order, and how many tokens each shares with the one before in its group, (N,) int64."""
-    if row_starts.shape[0] == 0:
-        return row_starts.clone(), row_starts.clone()
-    starts = torch.zeros_like(row_lengths)
-    return refine(token_ids, row_starts, row_lengths, starts, rows_by_group, group_starts[group_of_row])
+    if layout.row_starts.shape[0] == 0:
+        return layout.row_starts.clone(), layout.row_starts.clone()
+    return refine(token_ids, layout.row_lengths, torch.zeros_like(layout.row_lengths), layout)
 
 
 def tree_nodes(
-    token_ids: Tensor,
-    order: Tensor,
-    shared: Tensor,
-    firsts: Tensor,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    group_starts: Tensor,
-    max_length: int,
-    num_nodes: int,
-) -> tuple[Tensor, ...]:
+    token_ids: Tensor, order: Tensor, shared: Tensor, firsts: Tensor, layout: Layout, num_nodes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(M,) token ids, positions, parents, ends and counts, and the node of each token, shaped like ``token_ids``.
 
     ``firsts`` (N + 1,): the number of the first node that each row of ``order`` begins.
@@ -51,8 +36,8 @@ def tree_nodes(
     if num_rows == 0 or token_ids.numel() == 0:
         return ids, positions, parents, ends, counts, nodes
 
-    lengths = row_lengths[order]
-    bases = row_starts[order]
+    lengths = layout.row_lengths[order]
+    bases = layout.row_starts[order]
     if token_ids.dim() == 2:
         bases = bases + order * token_ids.shape[1]
     flat_ids, flat_nodes = token_ids.reshape(-1), nodes.view(-1)

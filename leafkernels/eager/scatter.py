@@ -10,29 +10,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from leafkernels.eager._rows import add_by
+from leafkernels.rows.layout import Layout
+
 # Tokens written at a time, in whole rows: what says which number each takes stays in a cache.
 _CHUNK = 1 << 16
 
 
-def _pieces(span_ends: Tensor, slot_starts: Tensor, slot_ends: Tensor, row_starts: Tensor, width: int) -> Tensor:
+def _pieces(span_ends: Tensor, layout: Layout, width: int) -> Tensor:
     """(N, S + 2) number of tokens before the row, in each span, and after the last; no row has more than ``width``."""
-    first, last, row = slot_starts[:, None], slot_ends[:, None], row_starts[:, None]
+    first, last, row = (places[:, None] for places in (*layout.slots, layout.row_starts))
     cuts = torch.cat([first, row, (row + span_ends).cummax(1).values, last], dim=1).clamp_(first, last)
     return (cuts[:, 1:] - cuts[:, :-1]).to(torch.int32 if width < 1 << 31 else torch.int64)
 
 
 def scatter_spans(
-    values: Tensor,
-    span_ends: Tensor,
-    mask: Tensor | None,
-    slot_starts: Tensor,
-    slot_ends: Tensor,
-    row_starts: Tensor,
-    size: list[int],
-    dtype: torch.dtype,
+    values: Tensor, span_ends: Tensor, mask: Tensor | None, layout: Layout, size: list[int], dtype: torch.dtype
 ) -> Tensor:
     """One value per token in ``dtype``, shaped ``size``; 0 outside the spans and where the mask is False."""
-    pieces = _pieces(span_ends, slot_starts, slot_ends, row_starts, size[-1])
+    pieces = _pieces(span_ends, layout, size[-1])
     table = pad(values.to(dtype), (1, 1))
     tokens = table.new_empty(math.prod(size))
     num_rows, live = pieces.shape[0], None if mask is None else mask.reshape(-1)
@@ -48,18 +44,10 @@ def scatter_spans(
     return tokens.view(size)
 
 
-def gather_spans(
-    gradients: Tensor,
-    span_ends: Tensor,
-    mask: Tensor | None,
-    slot_starts: Tensor,
-    slot_ends: Tensor,
-    row_starts: Tensor,
-) -> Tensor:
+def gather_spans(gradients: Tensor, span_ends: Tensor, mask: Tensor | None, layout: Layout) -> Tensor:
     """Adjoint of ``scatter_spans``: (N, S) float64 sums of the token gradients of each span."""
-    pieces = _pieces(span_ends, slot_starts, slot_ends, row_starts, gradients.shape[-1])
+    pieces = _pieces(span_ends, layout, gradients.shape[-1])
     piece = torch.repeat_interleave(pieces.view(-1), output_size=gradients.numel())
     gradients = gradients if mask is None else gradients.masked_fill(~mask, 0.0)
-    sums = gradients.new_zeros(pieces.numel(), dtype=torch.float64)
-    sums.index_add_(0, piece, gradients.reshape(-1).to(torch.float64))
+    sums = add_by(piece, gradients.reshape(-1).to(torch.float64), pieces.numel())
     return sums.view(pieces.shape)[:, 1:-1].contiguous()

@@ -5,11 +5,15 @@ or take booleans cost as much as an exponential here, so there are none over the
 """
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from leafkernels._core.precision import compute_dtype
+
+if TYPE_CHECKING:
+    from leafkernels.vocabulary.inputs import RowStatistics
 
 # Logits of a chunk: large enough that a step costs more than its call, small enough for the cache.
 _CHUNK = 1 << 18
@@ -129,34 +133,59 @@ def surprisal_sums(states: Tensor, tops: Tensor, temperature: Tensor) -> Tensor:
 
 
 def surprisal_entropy_backward(
-    gradients: Tensor,
-    surprisal_gradients: Tensor,
-    entropy_gradients: Tensor | None,
-    surprisal: Tensor,
-    entropy: Tensor,
-    tops: Tensor,
-    log_totals: Tensor,
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: "RowStatistics",
     logits: Tensor,
     token_ids: Tensor,
     temperature: Tensor,
     mask: Tensor | None,
-    softcap: float | None,
+) -> Tensor:
+    """The gradient of the logits (N, V), 0 in masked rows."""
+    gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    write_gradients(gradients, grad_surprisal, grad_entropy, statistics, logits, token_ids, temperature, mask)
+    return gradients
+
+
+def surprisal_entropy_backward_(
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: "RowStatistics",
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
 ) -> None:
-    """Write the gradient of the logits, 0 in masked rows, into ``gradients`` (N, V), which may be ``logits``."""
+    """The same, written over the logits."""
+    write_gradients(logits, grad_surprisal, grad_entropy, statistics, logits, token_ids, temperature, mask)
+
+
+def write_gradients(
+    gradients: Tensor,
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: "RowStatistics",
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    softcap: float | None = None,
+) -> None:
+    """The same into ``gradients``, which may be ``logits``; with ``softcap`` that of what was capped to the logits."""
     dtype = compute_dtype(logits.dtype)
     scale = temperature.to(dtype).reciprocal()
-    of_surprisal = surprisal_gradients.to(dtype)
-    of_entropy = None if entropy_gradients is None else entropy_gradients.to(dtype)
+    grad_surprisal = grad_surprisal.to(dtype)
+    grad_entropy = None if grad_entropy is None else grad_entropy.to(dtype)
     for rows, x, room in chunks(logits, mask):
         gradient = logit_gradient(
             x,
             token_ids[rows],
-            surprisal[rows],
-            entropy[rows],
-            tops[rows],
-            log_totals[rows],
-            of_surprisal[rows],
-            None if of_entropy is None else of_entropy[rows],
+            statistics.surprisal[rows],
+            statistics.entropy[rows],
+            statistics.top[rows],
+            statistics.log_total[rows],
+            grad_surprisal[rows],
+            None if grad_entropy is None else grad_entropy[rows],
             scale[rows],
             room,
         )
@@ -174,8 +203,8 @@ def logit_gradient(
     entropy: Tensor,
     tops: Tensor,
     log_totals: Tensor,
-    of_surprisal: Tensor,
-    of_entropy: Tensor | None,
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
     scale: Tensor,
     room: Tensor,
 ) -> Tensor:
@@ -184,19 +213,19 @@ def logit_gradient(
     The ids are those of the whole vocabulary, of which ``x`` may be a slice.
     """
     # An id outside of the vocabulary has no surprisal, and a loss that counts it no gradient.
-    of_surprisal = torch.where(surprisal.isnan() & (of_surprisal != 0), surprisal, of_surprisal) * scale
-    of_entropy = None if of_entropy is None else of_entropy * scale
+    grad_surprisal = torch.where(surprisal.isnan() & (grad_surprisal != 0), surprisal, grad_surprisal) * scale
+    grad_entropy = None if grad_entropy is None else grad_entropy * scale
     gradient = torch.sub(x, tops[:, None], out=room[0])
     gradient.mul_(scale[:, None]).clamp_min_(_FLOOR)
     p = torch.sub(gradient, log_totals[:, None], out=room[1]).exp_()
-    at_token = of_surprisal * (-surprisal).expm1()
-    if of_entropy is None:
-        torch.mul(p, of_surprisal[:, None], out=gradient)
+    at_token = grad_surprisal * (-surprisal).expm1()
+    if grad_entropy is None:
+        torch.mul(p, grad_surprisal[:, None], out=gradient)
     else:
-        a = of_surprisal + of_entropy * (log_totals - entropy)
-        gradient.mul_(-of_entropy[:, None]).add_(a[:, None]).mul_(p)
+        a = grad_surprisal + grad_entropy * (log_totals - entropy)
+        gradient.mul_(-grad_entropy[:, None]).add_(a[:, None]).mul_(p)
         p_token = (-surprisal).exp()
-        at_token += (of_entropy * p_token * (surprisal - entropy)).masked_fill_(p_token == 0, 0.0)
+        at_token += (grad_entropy * p_token * (surprisal - entropy)).masked_fill_(p_token == 0, 0.0)
     tokens = token_ids.to(torch.int64)[:, None]
     in_row = (tokens >= 0) & (tokens < x.shape[1])
     tokens = tokens.clamp(0, x.shape[1] - 1)

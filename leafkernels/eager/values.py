@@ -7,13 +7,18 @@ last one the row alone, so that columns [:-1] are the parents of columns [1:]. A
 its own. Sums go by node: a row reads its own nodes and its own group, and nothing of another.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from leafkernels._core.precision import is_rounding
+from leafkernels.eager._rows import add_by
+from leafkernels.rows.layout import Layout
+
+if TYPE_CHECKING:
+    from leafkernels.credit.options import CreditOptions
 
 
 class _Nodes(NamedTuple):
@@ -28,39 +33,27 @@ class _Nodes(NamedTuple):
 
 def _sum_by(names: Tensor, entries: Tensor, num_names: int) -> Tensor:
     """For every entry the sum of all entries of its name, all (n,); the same bits on every run."""
-    sums = entries.new_zeros(num_names)
-    if sums.is_cuda:
-        sums.index_put_((names,), entries, accumulate=True)  # sorts; index_add_ adds in any order there
-    else:
-        sums.index_add_(0, names, entries)
-    return sums.index_select(0, names)
+    return add_by(names, entries, num_names).index_select(0, names)
 
 
-def _nodes(
-    rewards: Tensor,
-    nodes: Tensor,
-    boundaries: Tensor,
-    row_lengths: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-) -> _Nodes:
+def _nodes(rewards: Tensor, nodes: Tensor, boundaries: Tensor, layout: Layout) -> _Nodes:
     num_rows, num_columns = nodes.shape[0], nodes.shape[1] + 2
     every_row = torch.arange(num_rows, device=nodes.device).unsqueeze(1)
     # A group has no more names than rows, so that its own is one of them.
-    names = torch.cat([group_of_row.unsqueeze(1), nodes, every_row], dim=1)
+    names = torch.cat([layout.group_of_row.unsqueeze(1), nodes, every_row], dim=1)
     names = torch.add(torch.arange(num_columns, device=nodes.device), names, alpha=num_columns).view(-1)
     is_out = rewards.isnan()
     ones = is_out.logical_not().to(torch.float64).unsqueeze(1).expand(-1, num_columns).reshape(-1)
     sizes = _sum_by(names, ones, names.shape[0]).view(num_rows, num_columns)
 
-    column = row_lengths.to(torch.int32).unsqueeze(1)
-    at = pad(boundaries.index_select(0, group_of_row), (0, 1))
+    column = layout.row_lengths.to(torch.int32).unsqueeze(1)
+    at = pad(boundaries.index_select(0, layout.group_of_row), (0, 1))
     is_retained = sizes[:, 1:] >= 2
     last = (at * is_retained).amax(1, keepdim=True)
     span_ends = torch.where(is_retained, at, torch.maximum(column, last))
     # Retained boundaries come first; the slot after them ends at the row's length, and is the tail if it gets there.
     is_missing = span_ends <= pad(span_ends, (1, -1))
-    return _Nodes(names, group_of_row, group_starts.shape[0] - 1, sizes, is_out, is_missing, span_ends)
+    return _Nodes(names, layout.group_of_row, layout.group_starts.shape[0] - 1, sizes, is_out, is_missing, span_ends)
 
 
 def _centred(rewards: Tensor, nodes: _Nodes) -> tuple[Tensor, Tensor]:
@@ -89,19 +82,17 @@ def _by_group(entries: Tensor, nodes: _Nodes, normalize: str) -> Tensor:
     return _sum_by(nodes.group_of_row, of_rows, nodes.num_groups).unsqueeze(1)
 
 
-def _weights(
-    nodes: _Nodes, terms: str, multiplicity_power: float, leave_one_out: bool
-) -> tuple[Tensor | float, Tensor | float]:
+def _weights(nodes: _Nodes, options: "CreditOptions") -> tuple[Tensor | float, Tensor | float]:
     """What each slot's global and local term is multiplied by, (N, S)."""
     sizes = nodes.sizes[:, 1:]
     # By a table of whole vectors, because the last few numbers of a tensor are raised to a power by another code, which
     # rounds otherwise: what a row gets must not depend on how many rows a call has.
     powers = torch.arange(-(-(sizes.shape[0] + 1) // 64) * 64, dtype=torch.float64, device=sizes.device)
-    powers = powers.clamp_min_(1.0).pow_(-multiplicity_power)
+    powers = powers.clamp_min_(1.0).pow_(-options.multiplicity_power)
     weight = powers[sizes.long()].masked_fill_(nodes.is_missing, 0.0)
-    of_global = weight if terms != "local" else 0.0
-    of_local = weight if terms != "global" else 0.0
-    if leave_one_out:
+    of_global = weight if options.terms != "local" else 0.0
+    of_local = weight if options.terms != "global" else 0.0
+    if options.leave_one_out:
         # Of the parent node: the group for the first span, the node before for the others. A group of one gives 0.
         unbiased = nodes.sizes[:, :-1] / (nodes.sizes[:, :-1] - 1.0).clamp_min(1.0)
         return of_global * unbiased[:, :1], of_local * unbiased
@@ -123,39 +114,29 @@ def _reward_std(centred: Tensor, mean: Tensor, nodes: _Nodes) -> Tensor:
 
 
 def span_values(
-    rewards: Tensor,
-    nodes_of_rows: Tensor,
-    boundaries: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    terms: str,
-    multiplicity_power: float,
-    leave_one_out: bool,
-    normalize: str,
+    rewards: Tensor, nodes: Tensor, boundaries: Tensor, layout: Layout, options: "CreditOptions"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Normalised and raw values (N, S) float64, span_ends (N, S) int32, node sizes (N, S) int32 and values (N, S).
 
-    ``nodes_of_rows`` is (N, S - 1) as by ``prefix_nodes``, ``boundaries`` (P, S - 1); a row without a reward has length
+    ``nodes`` is (N, S - 1) as by ``prefix_nodes``, ``boundaries`` (P, S - 1); a row without a reward has length
     0. Sizes and values of nodes have the group in column 0; those of nodes that a row does not retain are not defined.
     """
-    nodes = _nodes(rewards, nodes_of_rows, boundaries, row_lengths, group_starts, group_of_row)
-    centred, least = _centred(rewards, nodes)
-    sums = _by_node(centred, nodes)
-    values = sums / nodes.sizes.clamp_min(1.0)
+    tree, normalize = _nodes(rewards, nodes, boundaries, layout), options.normalize
+    centred, least = _centred(rewards, tree)
+    sums = _by_node(centred, tree)
+    values = sums / tree.sizes.clamp_min(1.0)
     mean, own = values[:, :1], values[:, 1:]
-    of_global, of_local = _weights(nodes, terms, multiplicity_power, leave_one_out)
-    raw = ((own - mean) * of_global + (own - values[:, :-1]) * of_local).masked_fill_(nodes.is_missing, 0.0)
+    of_global, of_local = _weights(tree, options)
+    raw = ((own - mean) * of_global + (own - values[:, :-1]) * of_local).masked_fill_(tree.is_missing, 0.0)
     if normalize == "none":
         normalized = raw.clone()
     elif normalize == "reward_std":
-        normalized = raw / (_reward_std(centred, mean, nodes) + 1e-6)
+        normalized = raw / (_reward_std(centred, mean, tree) + 1e-6)
     else:
-        _, shift, scale = _statistics(raw, nodes, normalize)
-        is_zero = nodes.is_missing | (sums[:, :1] == 0.0)  # all rewards are the least one
+        _, shift, scale = _statistics(raw, tree, normalize)
+        is_zero = tree.is_missing | (sums[:, :1] == 0.0)  # all rewards are the least one
         normalized = (raw - shift).div_(scale.clamp_min_(1e-6)).masked_fill_(is_zero, 0.0)
-    return normalized, raw, nodes.span_ends, nodes.sizes[:, :-1].to(torch.int32), values[:, :-1] + least
+    return normalized, raw, tree.span_ends, tree.sizes[:, :-1].to(torch.int32), values[:, :-1] + least
 
 
 def span_values_backward(
@@ -163,49 +144,43 @@ def span_values_backward(
     raw_gradients: Tensor,
     raw: Tensor,
     rewards: Tensor,
-    nodes_of_rows: Tensor,
+    nodes: Tensor,
     boundaries: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    terms: str,
-    multiplicity_power: float,
-    leave_one_out: bool,
-    normalize: str,
+    layout: Layout,
+    options: "CreditOptions",
 ) -> Tensor:
     """(N,) float64 gradient of the rewards, given those of the normalised and of the raw values (N, S).
 
     Averaging over a node is its own adjoint, so gradients take the same sums as rewards.
     """
-    nodes = _nodes(rewards, nodes_of_rows, boundaries, row_lengths, group_starts, group_of_row)
-    centred, _ = _centred(rewards, nodes)
-    size, total = nodes.sizes[:, :1], _by_group(centred, nodes, "reward_std")
-    of_raw = gradients = gradients.to(torch.float64).masked_fill(nodes.is_missing, 0.0)
+    tree, normalize = _nodes(rewards, nodes, boundaries, layout), options.normalize
+    centred, _ = _centred(rewards, tree)
+    size, total = tree.sizes[:, :1], _by_group(centred, tree, "reward_std")
+    of_raw = gradients = gradients.to(torch.float64).masked_fill(tree.is_missing, 0.0)
     of_rewards = torch.zeros_like(size)
     if normalize == "reward_std":
         mean = total / size.clamp_min(1.0)
-        std = _reward_std(centred, mean, nodes)
+        std = _reward_std(centred, mean, tree)
         of_raw = gradients / (std + 1e-6)
-        of_std = -_by_group(of_raw * raw, nodes, normalize) / (std + 1e-6)
+        of_std = -_by_group(of_raw * raw, tree, normalize) / (std + 1e-6)
         # d std / d r_j = (r_j - mean) / ((G - 1) std)
         of_rewards = (of_std * (centred - mean) / ((size - 1.0) * std)).masked_fill(std == 0.0, 0.0)
     elif normalize != "none":
-        number, shift, std = _statistics(raw, nodes, normalize)
+        number, shift, std = _statistics(raw, tree, normalize)
         gradients = gradients.masked_fill(total == 0.0, 0.0)
         scale = std.clamp_min(1e-6)
         scores = (raw - shift) / scale
         # Below its floor the scale is a constant, and only the mean passes gradients on.
-        along = _by_group(gradients * scores, nodes, normalize) / (number - 1.0).clamp_min(1.0)
+        along = _by_group(gradients * scores, tree, normalize) / (number - 1.0).clamp_min(1.0)
         along = along.masked_fill(std <= 1e-6, 0.0)
-        of_mean = _by_group(gradients, nodes, normalize) / number.clamp_min(1.0)
+        of_mean = _by_group(gradients, tree, normalize) / number.clamp_min(1.0)
         of_raw = (gradients - of_mean - scores * along) / scale
-    of_raw = (of_raw + raw_gradients).masked_fill(nodes.is_missing, 0.0)
+    of_raw = (of_raw + raw_gradients).masked_fill(tree.is_missing, 0.0)
 
-    of_global, of_local = _weights(nodes, terms, multiplicity_power, leave_one_out)
+    of_global, of_local = _weights(tree, options)
     of_values = pad(of_raw * (of_global + of_local), (1, 0))
     of_values[:, :-1] -= of_raw * of_local
     of_values[:, 0] -= (of_raw * of_global).sum(1)
-    of_values /= nodes.sizes.clamp_min(1.0)
-    of_members = _by_node(of_values, nodes).sum(1, keepdim=True)
-    return (of_rewards + of_members).masked_fill(nodes.is_out[:, None], 0.0).squeeze(1)
+    of_values /= tree.sizes.clamp_min(1.0)
+    of_members = _by_node(of_values, tree).sum(1, keepdim=True)
+    return (of_rewards + of_members).masked_fill(tree.is_out[:, None], 0.0).squeeze(1)

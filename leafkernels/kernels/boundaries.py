@@ -7,12 +7,18 @@ A score becomes an integer that sorts as the score does (the bits of a float, th
 below it, so that one integer maximum settles score and row, in any order of evaluation.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from leafkernels.kernels._rows import load_block, num_splits, row_stride
+
+if TYPE_CHECKING:
+    from leafkernels.credit.options import CreditOptions
+    from leafkernels.rows.layout import Layout
 
 BLOCK = 1024  # columns of a program; tests shrink it to cross blocks with small inputs
 NEVER = tl.constexpr(-(2**63))  # below every score, -inf included
@@ -128,22 +134,12 @@ def _select_boundaries_kernel(
     )
 
 
-def launch_select_boundaries(
-    scores: Tensor,
-    mask: Tensor | None,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    max_length: int,
-    num_boundaries: int,
-    min_separation: int | None,
-    negate: bool,
+def select_boundaries(
+    scores: Tensor, mask: Tensor | None, layout: "Layout", options: "CreditOptions", negate: bool
 ) -> Tensor:
     """(P, B) int32, ascending, -1 after the last where there are fewer; ``negate`` ranks by -scores."""
-    num_groups = group_starts.shape[0] - 1
-    boundaries = torch.empty((num_groups, num_boundaries), dtype=torch.int32, device=scores.device)
+    num_groups, max_length = layout.group_starts.shape[0] - 1, layout.max_length
+    boundaries = torch.empty((num_groups, options.num_boundaries), dtype=torch.int32, device=scores.device)
     if boundaries.numel() == 0:
         return boundaries
     if 0 < num_groups * max_length <= scores.numel():
@@ -152,8 +148,8 @@ def launch_select_boundaries(
     else:
         # Packed rows, or groups of unknown size: a group has no more columns than tokens.
         num_columns = scores.numel()
-        before = torch.nn.functional.pad(row_lengths[rows_by_group].cumsum(0), (1, 0))
-        column_starts = before[group_starts[:-1]]
+        before = torch.nn.functional.pad(layout.row_lengths[layout.rows_by_group].cumsum(0), (1, 0))
+        column_starts = before[layout.group_starts[:-1]]
     columns = torch.empty(num_columns, dtype=torch.int64, device=scores.device)
 
     _column_maxima_kernel[(num_groups, num_splits(max_length, BLOCK, num_groups))](
@@ -161,10 +157,9 @@ def launch_select_boundaries(
         column_starts,
         scores,
         mask,
-        row_starts,
-        row_lengths,
-        rows_by_group,
-        group_starts,
+        *layout.rows,
+        layout.rows_by_group,
+        layout.group_starts,
         row_stride(scores),
         0 if mask is None else row_stride(mask),
         NEGATE=negate,
@@ -175,12 +170,12 @@ def launch_select_boundaries(
         boundaries,
         columns,
         column_starts,
-        row_lengths,
-        rows_by_group,
-        group_starts,
-        min(min_separation or 0, max(max_length, 1)),  # none are farther apart
-        NUM_BOUNDARIES=num_boundaries,
-        BLOCK_B=triton.next_power_of_2(num_boundaries),
+        layout.row_lengths,
+        layout.rows_by_group,
+        layout.group_starts,
+        min(options.min_separation or 0, max(max_length, 1)),  # none are farther apart
+        NUM_BOUNDARIES=options.num_boundaries,
+        BLOCK_B=triton.next_power_of_2(options.num_boundaries),
         BLOCK=BLOCK,
     )
     return boundaries

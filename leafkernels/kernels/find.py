@@ -50,7 +50,7 @@ def _mask_stretches_kernel(
     tl.store(row_lengths_ptr + row, tl.where(is_empty, 0, end - first))
 
 
-def launch_mask_stretches(mask: Tensor, slot_starts: Tensor, slot_ends: Tensor) -> tuple[Tensor, Tensor]:
+def mask_stretches(mask: Tensor, slot_starts: Tensor, slot_ends: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) start in the row's storage and (N,) length; the start of the storage and 0 where nothing is unmasked."""
     row_starts, row_lengths = torch.empty_like(slot_starts), torch.empty_like(slot_starts)
     if slot_starts.shape[0]:
@@ -85,7 +85,7 @@ def _regular_layout_kernel(
     tl.store(group_starts_ptr + row, row * group, mask=row <= num_rows // group)
 
 
-def launch_regular_layout(like: Tensor, num_rows: int, width: int, group: int) -> tuple[Tensor, ...]:
+def regular_layout(like: Tensor, num_rows: int, width: int, group: int) -> tuple[Tensor, ...]:
     """Slot starts and ends (N,), rows by group (N,), group starts (N / group + 1,), group of each row (N,): int64."""
     sizes = num_rows, num_rows, num_rows, num_rows // group + 1, num_rows
     parts = tuple(torch.empty(size, dtype=torch.int64, device=like.device) for size in sizes)

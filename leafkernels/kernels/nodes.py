@@ -2,12 +2,17 @@
 group that shares the prefix at each boundary, and names the node by it.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels.prefix_lengths import launch_common_prefix_lengths
+from leafkernels.kernels.prefix_lengths import common_prefix_lengths
+
+if TYPE_CHECKING:
+    from leafkernels.rows.layout import Layout
 
 BLOCK = 32  # rows of a group at a time
 FAR = tl.constexpr(2147483647)
@@ -55,14 +60,7 @@ def _prefix_nodes_kernel(
     tl.store(nodes_ptr + row * NUM_BOUNDARIES + offs_b, tl.where(is_shared, node, row), mask=in_table)
 
 
-def launch_nodes_of_prefix_lengths(
-    prefix_lengths: Tensor,
-    boundaries: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-) -> Tensor:
+def nodes_of_prefix_lengths(prefix_lengths: Tensor, boundaries: Tensor, layout: "Layout") -> Tensor:
     """(N, B) int64: see ``leafkernels.eager.nodes.nodes_of_prefix_lengths``."""
     num_rows, num_boundaries = prefix_lengths.shape[0], boundaries.shape[1]
     nodes = torch.empty((num_rows, num_boundaries), dtype=torch.int64, device=prefix_lengths.device)
@@ -71,10 +69,8 @@ def launch_nodes_of_prefix_lengths(
             nodes,
             prefix_lengths.contiguous(),
             boundaries.contiguous(),
-            row_lengths,
-            rows_by_group,
-            group_starts,
-            group_of_row,
+            layout.row_lengths,
+            *layout.groups,
             prefix_lengths.shape[1],
             NUM_BOUNDARIES=num_boundaries,
             BLOCK_B=triton.next_power_of_2(num_boundaries),
@@ -84,21 +80,10 @@ def launch_nodes_of_prefix_lengths(
     return nodes
 
 
-def launch_prefix_nodes(
-    token_ids: Tensor,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    boundaries: Tensor,
-    max_group: int,
-) -> Tensor:
+def prefix_nodes(token_ids: Tensor, boundaries: Tensor, layout: "Layout") -> Tensor:
     """(N, B) int64: see ``leafkernels.eager.nodes.prefix_nodes``."""
     if boundaries.shape[1] == 0:
-        return row_starts.new_empty((row_starts.shape[0], 0))
-    groups = (rows_by_group, group_starts, group_of_row)
+        return layout.row_starts.new_empty((layout.row_starts.shape[0], 0))
     # No prefix matters after the last boundary.
-    last = boundaries.amax(1)
-    table = launch_common_prefix_lengths(token_ids, row_starts, row_lengths, *groups, last, None, max_group)
-    return launch_nodes_of_prefix_lengths(table, boundaries, row_lengths, *groups)
+    table = common_prefix_lengths(token_ids, boundaries.amax(1), None, layout)
+    return nodes_of_prefix_lengths(table, boundaries, layout)

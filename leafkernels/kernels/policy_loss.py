@@ -8,6 +8,8 @@ A program takes a row: it sums each term in one fixed order, so that nothing but
 For sequence ratios it first sums the log-ratios.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,11 @@ from torch import Tensor
 from leafkernels.kernels._math import exp_tail, expm1
 from leafkernels.kernels._rows import load_block, store_block
 
+if TYPE_CHECKING:
+    from leafkernels.losses.policy_loss import LossOptions
+
 SUMS = 7  # loss, clipped, e^x - 1 - x of the log-ratio, ratio, k3, entropy, tokens
+NUMBERS = 6  # of LossOptions the floats: clip_low to entropy_coef
 BLOCK = 1024
 NUM_WARPS = 8
 
@@ -34,6 +40,36 @@ def surrogate(log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_rati
     is_clipped = (clipped_gain < gain) | is_dual
     loss = -tl.where(is_dual, dual_clip * advantage, tl.where(is_clipped, clipped_gain, gain))
     return loss, tl.where(is_clipped | is_beyond, 0.0, -gain), ratio, is_clipped
+
+
+@triton.jit
+def token_loss(
+    logprob,
+    log_ratio,
+    advantage,
+    ref_logprob,
+    entropy,
+    clip_low,
+    clip_high,
+    dual_clip,
+    max_log_ratio,
+    kl_coef,
+    entropy_coef,
+    HAS_REF: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
+    """Of each token: its loss, the derivative in its log-probability, the ratio, whether it is clipped, and k3."""
+    loss, slope, ratio, is_clipped = surrogate(log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio)
+    kl = tl.where(is_clipped, 0.0, 0.0)
+    # Without a weight both are statistics: 0 * inf would be NaN.
+    if HAS_REF:
+        distance = ref_logprob - logprob
+        kl = exp_tail(distance)
+        loss += tl.where(kl_coef == 0.0, 0.0, kl_coef * kl)
+        slope -= tl.where(kl_coef == 0.0, 0.0, kl_coef * expm1(distance))
+    if HAS_ENTROPY:
+        loss -= tl.where(entropy_coef == 0.0, 0.0, entropy_coef * entropy)
+    return loss, slope, ratio, is_clipped, kl
 
 
 @triton.jit
@@ -106,27 +142,35 @@ def _policy_loss_kernel(
         log_ratio = token_log_ratio
         if OF_SEQUENCE:
             log_ratio = zeros + mean_log_ratio
-        loss, of_logprob, ratio, is_clipped = surrogate(
-            log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio
-        )
+        ref_logprob, entropy = zeros, zeros
         if HAS_REF:
-            distance = _load(ref_logprobs_ptr, row * stride_ref_row, start, size, live, BLOCK) - policy
-            kl = exp_tail(distance)
-            # Without a weight it is a statistic: 0 * inf would be NaN.
-            loss += tl.where(kl_coef == 0.0, 0.0, kl_coef * kl)
-            of_logprob -= tl.where(kl_coef == 0.0, 0.0, kl_coef * expm1(distance))
-            kls += kl
+            ref_logprob = _load(ref_logprobs_ptr, row * stride_ref_row, start, size, live, BLOCK)
         if HAS_ENTROPY:
             entropy = _load(entropy_ptr, row * stride_entropy_row, start, size, live, BLOCK)
-            loss -= tl.where(entropy_coef == 0.0, 0.0, entropy_coef * entropy)
             entropies += entropy
+        loss, slope, ratio, is_clipped, kl = token_loss(
+            policy,
+            log_ratio,
+            advantage,
+            ref_logprob,
+            entropy,
+            clip_low,
+            clip_high,
+            dual_clip,
+            max_log_ratio,
+            kl_coef,
+            entropy_coef,
+            HAS_REF,
+            HAS_ENTROPY,
+        )
+        kls += kl
         losses += tl.where(live, loss, 0.0)
         clips += tl.where(live & is_clipped, 1.0, 0.0)
         moves += exp_tail(token_log_ratio)
         ratios += tl.where(live, ratio, 0.0)
         tokens += live.to(tl.float32)
         if GRADIENT:
-            store_block(gradients_ptr, row * size, start, size, tl.where(live, of_logprob, 0.0), BLOCK)
+            store_block(gradients_ptr, row * size, start, size, tl.where(live, slope, 0.0), BLOCK)
     plane = num_rows.to(tl.int64)
     tl.store(sums_ptr + row, tl.sum(losses, axis=0))
     tl.store(sums_ptr + plane + row, tl.sum(clips, axis=0))
@@ -137,20 +181,14 @@ def _policy_loss_kernel(
     tl.store(sums_ptr + 6 * plane + row, tl.sum(tokens, axis=0))
 
 
-def launch_policy_loss(
+def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
     ref_logprobs: Tensor | None,
     entropy: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    max_log_ratio: float,
-    kl_coef: float,
-    entropy_coef: float,
-    of_sequence: bool,
+    options: "LossOptions",
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Sums (7, N) float32 over each row's unmasked tokens, in the order of ``PolicyLoss``, the last their number.
@@ -169,18 +207,13 @@ def launch_policy_loss(
             sums,
             gradients,
             *inputs,
-            float(clip_low),
-            float(clip_high),
-            float(dual_clip),
-            float(max_log_ratio),
-            float(kl_coef),
-            float(entropy_coef),
+            *options[:NUMBERS],
             *(0 if tensor is None else tensor.stride(0) for tensor in inputs),
             size,
             num_rows,
             HAS_REF=ref_logprobs is not None,
             HAS_ENTROPY=entropy is not None,
-            OF_SEQUENCE=of_sequence,
+            OF_SEQUENCE=options.of_sequence,
             GRADIENT=with_gradient,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,

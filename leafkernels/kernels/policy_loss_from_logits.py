@@ -7,6 +7,8 @@ last block first: what was read last is the likeliest to be in a cache still. Fr
     d loss / d logprob = what ``policy_loss`` gives; d loss / d entropy = -entropy_coef
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +17,12 @@ from torch import Tensor
 from leafkernels.kernels import surprisal
 from leafkernels.kernels._math import exp_tail
 from leafkernels.kernels._rows import load_block, store_block
-from leafkernels.kernels.policy_loss import surrogate
+from leafkernels.kernels.policy_loss import NUMBERS, token_loss
 from leafkernels.kernels.surprisal import blocks_of, log_total_entropy, pick, row_state, write_gradient
+
+if TYPE_CHECKING:
+    from leafkernels.losses.policy_loss import LossOptions
+    from leafkernels.losses.policy_loss_from_logits import LossConstants
 
 TERMS = 6  # weighted loss, clipped, e^x - 1 - x of the log-ratio, ratio, k3, entropy
 SCALE_BLOCK = 8192
@@ -67,17 +73,24 @@ def _policy_loss_from_logits_kernel(
         log_ratio = logprob * 0.0  # on policy: 0, and NaN where there is no distribution
         if HAS_OLD:
             log_ratio = logprob - tl.load(old_logprobs_ptr + row)
-        loss, of_logprob, ratio, is_clipped = surrogate(
-            log_ratio, advantage, clip_low, clip_high, dual_clip, max_log_ratio
-        )
-        kl = 0.0
+        ref_logprob = logprob
         if HAS_REF:
-            distance = tl.load(ref_logprobs_ptr + row) - logprob
-            kl = exp_tail(distance)
-            loss += tl.where(kl_coef == 0.0, 0.0, kl_coef * kl)
-            of_logprob -= tl.where(kl_coef == 0.0, 0.0, kl_coef * (kl + distance))
-        if ENTROPY:
-            loss -= entropy_coef * entropy
+            ref_logprob = tl.load(ref_logprobs_ptr + row)
+        loss, slope, ratio, is_clipped, kl = token_loss(
+            logprob,
+            log_ratio,
+            advantage,
+            ref_logprob,
+            entropy,
+            clip_low,
+            clip_high,
+            dual_clip,
+            max_log_ratio,
+            kl_coef,
+            entropy_coef,
+            HAS_REF,
+            ENTROPY,
+        )
         tl.store(terms_ptr + row, weight * loss)
         tl.store(terms_ptr + plane + row, is_clipped.to(tl.float32))
         tl.store(terms_ptr + 2 * plane + row, exp_tail(log_ratio))
@@ -98,7 +111,7 @@ def _policy_loss_from_logits_kernel(
                 entropy,
                 m,
                 log_total,
-                -of_logprob * weight,
+                -slope * weight,
                 -entropy_coef * weight,
                 inv_temperature,
                 1.0,
@@ -125,22 +138,8 @@ def _scale_gradient_kernel(gradients_ptr, factor_ptr, size, BLOCK: tl.constexpr)
         store_block(gradients_ptr, start * 0, start, size, (block.to(tl.float32) * factor).to(block.dtype), BLOCK)
 
 
-def launch_policy_loss_from_logits(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor,
-    weights: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    ref_logprobs: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    max_log_ratio: float,
-    kl_coef: float,
-    entropy_coef: float,
-    with_gradient: bool,
+def policy_loss_from_logits(
+    logits: Tensor, constants: "LossConstants", options: "LossOptions", with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Terms (6, N) float32 of each row, in the order of ``PolicyLoss``, and the gradient (N, V) of the first's sum.
 
@@ -154,25 +153,14 @@ def launch_policy_loss_from_logits(
             terms,
             gradients,
             logits,
-            token_ids,
-            temperature,
-            mask,
-            weights,
-            old_logprobs,
-            advantages,
-            ref_logprobs,
-            float(clip_low),
-            float(clip_high),
-            float(dual_clip),
-            float(max_log_ratio),
-            float(kl_coef),
-            float(entropy_coef),
+            *constants,
+            *options[:NUMBERS],
             logits.stride(0),
             vocab_size,
             num_rows,
-            HAS_OLD=old_logprobs is not None,
-            HAS_REF=ref_logprobs is not None,
-            ENTROPY=entropy_coef != 0,
+            HAS_OLD=constants.old_logprobs is not None,
+            HAS_REF=constants.ref_logprobs is not None,
+            ENTROPY=options.entropy_coef != 0,
             GRADIENT=with_gradient,
             BLOCK=surprisal.BLOCK,
             THREADS=surprisal.THREADS,
@@ -181,7 +169,7 @@ def launch_policy_loss_from_logits(
     return terms, gradients
 
 
-def launch_scale_gradient(gradients: Tensor, factor: Tensor) -> None:
+def scale_gradient(gradients: Tensor, factor: Tensor) -> None:
     """Multiply the gradients by one number, in place; where that is 1, they are neither read nor written."""
     if gradients.numel():
         programs = triton.cdiv(gradients.numel(), SCALE_BLOCK)

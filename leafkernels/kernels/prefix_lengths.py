@@ -15,12 +15,17 @@ not depend on their order, so every run is the same.
 Small problems compare every pair of rows in one launch instead.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from leafkernels.kernels._rows import load_block, num_splits, row_stride
+
+if TYPE_CHECKING:
+    from leafkernels.rows.layout import Layout
 
 # Pairs are compared one by one where that reads at most so many ids: one launch takes less time than six.
 FEW_TOKENS = 1 << 24
@@ -464,22 +469,15 @@ def _prefix_table_kernel(
         tl.store(lengths_ptr + row * max_group + rank, tl.where(is_member, least, 0), mask=rank < max_group)
 
 
-def launch_refinement(
-    token_ids: Tensor,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    limit: Tensor | None = None,
-    start: Tensor | None = None,
+def refine(
+    token_ids: Tensor, layout: "Layout", limit: Tensor | None = None, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row its representative, what the two share, and the token at which it leaves, (N,) each.
 
     The first row of a group has none: its parent is the row itself, and the others say nothing. A row that ends where
     it leaves has no such token.
     """
-    num_rows = row_starts.shape[0]
+    num_rows = layout.row_starts.shape[0]
     has = {"HAS_LIMIT": limit is not None, "COUNT": counts is not None}
     stride = row_stride(token_ids)
     parents, tied_to, shared = torch.empty((3, num_rows), dtype=torch.int32, device=token_ids.device)
@@ -488,9 +486,7 @@ def launch_refinement(
         parents,
         tied_to,
         shared,
-        rows_by_group,
-        group_starts,
-        group_of_row,
+        *layout.groups,
         start,
         num_rows,
         HAS_START=start is not None,
@@ -506,25 +502,23 @@ def launch_refinement(
                 parents,
                 tied_to,
                 token_ids,
-                row_starts,
-                row_lengths,
-                group_of_row,
+                *layout.rows,
+                layout.group_of_row,
                 limit,
                 stride,
                 BLOCK=BLOCK,
                 **has,
             )
-        _refine_ties_kernel[(group_starts.shape[0] - 1,)](
+        _refine_ties_kernel[(layout.group_starts.shape[0] - 1,)](
             parents,
             tied_to,
             shared,
             next_ids,
             counts,
             token_ids,
-            row_starts,
-            row_lengths,
-            rows_by_group,
-            group_starts,
+            *layout.rows,
+            layout.rows_by_group,
+            layout.group_starts,
             limit,
             start,
             stride,
@@ -540,22 +534,12 @@ def launch_refinement(
     return parents, shared, next_ids
 
 
-def launch_common_prefix_lengths(
-    token_ids: Tensor,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    limit: Tensor | None,
-    start: Tensor | None,
-    max_group: int,
-) -> Tensor:
+def common_prefix_lengths(token_ids: Tensor, limit: Tensor | None, start: Tensor | None, layout: "Layout") -> Tensor:
     """(N, max_group) int32: row i against the j-th row of its group.
 
     At most ``limit[group]`` tokens count, and the first ``start[group]`` are taken to be equal.
     """
-    num_rows = row_starts.shape[0]
+    num_rows, max_group = layout.row_starts.shape[0], layout.max_group
     lengths = torch.empty((num_rows, max_group), dtype=torch.int32, device=token_ids.device)
     if not lengths.numel():
         return lengths
@@ -566,11 +550,8 @@ def launch_common_prefix_lengths(
             lengths,
             counts,
             token_ids,
-            row_starts,
-            row_lengths,
-            rows_by_group,
-            group_starts,
-            group_of_row,
+            *layout.rows,
+            *layout.groups,
             limit,
             start,
             stride,
@@ -581,20 +562,16 @@ def launch_common_prefix_lengths(
         )
         return lengths
 
-    parents, shared, _ = launch_refinement(
-        token_ids, row_starts, row_lengths, rows_by_group, group_starts, group_of_row, limit, start
-    )
+    parents, shared, _ = refine(token_ids, layout, limit, start)
     _prefix_table_kernel[(num_rows,)](
         lengths,
         parents,
         shared,
-        row_lengths,
-        rows_by_group,
-        group_starts,
-        group_of_row,
+        layout.row_lengths,
+        *layout.groups,
         limit,
         max_group,
+        HAS_LIMIT=limit is not None,
         BLOCK=BLOCK_RANKS,
-        **{"HAS_LIMIT": limit is not None},
     )
     return lengths

@@ -9,13 +9,18 @@ Every token is read once and its node written once, and no number is written by 
 whatever the rows share.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from leafkernels.kernels._rows import num_splits, row_stride
-from leafkernels.kernels.prefix_lengths import launch_refinement
+from leafkernels.kernels.prefix_lengths import refine
+
+if TYPE_CHECKING:
+    from leafkernels.rows.layout import Layout
 
 BLOCK_RANKS = 128  # rows that a row is compared with at a time
 BLOCK = 256  # columns of a walk
@@ -142,39 +147,22 @@ def _tree_nodes_kernel(
         at += tl.num_programs(1).to(tl.int64) * BLOCK
 
 
-def launch_order_rows(
-    token_ids: Tensor,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-) -> tuple[Tensor, Tensor]:
+def order_rows(token_ids: Tensor, layout: "Layout") -> tuple[Tensor, Tensor]:
     """See ``leafkernels.eager.prefix_tree.order_rows``."""
-    num_rows = row_starts.shape[0]
-    order, shared_in_order = torch.empty_like(row_starts), torch.empty_like(row_starts)
-    if num_rows:
-        groups = rows_by_group, group_starts, group_of_row
-        parents, shared, next_ids = launch_refinement(token_ids, row_starts, row_lengths, *groups)
-        _order_rows_kernel[(num_rows,)](
-            order, shared_in_order, parents, shared, next_ids, row_lengths, *groups, BLOCK=BLOCK_RANKS
+    order, shared_in_order = torch.empty_like(layout.row_starts), torch.empty_like(layout.row_starts)
+    if order.shape[0]:
+        parents, shared, next_ids = refine(token_ids, layout)
+        _order_rows_kernel[(order.shape[0],)](
+            order, shared_in_order, parents, shared, next_ids, layout.row_lengths, *layout.groups, BLOCK=BLOCK_RANKS
         )
     return order, shared_in_order
 
 
-def launch_tree_nodes(
-    token_ids: Tensor,
-    order: Tensor,
-    shared: Tensor,
-    firsts: Tensor,
-    row_starts: Tensor,
-    row_lengths: Tensor,
-    group_starts: Tensor,
-    max_length: int,
-    num_nodes: int,
-) -> tuple[Tensor, ...]:
+def tree_nodes(
+    token_ids: Tensor, order: Tensor, shared: Tensor, firsts: Tensor, layout: "Layout", num_nodes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``leafkernels.eager.prefix_tree.tree_nodes``."""
-    device, num_groups = token_ids.device, group_starts.shape[0] - 1
+    device, num_groups, max_length = token_ids.device, layout.group_starts.shape[0] - 1, layout.max_length
     ids = token_ids.new_empty(num_nodes)
     positions, parents, ends, counts = (torch.empty(num_nodes, dtype=torch.int64, device=device) for _ in range(4))
     nodes = torch.full(token_ids.shape, -1, dtype=torch.int64, device=device)
@@ -190,9 +178,8 @@ def launch_tree_nodes(
             order,
             shared,
             firsts,
-            row_starts,
-            row_lengths,
-            group_starts,
+            *layout.rows,
+            layout.group_starts,
             row_stride(token_ids),
             row_stride(nodes),
             max_length,

@@ -96,7 +96,7 @@ def tile(width: int) -> tuple[int, int]:
     return rows, max(1, min(rows, MOST_COLUMNS, TILE // rows))
 
 
-def launch_channel_state(
+def channel_state(
     hidden: Tensor, norm_wide: Tensor, norm_narrow: Tensor, wide: Tensor, narrow: Tensor, eps: float
 ) -> Tensor:
     """u_{n-1} (M, R) of M tokens, in the dtype of the weights, from what their n layers read, (n, M, D).

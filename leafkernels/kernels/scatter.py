@@ -4,6 +4,7 @@ Programs share a long row block by block to write it; sums are taken by one prog
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -11,6 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from leafkernels.kernels._rows import load_block, num_splits, row_stride, store_block
+
+if TYPE_CHECKING:
+    from leafkernels.rows.layout import Layout
 
 BLOCK = 1024  # tokens written or summed at a time
 
@@ -93,15 +97,8 @@ def _gather_spans_kernel(
         previous = end
 
 
-def launch_scatter_spans(
-    values: Tensor,
-    span_ends: Tensor,
-    mask: Tensor | None,
-    slot_starts: Tensor,
-    slot_ends: Tensor,
-    row_starts: Tensor,
-    size: list[int],
-    dtype: torch.dtype,
+def scatter_spans(
+    values: Tensor, span_ends: Tensor, mask: Tensor | None, layout: "Layout", size: list[int], dtype: torch.dtype
 ) -> Tensor:
     """One value per token in ``dtype``, shaped ``size``; 0 outside the spans and where the mask is False."""
     tokens = torch.empty(size, dtype=dtype, device=values.device)
@@ -112,9 +109,8 @@ def launch_scatter_spans(
             values.contiguous(),
             span_ends.contiguous(),
             mask,
-            slot_starts,
-            slot_ends,
-            row_starts,
+            *layout.slots,
+            layout.row_starts,
             row_stride(tokens),
             0 if mask is None else row_stride(mask),
             num_spans,
@@ -124,14 +120,7 @@ def launch_scatter_spans(
     return tokens
 
 
-def launch_gather_spans(
-    gradients: Tensor,
-    span_ends: Tensor,
-    mask: Tensor | None,
-    slot_starts: Tensor,
-    slot_ends: Tensor,
-    row_starts: Tensor,
-) -> Tensor:
+def gather_spans(gradients: Tensor, span_ends: Tensor, mask: Tensor | None, layout: "Layout") -> Tensor:
     """Adjoint of ``scatter_spans``: (N, S) float64 sums of the token gradients of each span."""
     num_rows, num_spans = span_ends.shape
     sums = torch.empty((num_rows, num_spans), dtype=torch.float64, device=gradients.device)
@@ -141,9 +130,8 @@ def launch_gather_spans(
             gradients,
             span_ends.contiguous(),
             mask,
-            slot_starts,
-            slot_ends,
-            row_starts,
+            *layout.slots,
+            layout.row_starts,
             row_stride(gradients),
             0 if mask is None else row_stride(mask),
             num_spans,

@@ -34,6 +34,8 @@ which are p_j (a + b (x_j - m)) with numbers a and b of the row, but for the sam
 e^-surprisal - 1 for p - 1, which is exact where p is 1 to within rounding.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -41,6 +43,9 @@ from torch import Tensor
 
 from leafkernels.kernels._math import LOG2_E, expm1, log1p, rounded_product
 from leafkernels.kernels._rows import aligned_row, num_splits, store_block, whole_blocks
+
+if TYPE_CHECKING:
+    from leafkernels.vocabulary.inputs import RowStatistics
 
 BLOCK = 4096  # ids at a time; tests shrink it to cross blocks with small vocabularies
 THREADS = 256  # that share a block; bench/tune.py tries others
@@ -401,7 +406,7 @@ def _splits(num_rows: int, vocab_size: int) -> tuple[int, int]:
     return splits, triton.cdiv(triton.cdiv(most, BLOCK), splits)
 
 
-def launch_surprisal_states(
+def surprisal_states(
     logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Partial states (3, N, splits) m, r, t of each row's stretches, and the logit of its id, (N,); float32."""
@@ -430,10 +435,10 @@ def launch_surprisal_states(
     return states, picked
 
 
-def launch_merge_surprisal_states(
+def merge_surprisal_states(
     states: Tensor, picked: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What ``launch_surprisal_entropy`` gives, from ``states`` (3, N, at most MAX_SPLITS), contiguous."""
+    """What ``surprisal_entropy`` gives, from ``states`` (3, N, at most MAX_SPLITS), contiguous."""
     _, num_rows, splits = states.shape
     outputs = tuple(torch.empty(num_rows, dtype=torch.float32, device=states.device) for _ in range(4))
     if num_rows:
@@ -453,41 +458,63 @@ def launch_merge_surprisal_states(
     return outputs  # type: ignore[return-value]
 
 
-def launch_surprisal_entropy(
+def surprisal_entropy(
     logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Surprisal, entropy, and what the gradient needs (the top logit and log sum e^(x - top)): float32 (N,) each."""
-    states, picked = launch_surprisal_states(logits, token_ids, temperature, mask)
-    return launch_merge_surprisal_states(states, picked, temperature, mask)
+    states, picked = surprisal_states(logits, token_ids, temperature, mask)
+    return merge_surprisal_states(states, picked, temperature, mask)
 
 
-def launch_surprisal_entropy_backward(
-    gradients: Tensor,
-    surprisal_gradients: Tensor,
-    entropy_gradients: Tensor | None,
-    surprisal: Tensor,
-    entropy: Tensor,
-    tops: Tensor,
-    log_totals: Tensor,
+def surprisal_entropy_backward(
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: "RowStatistics",
     logits: Tensor,
     token_ids: Tensor,
     temperature: Tensor,
     mask: Tensor | None,
-    softcap: float | None,
+) -> Tensor:
+    """The gradient of the logits (N, V), 0 in masked rows."""
+    gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    write_gradients(gradients, grad_surprisal, grad_entropy, statistics, logits, token_ids, temperature, mask)
+    return gradients
+
+
+def surprisal_entropy_backward_(
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: "RowStatistics",
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
 ) -> None:
-    """Write the gradient of the logits, 0 in masked rows, into ``gradients`` (N, V), which may be ``logits``."""
+    """The same, written over the logits."""
+    write_gradients(logits, grad_surprisal, grad_entropy, statistics, logits, token_ids, temperature, mask)
+
+
+def write_gradients(
+    gradients: Tensor,
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: "RowStatistics",
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    softcap: float | None = None,
+) -> None:
+    """The same into ``gradients``, which may be ``logits``; with ``softcap`` that of what was capped to the logits."""
     num_rows, vocab_size = logits.shape
     if not logits.numel():
         return
     splits, split_blocks = _splits(num_rows, vocab_size)
     _surprisal_entropy_backward_kernel[(num_rows, splits)](
         gradients,
-        surprisal_gradients.contiguous(),
-        None if entropy_gradients is None else entropy_gradients.contiguous(),
-        surprisal,
-        entropy,
-        tops,
-        log_totals,
+        grad_surprisal.contiguous(),
+        None if grad_entropy is None else grad_entropy.contiguous(),
+        *statistics,
         logits,
         token_ids,
         temperature,
@@ -497,7 +524,7 @@ def launch_surprisal_entropy_backward(
         gradients.stride(0),
         vocab_size,
         split_blocks,
-        HAS_ENTROPY=entropy_gradients is not None,
+        HAS_ENTROPY=grad_entropy is not None,
         HAS_MASK=mask is not None,
         HAS_SOFTCAP=softcap is not None,
         BLOCK=BLOCK,

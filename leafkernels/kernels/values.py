@@ -7,10 +7,16 @@ Sums are float64, centred on the least reward of the group, and taken in one fix
 bits.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from leafkernels.credit.options import CreditOptions
+    from leafkernels.rows.layout import Layout
 
 BLOCK = 32  # rows of a group at a time
 # As in leafkernels._core.precision.
@@ -224,18 +230,8 @@ def _normalize_spans_kernel(
         tl.store(values_ptr + offs, tl.where(is_span & (std > 0.0), value, 0.0), mask=in_table)
 
 
-def launch_span_values(
-    rewards: Tensor,
-    nodes_of_rows: Tensor,
-    boundaries: Tensor,
-    row_lengths: Tensor,
-    rows_by_group: Tensor,
-    group_starts: Tensor,
-    group_of_row: Tensor,
-    terms: str,
-    multiplicity_power: float,
-    leave_one_out: bool,
-    normalize: str,
+def span_values(
+    rewards: Tensor, nodes: Tensor, boundaries: Tensor, layout: "Layout", options: "CreditOptions"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Normalised and raw values (N, S) float64, span_ends (N, S) int32, node sizes (N, S) int32 and values (N, S).
 
@@ -247,6 +243,8 @@ def launch_span_values(
     sizes = torch.empty_like(span_ends)
     node_values = torch.empty_like(raw)
     reward_std = torch.empty(num_rows, dtype=torch.float64, device=rewards.device)
+    if not num_rows:
+        return torch.empty_like(raw), raw, span_ends, sizes, node_values
     block_s = max(2, triton.next_power_of_2(num_slots))
     _span_values_kernel[(num_rows,)](
         raw,
@@ -255,36 +253,34 @@ def launch_span_values(
         node_values,
         reward_std,
         rewards.contiguous(),
-        nodes_of_rows.contiguous(),
+        nodes.contiguous(),
         boundaries.contiguous(),
-        row_lengths,
-        rows_by_group,
-        group_starts,
-        group_of_row,
+        layout.row_lengths,
+        *layout.groups,
         NUM_SLOTS=num_slots,
-        USE_GLOBAL=terms != "local",
-        USE_LOCAL=terms != "global",
-        MULTIPLICITY_POWER=multiplicity_power,
-        LEAVE_ONE_OUT=leave_one_out,
+        USE_GLOBAL=options.terms != "local",
+        USE_LOCAL=options.terms != "global",
+        MULTIPLICITY_POWER=options.multiplicity_power,
+        LEAVE_ONE_OUT=options.leave_one_out,
         BLOCK_S=block_s,
         BLOCK=BLOCK,
         num_warps=1,
     )
     # A clone, because an operation must not return one tensor twice.
-    if normalize == "none":
+    if options.normalize == "none":
         return raw.clone(), raw, span_ends, sizes, node_values
     values = torch.empty_like(raw)
-    whole_call = normalize == "batch"
-    _normalize_spans_kernel[(1 if whole_call else group_starts.shape[0] - 1,)](
+    whole_call = options.normalize == "batch"
+    _normalize_spans_kernel[(1 if whole_call else layout.group_starts.shape[0] - 1,)](
         values,
         raw,
         span_ends,
         reward_std,
-        rows_by_group,
-        group_starts,
+        layout.rows_by_group,
+        layout.group_starts,
         num_rows,
         WHOLE_CALL=whole_call,
-        BY_REWARD_STD=normalize == "reward_std",
+        BY_REWARD_STD=options.normalize == "reward_std",
         NUM_SLOTS=num_slots,
         BLOCK_S=block_s,
         BLOCK=BLOCK,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +10,11 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_kernel_dtype, check_positive, check_real
-from leafkernels._core.ops import register
+from leafkernels._core.operation import operation
 
 # A program takes a token through all layers and reads their narrow weights anew. About as many programs as a large GPU
 # has multiprocessors run at a time; of more tokens, layer by layer, each weight is read once for all.
 FUSED_TOKENS = 128
-
-
-def _fake(hidden: Tensor, norm_wide: Tensor, norm_narrow: Tensor, wide: Tensor, *_: Any) -> Tensor:
-    return wide.new_empty((hidden.shape[1], wide.shape[1]))
 
 
 class LayerWeights(NamedTuple):
@@ -29,11 +25,11 @@ class LayerWeights(NamedTuple):
     narrow: Tensor | None
 
 
-_channel_state = register(
-    "channel_state(Tensor hidden, Tensor norm_wide, Tensor norm_narrow, Tensor wide, Tensor narrow, float eps, "
-    "str backend) -> Tensor",
-    _fake,
-)
+@operation("reward_channel")
+def _channel_state(
+    hidden: Tensor, norm_wide: Tensor, norm_narrow: Tensor, wide: Tensor, narrow: Tensor, eps: float
+) -> Tensor:
+    return wide.new_empty((hidden.shape[1], wide.shape[1]))
 
 
 class RewardChannel(nn.Module):
@@ -144,10 +140,21 @@ class RewardChannel(nn.Module):
         backend = resolve_backend(backend, self.wide.device)
         check_kernel_dtype("the channel", self.wide.dtype, backend)
         hidden = torch.stack(tuple(hidden_states[:-1])).flatten(1, -2)
-        state = _channel_state(
-            hidden, self.norm_wide, self.norm_narrow, self.wide, self.narrow, float(self.eps), backend
-        )
+        if backend == "reference":
+            state = self._state_by_reference(hidden)
+        else:
+            weights = (self.norm_wide, self.norm_narrow, self.wide, self.narrow)
+            state = _channel_state(backend, hidden, *weights, float(self.eps))
         return self.reward(hidden_states[-1], state.view(*hidden_states[-1].shape[:-1], self.width))
+
+    def _state_by_reference(self, hidden: Tensor) -> Tensor:
+        import python_ref
+
+        layers = self.by_layer()
+        weights = [layer.wide if layer.narrow is None else torch.cat([layer.wide, layer.narrow], 1) for layer in layers]
+        norms, matrices = [layer.norm.tolist() for layer in layers], [weight.tolist() for weight in weights]
+        states = python_ref.channel_states(hidden.tolist(), norms, matrices, self.eps)
+        return torch.tensor(states, dtype=self.wide.dtype, device=hidden.device).reshape(-1, self.width)
 
     def is_fused(self, hidden: Tensor) -> bool:
         """Whether hidden states like this one go the way of ``fused``: few, on a GPU, and without a gradient.

@@ -18,8 +18,9 @@ from leafkernels._core.checks import (
     check_tensor,
 )
 from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
-from leafkernels._core.ops import register
+from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
+from leafkernels._core.reference import from_reference
 
 AGGREGATES = ("token_mean", "sequence_mean", "sum", "constant")
 IMPORTANCE = ("token", "sequence")
@@ -44,19 +45,40 @@ class PolicyLoss(NamedTuple):
     """Mean of ``entropy``; 0 without it."""
 
 
-def _fake(logprobs: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+class LossOptions(NamedTuple):
+    """Options of a policy loss, which ``policy_loss`` documents."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float  # infinite: no such bound
+    max_log_ratio: float  # likewise
+    kl_coef: float
+    entropy_coef: float
+    of_sequence: bool
+    aggregate: str
+    constant: float | None
+
+    def in_words(self) -> dict[str, Any]:
+        """As ``python_ref`` takes them."""
+        clip, importance = (self.clip_low, self.clip_high), "sequence" if self.of_sequence else "token"
+        names = ("dual_clip", "max_log_ratio", "kl_coef", "entropy_coef", "aggregate", "constant")
+        return {"clip": clip, "importance": importance, **{name: getattr(self, name) for name in names}}
+
+
+@operation("policy_loss")
+def _policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    options: LossOptions,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(logprobs.dtype)
-    with_gradient = args[-2]
     sums = logprobs.new_empty((7, logprobs.shape[0]), dtype=dtype)
     return sums, logprobs.new_empty(logprobs.shape if with_gradient else (0,), dtype=dtype)
-
-
-_policy_loss = register(
-    "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
-    "Tensor? entropy, float clip_low, float clip_high, float dual_clip, float max_log_ratio, float kl_coef, "
-    "float entropy_coef, bool of_sequence, bool with_gradient, str backend) -> (Tensor, Tensor)",
-    _fake,
-)
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -64,27 +86,62 @@ class _PolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logprobs: Tensor, entropy: Tensor | None, places: tuple[Tensor | None, ...], *options: Any
+        ctx: Any,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        constants: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        options: LossOptions,
+        with_gradient: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        old_logprobs, advantages, mask, ref_logprobs = places
-        sums, gradients = _policy_loss(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, *options)
+        _, _, mask, _ = constants
+        sums, gradients = _policy_loss(backend, logprobs, *constants, entropy, options, with_gradient)
         ctx.save_for_backward(gradients, mask if ctx.needs_input_grad[1] else None)
         ctx.dtypes = logprobs.dtype, None if entropy is None else entropy.dtype
-        ctx.entropy_coef = options[5]
+        ctx.entropy_coef = options.entropy_coef
         ctx.mark_non_differentiable(sums)
         return sums[0].clone(), sums
 
     @staticmethod
-    def backward(ctx: Any, of_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_rows: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("policy_loss")
         gradients, mask = ctx.saved_tensors
-        of_rows = of_rows[:, None]
-        of_logprobs = of_entropy = None
+        grad_rows = grad_rows[:, None]
+        grad_logprobs = grad_entropy = None
         if ctx.needs_input_grad[0]:
-            of_logprobs = (gradients * of_rows).to(ctx.dtypes[0])
+            grad_logprobs = (gradients * grad_rows).to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            of_entropy = torch.where(mask, -ctx.entropy_coef * of_rows, 0.0).to(ctx.dtypes[1])
-        return of_logprobs, of_entropy, *[None] * 10
+            grad_entropy = torch.where(mask, -ctx.entropy_coef * grad_rows, 0.0).to(ctx.dtypes[1])
+        return grad_logprobs, grad_entropy, None, None, None, None
+
+
+def _by_reference(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    constants: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    options: LossOptions,
+) -> PolicyLoss:
+    import python_ref
+
+    lists: list[Any] = [None if constant is None else constant.tolist() for constant in constants]
+    old_logprobs, advantages, mask, ref_logprobs = lists
+    words = options.in_words() | {"ref_logprobs": ref_logprobs}
+
+    def compute(logprobs: Tensor, entropy: Tensor | None) -> tuple[Tensor, ...]:
+        entropies = None if entropy is None else entropy.tolist()
+        found = python_ref.policy_loss(logprobs.tolist(), old_logprobs, advantages, mask, entropy=entropies, **words)
+        dtype = compute_dtype(logprobs.dtype)
+        return tuple(torch.tensor(number, dtype=dtype, device=logprobs.device) for number in found.values())
+
+    def gradient(grad_loss: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("policy_loss")
+        *_, logprobs, entropy = others
+        found = python_ref.policy_loss_backward(logprobs.tolist(), old_logprobs, advantages, mask, **words)
+        grads = (torch.tensor(table, dtype=torch.float64).reshape(logprobs.shape).to(grad_loss) for table in found)
+        grad_logprobs, grad_entropy = (grad * grad_loss for grad in grads)
+        return grad_logprobs, None if entropy is None else grad_entropy
+
+    return PolicyLoss(*from_reference("policy_loss", compute, gradient, logprobs, entropy, constants=range(1, 6)))
 
 
 def policy_loss(
@@ -158,9 +215,8 @@ def policy_loss(
         check_real(name, tensor)
         check_like(name, tensor, "logprobs", shape, device)
     mask = cast(Tensor, check_mask(check_tensor("response_mask", response_mask), "logprobs", shape, device))
-    check_choice("importance", importance, IMPORTANCE)
-    bounds = check_loss_options(
-        clip, dual_clip, max_log_ratio, aggregate, constant, ref_logprobs, kl_coef, entropy_coef
+    options = check_loss_options(
+        clip, dual_clip, max_log_ratio, kl_coef, entropy_coef, importance, aggregate, constant, ref_logprobs
     )
     if entropy_coef != 0 and entropy is None:
         raise ValueError(f"entropy must be given where entropy_coef is not 0, got entropy_coef={entropy_coef}")
@@ -173,17 +229,12 @@ def policy_loss(
         # A statistic: what computed it is to get no gradient, which is less work than one of zeros.
         entropy = entropy.detach()
     refuse_forward_mode("policy_loss", logprobs, entropy)
-    losses, sums = _PolicyLoss.apply(
-        logprobs,
-        entropy,
-        (old_logprobs.detach(), advantages.detach(), mask, None if ref_logprobs is None else ref_logprobs.detach()),
-        *bounds,
-        float(kl_coef),
-        float(entropy_coef),
-        importance == "sequence",
-        logprobs.requires_grad and torch.is_grad_enabled(),
-        backend,
-    )
+    ref_logprobs = None if ref_logprobs is None else ref_logprobs.detach()
+    constants = (old_logprobs.detach(), advantages.detach(), mask, ref_logprobs)
+    if backend == "reference":
+        return _by_reference(logprobs, entropy, constants, options)
+    with_gradient = logprobs.requires_grad and torch.is_grad_enabled()
+    losses, sums = _PolicyLoss.apply(logprobs, entropy, constants, options, with_gradient, backend)
     counts = sums[6]
     means = sums[1:6].sum(1) / counts.sum().clamp_min(1)
     return PolicyLoss((losses * row_weights(counts, aggregate, constant)).sum(), *means.unbind())
@@ -207,16 +258,15 @@ def check_loss_options(
     clip: Any,
     dual_clip: float | None,
     max_log_ratio: float | None,
+    kl_coef: float,
+    entropy_coef: float,
+    importance: str,
     aggregate: str,
     constant: float | None,
     ref_logprobs: Tensor | None,
-    kl_coef: float,
-    entropy_coef: float,
-) -> tuple[float, float, float, float]:
-    """The two sides of ``clip``, and the two bounds, infinite where they are None.
-
-    Raises where the options of a loss are not what they must be.
-    """
+) -> LossOptions:
+    """The options of a loss; raises where they are not what they must be."""
+    check_choice("importance", importance, IMPORTANCE)
     check_choice("aggregate", aggregate, AGGREGATES)
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip must be a pair (below, above), got {clip!r}")
@@ -241,4 +291,6 @@ def check_loss_options(
     if constant is not None:
         check_positive("constant", constant)
     most, bound = (math.inf if option is None else float(option) for option in (dual_clip, max_log_ratio))
-    return float(low), float(high), most, bound
+    low, high, kl_coef, entropy_coef = (float(option) for option in (low, high, kl_coef, entropy_coef))
+    of_sequence = importance == "sequence"
+    return LossOptions(low, high, most, bound, kl_coef, entropy_coef, of_sequence, aggregate, constant)

@@ -1,6 +1,6 @@
 """The clipped policy loss for callers who hold logits: loss and gradient from one pass over them."""
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -16,46 +16,89 @@ from leafkernels._core.checks import (
     check_tensor,
 )
 from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative, refuse_second_pass
-from leafkernels._core.ops import register
+from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
-from leafkernels.losses.policy_loss import PolicyLoss, check_loss_options, policy_loss, token_weights
+from leafkernels._core.reference import from_reference
+from leafkernels.losses.policy_loss import LossOptions, PolicyLoss, check_loss_options, policy_loss, token_weights
 from leafkernels.vocabulary.inputs import check_temperature
 from leafkernels.vocabulary.surprisal import surprisal_entropy
 
 
-def _fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    with_gradient = args[-2]
+class LossConstants(NamedTuple):
+    """What a token's loss needs beside its logits, for N tokens."""
+
+    token_ids: Tensor
+    temperature: Tensor
+    mask: Tensor
+    weights: Tensor  # of the token's loss in the whole
+    old_logprobs: Tensor | None
+    advantages: Tensor
+    ref_logprobs: Tensor | None
+
+
+@operation("policy_loss_from_logits")
+def _policy_loss_from_logits(
+    logits: Tensor, constants: LossConstants, options: LossOptions, with_gradient: bool
+) -> tuple[Tensor, Tensor]:
     terms = logits.new_empty((6, logits.shape[0]), dtype=compute_dtype(logits.dtype))
     return terms, logits.new_empty(logits.shape if with_gradient else (0,))
 
 
-_policy_loss_from_logits = register(
-    "policy_loss_from_logits(Tensor logits, Tensor token_ids, Tensor temperature, Tensor mask, Tensor weights, "
-    "Tensor? old_logprobs, Tensor advantages, Tensor? ref_logprobs, float clip_low, float clip_high, float dual_clip, "
-    "float max_log_ratio, float kl_coef, float entropy_coef, bool with_gradient, str backend) -> (Tensor, Tensor)",
-    _fake,
-)
-
-
-_scale_gradient = register("scale_gradient(Tensor(a!) gradients, Tensor factor, str backend) -> ()", lambda *_: None)
+@operation("policy_loss_from_logits", mutates=("gradients",))
+def _scale_gradient(gradients: Tensor, factor: Tensor) -> None: ...
 
 
 class _PolicyLossFromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        terms, gradients = _policy_loss_from_logits(*args)
+    def forward(
+        ctx: Any, logits: Tensor, constants: LossConstants, options: LossOptions, with_gradient: bool, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        terms, gradients = _policy_loss_from_logits(backend, logits, constants, options, with_gradient)
         ctx.save_for_backward(gradients)
-        ctx.backend = args[-1]
+        ctx.backend = backend
         ctx.mark_non_differentiable(terms)
         return terms[0].sum(), terms
 
     @staticmethod
-    def backward(ctx: Any, of_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("policy_loss_from_logits")
         refuse_second_pass(ctx, "policy_loss_from_logits")
         (gradients,) = ctx.saved_tensors
-        _scale_gradient(gradients, of_loss, ctx.backend)
-        return gradients, *[None] * 15
+        _scale_gradient(ctx.backend, gradients, grad_loss)
+        return gradients, None, None, None, None
+
+
+def _by_reference(
+    logits: Tensor,
+    token_ids: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    temperature: Tensor,
+    ref_logprobs: Tensor | None,
+    options: LossOptions,
+) -> PolicyLoss:
+    import python_ref
+
+    tensors = (token_ids, old_logprobs, advantages, mask)
+    lists: list[Any] = [None if tensor is None else tensor.tolist() for tensor in tensors]
+    words = {name: value for name, value in options.in_words().items() if name != "importance"}
+    words["ref_logprobs"] = None if ref_logprobs is None else ref_logprobs.tolist()
+    words["temperature"] = temperature.tolist()
+
+    def compute(logits: Tensor) -> tuple[Tensor, ...]:
+        found, _ = python_ref.policy_loss_from_logits(logits.tolist(), *lists, **words)
+        dtype = compute_dtype(logits.dtype)
+        return tuple(torch.tensor(number, dtype=dtype, device=logits.device) for number in found.values())
+
+    def gradient(grad_loss: Tensor, *others: Tensor) -> tuple[Tensor]:
+        refuse_second_derivative("policy_loss_from_logits")
+        logits = others[-1]
+        _, found = python_ref.policy_loss_from_logits(logits.tolist(), *lists, **words)
+        return (torch.tensor(found, dtype=torch.float64).reshape(logits.shape).to(grad_loss.device) * grad_loss,)
+
+    name = "policy_loss_from_logits"
+    return PolicyLoss(*from_reference(name, compute, gradient, logits, constants=range(1, 6), once=name))
 
 
 def policy_loss_from_logits(
@@ -127,8 +170,8 @@ def policy_loss_from_logits(
         check_device(name, tensor, "logits", device)
     mask = cast(Tensor, check_mask(check_tensor("response_mask", response_mask), "token_ids", shape, device))
     temperatures = check_temperature(temperature, token_ids, mask)
-    bounds = check_loss_options(
-        clip, dual_clip, max_log_ratio, aggregate, constant, ref_logprobs, kl_coef, entropy_coef
+    options = check_loss_options(
+        clip, dual_clip, max_log_ratio, kl_coef, entropy_coef, "token", aggregate, constant, ref_logprobs
     )
     backend = resolve_backend(backend, device)
     check_kernel_dtype("logits", logits.dtype, backend)
@@ -159,10 +202,10 @@ def policy_loss_from_logits(
             constant=constant,
             backend=backend,
         )
+    if backend == "reference":
+        return _by_reference(logits, token_ids, old_logprobs, advantages, mask, temperatures, ref_logprobs, options)
     dtype = compute_dtype(logits.dtype)
-    rows = logits.flatten(0, 1)
-    loss, terms = _PolicyLossFromLogits.apply(
-        rows if rows.stride(-1) == 1 else rows.contiguous(),
+    constants = LossConstants(
         token_ids.flatten().contiguous(),
         temperatures.flatten().contiguous(),
         mask.flatten().contiguous(),
@@ -170,11 +213,11 @@ def policy_loss_from_logits(
         None if old_logprobs is None else _flat_constant(old_logprobs, dtype),
         _flat_constant(advantages, dtype),
         None if ref_logprobs is None else _flat_constant(ref_logprobs, dtype),
-        *bounds,
-        float(kl_coef),
-        float(entropy_coef),
-        logits.requires_grad and torch.is_grad_enabled(),
-        backend,
+    )
+    rows = logits.flatten(0, 1)
+    with_gradient = logits.requires_grad and torch.is_grad_enabled()
+    loss, terms = _PolicyLossFromLogits.apply(
+        rows if rows.stride(-1) == 1 else rows.contiguous(), constants, options, with_gradient, backend
     )
     means = terms.sum(1) / mask.sum().clamp_min(1)
     return PolicyLoss(loss, *means[1:].unbind())

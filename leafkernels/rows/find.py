@@ -6,15 +6,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leafkernels._core.backend import implementation
 from leafkernels._core.checks import check_count, check_device, check_integer, check_mask, check_tensor, values_readable
-from leafkernels._core.ops import register
+from leafkernels._core.operation import operation
 from leafkernels.rows.layout import Layout, as_rows
 
-mask_stretches = register(
-    "mask_stretches(Tensor mask, Tensor slot_starts, Tensor slot_ends, str backend) -> (Tensor, Tensor)",
-    lambda mask, slot_starts, slot_ends, backend: tuple(slot_starts.new_empty(slot_starts.shape) for _ in range(2)),
-)
+
+@operation("find")
+def _mask_stretches(mask: Tensor, slot_starts: Tensor, slot_ends: Tensor) -> tuple[Tensor, Tensor]:
+    return slot_starts.new_empty(slot_starts.shape), slot_starts.new_empty(slot_starts.shape)
+
+
+@operation("find")
+def _regular_layout(
+    like: Tensor, num_rows: int, width: int, group: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sizes = num_rows, num_rows, num_rows, num_rows // group + 1, num_rows
+    return tuple(like.new_empty((size,), dtype=torch.int64) for size in sizes)  # type: ignore[return-value]
 
 
 class Rows(NamedTuple):
@@ -181,8 +188,9 @@ def build_layout(
     width = rows.shape[-1]
     group = max(groups, 1) if isinstance(groups, int) else 1
     # What does not hold for packed rows, or groups that are named, is replaced below.
-    regular = _regular_layout if backend == "triton" else _regular_layout_in_steps
-    slot_starts, slot_ends, rows_by_group, group_starts, group_of_row = regular(rows, num_rows, width, group)
+    sizes = num_rows, width, group
+    regular = _regular_layout("triton", rows, *sizes) if backend == "triton" else _regular_in_steps(rows, *sizes)
+    slot_starts, slot_ends, rows_by_group, group_starts, group_of_row = regular
     max_length, max_group = width, groups if isinstance(groups, int) else num_rows
     if cu_seqlens is not None:
         # A cu_seqlens that breaks its rules on a GPU, where nobody looks at it, must still stay inside the tensors, and
@@ -193,7 +201,9 @@ def build_layout(
             max_length = int((slot_ends - slot_starts).max())
 
     if mask is not None and mask.numel():
-        row_starts, row_lengths = mask_stretches(mask, slot_starts, slot_ends, backend)
+        # The reference looks at the mask itself.
+        backend = "torch" if backend == "reference" else backend
+        row_starts, row_lengths = _mask_stretches(backend, mask, slot_starts, slot_ends)
     else:
         # Views, because torch.compile refuses an autograd function that is given one tensor twice.
         row_starts = slot_starts.view(-1)
@@ -214,25 +224,12 @@ def build_layout(
     )
 
 
-def _regular_layout_in_steps(like: Tensor, num_rows: int, width: int, group: int) -> tuple[Tensor, ...]:
-    """What the kernel of this name gives in one launch."""
+def _regular_in_steps(like: Tensor, num_rows: int, width: int, group: int) -> tuple[Tensor, ...]:
+    """What the kernel gives in one launch; on a CPU five calls cost less than those of an operation."""
     slot_starts = torch.zeros(num_rows, dtype=torch.int64, device=like.device)
     rows_by_group = torch.arange(num_rows, device=like.device)
     group_starts = torch.arange(0, num_rows + 1, group, device=like.device)
     return slot_starts, torch.full_like(slot_starts, width), rows_by_group, group_starts, rows_by_group // group
-
-
-def _regular_layout_fake(like: Tensor, num_rows: int, width: int, group: int) -> tuple[Tensor, ...]:
-    sizes = num_rows, num_rows, num_rows, num_rows // group + 1, num_rows
-    return tuple(like.new_empty((size,), dtype=torch.int64) for size in sizes)
-
-
-_regular_layout = register(
-    "regular_layout(Tensor like, SymInt num_rows, SymInt width, SymInt group) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _regular_layout_fake,
-    lambda *args: implementation("triton").regular_layout(*args),
-)
 
 
 def _scattered_groups(groups: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

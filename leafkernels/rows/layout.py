@@ -46,6 +46,13 @@ class Layout(NamedTuple):
         """Which rows are a prompt: rows by group, group starts, group of each row."""
         return self.rows_by_group, self.group_starts, self.group_of_row
 
+    def members(self, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+        """For each of some rows, or of all, the rows of its group, (n, max_group), and which entries are real."""
+        group_of_row = self.group_of_row if rows is None else self.group_of_row[rows]
+        index = self.group_starts[group_of_row][:, None] + torch.arange(self.max_group, device=group_of_row.device)
+        is_member = index < self.group_starts[group_of_row + 1][:, None]
+        return self.rows_by_group[index.clamp_max(max(self.rows_by_group.shape[0] - 1, 0))], is_member
+
     def without(self, is_out: Tensor) -> "Layout":
         """The layout in which the rows of a mask (N,) have no token."""
         return self._replace(row_lengths=self.row_lengths.masked_fill(is_out, 0))
@@ -62,12 +69,3 @@ def to_int32(positions: Tensor) -> Tensor:
     if positions.dtype in (torch.int64, torch.int32):
         positions = positions.clamp(-1, torch.iinfo(torch.int32).max - 1)
     return positions.to(torch.int32)
-
-
-def group_members(
-    rows_by_group: Tensor, group_starts: Tensor, group_of_row: Tensor, max_group: int
-) -> tuple[Tensor, Tensor]:
-    """For each row the rows of its group, (N, max_group), and which entries are real."""
-    index = group_starts[group_of_row][:, None] + torch.arange(max_group, device=rows_by_group.device)
-    is_member = index < group_starts[group_of_row + 1][:, None]
-    return rows_by_group[index.clamp_max(max(rows_by_group.shape[0] - 1, 0))], is_member

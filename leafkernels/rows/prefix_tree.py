@@ -1,36 +1,17 @@
 """Which tokens of the rows of a prompt are the same: the prefix tree, a node for each different prefix."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leafkernels._core.backend import implementation, resolve_backend
+from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_integer, values_readable
-from leafkernels._core.ops import register
-from leafkernels.rows.find import find_rows
+from leafkernels._core.operation import operation
+from leafkernels.rows.find import Rows, find_rows
 from leafkernels.rows.layout import Layout, as_rows
-
-_order_rows = register(
-    "order_rows(Tensor token_ids, Tensor row_starts, Tensor row_lengths, Tensor rows_by_group, Tensor group_starts, "
-    "Tensor group_of_row, str backend) -> (Tensor, Tensor)",
-    lambda token_ids, row_starts, *_: (torch.empty_like(row_starts), torch.empty_like(row_starts)),
-)
-
-
-def _fake(token_ids: Tensor, order: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *_, num_nodes, _backend = args
-    numbers = [order.new_empty((num_nodes,)) for _ in range(4)]
-    return token_ids.new_empty((num_nodes,)), *numbers, token_ids.new_empty(token_ids.shape, dtype=torch.int64)
-
-
-_tree_nodes = register(
-    "tree_nodes(Tensor token_ids, Tensor order, Tensor shared, Tensor firsts, Tensor row_starts, Tensor row_lengths, "
-    "Tensor group_starts, SymInt max_length, SymInt num_nodes, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake,
-)
+from leafkernels.rows.lists import to_lists, to_tokens
 
 
 class PrefixTree(NamedTuple):
@@ -56,38 +37,68 @@ class PrefixTree(NamedTuple):
     name, M after the last."""
 
 
+@operation("prefix_tree")
+def _order_rows(token_ids: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(layout.row_starts), torch.empty_like(layout.row_starts)
+
+
+@operation("prefix_tree")
+def _tree_nodes(
+    token_ids: Tensor, order: Tensor, shared: Tensor, firsts: Tensor, layout: Layout, num_nodes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    positions, parents, ends, counts = (order.new_empty((num_nodes,)) for _ in range(4))
+    nodes = token_ids.new_empty(token_ids.shape, dtype=torch.int64)
+    return token_ids.new_empty((num_nodes,)), positions, parents, ends, counts, nodes
+
+
 def order_of_rows(token_ids: Tensor, layout: Layout, backend: str) -> tuple[Tensor, Tensor]:
     """The rows of a layout in depth-first order, and how many tokens each shares with the one before, both (N,) int64.
 
     Groups keep their places; the first row of one shares nothing. The arguments have been checked, ``backend`` is
     "triton" or "torch".
     """
-    return _order_rows(token_ids, *layout.rows, *layout.groups, backend)
+    return _order_rows(backend, token_ids, layout)
 
 
 def tree_of_rows(
-    token_ids: Tensor, layout: Layout, max_nodes: int | None, backend: str, num_starts: int | None = None
+    token_ids: Tensor, rows: Rows, max_nodes: int | None, backend: str, num_starts: int | None = None
 ) -> PrefixTree:
-    """The tree of the rows of a layout; the arguments have been checked."""
+    """The tree of some rows; the arguments have been checked."""
+    layout = rows.layout
     if backend == "reference":
-        tree = PrefixTree(*implementation(backend).prefix_tree(token_ids, *layout.rows, *layout.groups))
+        tree = _by_reference(token_ids, rows)
         _check_room(tree.starts[-1], max_nodes)
     else:
         order, shared = order_of_rows(token_ids, layout, backend)
         own = layout.row_lengths[order] - shared
         firsts = pad(own.cumsum(0), (1, 0))
         _check_room(firsts[-1], max_nodes)
-        size = layout.max_length, int(firsts[-1]) if max_nodes is None else max_nodes
-        found: list[Tensor] = _tree_nodes(
-            token_ids, order, shared, firsts, *layout.rows, layout.group_starts, *size, backend
-        )
-        tree = PrefixTree(*(*found, firsts[layout.group_starts]))
+        num_nodes = int(firsts[-1]) if max_nodes is None else max_nodes
+        found = _tree_nodes(backend, token_ids, order, shared, firsts, layout, num_nodes)
+        tree = PrefixTree(*found, firsts[layout.group_starts])
     if max_nodes is not None:
         tree = _sized(tree, max_nodes)
     if num_starts is not None:
         after = tree.starts[-1:].expand(num_starts - tree.starts.shape[0])
         tree = tree._replace(starts=torch.cat([tree.starts, after]))
     return tree
+
+
+def _by_reference(token_ids: Tensor, rows: Rows) -> PrefixTree:
+    import python_ref
+
+    groups = rows.layout.group_of_row.tolist()
+    tree = python_ref.prefix_tree(to_lists(token_ids, rows), response_mask=to_lists(rows.mask, rows), groups=groups)
+    # Groups without a row begin where the next one does.
+    begins = dict(zip(sorted(set(groups)), tree.starts, strict=False))
+    starts = [len(tree.token_ids)]
+    for group in reversed(range(rows.layout.group_starts.shape[0] - 1)):
+        starts.insert(0, begins.get(group, starts[0]))
+    numbers = (tree.positions, tree.parents, tree.ends, tree.counts)
+    fields = [torch.tensor(field, dtype=torch.int64, device=token_ids.device) for field in (*numbers, starts)]
+    positions, parents, ends, counts, begun = fields
+    ids = torch.tensor(tree.token_ids, dtype=token_ids.dtype, device=token_ids.device)
+    return PrefixTree(ids, positions, parents, ends, counts, to_tokens(tree.nodes, token_ids, torch.int64), begun)
 
 
 def _check_room(number: Tensor, max_nodes: int | None) -> None:
@@ -164,5 +175,5 @@ def prefix_tree(
     backend = resolve_backend(backend, token_ids.device)
     rows = find_rows("token_ids", token_ids, response_mask, groups, group_size, cu_seqlens, backend)
     num_starts = rows.layout.row_starts.shape[0] + 1 if rows.prompt_shape is None else None
-    tree = tree_of_rows(as_rows(token_ids), rows.layout, max_nodes, backend, num_starts)
+    tree = tree_of_rows(as_rows(token_ids), rows, max_nodes, backend, num_starts)
     return tree._replace(nodes=tree.nodes.reshape(token_ids.shape))

@@ -1,9 +1,20 @@
-"""What the functions of a vocabulary check alike."""
+"""What the functions of a vocabulary have in common: numbers of a row, and checks."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from leafkernels._core.checks import FLOAT32, check_device, check_positive, check_real, values_readable
+
+
+class RowStatistics(NamedTuple):
+    """What the gradient of a row of logits needs beside the logits, (N,) each; 0 in masked rows."""
+
+    surprisal: Tensor
+    entropy: Tensor
+    top: Tensor  # the largest logit
+    log_total: Tensor  # log sum e^((x - top) / temperature)
 
 
 def check_temperature(

@@ -1,7 +1,7 @@
 """Surprisal and entropy from hidden states: a chunk of logits at a time, in one buffer that is used again."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,11 @@ from leafkernels._core.checks import (
     check_real,
 )
 from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
-from leafkernels._core.ops import register
+from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
-from leafkernels.vocabulary.inputs import check_temperature
-from leafkernels.vocabulary.slices import ids_in_slice, join_states, merge_slices
+from leafkernels._core.reference import from_reference
+from leafkernels.vocabulary.inputs import RowStatistics, check_temperature
+from leafkernels.vocabulary.slices import ids_in_slice, join_states, merge_slices, whole_vocabulary
 from leafkernels.vocabulary.surprisal import SurprisalEntropy
 
 # What a chunk's logits may take. Chunks must be long: after each, the float32 gradient of the weight is read and
@@ -32,10 +33,14 @@ _CHUNK_BYTES = 960 << 20
 # Elements of a chunk's gradient that are widened to float32 at a time, where no matrix product does so itself.
 _WIDENED = 1 << 22
 
-_INPUTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor temperature, Tensor? mask, float? softcap, "
-    "SymInt? num_live, SymInt chunk, ScalarType dtype, str backend"
-)
+
+class HeadOptions(NamedTuple):
+    """How the head's logits are made, and how many rows at a time."""
+
+    softcap: float | None
+    num_live: int | None
+    chunk: int
+    dtype: torch.dtype
 
 
 class _Head:
@@ -47,18 +52,16 @@ class _Head:
         weight: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
-        softcap: float | None,
-        num_live: int | None,
-        chunk: int,
-        dtype: torch.dtype,
+        options: HeadOptions,
     ) -> None:
-        self.hidden, self.mask, self.softcap, self.chunk, self.dtype = hidden, mask, softcap, chunk, dtype
-        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.hidden, self.mask = hidden, mask
+        self.softcap, num_live, self.chunk, self.dtype = options
+        self.weight, self.bias = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
         self.num_rows = hidden.shape[0]
         if num_live is None:
             num_live = self.num_rows if mask is None else int(mask.sum())  # reads one number back from a device
         self.num_live = min(num_live, self.num_rows)
-        self.buffer = hidden.new_empty((min(chunk, self.num_live), weight.shape[0]), dtype=dtype)
+        self.buffer = hidden.new_empty((min(self.chunk, self.num_live), weight.shape[0]), dtype=self.dtype)
 
     def chunks(self) -> Iterator[slice | Tensor]:
         """Live rows in order; indices of ``num_rows`` stand for none, where fewer are live than was said."""
@@ -90,102 +93,118 @@ class _Head:
         return logits
 
 
-def _impl(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    weight, bias, token_ids, temperature, mask, softcap, num_live, chunk, dtype, backend = args
-    num_rows = hidden.shape[0]
-    if backend == "reference":
-        return implementation(backend).linear_surprisal_entropy(
-            hidden, weight, bias, token_ids, temperature, mask, softcap
-        )
-    module = implementation(backend)
+def _fold_chunks(
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    options: HeadOptions,
+) -> RowStatistics:
+    fold = implementation(backend, "surprisal").surprisal_entropy
     # A live row that no chunk reaches stays NaN.
-    results = hidden.new_full((4, num_rows + 1), torch.nan, dtype=compute_dtype(dtype))
+    results = hidden.new_full((4, hidden.shape[0] + 1), torch.nan, dtype=compute_dtype(options.dtype))
     if mask is not None:
         results[:, :-1].masked_fill_(~mask, 0.0)
     ids, temperatures = pad(token_ids, (0, 1)), pad(temperature, (0, 1), value=1.0)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, mask, softcap, num_live, chunk, dtype)
+        head = _Head(hidden, weight, bias, mask, options)
         for rows in head.chunks():
             logits = head.logits(head.states(rows))
-            of_chunk = module.surprisal_entropy(logits, ids[rows], temperatures[rows], None)
-            results[:, rows] = torch.stack(of_chunk)
-    return tuple(result.clone() for result in results[:, :-1])
+            results[:, rows] = torch.stack(fold(logits, ids[rows], temperatures[rows], None))
+    return RowStatistics(*(result.clone() for result in results[:, :-1]))
 
 
-def _fake(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    dtype = compute_dtype(args[-2])
-    return tuple(hidden.new_empty((hidden.shape[0],), dtype=dtype) for _ in range(4))
+@operation(run=_fold_chunks)
+def _linear_surprisal_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    options: HeadOptions,
+) -> RowStatistics:
+    dtype = compute_dtype(options.dtype)
+    return RowStatistics(*(hidden.new_empty((hidden.shape[0],), dtype=dtype) for _ in RowStatistics._fields))
 
 
-_linear_surprisal_entropy = register(
-    f"linear_surprisal_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake, _impl
-)
-
-
-def _of_rows(hidden: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Surprisal, entropy, top and log sum e^(x - top) of rows, of whose logits the head may make a slice."""
-    *arguments, vocab_group = args
-    if vocab_group is None:
-        return _linear_surprisal_entropy(hidden, *arguments)
-    weight, bias, token_ids, temperature, mask, softcap, num_live, chunk, dtype, backend = arguments
-    module = implementation(backend)
-    size, widest = hidden.shape[0] + 1, compute_dtype(dtype)
+def _statistics_of_slices(
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    options: HeadOptions,
+    vocab_group: "dist.ProcessGroup",
+) -> RowStatistics:
+    """The same of rows of whose logits the head makes a slice."""
+    fold = implementation(backend, "surprisal").surprisal_states
+    size, widest = hidden.shape[0] + 1, compute_dtype(options.dtype)
     # A row that no chunk reaches has an empty state, which is merged to NaN.
     states = hidden.new_zeros((3, size, 1), dtype=widest)
     states[0], states[1] = torch.finfo(widest).min, -1.0
     picked = hidden.new_full((size,), torch.nan, dtype=widest)
     ids, temperatures = pad(token_ids, (0, 1)), pad(temperature, (0, 1), value=1.0)
     with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, mask, softcap, num_live, chunk, dtype)
+        head = _Head(hidden, weight, bias, mask, options)
         for rows in head.chunks():
             logits = head.logits(head.states(rows))
-            of_chunk, picked[rows] = module.surprisal_states(logits, ids[rows], temperatures[rows], None)
+            of_chunk, picked[rows] = fold(logits, ids[rows], temperatures[rows], None)
             states[:, rows] = join_states(of_chunk, temperatures[rows])
         return merge_slices(states[:, :-1], picked[:-1], temperature, mask, backend, vocab_group)
 
 
-def _backward_impl(of_surprisal: Tensor, of_entropy: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, hidden, weight, bias, token_ids, temperature, mask, softcap, _, _, _, backend, needs = args
-    if backend == "reference":
-        return implementation(backend).linear_surprisal_entropy_backward(
-            of_surprisal, of_entropy, hidden, weight, bias, token_ids, temperature, mask, softcap, needs
-        )
-    return _backward_in_chunks(of_surprisal, of_entropy, *args)
-
-
-def _backward_in_chunks(of_surprisal: Tensor, of_entropy: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *of_rows, hidden, weight, bias, token_ids, temperature, mask, softcap, num_live, chunk, dtype, backend, needs = args
-    module = implementation(backend)
-    widest = compute_dtype(dtype)
-    of_hidden, of_weight, of_bias = _new_gradients(hidden, weight, bias, needs, widest)
-    of_surprisal, *of_rows, ids = (pad(vector, (0, 1)) for vector in (of_surprisal, *of_rows, token_ids))
-    of_entropy = None if of_entropy is None else pad(of_entropy, (0, 1))
+def _backward_in_chunks(
+    backend: str,
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: RowStatistics,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    options: HeadOptions,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    write_gradients = implementation(backend, "surprisal").write_gradients
+    widest = compute_dtype(options.dtype)
+    grad_hidden, grad_weight, grad_bias = _new_gradients(hidden, weight, bias, needs, widest)
+    grad_surprisal, ids = pad(grad_surprisal, (0, 1)), pad(token_ids, (0, 1))
+    grad_entropy = None if grad_entropy is None else pad(grad_entropy, (0, 1))
+    statistics = RowStatistics(*(pad(numbers, (0, 1)) for numbers in statistics))
     temperatures = pad(temperature, (0, 1), value=1.0)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, mask, softcap, num_live, chunk, dtype)
+        head = _Head(hidden, weight, bias, mask, options)
         for rows in head.chunks():
             states = head.states(rows)
             logits = head.logits(states)
-            module.surprisal_entropy_backward(
+            write_gradients(
                 logits,
-                of_surprisal[rows],
-                None if of_entropy is None else of_entropy[rows],
-                *(vector[rows] for vector in of_rows),
+                grad_surprisal[rows],
+                None if grad_entropy is None else grad_entropy[rows],
+                RowStatistics(*(numbers[rows] for numbers in statistics)),
                 logits,
                 ids[rows],
                 temperatures[rows],
                 None,
-                softcap,
+                options.softcap,
             )
             if needs[0]:
-                of_hidden[rows] = (logits @ head.weight).to(of_hidden.dtype)
+                grad_hidden[rows] = (logits @ head.weight).to(grad_hidden.dtype)
             if needs[1]:
-                _add_product(of_weight, logits.T, states)
+                _add_product(grad_weight, logits.T, states)
             if needs[2]:
-                of_bias += logits.sum(0, dtype=widest)
+                grad_bias += logits.sum(0, dtype=widest)
     if needs[0]:
-        of_hidden = of_hidden[:-1]
-    return of_hidden, of_weight.to(weight.dtype), of_bias if bias is None else of_bias.to(bias.dtype)
+        grad_hidden = grad_hidden[:-1]
+    return grad_hidden, grad_weight.to(weight.dtype), grad_bias if bias is None else grad_bias.to(bias.dtype)
 
 
 def _new_gradients(
@@ -213,8 +232,21 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             part.addmm_(columns.to(total.dtype), wide)
 
 
-def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias, needs = args[6], args[7], args[8], args[-1]
+@operation(run=_backward_in_chunks)
+def _linear_surprisal_entropy_backward(
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: RowStatistics,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    options: HeadOptions,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, each empty where it is not needed."""
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
@@ -222,40 +254,89 @@ def _backward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-_linear_surprisal_entropy_backward = register(
-    "linear_surprisal_entropy_backward(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor surprisal, "
-    f"Tensor entropy, Tensor tops, Tensor log_totals, {_INPUTS}, bool[3] needs) -> (Tensor, Tensor, Tensor)",
-    _backward_fake,
-    _backward_impl,
-)
-
-
 class _LinearSurprisalEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        surprisal, entropy, tops, log_totals = _of_rows(*args)
-        ctx.save_for_backward(surprisal, entropy, tops, log_totals, *args[:6])
-        ctx.options = args[6:]
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: tuple[Tensor, Tensor, Tensor | None],
+        options: HeadOptions,
+        backend: str,
+        vocab_group: "dist.ProcessGroup | None",
+    ) -> tuple[Tensor, Tensor]:
+        arguments = (backend, hidden, weight, bias, *tokens, options)
+        if vocab_group is None:
+            statistics = _linear_surprisal_entropy(*arguments)
+        else:
+            statistics = _statistics_of_slices(*arguments, vocab_group)
+        ctx.save_for_backward(*statistics, hidden, weight, bias, *tokens)
+        ctx.options, ctx.backend, ctx.vocab_group = options, backend, vocab_group
         ctx.set_materialize_grads(False)
-        return surprisal, entropy
+        return statistics.surprisal, statistics.entropy
 
     @staticmethod
-    def backward(ctx: Any, of_surprisal: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_surprisal: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_surprisal_entropy")
-        saved = ctx.saved_tensors
-        if of_surprisal is None:
-            of_surprisal = torch.zeros_like(saved[0])
-        needs = ctx.needs_input_grad[:3]
-        *options, vocab_group = ctx.options
-        arguments = (of_surprisal, of_entropy, *saved, *options, needs)
-        if vocab_group is None:
+        surprisal, entropy, top, log_total, *inputs = ctx.saved_tensors
+        statistics = RowStatistics(surprisal, entropy, top, log_total)
+        if grad_surprisal is None:
+            grad_surprisal = torch.zeros_like(surprisal)
+        needs = list(ctx.needs_input_grad[:3])
+        arguments = (ctx.backend, grad_surprisal, grad_entropy, statistics, *inputs, ctx.options, needs)
+        if ctx.vocab_group is None:
             gradients = _linear_surprisal_entropy_backward(*arguments)
         else:
-            with torch.cuda.device_of(of_surprisal):
+            with torch.cuda.device_of(grad_surprisal):
                 gradients = _backward_in_chunks(*arguments)
                 if needs[0]:
-                    dist.all_reduce(gradients[0], group=vocab_group)
-        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * 9
+                    dist.all_reduce(gradients[0], group=ctx.vocab_group)
+        needed = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+        return *needed, None, None, None, None
+
+
+def _by_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: tuple[Tensor, Tensor, Tensor | None],
+    options: HeadOptions,
+    vocab_group: "dist.ProcessGroup | None",
+) -> tuple[Tensor, Tensor]:
+    import python_ref
+
+    token_ids, temperature, mask = tokens
+    rows = list(range(len(token_ids))) if mask is None else mask.nonzero().flatten().tolist()
+    ids, temperatures = (tensor[rows].tolist() for tensor in (token_ids, temperature))
+
+    def head(weight: Tensor, bias: Tensor | None) -> tuple[Any, slice, dict[str, Any]]:
+        whole, own = whole_vocabulary(weight, 0, vocab_group)
+        whole_bias = None if bias is None else whole_vocabulary(bias, 0, vocab_group)[0].tolist()
+        return whole.tolist(), own, {"bias": whole_bias, "temperature": temperatures, "logit_softcap": options.softcap}
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        of_ids, _, others = head(weight, bias)
+        found = python_ref.linear_surprisal_entropy(hidden[rows].tolist(), of_ids, ids, **others)
+        results = hidden.new_zeros((2, hidden.shape[0]), dtype=compute_dtype(hidden.dtype))
+        results[:, rows] = torch.tensor(found, dtype=results.dtype, device=hidden.device)
+        return results[0].clone(), results[1].clone()
+
+    def gradient(
+        grad_surprisal: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("linear_surprisal_entropy")
+        of_ids, own, others = head(weight, bias)
+        of_surprisal, of_entropy = (grad[rows].tolist() for grad in (grad_surprisal, grad_entropy))
+        found = python_ref.linear_surprisal_entropy_backward(
+            of_surprisal, of_entropy, hidden[rows].tolist(), of_ids, ids, **others
+        )
+        of_rows, of_weight, of_bias = (torch.tensor(numbers, dtype=torch.float64) for numbers in found)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_hidden[rows] = of_rows.reshape(len(rows), hidden.shape[1]).to(hidden)
+        return grad_hidden, of_weight.reshape(-1, weight.shape[1])[own], None if bias is None else of_bias[own]
+
+    return from_reference("linear_surprisal_entropy", compute, gradient, hidden, weight, bias)
 
 
 def _dtype_of_products(tensor: Tensor) -> torch.dtype:
@@ -363,20 +444,17 @@ def linear_surprisal_entropy(
     num_rows = token_ids.numel()
     ids = token_ids.reshape(num_rows).contiguous()
     if vocab_group is not None:
-        ids = ids_in_slice(ids, lm_head_weight.shape[0], vocab_group)
-    arguments = (
-        hidden.reshape(num_rows, hidden.shape[-1]),
-        lm_head_weight,
-        bias,
-        ids,
-        temperatures.reshape(num_rows).contiguous(),
-        None if mask is None else mask.reshape(num_rows).contiguous(),
-        None if logit_softcap is None else float(logit_softcap),
-        num_rows if mask is None else num_live,
-        chunk_tokens,
-        dtype,
-        backend,
-        vocab_group,
-    )
-    surprisal, entropy = _LinearSurprisalEntropy.apply(*arguments)
+        of_slice = ids_in_slice(ids, lm_head_weight.shape[0], vocab_group)
+        ids = ids if backend == "reference" else of_slice
+    row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
+    tokens = (ids, temperatures.reshape(num_rows).contiguous(), row_mask)
+    softcap = None if logit_softcap is None else float(logit_softcap)
+    options = HeadOptions(softcap, num_rows if mask is None else num_live, chunk_tokens, dtype)
+    rows = hidden.reshape(num_rows, hidden.shape[-1])
+    if backend == "reference":
+        surprisal, entropy = _by_reference(rows, lm_head_weight, bias, tokens, options, vocab_group)
+    else:
+        surprisal, entropy = _LinearSurprisalEntropy.apply(
+            rows, lm_head_weight, bias, tokens, options, backend, vocab_group
+        )
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))

@@ -7,6 +7,7 @@ from torch import Tensor
 from leafkernels._core.backend import implementation
 from leafkernels._core.checks import values_readable
 from leafkernels._core.ranks import place
+from leafkernels.vocabulary.inputs import RowStatistics
 
 
 def ids_in_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessGroup") -> Tensor:
@@ -31,7 +32,7 @@ def ids_in_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessG
 def join_states(states: Tensor, temperature: Tensor) -> Tensor:
     """One state (3, N, 1) of each row from its partial states (3, N, any number), by the same rule as below."""
     tops = states[0].amax(1)
-    ones, r, t = implementation("torch").surprisal_sums(states, tops, temperature)
+    ones, r, t = implementation("torch", "surprisal").surprisal_sums(states, tops, temperature)
     return torch.stack((tops, ones - 1.0 + r, t)).unsqueeze(2)
 
 
@@ -42,7 +43,7 @@ def merge_slices(
     mask: Tensor | None,
     backend: str,
     vocab_group: "dist.ProcessGroup",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> RowStatistics:
     """What ``surprisal_entropy`` gives for whole rows, on every rank, from the states of this rank's slice.
 
     Collective: the maximum of the tops, and then the sum of all that is counted from there; 24 bytes a row in float32.
@@ -55,7 +56,7 @@ def merge_slices(
     is_here = ~picked.isnan()
     sums = torch.cat(
         (
-            implementation("torch").surprisal_sums(states, tops, temperature),
+            implementation("torch", "surprisal").surprisal_sums(states, tops, temperature),
             torch.stack((picked.nan_to_num(0.0, torch.inf, -torch.inf), is_here.to(picked.dtype))),
         )
     )
@@ -63,4 +64,20 @@ def merge_slices(
     ones, r, t, picked, owners = sums
     whole = torch.stack((tops, ones - 1.0 + r, t)).unsqueeze(2)
     # 0 / 0 where no rank has the id.
-    return implementation(backend).merge_surprisal_states(whole, picked / owners, temperature, mask)
+    merge = implementation(backend, "surprisal").merge_surprisal_states
+    return RowStatistics(*merge(whole, picked / owners, temperature, mask))
+
+
+def whole_vocabulary(tensor: Tensor, dim: int, vocab_group: "dist.ProcessGroup | None") -> tuple[Tensor, slice]:
+    """The slices of all ranks side by side along ``dim``, and which of them is this rank's; for the reference.
+
+    Collective, and by way of the host.
+    """
+    if vocab_group is None:
+        return tensor, slice(None)
+    rank, world_size = place("vocab_group", vocab_group)
+    slices: list[Tensor] = [tensor] * world_size
+    dist.all_gather_object(slices, tensor.detach().cpu(), group=vocab_group)
+    start = sum(part.shape[dim] for part in slices[:rank])
+    whole = torch.cat([part.to(tensor.device) for part in slices], dim)
+    return whole, slice(start, start + tensor.shape[dim])

@@ -16,12 +16,11 @@ from leafkernels._core.checks import (
     check_real,
 )
 from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative, refuse_second_pass
-from leafkernels._core.ops import register
+from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
-from leafkernels.vocabulary.inputs import check_own_memory, check_temperature
-from leafkernels.vocabulary.slices import ids_in_slice, merge_slices
-
-_INPUTS = "Tensor logits, Tensor token_ids, Tensor temperature, Tensor? mask, str backend"
+from leafkernels._core.reference import from_reference
+from leafkernels.vocabulary.inputs import RowStatistics, check_own_memory, check_temperature
+from leafkernels.vocabulary.slices import ids_in_slice, merge_slices, whole_vocabulary
 
 
 class SurprisalEntropy(NamedTuple):
@@ -38,93 +37,129 @@ class SurprisalEntropy(NamedTuple):
         return -self.surprisal
 
 
-def _fake(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(logits.new_empty((logits.shape[0],), dtype=compute_dtype(logits.dtype)) for _ in range(4))
+@operation("surprisal")
+def _surprisal_entropy(logits: Tensor, token_ids: Tensor, temperature: Tensor, mask: Tensor | None) -> RowStatistics:
+    dtype = compute_dtype(logits.dtype)
+    return RowStatistics(*(logits.new_empty((logits.shape[0],), dtype=dtype) for _ in RowStatistics._fields))
 
 
-_surprisal_entropy = register(f"surprisal_entropy({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", _fake)
-
-
-def _backward_impl(surprisal_gradients: Tensor, *args: Any) -> Tensor:
-    *arguments, softcap, backend = args
-    logits = arguments[5]
-    gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    implementation(backend).surprisal_entropy_backward(gradients, surprisal_gradients, *arguments, softcap)
-    return gradients
-
-
-def _backward_fake(*args: Any) -> Tensor:
-    logits = args[6]
+@operation("surprisal")
+def _surprisal_entropy_backward(
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: RowStatistics,
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-_BACKWARD = (
-    "(Tensor surprisal_gradients, Tensor? entropy_gradients, Tensor surprisal, Tensor entropy, Tensor tops, "
-    "Tensor log_totals, {logits}, Tensor token_ids, Tensor temperature, Tensor? mask, float? softcap, str backend) -> "
-)
-_surprisal_entropy_backward = register(
-    f"surprisal_entropy_backward{_BACKWARD.format(logits='Tensor logits')}Tensor", _backward_fake, _backward_impl
-)
+@operation("surprisal", mutates=("logits",))
+def _surprisal_entropy_backward_(
+    grad_surprisal: Tensor,
+    grad_entropy: Tensor | None,
+    statistics: RowStatistics,
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+) -> None: ...
 
 
-def _backward_in_place_impl(surprisal_gradients: Tensor, *args: Any) -> None:
-    *arguments, softcap, backend = args
-    implementation(backend).surprisal_entropy_backward(arguments[5], surprisal_gradients, *arguments, softcap)
-
-
-_surprisal_entropy_backward_ = register(
-    f"surprisal_entropy_backward_{_BACKWARD.format(logits='Tensor(a!) logits')}()",
-    lambda *_: None,
-    _backward_in_place_impl,
-)
-
-
-def _of_rows(
+def _statistics(
     logits: Tensor,
     token_ids: Tensor,
     temperature: Tensor,
     mask: Tensor | None,
     backend: str,
     vocab_group: "dist.ProcessGroup | None",
-) -> tuple[Tensor, ...]:
-    """Surprisal, entropy, top and log sum e^(x - top) of rows, of which the logits may be a slice."""
+) -> RowStatistics:
+    """Of rows of which the logits may be a slice."""
     if vocab_group is None:
-        return _surprisal_entropy(logits, token_ids, temperature, mask, backend)
+        return _surprisal_entropy(backend, logits, token_ids, temperature, mask)
     with torch.cuda.device_of(logits):
-        states, picked = implementation(backend).surprisal_states(logits, token_ids, temperature, mask)
+        fold = implementation(backend, "surprisal").surprisal_states
+        states, picked = fold(logits, token_ids, temperature, mask)
         return merge_slices(states, picked, temperature, mask, backend, vocab_group)
 
 
 class _SurprisalEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        *arguments, backend, _, in_place = args
-        surprisal, entropy, tops, log_totals = _of_rows(logits, *args[:-1])
-        ctx.save_for_backward(surprisal, entropy, tops, log_totals, logits, *arguments)
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        token_ids: Tensor,
+        temperature: Tensor,
+        mask: Tensor | None,
+        backend: str,
+        vocab_group: "dist.ProcessGroup | None",
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor]:
+        statistics = _statistics(logits, token_ids, temperature, mask, backend, vocab_group)
+        ctx.save_for_backward(*statistics, logits, token_ids, temperature, mask)
         ctx.backend = backend
         # torch.compile plans the memory of what it compiles itself.
         ctx.given = weakref.ref(logits) if in_place and not torch.compiler.is_compiling() else None
         # A gradient that nobody asks for stays None, and the backward pass then leaves its terms out.
         ctx.set_materialize_grads(False)
-        return surprisal, entropy
+        return statistics.surprisal, statistics.entropy
 
     @staticmethod
-    def backward(ctx: Any, of_surprisal: Tensor | None, of_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_surprisal: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("surprisal_entropy")
         if ctx.given is not None:
             refuse_second_pass(ctx, "surprisal_entropy with inplace_backward=True")
-        *of_rows, logits, token_ids, temperature, mask = ctx.saved_tensors
-        if of_surprisal is None:
-            of_surprisal = torch.zeros_like(of_rows[0])
-        everything = (of_surprisal, of_entropy, *of_rows, logits, token_ids, temperature, mask, None, ctx.backend)
+        *numbers, logits, token_ids, temperature, mask = ctx.saved_tensors
+        statistics = RowStatistics(*numbers)
+        if grad_surprisal is None:
+            grad_surprisal = torch.zeros_like(statistics.surprisal)
+        everything = (grad_surprisal, grad_entropy, statistics, logits, token_ids, temperature, mask)
         # What a saved-tensor hook unpacked (offloaded, or computed again by a checkpoint) may be another's as well, and
         # autograd checks no version of it.
         if ctx.given is None or ctx.given() is not logits:
-            return _surprisal_entropy_backward(*everything), *[None] * 6
-        _surprisal_entropy_backward_(*everything)
+            return _surprisal_entropy_backward(ctx.backend, *everything), None, None, None, None, None, None
+        _surprisal_entropy_backward_(ctx.backend, *everything)
         # Whoever else kept the logits for a backward pass is told by autograd.
         torch.autograd.graph.increment_version(logits)
-        return logits, *[None] * 6
+        return logits, None, None, None, None, None, None
+
+
+def _by_reference(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    mask: Tensor | None,
+    vocab_group: "dist.ProcessGroup | None",
+    in_place: bool,
+) -> tuple[Tensor, Tensor]:
+    import python_ref
+
+    rows = list(range(len(token_ids))) if mask is None else mask.nonzero().flatten().tolist()
+    ids, temperatures = (tensor[rows].tolist() for tensor in (token_ids, temperature))
+
+    def compute(logits: Tensor) -> tuple[Tensor, Tensor]:
+        whole, _ = whole_vocabulary(logits, 1, vocab_group)
+        found = python_ref.surprisal_entropy(whole[rows].tolist(), ids, temperature=temperatures)
+        results = logits.new_zeros((2, logits.shape[0]), dtype=compute_dtype(logits.dtype))
+        results[:, rows] = torch.tensor(found, dtype=results.dtype, device=logits.device)
+        return results[0].clone(), results[1].clone()
+
+    def gradient(grad_surprisal: Tensor, grad_entropy: Tensor, logits: Tensor) -> tuple[Tensor]:
+        refuse_second_derivative("surprisal_entropy")
+        whole, own = whole_vocabulary(logits, 1, vocab_group)
+        of_surprisal, of_entropy = (grad[rows].tolist() for grad in (grad_surprisal, grad_entropy))
+        found = python_ref.surprisal_entropy_backward(
+            of_surprisal, of_entropy, whole[rows].tolist(), ids, temperature=temperatures
+        )
+        gradients = logits if in_place else torch.empty_like(logits)
+        gradients.zero_()
+        gradients[rows] = torch.tensor(found, dtype=torch.float64).reshape(len(rows), -1)[:, own].to(logits)
+        return (gradients,)
+
+    once = "surprisal_entropy with inplace_backward=True" if in_place else ""
+    return from_reference("surprisal_entropy", compute, gradient, logits, once=once)
 
 
 def surprisal_entropy(
@@ -189,21 +224,20 @@ def surprisal_entropy(
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     ids = token_ids.reshape(num_rows).contiguous()  # reshape leaves the strides of what is 1-D
-    if vocab_group is not None:
-        ids = ids_in_slice(ids, vocab_size, vocab_group)
-    arguments = (
-        rows,
-        ids,
-        temperatures.reshape(num_rows).contiguous(),
-        None if mask is None else mask.reshape(num_rows).contiguous(),
-        backend,
-        vocab_group,
-    )
+    temperatures = temperatures.reshape(num_rows).contiguous()
+    row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
     refuse_forward_mode("surprisal_entropy", logits)
-    if logits.requires_grad:
-        if inplace_backward:
-            check_own_memory("logits", logits)
-        surprisal, entropy = _SurprisalEntropy.apply(*arguments, inplace_backward)
+    if inplace_backward and logits.requires_grad:
+        check_own_memory("logits", logits)
+    if vocab_group is not None:
+        of_slice = ids_in_slice(ids, vocab_size, vocab_group)
+        ids = ids if backend == "reference" else of_slice
+    if backend == "reference":
+        surprisal, entropy = _by_reference(rows, ids, temperatures, row_mask, vocab_group, inplace_backward)
+    elif logits.requires_grad:
+        surprisal, entropy = _SurprisalEntropy.apply(
+            rows, ids, temperatures, row_mask, backend, vocab_group, inplace_backward
+        )
     else:
-        surprisal, entropy, _, _ = _of_rows(*arguments)
+        surprisal, entropy, _, _ = _statistics(rows, ids, temperatures, row_mask, backend, vocab_group)
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))

@@ -1,0 +1,92 @@
+"""The credit schemes by name: one entry holds all that differs from scheme to scheme."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from leafkernels.credit.advantages import span_advantages
+from leafkernels.credit.differences import tempo, tree_td, treerl
+from leafkernels.credit.estimators import dr_grpo, grpo, rloo
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A credit scheme, called as its function is."""
+
+    function: Callable[..., Tensor]
+    """Takes the arguments of ``grpo``, and options of its own by keyword; one advantage for each token."""
+    title: str = ""
+    formula: str = ""
+    """Of a token's advantage; r, mean and std are a row's reward and those of its prompt, V(t) the mean reward of the
+    rows that share the first t tokens, V_k and n_k mean and number of the rows of a node."""
+    source: str = ""
+    per: str = "token"
+    """What gets a number of its own: "row", "span" or "token"."""
+    reads_logprobs: bool = False
+    """Whether more of ``logprobs`` matters than the shape."""
+    normalization: str = "none"
+    """"reward_std" or "none", with which the credit is linear in the rewards; "option": the function's ``normalize``,
+    whose default is in its signature."""
+    is_shift_invariant: bool = True
+    """Whether one number more for all rewards of a prompt changes nothing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(*args, **kwargs)
+
+    @property
+    def __name__(self) -> str:
+        return self.function.__name__
+
+    @property
+    def __wrapped__(self) -> Callable[..., Tensor]:
+        """What ``inspect.signature`` reads."""
+        return self.function
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The keyword arguments that ``grpo`` does not have."""
+        return tuple(name for name in inspect.signature(self.function).parameters if name not in _COMMON)
+
+
+_COMMON = frozenset(inspect.signature(grpo).parameters)
+
+
+class _Estimators(dict[str, Estimator]):
+    """A plain function becomes an entry when it is put in."""
+
+    def __setitem__(self, name: str, scheme: Estimator | Callable[..., Tensor]) -> None:
+        super().__setitem__(name, scheme if isinstance(scheme, Estimator) else Estimator(scheme, title=name))
+
+
+ESTIMATORS: dict[str, Estimator] = _Estimators(
+    leaf=Estimator(
+        span_advantages,
+        "LEAF",
+        "[(V_k - mean) + (V_k - V_(k-1))] / sqrt(n_k), z-scored over the spans of a prompt",
+        "arXiv 2606.07610",
+        per="span",
+        reads_logprobs=True,
+        normalization="option",
+    ),
+    grpo=Estimator(
+        grpo, "GRPO", "(r - mean) / (std + 1e-6)", "arXiv 2402.03300", per="row", normalization="reward_std"
+    ),
+    dr_grpo=Estimator(dr_grpo, "Dr. GRPO", "r - mean", "arXiv 2503.20783", per="row"),
+    rloo=Estimator(rloo, "RLOO", "G / (G - 1) * (r - mean)", "arXiv 2402.14740", per="row"),
+    tempo=Estimator(
+        tempo, "TEMPO", "(r - mean + V(t+1) - V(t)) / (std + 1e-6)", "arXiv 2509.18314", normalization="reward_std"
+    ),
+    tree_td=Estimator(tree_td, "TD on the tree", "V(t+1) - V(t) + group_weight * (r - mean)", normalization="option"),
+    treerl=Estimator(
+        treerl,
+        "TreeRL",
+        "2 V_k / sqrt(n_k) - V_(k-1) / sqrt(n_(k-1))",
+        "arXiv 2506.11902",
+        per="span",
+        reads_logprobs=True,
+    ),
+)
+"""Every credit scheme by its name; all take the arguments of ``grpo``. Put in your own to see it everywhere."""
