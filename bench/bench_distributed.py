@@ -20,8 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import leafkernels
-from leafkernels.distributed import gather_groups
-from leafkernels.rows.gather import gather_section, owners_of_rows
+from leafkernels.distributed import gather_groups, gather_section, owners_of_rows
 
 WORLDS = (2, 4, 8)
 COUNTED_WORLDS = (2, 8, 64, 512, 4096)

@@ -1,5 +1,470 @@
-"""Rows of several ranks; they live in ``leafkernels.rows.gather``."""
+"""Rows of several ranks, each brought to the rank that owns its group; what is computed there is brought home."""
 
-from leafkernels.rows.gather import GatheredGroups, gather_groups
+import contextlib
+import zlib
+from array import array
+from collections.abc import Hashable, Iterable, Iterator
+from hashlib import blake2b
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from leafkernels._core.checks import (
+    check_integer,
+    check_like,
+    check_mask,
+    check_real,
+    check_rewards,
+    check_tensor,
+)
+from leafkernels._core.ranks import place
+from leafkernels.rows.find import build_layout, check_cu_seqlens, check_named_groups, check_one_grouping
+from leafkernels.rows.groups import read_names
+from leafkernels.rows.layout import as_rows
 
 __all__ = ["GatheredGroups", "gather_groups"]
+
+# Of a name. Two different ones would meet once in 10^20 calls of a million names.
+_DIGEST = 16
+
+
+class Routes(NamedTuple):
+    """How many tokens this rank sends to each rank, and how many it gets from each."""
+
+    sent: list[int]
+    received: list[int]
+
+    @property
+    def back(self) -> "Routes":
+        return Routes(self.received, self.sent)
+
+
+class GatheredGroups(NamedTuple):
+    """The rows of the groups that this rank owns as one packed batch, and the way home for what is made of them."""
+
+    inputs: dict[str, Any]
+    """Arguments for ``span_advantages`` or any function with its signature: ``logprobs``, ``token_ids``, ``rewards``,
+    ``response_mask``, ``groups``, ``group_size``, ``cu_seqlens``. All rows of the groups that this rank owns, those of
+    other ranks among them, in the order of the ranks; constants to autograd. What is padding on its rank is not among
+    them. No row where this rank owns no group."""
+    shape: torch.Size
+    """Of this rank's own ``token_ids``."""
+    positions: Tensor | None
+    """(tokens,) int64: where the tokens of this rank's own rows, in the order in which they travel, lie in its
+    flattened ``token_ids``; None: they are all of it, in its order."""
+    routes: Routes | None
+    """None: every group lies on one rank, and nothing travels."""
+    owners: list[int]
+    """The rank that owns its group, for every row of all ranks; the same on every rank."""
+    process_group: "dist.ProcessGroup | None"
+
+    def local(self, tokens: Tensor) -> Tensor:
+        """This rank's rows of a result for each token of ``inputs``, (total,), in the shape of its own ``token_ids``.
+
+        0 where the rank's ``response_mask`` ends a row; a constant to autograd. Where a group straddles ranks every
+        rank calls, with one dtype, because the results travel: then the host waits for the device. A rank that is
+        refused tells the others, and they raise too.
+        """
+        routes, total = self.routes, self.inputs["token_ids"]
+        failure: Exception | None = None
+        try:
+            check_like("tokens", check_tensor("tokens", tokens), "the gathered token_ids", total.shape, total.device)
+        except (TypeError, ValueError) as error:
+            if routes is None:
+                raise
+            failure = error
+        if routes is None:
+            own = tokens.detach()
+        else:
+            _check_results(None if failure else tokens.dtype, total.device, self.process_group)
+            if failure:
+                raise failure
+            own = _exchange("results of GatheredGroups.local", tokens.detach(), routes.back, self.process_group)
+        if self.positions is None:
+            return own.reshape(self.shape).clone()
+        return own.new_zeros(self.shape.numel()).index_copy(0, self.positions, own).reshape(self.shape)
+
+    def all_rows(self, of_rows: Tensor) -> Tensor:
+        """(rows of all ranks,) in the order of the ranks, the same on every rank, from one number (rows,) for each row
+        of ``inputs``. Every rank calls.
+        """
+        check_like("of_rows", of_rows, "the gathered rewards", self.inputs["rewards"].shape, of_rows.device)
+        _, world_size = place("process_group", self.process_group)
+        counts = [0] * world_size
+        for owner in self.owners:
+            counts[owner] += 1
+        gathered = gather_section(of_rows.detach(), counts, self.process_group)
+        rows = sorted(range(len(self.owners)), key=self.owners.__getitem__)
+        return torch.empty_like(gathered).index_copy(0, torch.tensor(rows, device=gathered.device).long(), gathered)
+
+
+class _Header(NamedTuple):
+    """What each rank tells the others before any tensor is sent."""
+
+    refusal: str | None
+    """Why this rank's arguments cannot be used."""
+    alike: dict[str, str]
+    """What must be the same on every rank, by the name of the argument."""
+    lengths: bytes
+    """Of this rank's rows, int64."""
+    names: bytes
+    """Of their prompts, in a few bytes each; empty where no argument names them."""
+
+
+class _Local(NamedTuple):
+    header: _Header
+    rewards: Tensor
+    tokens: dict[str, Tensor]
+    """Flat: what travels of each token."""
+    row_starts: Tensor
+    """In the flat tokens."""
+    row_lengths: Tensor
+    lengths: list[int]
+
+
+def gather_groups(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    *,
+    response_mask: Tensor | None = None,
+    groups: Tensor | Iterable[Hashable] | None = None,
+    group_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+) -> GatheredGroups:
+    """Bring the rows of groups that straddle ranks together, each group on one rank, to compute their advantages there.
+
+        gathered = gather_groups(logprobs, token_ids, rewards, response_mask=response_mask, groups=uids)
+        advantages = gathered.local(span_advantages(**gathered.inputs))
+
+    The result is, bit for bit, what one process computes that holds the rows of all ranks in the order of the ranks.
+    Ranks may have different numbers of rows, none too, and of tokens, padded on either side or packed. Every rank of
+    ``process_group`` must call, ``local`` too.
+
+    Every rank learns the name and the length of every row, 24 bytes (16 where a tensor names prompts, 8 where none
+    does). From these all know who owns which group: the rank that holds most of its tokens, the lowest of several, and
+    of groups that straddle the one to which least has come before. Rows go to the owner of their group, each from its
+    first to its last unmasked token: id, log-probability and mask, in the dtypes that come (int64, float32 and bool: 13
+    bytes a token; int32 and bfloat16: 7), and 8 bytes for the reward. A group that lies whole on one rank is computed
+    there. Where all do, nothing more is sent.
+
+    ``normalize="batch"`` looks across groups, so it is given what was gathered, on every rank:
+    ``span_advantages(**gathered.inputs, normalize="batch", gathered=gathered)``. Three numbers a row are sent.
+
+    To rank boundaries by something else, pass its negative as ``logprobs``: nothing else is made of them by
+    ``span_advantages``. Sizes differ between ranks and must be known to allocate, so this synchronises the host with
+    the device, and is not for CUDA graphs or ``torch.compile``.
+
+    Args:
+        logprobs: (N, T), or (total,) with ``cu_seqlens``; float32, bfloat16, float16 or float64, the same dtype on
+            all ranks. Rows are whole: tokens of one row on several ranks (sequence parallelism) are gathered before.
+        token_ids: the same shape; any integer dtype, the same on all ranks.
+        rewards: (N,); gathered as float64.
+        response_mask: the same shape as ``token_ids``, nonzero where a token counts; on every rank or on none.
+        groups: a tensor (N,) of integers that mean the same prompt on every rank, or as many names, as in
+            ``group_index``: strings, bytes, ints, floats, None and tuples of them are compared by digests of 16 bytes,
+            other objects are sent whole.
+        group_size: consecutive runs of that many rows are a prompt, counted through all ranks. None, with ``groups``
+            None too: the rows of all ranks are one prompt.
+        cu_seqlens: (N + 1,) int32, offsets of packed rows.
+        process_group: the ranks among which rows travel (those of data parallelism), gloo or NCCL; None: all.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be, or not the same on every rank; the message says.
+        RuntimeError: ``torch.distributed`` is not initialised, another rank's arguments were refused (every rank
+            raises, none waits), or an exchange failed, as it does by the process group's timeout where a rank has died.
+    """
+    rank, world_size = place("process_group", process_group)
+    failure: Exception | None = None
+    try:
+        local = _local_rows(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens)
+        header = local.header
+    except Exception as error:
+        # The others are about to wait for this rank, so it must not leave before it has told them, whatever it is.
+        failure, header = error, _Header(_told(error), {}, b"", b"")
+    headers: list[_Header] = _gather_objects("headers of gather_groups", header, world_size, process_group)
+    if failure is not None:
+        raise failure
+    _check_refusals([h.refusal for h in headers])
+    _check_alike(headers)
+    lengths_of_ranks = [array("q", h.lengths).tolist() for h in headers]
+    num_rows = sum(map(len, lengths_of_ranks))
+    if group_size is not None and num_rows % group_size:
+        raise ValueError(f"group_size must divide the number of rows of all ranks, {num_rows}, got {group_size}")
+    if groups is not None:
+        group_of_row = _number_names(headers, lengths_of_ranks)
+    else:
+        group_of_row = [row // (group_size or num_rows) for row in range(num_rows)]
+    owners = owners_of_rows(lengths_of_ranks, group_of_row)
+
+    # From here on, whatever any rank does follows from what all ranks know.
+    device = token_ids.device
+    owned, of_rows, of_tokens = _plan(rank, lengths_of_ranks, owners)
+    travels = owners != _ranks_of_rows(lengths_of_ranks)
+    order = None
+    if travels:
+        first = sum(map(len, lengths_of_ranks[:rank]))
+        by_owner = sorted(range(len(local.lengths)), key=lambda row: owners[first + row])
+        order = torch.tensor(by_owner, dtype=torch.int64, device=device)
+    positions = _positions(local, order)
+    parts = {k: t if positions is None else t[positions] for k, t in local.tokens.items()}
+    parts["rewards"] = local.rewards if order is None else local.rewards[order]
+    if travels:
+        parts = {
+            name: _exchange(
+                f"{name} of gather_groups", part, of_rows if name == "rewards" else of_tokens, process_group
+            )
+            for name, part in parts.items()
+        }
+    if groups is not None:
+        parts["groups"] = torch.tensor([group_of_row[row] for row in owned], dtype=torch.int64, device=device)
+    lengths = [length for of_rank in lengths_of_ranks for length in of_rank]
+    ends = accumulate((lengths[row] for row in owned), initial=0)
+    parts["cu_seqlens"] = torch.tensor(list(ends), dtype=torch.int64, device=device)
+    return GatheredGroups(
+        inputs={"response_mask": None, "groups": None, "group_size": group_size, **parts},
+        shape=token_ids.shape,
+        positions=positions,
+        routes=of_tokens if travels else None,
+        owners=owners,
+        process_group=process_group,
+    )
+
+
+def owners_of_rows(lengths_of_ranks: list[list[int]], group_of_row: list[int]) -> list[int]:
+    """The rank that owns its group, for every row of all ranks.
+
+    A group that straddles ranks goes, among those that hold rows of it, to the one to which least will have come: for
+    the first groups that is the rank that holds most, and groups that are split alike over ranks are shared out.
+    """
+    held: dict[int, dict[int, int]] = {}
+    ranks = _ranks_of_rows(lengths_of_ranks)
+    lengths = [length for of_rank in lengths_of_ranks for length in of_rank]
+    for rank, length, group in zip(ranks, lengths, group_of_row, strict=True):
+        of_group = held.setdefault(group, {})
+        of_group[rank] = of_group.get(rank, 0) + length
+    received = [0] * len(lengths_of_ranks)
+    owner_of_group = {}
+    for group, of_group in held.items():
+        total = sum(of_group.values())
+        owner = min(of_group, key=lambda rank: (received[rank] + total - of_group[rank], rank))
+        received[owner] += total - of_group[owner]
+        owner_of_group[group] = owner
+    return [owner_of_group[group] for group in group_of_row]
+
+
+def gather_section(section: Tensor, counts: list[int], process_group: "dist.ProcessGroup | None") -> Tensor:
+    """The sections (n,) of all ranks one after the other, given the ``n`` of each."""
+    # Collectives take equal sizes, and not every dtype on every backend; bytes they all do.
+    longest = max(counts)
+    own = section.new_zeros(longest)
+    own[: section.shape[0]] = section
+    own = own.view(torch.uint8)
+    gathered = [torch.empty_like(own) for _ in counts]
+    if longest:
+        with _named("a number for each row"):
+            dist.all_gather(gathered, own, group=process_group)
+    parts = (of_rank.view(section.dtype)[:count] for of_rank, count in zip(gathered, counts, strict=True))
+    return torch.cat(tuple(parts))
+
+
+def _ranks_of_rows(lengths_of_ranks: list[list[int]]) -> list[int]:
+    return [rank for rank, lengths in enumerate(lengths_of_ranks) for _ in lengths]
+
+
+def _plan(rank: int, lengths_of_ranks: list[list[int]], owners: list[int]) -> tuple[list[int], Routes, Routes]:
+    """The rows that this rank owns, of all ranks and in their order; and the routes of rows and of tokens."""
+    world_size = len(lengths_of_ranks)
+    rows, tokens = (Routes([0] * world_size, [0] * world_size) for _ in range(2))
+    owned = []
+    lengths = [length for of_rank in lengths_of_ranks for length in of_rank]
+    for row, (source, length, owner) in enumerate(zip(_ranks_of_rows(lengths_of_ranks), lengths, owners, strict=True)):
+        if source == rank:
+            rows.sent[owner] += 1
+            tokens.sent[owner] += length
+        if owner == rank:
+            rows.received[source] += 1
+            tokens.received[source] += length
+            owned.append(row)
+    return owned, rows, tokens
+
+
+def _exchange(what: str, section: Tensor, routes: Routes, process_group: "dist.ProcessGroup | None") -> Tensor:
+    """What the other ranks and this one have for this rank, in their order."""
+    size = section.element_size()
+    # A copy, because a tensor of one element may keep the stride of the table that it is a column of.
+    own = section.new_empty(section.shape[0]).copy_(section).view(torch.uint8)
+    arrived = section.new_empty(sum(routes.received))
+    received, sent = ([size * count for count in counts] for counts in routes.back)
+    with _named(what):
+        dist.all_to_all_single(arrived.view(torch.uint8), own, received, sent, group=process_group)
+    return arrived
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """What the backends say of a rank that has died names a socket; this says what all were about to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the exchange of {what} with other ranks failed: one of them has died or has not called ({error})"
+        ) from error
+
+
+def _gather_objects(what: str, own: Any, world_size: int, process_group: "dist.ProcessGroup | None") -> list[Any]:
+    gathered: list[Any] = [None] * world_size
+    with _named(what):
+        dist.all_gather_object(gathered, own, group=process_group)
+    return gathered
+
+
+def _told(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _check_refusals(refusals: list[str | None]) -> None:
+    for rank, refusal in enumerate(refusals):
+        if refusal is not None:
+            raise RuntimeError(f"gather_groups was refused on rank {rank} of the group: {refusal}")
+
+
+def _check_alike(headers: list[_Header]) -> None:
+    """Raise, on every rank with the same text, where the ranks do not fit together."""
+    for rank, header in enumerate(headers):
+        for name, first in headers[0].alike.items():
+            if header.alike[name] != first:
+                raise ValueError(
+                    f"{name} must be alike on every rank, got {first} on rank 0 and {header.alike[name]} on rank {rank}"
+                )
+
+
+def _check_results(dtype: torch.dtype | None, device: torch.device, process_group: "dist.ProcessGroup | None") -> None:
+    """Raise on every rank unless all have results, of one dtype; None: this rank has none."""
+    rank, _ = place("process_group", process_group)
+    code = zlib.crc32(str(dtype).encode())
+    status = torch.tensor([rank + 1 if dtype is None else 0, code, -code], device=device)
+    with _named("the state of GatheredGroups.local"):
+        dist.all_reduce(status, dist.ReduceOp.MAX, group=process_group)
+    refused, most, minus_least = status.tolist()
+    if refused and dtype is not None:
+        raise RuntimeError(f"GatheredGroups.local was refused on rank {refused - 1} of the group")
+    if not refused and most != -minus_least:
+        raise ValueError(f"tokens must have one dtype on every rank, got {dtype} on rank {rank} and another elsewhere")
+
+
+def _local_rows(
+    logprobs: Tensor,
+    token_ids: Tensor,
+    rewards: Tensor,
+    response_mask: Tensor | None,
+    groups: Any,
+    group_size: int | None,
+    cu_seqlens: Tensor | None,
+) -> _Local:
+    """This rank's rows, and where each lies from its first to its last unmasked token."""
+    token_ids = check_integer("token_ids", token_ids)
+    check_real("logprobs", logprobs)
+    check_like("logprobs", logprobs, "token_ids", token_ids.shape, token_ids.device)
+    mask = check_mask(response_mask, "token_ids", token_ids.shape, token_ids.device)
+    device = token_ids.device
+    if cu_seqlens is not None:
+        num_rows = check_cu_seqlens(cu_seqlens, "token_ids", token_ids)
+        bounds = cu_seqlens
+    else:
+        if token_ids.dim() != 2:
+            raise ValueError(
+                "token_ids must have shape (rows, tokens), or (total,) together with cu_seqlens, got shape "
+                f"{tuple(token_ids.shape)}"
+            )
+        num_rows = token_ids.shape[0]
+        bounds = torch.arange(num_rows + 1, device=device) * token_ids.shape[1]
+    rewards = check_rewards(rewards, "token_ids", (num_rows,), device).detach()
+    kind, names = "None", b""
+    check_one_grouping(groups, group_size)
+    if isinstance(groups, Tensor):
+        values = check_named_groups(groups, num_rows, "token_ids", device).tolist()
+        kind, names = "a tensor", array("q", values).tobytes()
+    elif groups is not None:
+        kind, names = "names", _digests(groups, num_rows)
+
+    tokens = {"token_ids": token_ids, "logprobs": logprobs.detach()}
+    if mask is not None:
+        tokens["response_mask"] = mask
+    tokens = {name: as_rows(tensor).reshape(-1) for name, tensor in tokens.items()}
+    layout = build_layout(tokens["token_ids"], tokens.get("response_mask"), 1, bounds)
+    lengths = layout.row_lengths.tolist()
+    alike = {
+        "token_ids": f"{token_ids.dtype} on {device.type}",
+        "logprobs": str(logprobs.dtype),
+        "response_mask": "None" if mask is None else "a mask",
+        "groups": kind,
+        "group_size": str(group_size),
+    }
+    header = _Header(None, alike, array("q", lengths).tobytes(), names)
+    return _Local(header, rewards.to(torch.float64), tokens, layout.row_starts, layout.row_lengths, lengths)
+
+
+def _positions(local: _Local, order: Tensor | None) -> Tensor | None:
+    """Where the tokens of the rows lie, row after row in that order (None: their own); None: they are all there is."""
+    if order is None and "response_mask" not in local.tokens:
+        return None
+    starts, lengths = local.row_starts, local.row_lengths
+    if order is not None:
+        starts, lengths = starts[order], lengths[order]
+    # An arange that jumps where a row begins.
+    positions = (starts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+    return positions.add_(torch.arange(positions.shape[0], device=positions.device))
+
+
+def _digests(groups: Any, num_rows: int) -> bytes:
+    """Of the names of the prompts, one for each row."""
+    if isinstance(groups, str | bytes) or not isinstance(groups, Iterable):
+        raise TypeError(
+            f"groups must be an integer tensor or a list of names for the rows, got {type(groups).__name__}"
+        )
+    names = read_names("groups", groups)
+    if len(names) != num_rows:
+        raise ValueError(f"groups must name one prompt for each of {num_rows} rows, got {len(names)} names")
+    digests = [_digest(name) for name in names]
+    for row, digest in enumerate(digests):
+        if digest is None:
+            raise TypeError(
+                f"groups must hold names that are equal on every rank (strings, numbers, tuples of them), got "
+                f"{names[row]!r:.80} for row {row}"
+            )
+    return b"".join(digest for digest in digests if digest is not None)
+
+
+def _digest(name: Any) -> bytes | None:
+    """The same for names that are equal, in every process; None for objects of which that is not known."""
+    if name is None:
+        text = b"none"
+    elif isinstance(name, str):
+        text = b"s" + str.encode(name, "utf-8", "surrogatepass")
+    elif isinstance(name, bytes):
+        text = b"b" + name
+    elif isinstance(name, int | float):
+        text = b"n" + (name.hex() if isinstance(name, float) and not name.is_integer() else hex(int(name))).encode()
+    elif isinstance(name, tuple):
+        parts = [_digest(part) for part in name]
+        if None in parts:
+            return None
+        text = b"t" + b"".join(part for part in parts if part is not None)
+    else:
+        return None
+    return blake2b(text, digest_size=_DIGEST).digest()
+
+
+def _number_names(headers: list[_Header], lengths_of_ranks: list[list[int]]) -> list[int]:
+    """A number for the prompt of every row of all ranks, in order of appearance."""
+    keys: list[bytes] = []
+    for header, lengths in zip(headers, lengths_of_ranks, strict=True):
+        width = len(header.names) // max(len(lengths), 1)
+        keys += [header.names[width * row : width * (row + 1)] for row in range(len(lengths))]
+    numbers: dict[bytes, int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]

@@ -71,9 +71,12 @@ def promised_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, "compile", skip)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty returns NaN (or the largest integer), so that an element that no kernel writes is seen."""
+    """torch.empty returns NaN (or the largest integer), so that an element that no kernel writes is seen.
+
+    Only in deterministic mode, which also takes other ways through PyTorch than users do: for tests that ask for it.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

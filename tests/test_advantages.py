@@ -12,6 +12,8 @@ from support import examples
 import leafkernels
 import python_ref
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("ids", [torch.int64, torch.int32])

@@ -12,6 +12,8 @@ from support import examples
 import leafkernels
 import python_ref
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 def expected_of_row(case: Rollouts, row: int) -> list[int]:
     """The boundaries of the row's prompt, filled up with -1."""

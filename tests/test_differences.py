@@ -15,6 +15,8 @@ import python_ref
 from leafkernels.credit.differences import _TEMPO, _spans_of_leaving
 from leafkernels.rows.rollouts import read_rollouts
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 def test_tempo_of_rows_that_end_or_repeat_by_hand() -> None:
     """Rewards 3, 0, 0, 1: mean 1, deviation sqrt(2), to which 1e-6 is added."""

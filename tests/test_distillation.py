@@ -22,6 +22,8 @@ from leafkernels import FireOPD, FireStatistics, fire_opd, fire_statistics, fire
 from leafkernels.credit.distillation import SCOPES, FireOptions, _read_scope
 from python_ref.distillation import _mean_weight, keep_rows
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 NAN, INF = math.nan, math.inf
 FAST = ("torch", "triton")
 PLAIN: dict[str, Any] = {"drop": 0.0, "alpha": 0.0, "beta": 0.0}

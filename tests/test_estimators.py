@@ -11,6 +11,8 @@ from support import examples
 
 import leafkernels
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
 def test_neither_logprobs_nor_tokens_matter_to_estimators_of_whole_rollouts(name: str) -> None:

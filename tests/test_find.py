@@ -14,6 +14,8 @@ from leafkernels.kernels import find as kernels
 from leafkernels.rows.find import _mask_stretches, find_rows
 from python_ref.find import stretch
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("layout", ["padded", "view", "packed"])

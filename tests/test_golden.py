@@ -12,6 +12,8 @@ from rollouts import BACKENDS, DEVICE
 import leafkernels
 import python_ref
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 # Under the interpreter a group takes a fifth of a second; every ninth still has all kinds of them.
 STRIDE = {"triton": 1 if DEVICE == "cuda" else 9}
 

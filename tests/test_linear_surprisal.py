@@ -15,6 +15,8 @@ import leafkernels
 import python_ref
 from leafkernels.vocabulary import linear_surprisal
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 FAST = ("torch", "triton")
 
 

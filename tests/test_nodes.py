@@ -16,6 +16,8 @@ from leafkernels.eager import prefix_lengths as eager_prefix_lengths
 from leafkernels.rows.find import Rows, build_layout
 from leafkernels.rows.layout import Layout
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 Packed = tuple[torch.Tensor, Layout, torch.Tensor]
 
 

@@ -13,6 +13,8 @@ from rollouts import BACKENDS, DEVICE
 import leafkernels
 import python_ref
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 OPTIONS = st.fixed_dictionaries(
     {
         "clip": st.sampled_from([(0.2, 0.2), (0.2, 0.28), (0.0, 0.0), (1.0, math.inf)]),

@@ -19,6 +19,8 @@ import python_ref
 from leafkernels.eager import prefix_lengths as eager
 from leafkernels.kernels import prefix_lengths as kernels
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 IMPLEMENTATIONS = {"torch": eager, "triton": kernels}
 # Of tests that call an operation many times for each of them, and whose laws a refinement hardly breaks by halves.
 fewer_examples = partial(examples, torch=60, triton=6)

@@ -11,6 +11,8 @@ import leafkernels
 import python_ref
 from leafkernels import PrefixTree
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 FIELDS = ("token_ids", "positions", "parents", "ends", "counts")
 
 # Rows -> their nodes, worked by hand.

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import python_ref
 from leafkernels.lookahead import RewardChannel, reward_channel
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 BACKENDS = ["torch", "triton", "reference"]
 
 

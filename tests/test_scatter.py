@@ -14,6 +14,8 @@ import python_ref
 from leafkernels._core.backend import implementation
 from leafkernels.rows.find import build_layout
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @st.composite
 def spans(draw: st.DrawFn) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import leafkernels
 import python_ref
 from leafkernels._core.backend import implementation
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 FAST = ("torch", "triton")
 INF = math.inf
 

@@ -14,6 +14,8 @@ import python_ref
 from leafkernels.credit.options import NORMALIZE
 from python_ref.values import nodes_from_prefix_lengths
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 @st.composite
 def trees(draw: st.DrawFn) -> dict:

@@ -11,7 +11,7 @@ from leafkernels.credit.nodes import nodes_of_groups
 from leafkernels.credit.options import CreditOptions
 from leafkernels.credit.scatter import scatter_to_tokens
 from leafkernels.credit.values import SpanValues, values_of_groups
-from leafkernels.rows.gather import GatheredGroups
+from leafkernels.distributed import GatheredGroups
 from leafkernels.rows.layout import as_rows
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 

@@ -21,8 +21,8 @@ from leafkernels._core.checks import (
 )
 from leafkernels._core.operation import operation
 from leafkernels._core.ranks import place
+from leafkernels.distributed import gather_section
 from leafkernels.rows.find import check_cu_seqlens
-from leafkernels.rows.gather import gather_section
 from leafkernels.rows.groups import read_names
 
 SCOPES = ("batch", "trajectory", "kept")

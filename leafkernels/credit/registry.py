@@ -46,6 +46,12 @@ class Estimator:
         return self.function
 
     @property
+    def normalized(self) -> str:
+        """What ``normalize`` is where a trainer's own switch asks for normalised credit."""
+        default = inspect.signature(self.function).parameters["normalize"].default
+        return "reward_std" if default == "none" else str(default)
+
+    @property
     def options(self) -> tuple[str, ...]:
         """The keyword arguments that ``grpo`` does not have."""
         return tuple(name for name in inspect.signature(self.function).parameters if name not in _COMMON)

@@ -10,7 +10,7 @@ from leafkernels._core.reference import from_reference, gradient_by
 from leafkernels.credit.advantages import check_credit, credit_spans, refuse_batch_of_ranks
 from leafkernels.credit.options import CreditFields, CreditOptions
 from leafkernels.credit.values import SpanValues, finish, spans_of_trees
-from leafkernels.rows.gather import GatheredGroups
+from leafkernels.distributed import GatheredGroups
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
 

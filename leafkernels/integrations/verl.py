@@ -33,9 +33,6 @@ except (ImportError, RuntimeError) as error:  # the latter from lazy imports of 
         "pip install 'leafkernels[verl]'"
     ) from error
 
-# What verl has no estimator for, and what "normalize" means by verl's switch.
-_NAMES = ("leaf", "tempo", "tree_td", "treerl")
-_NORMALIZE = {"leaf": "span", "tree_td": "reward_std"}
 _TENSORS = ("responses", "old_log_probs", "rollout_log_probs")
 
 
@@ -84,8 +81,9 @@ def compute_advantage_of(
         )
     settings = {} if config is None else config
     options: dict[str, Any] = {}
-    if name in _NORMALIZE:
-        options["normalize"] = _NORMALIZE[name] if settings.get("norm_adv_by_std_in_grpo", True) else "none"
+    if ESTIMATORS[name].normalization == "option":
+        is_on = settings.get("norm_adv_by_std_in_grpo", True)
+        options["normalize"] = ESTIMATORS[name].normalized if is_on else "none"
     mask = response_mask.bool()
     sessions = _sessions(keys, len(mask))
     packed = _pack(sessions, held["logprobs"], token_ids, mask)
@@ -105,7 +103,9 @@ def compute_advantage_of(
     return advantages, advantages
 
 
-for _name in _NAMES:
+for _name, _estimator in ESTIMATORS.items():
+    if _estimator.per == "row":
+        continue  # of which verl has its own
     # A version that passes the batch looks at the signature, which a partial keeps.
     register_adv_est(_name)(partial(compute_advantage_of, _name))
 

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# Said at each launch, because the default depends on the version of Triton: a product and a sum may be one instruction.
+FP_FUSION = True
+
 
 @triton.jit
 def aligned_row(ptr, base):

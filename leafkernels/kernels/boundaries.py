@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import load_block, num_splits, row_stride
+from leafkernels.kernels._rows import FP_FUSION, load_block, num_splits, row_stride
 
 if TYPE_CHECKING:
     from leafkernels.credit.options import CreditOptions
@@ -165,6 +165,7 @@ def select_boundaries(
         NEGATE=negate,
         HAS_MASK=mask is not None,
         BLOCK=BLOCK,
+        enable_fp_fusion=FP_FUSION,
     )
     _select_boundaries_kernel[(num_groups,)](
         boundaries,
@@ -177,5 +178,6 @@ def select_boundaries(
         NUM_BOUNDARIES=options.num_boundaries,
         BLOCK_B=triton.next_power_of_2(options.num_boundaries),
         BLOCK=BLOCK,
+        enable_fp_fusion=FP_FUSION,
     )
     return boundaries

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import load_block, num_splits, row_stride, store_block
+from leafkernels.kernels._rows import FP_FUSION, load_block, num_splits, row_stride, store_block
 
 if TYPE_CHECKING:
     from leafkernels.credit.distillation import FireOptions, FireTokens
@@ -214,6 +214,7 @@ def fire_statistics(tokens: "FireTokens") -> Tensor:
             COLUMNS=COLUMNS,
             BLOCK=BLOCK,
             num_warps=STATISTICS_WARPS,
+            enable_fp_fusion=FP_FUSION,
         )
     return rows
 
@@ -259,6 +260,7 @@ def fire_weights(
             PACKED=cu_seqlens is not None,
             BLOCK=BLOCK,
             num_warps=WEIGHTS_WARPS,
+            enable_fp_fusion=FP_FUSION,
         )
     return advantages, weights, kept
 

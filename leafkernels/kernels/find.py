@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import load_block, row_stride
+from leafkernels.kernels._rows import FP_FUSION, load_block, row_stride
 
 BLOCK = 2048  # tokens looked at at a time
 
@@ -55,7 +55,14 @@ def mask_stretches(mask: Tensor, slot_starts: Tensor, slot_ends: Tensor) -> tupl
     row_starts, row_lengths = torch.empty_like(slot_starts), torch.empty_like(slot_starts)
     if slot_starts.shape[0]:
         _mask_stretches_kernel[(slot_starts.shape[0],)](
-            row_starts, row_lengths, mask, slot_starts, slot_ends, row_stride(mask), BLOCK=BLOCK
+            row_starts,
+            row_lengths,
+            mask,
+            slot_starts,
+            slot_ends,
+            row_stride(mask),
+            BLOCK=BLOCK,
+            enable_fp_fusion=FP_FUSION,
         )
     return row_starts, row_lengths
 
@@ -89,5 +96,7 @@ def regular_layout(like: Tensor, num_rows: int, width: int, group: int) -> tuple
     """Slot starts and ends (N,), rows by group (N,), group starts (N / group + 1,), group of each row (N,): int64."""
     sizes = num_rows, num_rows, num_rows, num_rows // group + 1, num_rows
     parts = tuple(torch.empty(size, dtype=torch.int64, device=like.device) for size in sizes)
-    _regular_layout_kernel[(triton.cdiv(num_rows + 1, BLOCK_ROWS),)](*parts, num_rows, width, group, BLOCK=BLOCK_ROWS)
+    _regular_layout_kernel[(triton.cdiv(num_rows + 1, BLOCK_ROWS),)](
+        *parts, num_rows, width, group, BLOCK=BLOCK_ROWS, enable_fp_fusion=FP_FUSION
+    )
     return parts

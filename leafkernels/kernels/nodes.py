@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leafkernels.kernels._rows import FP_FUSION
 from leafkernels.kernels.prefix_lengths import common_prefix_lengths
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def nodes_of_prefix_lengths(prefix_lengths: Tensor, boundaries: Tensor, layout: 
             BLOCK_B=triton.next_power_of_2(num_boundaries),
             BLOCK=BLOCK,
             num_warps=1,
+            enable_fp_fusion=FP_FUSION,
         )
     return nodes
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leafkernels.kernels._math import exp_tail, expm1
-from leafkernels.kernels._rows import load_block, store_block
+from leafkernels.kernels._rows import FP_FUSION, load_block, store_block
 
 if TYPE_CHECKING:
     from leafkernels.losses.policy_loss import LossOptions
@@ -217,5 +217,6 @@ def policy_loss(
             GRADIENT=with_gradient,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=FP_FUSION,
         )
     return sums, gradients

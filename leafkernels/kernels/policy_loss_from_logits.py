@@ -16,7 +16,7 @@ from torch import Tensor
 
 from leafkernels.kernels import surprisal
 from leafkernels.kernels._math import exp_tail
-from leafkernels.kernels._rows import load_block, store_block
+from leafkernels.kernels._rows import FP_FUSION, load_block, store_block
 from leafkernels.kernels.policy_loss import NUMBERS, token_loss
 from leafkernels.kernels.surprisal import blocks_of, log_total_entropy, pick, row_state, write_gradient
 
@@ -165,6 +165,7 @@ def policy_loss_from_logits(
             BLOCK=surprisal.BLOCK,
             THREADS=surprisal.THREADS,
             num_warps=surprisal.num_warps(),
+            enable_fp_fusion=FP_FUSION,
         )
     return terms, gradients
 
@@ -173,4 +174,6 @@ def scale_gradient(gradients: Tensor, factor: Tensor) -> None:
     """Multiply the gradients by one number, in place; where that is 1, they are neither read nor written."""
     if gradients.numel():
         programs = triton.cdiv(gradients.numel(), SCALE_BLOCK)
-        _scale_gradient_kernel[(programs,)](gradients, factor, gradients.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+        _scale_gradient_kernel[(programs,)](
+            gradients, factor, gradients.numel(), BLOCK=SCALE_BLOCK, num_warps=8, enable_fp_fusion=FP_FUSION
+        )

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import load_block, num_splits, row_stride
+from leafkernels.kernels._rows import FP_FUSION, load_block, num_splits, row_stride
 
 if TYPE_CHECKING:
     from leafkernels.rows.layout import Layout
@@ -491,6 +491,7 @@ def refine(
         num_rows,
         HAS_START=start is not None,
         BLOCK=BLOCK_RANKS,
+        enable_fp_fusion=FP_FUSION,
     )
     # No row is longer than the tokens are wide, or, packed, than they are many.
     splits = num_splits(token_ids.shape[-1], BLOCK, num_rows)
@@ -508,6 +509,7 @@ def refine(
                 stride,
                 BLOCK=BLOCK,
                 **has,
+                enable_fp_fusion=FP_FUSION,
             )
         _refine_ties_kernel[(layout.group_starts.shape[0] - 1,)](
             parents,
@@ -530,6 +532,7 @@ def refine(
             BLOCK_TIES=BLOCK_TIES,
             num_warps=8,
             **has,
+            enable_fp_fusion=FP_FUSION,
         )
     return parents, shared, next_ids
 
@@ -559,6 +562,7 @@ def common_prefix_lengths(token_ids: Tensor, limit: Tensor | None, start: Tensor
             HAS_START=start is not None,
             BLOCK=BLOCK_PAIRS,
             **has,
+            enable_fp_fusion=FP_FUSION,
         )
         return lengths
 
@@ -573,5 +577,6 @@ def common_prefix_lengths(token_ids: Tensor, limit: Tensor | None, start: Tensor
         max_group,
         HAS_LIMIT=limit is not None,
         BLOCK=BLOCK_RANKS,
+        enable_fp_fusion=FP_FUSION,
     )
     return lengths

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import num_splits, row_stride
+from leafkernels.kernels._rows import FP_FUSION, num_splits, row_stride
 from leafkernels.kernels.prefix_lengths import refine
 
 if TYPE_CHECKING:
@@ -153,7 +153,15 @@ def order_rows(token_ids: Tensor, layout: "Layout") -> tuple[Tensor, Tensor]:
     if order.shape[0]:
         parents, shared, next_ids = refine(token_ids, layout)
         _order_rows_kernel[(order.shape[0],)](
-            order, shared_in_order, parents, shared, next_ids, layout.row_lengths, *layout.groups, BLOCK=BLOCK_RANKS
+            order,
+            shared_in_order,
+            parents,
+            shared,
+            next_ids,
+            layout.row_lengths,
+            *layout.groups,
+            BLOCK=BLOCK_RANKS,
+            enable_fp_fusion=FP_FUSION,
         )
     return order, shared_in_order
 
@@ -185,5 +193,6 @@ def tree_nodes(
             max_length,
             num_nodes,
             BLOCK=BLOCK,
+            enable_fp_fusion=FP_FUSION,
         )
     return ids, positions, parents, ends, counts, nodes

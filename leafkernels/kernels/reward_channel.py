@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leafkernels.kernels._math import rounded_product
-from leafkernels.kernels._rows import load_block, store_block
+from leafkernels.kernels._rows import FP_FUSION, load_block, store_block
 
 BLOCK = 2048  # 16 bytes a thread, of bfloat16
 NUM_WARPS = 8
@@ -121,6 +121,7 @@ def channel_state(
         size,
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
+        enable_fp_fusion=FP_FUSION,
     )
     rows, columns = tile(width)
     _channel_state_kernel[(num_tokens,)](
@@ -137,5 +138,6 @@ def channel_state(
         BLOCK_R=rows,
         BLOCK_C=columns,
         num_warps=NUM_WARPS,
+        enable_fp_fusion=FP_FUSION,
     )
     return states

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import load_block, num_splits, row_stride, store_block
+from leafkernels.kernels._rows import FP_FUSION, load_block, num_splits, row_stride, store_block
 
 if TYPE_CHECKING:
     from leafkernels.rows.layout import Layout
@@ -116,6 +116,7 @@ def scatter_spans(
             num_spans,
             HAS_MASK=mask is not None,
             BLOCK=BLOCK,
+            enable_fp_fusion=FP_FUSION,
         )
     return tokens
 
@@ -137,5 +138,6 @@ def gather_spans(gradients: Tensor, span_ends: Tensor, mask: Tensor | None, layo
             num_spans,
             HAS_MASK=mask is not None,
             BLOCK=BLOCK,
+            enable_fp_fusion=FP_FUSION,
         )
     return sums

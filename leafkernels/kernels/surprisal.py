@@ -42,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leafkernels.kernels._math import LOG2_E, expm1, log1p, rounded_product
-from leafkernels.kernels._rows import aligned_row, num_splits, store_block, whole_blocks
+from leafkernels.kernels._rows import FP_FUSION, aligned_row, num_splits, store_block, whole_blocks
 
 if TYPE_CHECKING:
     from leafkernels.vocabulary.inputs import RowStatistics
@@ -431,6 +431,7 @@ def surprisal_states(
             BLOCK=BLOCK,
             THREADS=THREADS,
             num_warps=num_warps(),
+            enable_fp_fusion=FP_FUSION,
         )
     return states, picked
 
@@ -454,6 +455,7 @@ def merge_surprisal_states(
             ROWS=ROWS,
             SPLITS=MAX_SPLITS,
             num_warps=4,
+            enable_fp_fusion=FP_FUSION,
         )
     return outputs  # type: ignore[return-value]
 
@@ -529,4 +531,5 @@ def write_gradients(
         HAS_SOFTCAP=softcap is not None,
         BLOCK=BLOCK,
         num_warps=num_warps(),
+        enable_fp_fusion=FP_FUSION,
     )

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leafkernels.kernels._rows import FP_FUSION
+
 if TYPE_CHECKING:
     from leafkernels.credit.options import CreditOptions
     from leafkernels.rows.layout import Layout
@@ -265,6 +267,7 @@ def span_values(
         BLOCK_S=block_s,
         BLOCK=BLOCK,
         num_warps=1,
+        enable_fp_fusion=FP_FUSION,
     )
     # A clone, because an operation must not return one tensor twice.
     if options.normalize == "none":
@@ -285,5 +288,6 @@ def span_values(
         BLOCK_S=block_s,
         BLOCK=BLOCK,
         num_warps=4 if whole_call else 1,
+        enable_fp_fusion=FP_FUSION,
     )
     return values, raw, span_ends, sizes, node_values
