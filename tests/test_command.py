@@ -30,7 +30,7 @@ from leafkernels.command.credit import credit_prompt
 from leafkernels.command.display import draw_prompt
 from leafkernels.command.reading import Failure, RolloutFile
 from leafkernels.command.text import line_of_numbers, line_of_tokens, shorten, visible
-from leafkernels.command.tree import branches
+from leafkernels.command.tree import lines_of
 from leafkernels.command.writing import replacing
 
 Record = dict[str, Any]
@@ -177,7 +177,7 @@ def test_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for row, reference in zip(result["completions"], expected(record), strict=True):
             assert row["advantages"] == pytest.approx(reference, rel=1e-9, abs=1e-9)
     assert source[0]["prompt_id"] in shown
-    assert "prompts" in shown and "that fire and inform" in shown
+    assert "prompts" in shown and "with different rewards" in shown
 
 
 GOOD = {"prompt_id": "ok", "completions": [completion([1, 2], 1.0), completion([1, 3], 0.0)]}
@@ -470,7 +470,7 @@ def test_limit_show_and_a_byte_order_mark(tmp_path: Path, capsys: pytest.Capture
 
 
 HAND: list[Record] = [
-    # Boundary 3, shared by rows 0 and 2, whose rewards are equal: it fires and does not inform.
+    # Boundary 3, shared by rows 0 and 2, whose rewards are equal.
     {
         "prompt_id": "A",
         "completions": [
@@ -510,8 +510,8 @@ def test_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "tokens": ["22"],
         "with span credit": ["8", "40.0%"],
         "boundaries selected": ["3"],
-        "that fire": ["2", "66.7%"],
-        "that fire and inform": ["1", "33.3%"],
+        "with a shared prefix": ["2", "66.7%"],
+        "with different rewards": ["1", "33.3%"],
     }
 
 
@@ -521,7 +521,7 @@ def test_trees_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     source = save(tmp_path / "in.jsonl", records)
     assert main([str(source), "--num-boundaries", "1", "--normalize", "none"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    # V_0 = 0.6, V_1 = 1: (0.4 + 0.4) / sqrt(2) = 0.566. Identical rows share even a boundary behind their end.
+    # V_0 = 0.6, V_1 = 1: (0.4 + 0.4) / sqrt(2) = 0.566. Identical rows are one line.
     assert lines[1:10] == [
         "boundary 3",
         "rollouts tokens reward advantage",
@@ -530,8 +530,8 @@ def test_trees_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "│ ├─ #0 3–4 1.000 +0.400 4",
         "│ └─ #2 3–4 1.000 +0.400 7",
         "├─ #1 0–4 0.000 -1.200 1 2 5 6",
-        "└─ 2: #3 #4 0–1 0.500 -0.141 7",
-        "└─ #3 = #4 1–1 0.500 · (ends here)",
+        "└─ 2× #3 #4 0–1 0.500 -0.141 7",
+        "",
     ]
     assert lines[lines.index("boundary 1") + 1 :][:8] == [
         "rollouts tokens reward advantage",
@@ -554,7 +554,7 @@ def test_trees_deeper_than_the_recursion_limit(tmp_path: Path) -> None:
     with RolloutFile(source) as file:
         prompt = next(iter(file))
     assert prompt.name == "line 1"
-    found = list(branches(prompt, credit_prompt(prompt, options, torch.device("cpu"))))
+    found = lines_of(prompt, credit_prompt(prompt, options))
     assert len(found) == 1400 + 2 and not found[1399].is_leaf and found[-1].rows == [1]
 
 
@@ -580,8 +580,7 @@ def test_colours_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with RolloutFile(save(tmp_path / "in.jsonl", HAND)) as file:
         prompt = next(iter(file))
     console = Console(force_terminal=True, color_system="truecolor", width=100, markup=False, highlight=False)
-    options = {"num_boundaries": 1, "min_separation": None}
-    draw_prompt(console, prompt, credit_prompt(prompt, options, torch.device("cpu")))
+    draw_prompt(console, prompt, credit_prompt(prompt, {"num_boundaries": 1}))
     by_row = {
         line.split("#")[1][0]: line for line in capsys.readouterr().out.splitlines() if "─ " in line and "#" in line
     }

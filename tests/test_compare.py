@@ -284,12 +284,12 @@ WORDS = [
          row("leaf", 0.19, -0.02, -0.01, True)],
         40,
         "On these rollouts tree_td agrees best with what it has not seen (0.230), better than grpo by 0.030 (+0.020 to "
-        "+0.040). Not told apart from it: tempo. Worse than grpo: leaf.",
+        "+0.040). May be as good: tempo. Worse than grpo: leaf.",
     ),
     (
         [row("tempo", 0.21, -0.01, 0.03, False), {**GRPO, "is_beaten": False}],
         40,
-        "On these rollouts tempo agrees best with what it has not seen (0.210), but it is not told apart from grpo.",
+        "On these rollouts tempo agrees best with what it has not seen (0.210), but its difference from grpo may be 0.",
     ),
     (
         [{**GRPO, "is_beaten": False}, row("leaf", 0.19, -0.02, -0.01, True)],

@@ -146,7 +146,7 @@ def test_sample_rollouts_writes_what_the_command_reads(tmp_path: Path) -> None:
 
 
 def test_the_bundled_sample() -> None:
-    check_sample(ROOT / "leafkernels" / "data" / "sample_rollouts.jsonl.gz", prompts=24, rollouts=8)
+    check_sample(ROOT / "leafkernels" / "data" / "sample_rollouts.jsonl.gz", prompts=24, rollouts=40)
 
 
 def check_sample(path: Path, prompts: int, rollouts: int) -> None:

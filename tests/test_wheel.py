@@ -91,4 +91,4 @@ print(len(modules))
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["--backend", "reference", "--limit", "2"]])
 def test_the_command_of_the_wheel(installed: Path, arguments: list[str]) -> None:
-    assert "that fire and inform" in run(installed, "-m", "leafkernels", *arguments)
+    assert "with different rewards" in run(installed, "-m", "leafkernels", *arguments)
