@@ -96,7 +96,7 @@ def check_scheme(name: str, options: Mapping[str, Any], backend: str) -> torch.d
     """
     device = torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
     one = torch.zeros((1, 1), device=device)
-    call = {"logprobs": one, "token_ids": one.long(), "rewards": one[0]}
+    call: dict[str, Any] = {"logprobs": one, "token_ids": one.long(), "rewards": one[0]}
     try:
         span_tree(**call, backend=backend)
         advantages_of(call, [name], name, bounded(options, 1))

@@ -39,5 +39,5 @@ def read_rollouts(
     check_like("logprobs", logprobs, "token_ids", token_ids.shape, token_ids.device)
     backend = resolve_backend(backend, token_ids.device)
     rows = find_rows("token_ids", token_ids, response_mask, groups, group_size, cu_seqlens, backend)
-    rewards = check_rewards(rewards, "token_ids", rows.row_shape, token_ids.device)
+    rewards = check_rewards(rewards, "token_ids", rows.row_shape, token_ids.device, tuple(token_ids.shape))
     return Rollouts(token_ids, rewards, rows._replace(layout=rows.layout.without(rewards.isnan())), backend)
