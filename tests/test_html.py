@@ -692,6 +692,29 @@ def test_in_a_sandboxed_frame(quiet: Browser, tmp_path: Path) -> None:
     assert quiet.run("window.origin", frame) == "null"
 
 
+def test_a_thousand_rollouts_of_a_prompt(quiet: Browser, tmp_path: Path) -> None:
+    """A part of the tree is drawn, the rest when it is asked for; a rollout alone whether it was drawn or not."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (1000, 100))
+    ids[:, :3] = ids[:, :3] % 2
+    ids[500:600] = ids[400]
+    rows = [completion(row, float(reward)) for row, reward in zip(ids.tolist(), torch.randint(2, (1000,)), strict=True)]
+    page = write_report(tmp_path, [{"completions": rows}])
+    assert page.stat().st_size < 2_000_000
+    quiet.open(page)
+    drawn = "document.querySelectorAll('.t').length"
+    first = quiet.run(drawn)
+    assert 10_000 < first < 30_000
+    more = "document.getElementById('more')"
+    assert re.fullmatch(r"Show more of the tree: [\d,]+ lines left", quiet.run(f"{more}.textContent"))
+    quiet.run(f"{more}.click()")
+    assert first < quiet.run(drawn) < 60_000
+    quiet.open(page, "prompt=0&rollout=998")
+    assert quiet.run("document.querySelectorAll('#pieces > li:not([hidden]) .t').length") == 100
+    quiet.run("document.getElementById('all').click()")
+    assert quiet.run(drawn) < 30_000
+
+
 def test_a_hundred_rollouts_a_prompt_stay_small_and_open_fast(quiet: Browser, tmp_path: Path) -> None:
     torch.manual_seed(0)
     records = []

@@ -44,10 +44,14 @@ class _Named:
     def __init__(self, name: str) -> None:
         try:
             from transformers import AutoTokenizer
+            from transformers.utils import logging
         except ImportError as error:
             raise Failure(
                 f"--tokenizer needs transformers, which cannot be imported here ({error}); pip install transformers"
             ) from error
+        verbosity = logging.get_verbosity()
+        # What it warns of concerns models; an error is raised below.
+        logging.set_verbosity(logging.CRITICAL)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self._size = len(self._tokenizer)
@@ -56,6 +60,8 @@ class _Named:
         except Exception as error:  # of any kind: what a folder may hold, transformers does not say
             reason = " ".join(str(error).split())
             raise Failure(f"--tokenizer {name} cannot be loaded: {reason[:300] or type(error).__name__}") from error
+        finally:
+            logging.set_verbosity(verbosity)
         self._name = name
 
     def _text(self, token_ids: list[int]) -> str:
