@@ -3,6 +3,7 @@
 import base64
 import gzip
 import html
+import inspect
 import itertools
 import json
 import math
@@ -426,6 +427,24 @@ def test_one_prompt_and_scores_of_ones_own() -> None:
     assert prompt["boundaries"] == tree.boundaries[tree.boundaries >= 0].tolist()
 
 
+@pytest.mark.parametrize("name", leafkernels.ESTIMATORS)
+def test_a_report_may_begin_with_any_scheme(name: str) -> None:
+    """Its options are that scheme's; the others have their own."""
+    given = tensors()
+    own = {"tree_td": {"group_weight": 0.1}, "leaf": {"terms": "local"}}.get(name, {})
+    report = leafkernels.report(**given, estimator=name, num_boundaries=1, note="<i>a note</i>", **own)
+    data = data_of(report.page())
+    assert data["schemes"][0]["key"] == name and "&lt;i&gt;a note" in report.page()
+    assert {scheme["key"] for scheme in data["schemes"]} == set(leafkernels.ESTIMATORS)
+    assert all(scheme["note"] and scheme["name"].isupper() for scheme in data["schemes"])
+    for scheme, function in leafkernels.ESTIMATORS.items():
+        takes = "num_boundaries" in inspect.signature(function).parameters
+        expected = function(**given, **({"num_boundaries": 1} if takes else {}), **(own if scheme == name else {}))
+        found = advantages_of(data["prompts"][1], scheme)
+        for row, mask, values in zip(found, given["response_mask"][1], expected[1], strict=True):
+            torch.testing.assert_close(torch.tensor(row), values[: int(mask.sum())], rtol=1e-4, atol=1e-7)
+
+
 def test_in_a_notebook(tmp_path: Path) -> None:
     report = leafkernels.report(**tensors(), title="step 3")
     frame = report._repr_html_()
@@ -464,6 +483,8 @@ def test_the_snippets_of_the_page_of_docs_run(tmp_path: Path, monkeypatch: pytes
         ({"max_prompts": 0}, ValueError, "max_prompts must be an int of at least 1, got 0"),
         ({"group_size": 4, "terms": "all"}, ValueError, "terms must be one of"),
         ({"rewards": None}, TypeError, "rewards must be a torch.Tensor, got NoneType"),
+        ({"estimator": "ppo"}, ValueError, "estimator must be one of 'leaf', 'grpo', "),
+        ({"estimator": "grpo", "terms": "local"}, TypeError, "options must be some of boundary_scores, "),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -231,7 +231,7 @@ def draw_comparison(console: Console, result: dict[str, Any]) -> None:
             print_line(console, part)
 
 
-# By the kind of a picture what would tell its date: two runs write the same bytes.
+# The date, by the kind of picture: without it two runs write the same bytes.
 _STABLE: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 

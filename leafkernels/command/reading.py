@@ -70,7 +70,7 @@ class RolloutFile:
         self.path = path
         try:
             self._raw = open(path, "rb")  # noqa: SIM115 - closed by __exit__
-            # The name of a link may tell nothing.
+            # A link may have any name.
             begin = self._raw.peek(5)[:5]
         except OSError as error:
             raise Failure(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from leafkernels import ESTIMATORS
-from leafkernels.command.credit import DEFAULT, Credit, advantages_of, options_of, tree_of
+from leafkernels.command.credit import BOUNDARY_OPTIONS, DEFAULT, Credit, advantages_of, options_of, tree_of
 from leafkernels.command.html import Report
 from leafkernels.command.reading import Failure, Prompt
 from leafkernels.command.tokens import Texts, Tokenizer
@@ -60,10 +60,10 @@ def report(
         raise ValueError(f"max_prompts must be an int of at least 1, got {max_prompts!r}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
-    known = {**options_of(DEFAULT), **options_of(estimator)}
+    known = {*options_of(estimator), *BOUNDARY_OPTIONS}
     for name in options:
         if name not in known:
-            raise TypeError(f"options must be some of {', '.join(known)}, got {name!r}")
+            raise TypeError(f"options must be some of {', '.join(sorted(known))}, got {name!r}")
     call = _call(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens)
     options = {name: _on_cpu(value) for name, value in options.items()}
     tree = tree_of(call, estimator, options)

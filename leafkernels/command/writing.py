@@ -30,8 +30,7 @@ PACKED = (".xz", ".zst", ".bz2", ".lz4", ".zip")
 
 
 def check_outputs(outputs: Mapping[str, Path | None], kept: Sequence[Path]) -> list[Path]:
-    """The files to be written, by their options; raises a Failure where two of them are one file, under whatever name,
-    or one is among those that must be ``kept``."""
+    """The files to write; a Failure where two options name one file, under whatever name, or one is to be ``kept``."""
     given = {option: path for option, path in outputs.items() if path is not None}
     for option, path in given.items():
         for other in kept:
@@ -137,7 +136,7 @@ def writing(path: Path, append: bool = False) -> Iterator[BinaryIO]:
 
     ``append``: after the lines that are there.
     """
-    # By the name of what is written, which a link may not tell.
+    # By the name of the target, not of a link to it.
     name = os.path.realpath(path)
     if name.lower().endswith(PACKED):
         raise Failure(f"--out must be plain or end in .gz (.jsonl, .jsonl.gz), got {path}")

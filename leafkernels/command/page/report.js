@@ -64,7 +64,7 @@
     return { prompt, pieces, largest, ...prompt };
   }
 
-  // Mean, least and greatest advantage of a piece's tokens over the rollouts that go through it, or of one of them.
+  // Mean, least and greatest advantage of a piece's tokens over its rollouts, or of one rollout.
   function creditOf(tree, piece, scheme, row) {
     const key = `${scheme} ${row}`;
     if (piece.cached.has(key)) return piece.cached.get(key);
