@@ -551,6 +551,29 @@ def test_trees_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "all rewards are equal: every advantage is 0" in lines
 
 
+@pytest.mark.parametrize("name", ["leaf", "treerl", "tree_td"])
+def test_the_lines_of_a_tree_are_its_rollouts(name: str, tmp_path: Path) -> None:
+    """From the root to a leaf they are a rollout's tokens, once; each rollout has one leaf, with those equal to it."""
+    with RolloutFile(save(tmp_path / "in.jsonl", random_prompts(60, seed=3))) as file:
+        for prompt in file:
+            credit = credit_prompt(prompt, {}, name=name)
+            lines = lines_of(prompt, credit)
+            leaves = [row for line in lines if line.is_leaf for row in line.rows]
+            assert sorted(leaves) == list(range(len(prompt.rewards)))
+            for line in lines:
+                assert len({(tuple(prompt.token_ids[row][: line.end])) for row in line.rows}) == 1
+                values = {value for row in line.rows for value in credit.advantages[row][line.start : line.end]}
+                # A span has one advantage; a rollout without a reward, in no node, has 0.
+                assert name == "tree_td" or len(values - {0.0}) <= 1
+            keys = [(tuple(prompt.token_ids[row]), str(prompt.rewards[row])) for row in range(len(prompt.rewards))]
+            assert len(set(keys)) <= sum(line.is_leaf for line in lines)
+            for row in range(len(prompt.rewards)):
+                own = [line for line in lines if row in line.rows]
+                assert [line.start for line in own] == [0, *(line.end for line in own[:-1])]
+                assert own[-1].is_leaf and own[-1].end == len(prompt.token_ids[row])
+                assert {keys[other] for other in own[-1].rows} == {keys[row]}
+
+
 def test_trees_deeper_than_the_recursion_limit(tmp_path: Path) -> None:
     rows = [completion([1] * 3000, 1.0), completion([1] * 3000, 0.0)]
     source = save(tmp_path / "in.jsonl", [{"completions": rows}])

@@ -67,6 +67,24 @@ def test_it_comes_back_to_the_bit(dtype: torch.dtype, name: str, tmp_path: Path)
     assert ((tmp_path / name).read_bytes()[:2] == b"\x1f\x8b") == name.endswith(".gz")
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.uint16, torch.uint64])
+def test_ids_of_every_integer_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    given = rollouts()
+    ids = given["token_ids"].to(dtype)
+    leafkernels.save_rollouts(tmp_path / "a.jsonl", **{**given, "token_ids": ids})
+    check(read(tmp_path / "a.jsonl"), given)
+    if dtype == torch.uint64:  # beyond what the file holds: as everywhere here, another id, and none of a vocabulary
+        top = torch.full((1, 2), -1).view(torch.uint64)
+        leafkernels.save_rollouts(tmp_path / "b.jsonl", top, torch.zeros(1, 2), torch.zeros(1))
+        assert read(tmp_path / "b.jsonl")[0].token_ids == [[-1, -1]]
+
+
+def test_no_rollout_is_no_line(tmp_path: Path) -> None:
+    none = torch.zeros(0, 5)
+    leafkernels.save_rollouts(tmp_path / "a.jsonl", none.long(), none, torch.zeros(0))
+    assert (tmp_path / "a.jsonl").read_bytes() == b""
+
+
 def test_every_layout_gives_the_same_file(tmp_path: Path) -> None:
     given = rollouts()
     flat = {name: tensor.flatten(0, 1) for name, tensor in given.items()}

@@ -78,15 +78,18 @@ def advantages_of(
     found = {}
     for name in names:
         taken = options_of(name)
-        given = options if name == chosen else {key: options[key] for key in BOUNDARY_OPTIONS if key in options}
+        given = options if name == chosen else _boundaries(options)
         found[name] = ESTIMATORS[name](**call, **{key: value for key, value in given.items() if key in taken})
     return found
 
 
 def tree_of(call: Mapping[str, Any], chosen: str, options: Mapping[str, Any]) -> SpanTree:
     """The tree of boundaries of a call, with the credit of LEAF where that is chosen."""
-    taken = options if chosen == DEFAULT else {key: options[key] for key in BOUNDARY_OPTIONS if key in options}
-    return span_tree(**call, **taken)
+    return span_tree(**call, **(options if chosen == DEFAULT else _boundaries(options)))
+
+
+def _boundaries(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in BOUNDARY_OPTIONS}
 
 
 def check_scheme(name: str, options: Mapping[str, Any], backend: str) -> torch.device:

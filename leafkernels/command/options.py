@@ -100,7 +100,10 @@ def _build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     files.add_argument("--limit", type=_integer(1), metavar="N", help="stop after N prompts")
     files.add_argument("--show", type=_integer(0), default=3, metavar="N", help="print N trees at most (default: 3)")
     files.add_argument(
-        "--lines", type=_lines, metavar="N", help="lines of a tree at most, or 'all' (default: the terminal's height)"
+        "--lines",
+        type=_lines,
+        metavar="N",
+        help="lines of a tree at most, or 'all' (default: the terminal's height, else 60)",
     )
     files.add_argument("--html", type=Path, metavar="FILE", help="write a report that any browser opens, in one file")
     files.add_argument(

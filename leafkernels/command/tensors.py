@@ -172,8 +172,7 @@ def _call(*arguments: Any) -> dict[str, Any]:
     """The arguments that all schemes take, checked, on the CPU."""
     names = ("logprobs", "token_ids", "rewards", "response_mask", "groups", "group_size", "cu_seqlens")
     call = {name: _on_cpu(value) for name, value in zip(names, arguments, strict=True)}
-    read_rollouts(**call, backend="torch")
-    return call
+    return call | {"token_ids": read_rollouts(**call, backend="torch").token_ids}
 
 
 def _prompts_of(
