@@ -135,6 +135,18 @@ def test_names_texts_and_tokens_are_there(tmp_path: Path) -> None:
             assert tokens == ["abcdefghij"[token] for token in ids]
 
 
+def test_a_tokenizer_of_transformers_keeps_the_space_before_a_word(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from test_command import save_tokenizer
+
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(save_tokenizer(tmp_path / "tokenizer"))
+    ids = torch.tensor([[5, 6, 7, 4], [1, 2, 0, 9]])
+    leafkernels.save_rollouts(tmp_path / "a.jsonl", ids, torch.zeros(2, 4), torch.zeros(2), tokenizer=tokenizer)
+    (prompt,) = read(tmp_path / "a.jsonl")
+    assert prompt.tokens[0] == [" sum", " of", "1", " x"] and prompt.tokens[1] is not None
+    assert prompt.tokens[1][:2] == ["a", " a"] and prompt.tokens[1][3] == "\n"
+
+
 def test_the_command_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = rollouts()
     path, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl"

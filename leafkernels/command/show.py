@@ -14,7 +14,7 @@ from leafkernels.command.html import Report, advantages_of_prompt
 from leafkernels.command.reading import Failure, RolloutFile, sample
 from leafkernels.command.screen import Screen, progress
 from leafkernels.command.summary import Statistics, draw_summary, draw_written
-from leafkernels.command.tokens import load_tokenizer
+from leafkernels.command.tokens import NamedTexts
 from leafkernels.command.writing import check_outputs, line_of, replacing, writing
 
 
@@ -22,7 +22,7 @@ def show(arguments: argparse.Namespace) -> int:
     """Do what the options say and return the exit code."""
     name, options, backend = arguments.estimator, arguments.options, arguments.backend
     device = check_scheme(name, options, backend)
-    texts = load_tokenizer(arguments.tokenizer)
+    texts = None if arguments.tokenizer is None else NamedTexts(arguments.tokenizer)
     screen = Screen()
     statistics = Statistics()
     with ExitStack() as stack:
@@ -41,7 +41,8 @@ def show(arguments: argparse.Namespace) -> int:
             page = stack.enter_context(replacing(arguments.html))
         tick = stack.enter_context(progress(source, arguments.show))
         for prompt in islice(source, None if arguments.limit is None else min(arguments.limit, sys.maxsize)):
-            texts.fill(prompt)
+            if texts is not None:
+                texts.fill(prompt)
             credit = credit_prompt(prompt, options, device, name, backend)
             if statistics.prompts < arguments.show:
                 screen.show(partial(draw_prompt, prompt=prompt, credit=credit, most=arguments.lines))
