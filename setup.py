@@ -49,6 +49,7 @@ setup(
         "leafkernels.data": ["*.jsonl.gz"],
         "python_ref": ["py.typed"],
     },
+    entry_points={"console_scripts": ["leafkernels = leafkernels.__main__:main"]},
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "rich>=13"],
     extras_require={
         "train": train,

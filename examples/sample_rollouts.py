@@ -40,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="gzip-compressed JSON-lines file to write")
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts to sample for (default: 24)")
-    parser.add_argument("--rollouts", type=int, default=8, help="completions per prompt (default: 8)")
+    parser.add_argument("--rollouts", type=int, default=40, help="completions per prompt (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the tasks and the draws (default: 0)")
     parser.add_argument("--target-reward", type=float, default=0.5, help="stop training at this mean (default: 0.5)")
     parser.add_argument("--max-steps", type=int, default=2400, help="stop training here at the latest (default: 2400)")
@@ -131,7 +131,7 @@ def shared_prefix(rows: list[list[int]]) -> int:
 
 
 def longest_pair_prefix(rows: list[list[int]]) -> int:
-    """Return the most leading tokens that two rows share before they part; equal rows do not count."""
+    """Return the most leading tokens that two different rows share."""
     pairs = [(a, b) for i, a in enumerate(rows) for b in rows[:i] if a != b]
     return max((shared_prefix([a, b]) for a, b in pairs), default=0)
 

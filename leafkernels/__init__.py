@@ -26,7 +26,7 @@ from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
 from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
 
 if TYPE_CHECKING:
-    from leafkernels.command.notebook import report
+    from leafkernels.command.tensors import report, save_rollouts
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,7 @@ __all__ = [
     "prefix_tree",
     "report",
     "rloo",
+    "save_rollouts",
     "scatter_spans",
     "select_boundaries",
     "simpo_loss",
@@ -74,8 +75,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What draws pages is loaded when it is asked for: a training loop needs neither rich nor jinja2.
-    if name == "report":
-        from leafkernels.command.notebook import report
+    if name in ("report", "save_rollouts"):
+        from leafkernels.command import tensors
 
-        return report
+        return getattr(tensors, name)
     raise AttributeError(f"module 'leafkernels' has no attribute {name!r}")

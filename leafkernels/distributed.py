@@ -383,7 +383,7 @@ def _local_rows(
             )
         num_rows = token_ids.shape[0]
         bounds = torch.arange(num_rows + 1, device=device) * token_ids.shape[1]
-    rewards = check_rewards(rewards, "token_ids", (num_rows,), device).detach()
+    rewards = check_rewards(rewards, "token_ids", (num_rows,), device, tuple(token_ids.shape)).detach()
     kind, names = "None", b""
     check_one_grouping(groups, group_size)
     if isinstance(groups, Tensor):

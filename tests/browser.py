@@ -143,7 +143,9 @@ class Browser:
         """Load a file and wait for its end."""
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=path.resolve().as_uri() + (f"#{fragment}" if fragment else ""))
-        while self.run("document.readyState") != "complete" or self.run("location.protocol") != "file:":
+        # The script takes its notice away when all is drawn.
+        ready = "document.readyState === 'complete' && location.protocol === 'file:'"
+        while not self.run(f"{ready} && !document.getElementById('unscripted')"):
             time.sleep(0.02)
 
     def run(self, expression: str, frame: str | None = None) -> Any:

@@ -4,12 +4,15 @@ import bz2
 import errno
 import gzip
 import importlib.resources
+import inspect
 import io
+import itertools
 import json
 import lzma
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,12 +28,13 @@ from rich.cells import cell_len
 from rich.console import Console
 
 import python_ref
+from leafkernels import ESTIMATORS
 from leafkernels.__main__ import main
 from leafkernels.command.credit import credit_prompt
 from leafkernels.command.display import draw_prompt
 from leafkernels.command.reading import Failure, RolloutFile
 from leafkernels.command.text import line_of_numbers, line_of_tokens, shorten, visible
-from leafkernels.command.tree import branches
+from leafkernels.command.tree import lines_of
 from leafkernels.command.writing import replacing
 
 Record = dict[str, Any]
@@ -177,7 +181,7 @@ def test_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for row, reference in zip(result["completions"], expected(record), strict=True):
             assert row["advantages"] == pytest.approx(reference, rel=1e-9, abs=1e-9)
     assert source[0]["prompt_id"] in shown
-    assert "prompts" in shown and "that fire and inform" in shown
+    assert "prompts" in shown and "with different rewards" in shown
 
 
 GOOD = {"prompt_id": "ok", "completions": [completion([1, 2], 1.0), completion([1, 3], 0.0)]}
@@ -470,7 +474,7 @@ def test_limit_show_and_a_byte_order_mark(tmp_path: Path, capsys: pytest.Capture
 
 
 HAND: list[Record] = [
-    # Boundary 3, shared by rows 0 and 2, whose rewards are equal: it fires and does not inform.
+    # Boundary 3, shared by rows 0 and 2, whose rewards are equal.
     {
         "prompt_id": "A",
         "completions": [
@@ -510,8 +514,8 @@ def test_summary_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "tokens": ["22"],
         "with span credit": ["8", "40.0%"],
         "boundaries selected": ["3"],
-        "that fire": ["2", "66.7%"],
-        "that fire and inform": ["1", "33.3%"],
+        "with a shared prefix": ["2", "66.7%"],
+        "with different rewards": ["1", "33.3%"],
     }
 
 
@@ -521,7 +525,7 @@ def test_trees_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     source = save(tmp_path / "in.jsonl", records)
     assert main([str(source), "--num-boundaries", "1", "--normalize", "none"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    # V_0 = 0.6, V_1 = 1: (0.4 + 0.4) / sqrt(2) = 0.566. Identical rows share even a boundary behind their end.
+    # V_0 = 0.6, V_1 = 1: (0.4 + 0.4) / sqrt(2) = 0.566. Identical rows are one line.
     assert lines[1:10] == [
         "boundary 3",
         "rollouts tokens reward advantage",
@@ -530,8 +534,8 @@ def test_trees_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "│ ├─ #0 3–4 1.000 +0.400 4",
         "│ └─ #2 3–4 1.000 +0.400 7",
         "├─ #1 0–4 0.000 -1.200 1 2 5 6",
-        "└─ 2: #3 #4 0–1 0.500 -0.141 7",
-        "└─ #3 = #4 1–1 0.500 · (ends here)",
+        "└─ 2× #3 #4 0–1 0.500 -0.141 7",
+        "",
     ]
     assert lines[lines.index("boundary 1") + 1 :][:8] == [
         "rollouts tokens reward advantage",
@@ -547,6 +551,29 @@ def test_trees_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "all rewards are equal: every advantage is 0" in lines
 
 
+@pytest.mark.parametrize("name", ["leaf", "treerl", "tree_td"])
+def test_the_lines_of_a_tree_are_its_rollouts(name: str, tmp_path: Path) -> None:
+    """From the root to a leaf they are a rollout's tokens, once; each rollout has one leaf, with those equal to it."""
+    with RolloutFile(save(tmp_path / "in.jsonl", random_prompts(60, seed=3))) as file:
+        for prompt in file:
+            credit = credit_prompt(prompt, {}, name=name)
+            lines = lines_of(prompt, credit)
+            leaves = [row for line in lines if line.is_leaf for row in line.rows]
+            assert sorted(leaves) == list(range(len(prompt.rewards)))
+            for line in lines:
+                assert len({(tuple(prompt.token_ids[row][: line.end])) for row in line.rows}) == 1
+                values = {value for row in line.rows for value in credit.advantages[row][line.start : line.end]}
+                # A span has one advantage; a rollout without a reward, in no node, has 0.
+                assert name == "tree_td" or len(values - {0.0}) <= 1
+            keys = [(tuple(prompt.token_ids[row]), str(prompt.rewards[row])) for row in range(len(prompt.rewards))]
+            assert len(set(keys)) <= sum(line.is_leaf for line in lines)
+            for row in range(len(prompt.rewards)):
+                own = [line for line in lines if row in line.rows]
+                assert [line.start for line in own] == [0, *(line.end for line in own[:-1])]
+                assert own[-1].is_leaf and own[-1].end == len(prompt.token_ids[row])
+                assert {keys[other] for other in own[-1].rows} == {keys[row]}
+
+
 def test_trees_deeper_than_the_recursion_limit(tmp_path: Path) -> None:
     rows = [completion([1] * 3000, 1.0), completion([1] * 3000, 0.0)]
     source = save(tmp_path / "in.jsonl", [{"completions": rows}])
@@ -554,8 +581,207 @@ def test_trees_deeper_than_the_recursion_limit(tmp_path: Path) -> None:
     with RolloutFile(source) as file:
         prompt = next(iter(file))
     assert prompt.name == "line 1"
-    found = list(branches(prompt, credit_prompt(prompt, options, torch.device("cpu"))))
+    found = lines_of(prompt, credit_prompt(prompt, options))
     assert len(found) == 1400 + 2 and not found[1399].is_leaf and found[-1].rows == [1]
+
+
+def test_identical_rollouts_are_one_line_and_long_trees_are_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    same = [completion([1, 2, 3], 1.0)] * 30 + [completion([1, 2, 3], 0.0)] * 5
+    other = [completion([1, 2, 4 + i, 5], 0.0) for i in range(100)]
+    source = save(tmp_path / "in.jsonl", [{"completions": same + other}])
+
+    def lines(*arguments: str) -> list[str]:
+        assert main([str(source), "--num-boundaries", "1", *arguments]) == 0
+        shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        return shown[: shown.index("")]
+
+    whole = lines("--lines", "all")
+    assert [line for line in whole if "30× #0–29" in line] and [line for line in whole if "5× #30–34" in line]
+    assert sum(re.search(r"─ #\d+ ", line) is not None for line in whole) == 100
+    assert not any("more lines" in line for line in whole)
+    (heading, *_), tree = whole[:4], whole[4:]
+    for most in (1, 7, len(tree) - 2):
+        cut = lines("--lines", str(most))
+        assert cut[:-1] == whole[: 4 + most] and heading == cut[0]
+        assert cut[-1] == f"… {len(tree) - most} more lines (--lines all shows them)"
+    # The line that says so is no shorter than a last line.
+    assert lines("--lines", str(len(tree) - 1)) == whole
+    default = lines()
+    assert len(default) < 70 and default[-1].endswith("more lines (--lines all shows them)")
+
+
+def test_a_tree_is_no_higher_than_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [completion([i], float(i % 2)) for i in range(200)]
+    with RolloutFile(save(tmp_path / "in.jsonl", [{"completions": rows}])) as file:
+        prompt = next(iter(file))
+    console = Console(force_terminal=True, color_system=None, width=80, height=30)
+    draw_prompt(console, prompt, credit_prompt(prompt, {}))
+    assert 20 < len(capsys.readouterr().out.splitlines()) <= 30
+
+
+def test_a_thousand_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = random.Random(0)
+    rows = [completion([rng.randrange(3) for _ in range(40)], float(rng.random() < 0.5)) for _ in range(1000)]
+    source = save(tmp_path / "in.jsonl", [{"completions": rows}])
+    for name in ("leaf", "tree_td"):
+        assert main([str(source), "--estimator", name]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert len(shown) < 100 and any("more lines" in line for line in shown)
+
+
+def packed(record: Record) -> dict[str, Any]:
+    rows = record["completions"]
+    lengths = [len(row["token_ids"]) for row in rows]
+    return {
+        "logprobs": torch.tensor(nan([x for row in rows for x in row["logprobs"]])),
+        "token_ids": torch.tensor([x for row in rows for x in row["token_ids"]], dtype=torch.int64),
+        "rewards": torch.tensor(nan([row["reward"] for row in rows]), dtype=torch.float64),
+        "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+    }
+
+
+ESTIMATOR_OPTIONS: list[tuple[str, list[str], dict[str, Any]]] = [
+    *((name, [], {}) for name in ESTIMATORS),
+    (
+        "tree_td",
+        ["--shrinkage", "2", "--group-weight", "0.25", "--normalize", "reward_std"],
+        {"shrinkage": 2.0, "group_weight": 0.25, "normalize": "reward_std"},
+    ),
+    ("tree_td", ["--shrinkage", "inf"], {"shrinkage": math.inf}),
+    ("treerl", ["--num-boundaries", "4", "--min-separation", "1"], {"num_boundaries": 4, "min_separation": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "options"), ESTIMATOR_OPTIONS)
+def test_every_estimator(
+    name: str, arguments: list[str], options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = random_prompts(6)
+    source, out = save(tmp_path / "in.jsonl", prompts), tmp_path / "out.jsonl"
+    assert main([str(source), "--estimator", name, "--out", str(out), *arguments]) == 0
+    for record, result in zip(prompts, load(out), strict=True):
+        advantages = ESTIMATORS[name](**packed(record), **options)
+        lengths = [len(row["token_ids"]) for row in record["completions"]]
+        for row, values in zip(result["completions"], advantages.split(lengths), strict=True):
+            assert row["advantages"] == pytest.approx(values.tolist(), rel=1e-5, abs=1e-6)
+    shown = capsys.readouterr().out
+    has_spans = "num_boundaries" in inspect.signature(ESTIMATORS[name]).parameters
+    assert ("boundaries selected" in shown) == ("with span credit" in shown) == has_spans
+
+
+def test_forks_are_shown_where_credit_has_no_boundaries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tmp_path / "in.jsonl", HAND[:1])
+    assert main([str(source), "--estimator", "tree_td", "--group-weight", "0"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    # The mean is 2/3; of those with token 3 after 1 2 it is 1, of the other 0.
+    assert lines[1:8] == [
+        "rollouts tokens reward advantage",
+        "all 3 0.667",
+        "└─ 3: #0–2 0–2 0.667 +0.000 1 2",
+        "├─ 2: #0 #2 2–3 1.000 +0.333 3",
+        "│ ├─ #0 3–4 1.000 +0.000 4",
+        "│ └─ #2 3–4 1.000 +0.000 7",
+        "└─ #1 2–4 0.000 -0.667…+0.000 5 6",
+    ]
+
+
+def test_a_scheme_that_is_added_is_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an option of its own name, by its signature alone."""
+
+    def mine(logprobs: Any, token_ids: Any, rewards: Any, *, group_weight: float = 2.0, **more: Any) -> torch.Tensor:
+        """The position, times a weight."""
+        shape = token_ids.shape
+        return torch.arange(token_ids.numel()).reshape(shape).float() * group_weight + 0.0 * logprobs.nan_to_num()
+
+    monkeypatch.setitem(ESTIMATORS, "mine", mine)
+    pytest.importorskip("jinja2")
+    source, out, page = save(tmp_path / "in.jsonl", HAND[:1]), tmp_path / "out.jsonl", tmp_path / "page.html"
+    words = [str(source), "--estimator", "mine", "--out", str(out), "--html", str(page)]
+    assert main([*words, "--group-weight", "0.5"]) == 0
+    flat = [value for row in load(out)[0]["completions"] for value in row["advantages"]]
+    assert flat == [0.5 * t for t in range(12)]
+    text = page.read_text(encoding="utf-8")
+    assert 'value="mine"' in text and text.index('value="mine"') < text.index('value="leaf"')
+    assert main([str(source), "--html", str(page)]) == 0
+    assert 'value="mine"' in page.read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main(["compare"]) == 0
+    assert re.search(r"^ +\*? +mine ", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--estimator", "grpo", "--num-boundaries", "3"], "--num-boundaries is not an option of --estimator grpo"),
+        (["--estimator", "tree_td", "--terms", "both"], "(its options: --shrinkage, --group-weight, --normalize)"),
+        (["--shrinkage", "1"], "--shrinkage is not an option of --estimator leaf"),
+        (["--estimator", "rloo", "--preset", "leaf-paper"], "is not an option of --estimator rloo (its options: none)"),
+        (["--estimator", "ppo"], "argument --estimator: invalid choice: 'ppo'"),
+        (["--lines", "0"], "argument --lines: must be an integer of at least 1, got '0'"),
+        (["--lines", "some"], "argument --lines: must be an integer of at least 1, got 'some'"),
+    ],
+)
+def test_options_that_no_scheme_reads(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_values_that_a_scheme_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(tmp_path / "in.jsonl", [GOOD])
+    td = [source, "--estimator", "tree_td"]
+    check_fails_with("--estimator tree_td: shrinkage must be at least 0, got -1.0", [*td, "--shrinkage", "-1"], capsys)
+    check_fails_with("--estimator tree_td: normalize must be one of", [*td, "--normalize", "span"], capsys)
+
+
+def save_tokenizer(folder: Path, **parts: Any) -> Path:
+    """A tokenizer of ten ids in a folder, as transformers saves one."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["<unk>", "a", "▁a", "b", "▁x", "▁sum", "▁of", "1", "2", "\n"]
+    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    whole.decoder = decoders.Metaspace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def test_ids_without_text_are_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The space before a word too; the file's own tokens stay."""
+    folder = save_tokenizer(tmp_path / "tokenizer")
+    rows = [completion([5, 6, 7], 1.0), completion([5, 4, 9], 0.0), {**completion([5, 4], 0.0), "tokens": ["S", "T"]}]
+    source = save(tmp_path / "in.jsonl", [{"completions": rows}])
+    words = [str(source), "--tokenizer", str(folder), "--num-boundaries", "0"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if "─ #" in line] == ["·sum·of1", "·sum·x↵", "ST"]
+    beyond = save(tmp_path / "beyond.jsonl", [GOOD, {"completions": [completion([10], 1.0)]}])
+    message = f"{beyond}, line 2: token id 10 is none of the 10 of --tokenizer {folder}"
+    check_fails_with(message, [beyond, "--tokenizer", folder], capsys)
+
+
+def test_tokenizers_that_cannot_be_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "in.jsonl", [GOOD])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "config.json").write_text('{"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}')
+    (code / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Tokenizer", null]}}')
+    (code / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: pass\nclass Config: pass\n")
+    (tmp_path / "empty").mkdir()
+    pytest.importorskip("transformers")
+    for name in (tmp_path / "empty", code, tmp_path / "missing", "not a name"):
+        check_fails_with(f"--tokenizer {name} cannot be loaded: ", [source, "--tokenizer", name], capsys)
+    assert not (tmp_path / "ran").exists(), "remote code never runs"
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    check_fails_with("--tokenizer needs transformers", [source, "--tokenizer", "x"], capsys)
 
 
 @pytest.mark.parametrize("columns", [20, 60, 80, 200])
@@ -580,8 +806,7 @@ def test_colours_on_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with RolloutFile(save(tmp_path / "in.jsonl", HAND)) as file:
         prompt = next(iter(file))
     console = Console(force_terminal=True, color_system="truecolor", width=100, markup=False, highlight=False)
-    options = {"num_boundaries": 1, "min_separation": None}
-    draw_prompt(console, prompt, credit_prompt(prompt, options, torch.device("cpu")))
+    draw_prompt(console, prompt, credit_prompt(prompt, {"num_boundaries": 1}))
     by_row = {
         line.split("#")[1][0]: line for line in capsys.readouterr().out.splitlines() if "─ " in line and "#" in line
     }

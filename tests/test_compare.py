@@ -141,6 +141,21 @@ def test_a_prompt_of_empty_completions_is_counted_apart(
     assert capsys.readouterr().err == f"leafkernels: {sentence}\n"
 
 
+def test_it_measures_what_ships(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sample, named or not: an order with intervals, and no refusal."""
+    sample = Path(leafkernels.__file__).parent / "data" / "sample_rollouts.jsonl.gz"
+    tables = []
+    for words in ([], [str(sample)]):
+        out = tmp_path / f"{len(words)}.json"
+        assert main(["compare", *words, "--json", str(out)]) == 0
+        tables.append(capsys.readouterr().out.replace(out.name, ""))
+        result = json.loads(out.read_text())
+        assert result["prompts"] == 24 and result["measured"] >= 15 and result["too_few_completions"] == 0
+        assert all(row["to_grpo_low"] <= row["to_grpo"] <= row["to_grpo_high"] for row in result["schemes"])
+        assert result["in_words"].startswith("On these rollouts ")
+    assert tables[0] == tables[1]
+
+
 def test_two_runs_write_the_same_bytes(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     written = []
@@ -284,12 +299,12 @@ WORDS = [
          row("leaf", 0.19, -0.02, -0.01, True)],
         40,
         "On these rollouts tree_td agrees best with what it has not seen (0.230), better than grpo by 0.030 (+0.020 to "
-        "+0.040). Not told apart from it: tempo. Worse than grpo: leaf.",
+        "+0.040). May be as good: tempo. Worse than grpo: leaf.",
     ),
     (
         [row("tempo", 0.21, -0.01, 0.03, False), {**GRPO, "is_beaten": False}],
         40,
-        "On these rollouts tempo agrees best with what it has not seen (0.210), but it is not told apart from grpo.",
+        "On these rollouts tempo agrees best with what it has not seen (0.210), but its difference from grpo may be 0.",
     ),
     (
         [{**GRPO, "is_beaten": False}, row("leaf", 0.19, -0.02, -0.01, True)],

@@ -104,6 +104,15 @@ def test_shapes() -> None:
         "rewards must have one entry for each row of token_ids, shape (4,), got shape (4, 1)",
         rewards=REWARDS[:, None],
     )
+    hint = ": rewards for each token are not taken, a rollout has one, such as their sum"
+    for function in leafkernels.ESTIMATORS.values():
+        for given, rows, shape in (
+            ({"token_ids": IDS, "logprobs": LOGPROBS}, (4,), (4, 6)),
+            ({"token_ids": IDS.reshape(2, 2, 6), "logprobs": LOGPROBS.reshape(2, 2, 6)}, (2, 2), (2, 2, 5)),
+            ({**PACKED, "cu_seqlens": bounds(0, 6, 12, 18, 24)}, (4,), (24,)),
+        ):
+            message = f"rewards must have one entry for each row of token_ids, shape {rows}, got shape {shape}{hint}"
+            check_refuses(ValueError, message, function, **{**given, "rewards": torch.zeros(shape, device=DEVICE)})
     check_refuses(
         ValueError,
         "rewards must have one entry for each row of token_ids, shape (2, 2), got shape (4,)",

@@ -145,8 +145,24 @@ def test_sample_rollouts_writes_what_the_command_reads(tmp_path: Path) -> None:
     check_sample(out, prompts=2, rollouts=3)
 
 
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells in order, without Jupyter; none is committed with what it printed."""
+    pytest.importorskip("jinja2", reason="needs the extra html")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples" / "first_minutes.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    names: dict[str, object] = {}
+    for cell in code:
+        exec("".join(cell["source"]), names)
+    shown = capsys.readouterr().out
+    assert "24 prompts, 40 rollouts of each" in shown and "to GRPO" in shown
+    assert "<iframe" in names["page"]._repr_html_()  # type: ignore[attr-defined]
+    assert (tmp_path / "rollouts.jsonl.gz").stat().st_size > 10_000
+
+
 def test_the_bundled_sample() -> None:
-    check_sample(ROOT / "leafkernels" / "data" / "sample_rollouts.jsonl.gz", prompts=24, rollouts=8)
+    check_sample(ROOT / "leafkernels" / "data" / "sample_rollouts.jsonl.gz", prompts=24, rollouts=40)
 
 
 def check_sample(path: Path, prompts: int, rollouts: int) -> None:

@@ -1,6 +1,9 @@
 """The report: what is in the page, that text in it never runs, and how it looks in a browser."""
 
+import base64
+import gzip
 import html
+import inspect
 import itertools
 import json
 import math
@@ -19,12 +22,10 @@ from test_command import GOOD, check_fails_with, completion, random_prompts, sav
 
 import leafkernels
 from leafkernels.__main__ import main
-from leafkernels.command import html as report_html
 from leafkernels.command.credit import credit_prompt
-from leafkernels.command.html import json_for_html, pack
-from leafkernels.command.pieces import pieces_of
 from leafkernels.command.profile import Profile
 from leafkernels.command.reading import RolloutFile
+from leafkernels.command.tree import pieces_of
 
 pytest.importorskip("jinja2", reason="needs jinja2: pip install -e '.[html]'")
 
@@ -79,22 +80,10 @@ SMALL: Record = {
 }
 
 
-def unpack(text: str) -> list[int]:
-    base, numbers, value, scale = len(report_html._ALPHABET) // 2, [], 0, 1
-    for char in text:
-        digit = report_html._ALPHABET.index(char)
-        value += digit % base * scale
-        scale *= base
-        if digit < base:
-            numbers.append(value)
-            value, scale = 0, 1
-    return numbers
-
-
 def data_of(page: str) -> dict[str, Any]:
     """The data of a page, as a browser finds them."""
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script', page, re.S | re.I)
-    return json.loads(text)
+    (text,) = re.findall(r'<script type="application/gzip" id="data">(.*?)</script', page, re.S | re.I)
+    return json.loads(gzip.decompress(base64.b64decode(text, validate=True)))
 
 
 def write_report(tmp_path: Path, records: list[Record], *arguments: str) -> Path:
@@ -106,15 +95,14 @@ def write_report(tmp_path: Path, records: list[Record], *arguments: str) -> Path
 
 def rollouts_of(data: dict[str, Any], prompt: dict[str, Any]) -> list[list[tuple[Any, Any]]]:
     """Every rollout's (id, text), put together again from the pieces of the tree."""
-    parents, lengths, tokens = (unpack(prompt[name]) for name in ("parents", "lengths", "tokens"))
+    parents, lengths, tokens = (prompt[name] for name in ("parents", "lengths", "tokens"))
     starts = [0, *itertools.accumulate(lengths)]
     rows = []
-    for at in unpack(prompt["at"]):
+    for at in prompt["at"]:
         chain = []
-        number = at + 1
-        while number:
-            chain.append(number - 1)
-            number = parents[number - 1]
+        while at >= 0:
+            chain.append(at)
+            at = parents[at]
         rows.append(
             [
                 (data["ids"][rank], data["texts"][rank])
@@ -127,18 +115,12 @@ def rollouts_of(data: dict[str, Any], prompt: dict[str, Any]) -> list[list[tuple
 
 def advantages_of(prompt: dict[str, Any], scheme: str) -> list[list[float]]:
     rows = []
-    for index in unpack(prompt["credit"][scheme]):
+    for index in prompt["credit"][scheme]:
         run, row = prompt["runs"][index], []
         for end, value in zip(run[::2], run[1::2], strict=True):
             row += [value] * (end - len(row))
         rows.append(row)
     return rows
-
-
-def test_packed_numbers_come_back() -> None:
-    numbers = [0, 1, 43, 44, 45, 1935, 1936, 10**12, *range(3000)]
-    assert unpack(pack(numbers)) == numbers
-    assert not set(report_html._ALPHABET) & set("\"'\\<>&")
 
 
 def test_every_rollout_and_every_scheme_is_in_the_page(tmp_path: Path) -> None:
@@ -154,12 +136,9 @@ def test_every_rollout_and_every_scheme_is_in_the_page(tmp_path: Path) -> None:
             "rewards": torch.tensor([math.nan if row["reward"] is None else row["reward"] for row in rows]),
             "cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         }
-        expected = {
-            "leaf": leafkernels.span_advantages(**packed, num_boundaries=3),
-            "grpo": leafkernels.grpo(**packed),
-            "tempo": leafkernels.tempo(**packed),
-            "treerl": leafkernels.treerl(**packed, num_boundaries=3),
-        }
+        more = {"leaf": {"num_boundaries": 3}, "treerl": {"num_boundaries": 3}}
+        expected = {name: f(**packed, **more.get(name, {})) for name, f in leafkernels.ESTIMATORS.items()}
+        assert set(prompt["credit"]) == set(expected)
         for scheme, values in expected.items():
             for found, row in zip(advantages_of(prompt, scheme), values.split(lengths), strict=True):
                 # Five digits of a float32.
@@ -169,8 +148,7 @@ def test_every_rollout_and_every_scheme_is_in_the_page(tmp_path: Path) -> None:
 def test_the_tree_by_hand(tmp_path: Path) -> None:
     with RolloutFile(save(tmp_path / "in.jsonl", [SMALL])) as file:
         prompt = next(iter(file))
-    options = {"num_boundaries": 1, "min_separation": None}
-    found = pieces_of(prompt.token_ids, credit_prompt(prompt, options, torch.device("cpu")))
+    found = pieces_of(prompt.token_ids, credit_prompt(prompt, {"num_boundaries": 1}))
     assert [(p.parent, p.start, p.end, p.rows, p.is_node, p.ending) for p in found] == [
         (-1, 0, 0, [0, 1, 2, 3, 4, 5], False, [5]),
         (0, 0, 2, [0, 1, 2, 4], True, [4]),
@@ -185,7 +163,7 @@ def test_the_tree_by_hand(tmp_path: Path) -> None:
 def test_what_rollouts_share_stands_once(tmp_path: Path) -> None:
     rows = [completion([1] * 200, 1.0)] * 60 + [completion([1] * 150 + [2] * 50, 0.0)] * 40
     (prompt,) = data_of(write_report(tmp_path, [{"completions": rows}]).read_text())["prompts"]
-    assert len(unpack(prompt["tokens"])) == 250
+    assert len(prompt["tokens"]) == 250
     assert len(prompt["runs"]) < 20
 
 
@@ -194,7 +172,7 @@ def test_the_charts_by_hand(tmp_path: Path) -> None:
     charts = data_of(page)["charts"]
     # Scored rollouts with a token at 0 to 3: 4, 3, 3, 2; with company there: 3, 3, 2, 0.
     assert charts["width"] == 1 and charts["alive"] == [4, 3, 3, 2]
-    assert charts["together"] == [0.75, 1, pytest.approx(2 / 3, rel=1e-3), 0]
+    assert charts["shared"] == [0.75, 1, pytest.approx(2 / 3, rel=1e-3), 0]
     assert charts["boundaries"] == [0, 0, 1, 0]
     assert [(row["depth"], row["rollouts"], row["mean"]) for row in charts["depths"]["rows"]] == [
         (0, 5, 0.5),
@@ -211,7 +189,7 @@ def test_the_charts_by_hand(tmp_path: Path) -> None:
 
 def test_charts_of_nothing() -> None:
     charts = Profile(["leaf"]).charts()
-    assert charts["together"] == [] and charts["depths"]["rows"] == []
+    assert charts["shared"] == [] and charts["depths"]["rows"] == []
 
 
 def test_the_page_says_what_it_leaves_out(tmp_path: Path) -> None:
@@ -234,11 +212,6 @@ def test_nasty_text_is_data_and_nothing_else(tmp_path: Path) -> None:
     for escape in ("\\u202e", "\\u200b", "\\ufeff", "\\ud83d", "\\udcff", "\\x00", "\\x1b", "\\u2028"):
         assert escape in shown
     assert "<script>window.ran = 1</script>" in data["texts"] and "数学 مرحبا" in data["texts"]
-
-
-def test_json_cannot_end_its_tag() -> None:
-    text = json_for_html(NASTY)
-    assert not set("<>&") & set(text) and text.isascii() and json.loads(text) == NASTY
 
 
 def test_a_file_name_is_text_too(tmp_path: Path) -> None:
@@ -290,7 +263,7 @@ def test_numbers_out_of_the_ordinary(tmp_path: Path) -> None:
     data = data_of(page.read_text())
     (prompt,) = data["prompts"]
     assert rollouts_of(data, prompt)[0] == [(str(2**63 - 1), None), (-7, None)]
-    assert unpack(prompt["surprisals"]) == [0, 2 + 499, 2 + 2 * 1234500]
+    assert prompt["logprobs"] == [None, 0.25, -1234.5]
 
 
 @pytest.mark.parametrize("rewards", [(1e39, -1e39), (1e308, 1e308), (-1.7e308, 1.7e308), (1e-300, 0.0)])
@@ -427,7 +400,7 @@ def test_the_layouts_give_the_same_page(options: dict[str, Any]) -> None:
     assert leafkernels.report(**packed, rewards=rewards, cu_seqlens=offsets, groups=uids, **more).page() == page
     data = data_of(page)
     assert set(data["texts"]) == {"a", "b"} and data["prompts"][0]["text"] == "x"
-    assert 1 in unpack(data["prompts"][0]["holes"])
+    assert True in data["prompts"][0]["holes"]
 
 
 def test_holes_do_not_count_as_tokens_with_credit() -> None:
@@ -452,6 +425,24 @@ def test_one_prompt_and_scores_of_ones_own() -> None:
     assert set(data["texts"]) == {None}
     tree = leafkernels.span_tree(**one, boundary_scores=scores)
     assert prompt["boundaries"] == tree.boundaries[tree.boundaries >= 0].tolist()
+
+
+@pytest.mark.parametrize("name", leafkernels.ESTIMATORS)
+def test_a_report_may_begin_with_any_scheme(name: str) -> None:
+    """Its options are that scheme's; the others have their own."""
+    given = tensors()
+    own = {"tree_td": {"group_weight": 0.1}, "leaf": {"terms": "local"}}.get(name, {})
+    report = leafkernels.report(**given, estimator=name, num_boundaries=1, note="<i>a note</i>", **own)
+    data = data_of(report.page())
+    assert data["schemes"][0]["key"] == name and "&lt;i&gt;a note" in report.page()
+    assert {scheme["key"] for scheme in data["schemes"]} == set(leafkernels.ESTIMATORS)
+    assert all(scheme["note"] and scheme["name"].isupper() for scheme in data["schemes"])
+    for scheme, function in leafkernels.ESTIMATORS.items():
+        takes = "num_boundaries" in inspect.signature(function).parameters
+        expected = function(**given, **({"num_boundaries": 1} if takes else {}), **(own if scheme == name else {}))
+        found = advantages_of(data["prompts"][1], scheme)
+        for row, mask, values in zip(found, given["response_mask"][1], expected[1], strict=True):
+            torch.testing.assert_close(torch.tensor(row), values[: int(mask.sum())], rtol=1e-4, atol=1e-7)
 
 
 def test_in_a_notebook(tmp_path: Path) -> None:
@@ -492,6 +483,8 @@ def test_the_snippets_of_the_page_of_docs_run(tmp_path: Path, monkeypatch: pytes
         ({"max_prompts": 0}, ValueError, "max_prompts must be an int of at least 1, got 0"),
         ({"group_size": 4, "terms": "all"}, ValueError, "terms must be one of"),
         ({"rewards": None}, TypeError, "rewards must be a torch.Tensor, got NoneType"),
+        ({"estimator": "ppo"}, ValueError, "estimator must be one of 'leaf', 'grpo', "),
+        ({"estimator": "grpo", "terms": "local"}, TypeError, "options must be some of boundary_scores, "),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -539,7 +532,7 @@ def test_the_tree_stands_in_the_page(quiet: Browser, page: Path) -> None:
     rows = quiet.run("[...document.querySelectorAll('#pieces > li')].map((li) => li.innerText.replace(/\\s+/g, ' '))")
     assert len(rows) == 7
     assert rows[0] == "1 rollout without a token #5 reward 0"
-    assert "4 rollouts #0–2 #4 mean reward 0.667 tokens 0–2 node at boundary 2 of them end here: #4" in rows[1]
+    assert "4 rollouts #0–2 #4 mean reward 0.667 tokens 0–2 node at boundary 2 1 end here: #4" in rows[1]
     assert rows[1].endswith("a b")
     assert "#0 reward 1 tokens 3–4" in rows[3] and rows[3].endswith("↵")
     assert "reward none" not in rows[3]
@@ -553,11 +546,11 @@ def test_the_switch_recolours_without_reloading(quiet: Browser, page: Path) -> N
     quiet.open(page)
     quiet.run("window.here = true")
     seen = set()
-    for scheme in ("grpo", "tempo", "treerl", "leaf"):
+    for scheme in ("grpo", "tempo", "tree_td", "treerl", "leaf"):
         quiet.run(f"document.querySelector('input[value={scheme}]').click()")
         seen.add((tuple(colours(quiet)), quiet.run("document.getElementById('most').textContent")))
         assert f"scheme={scheme}" in quiet.run("location.hash")
-    assert len(seen) == 4
+    assert len(seen) == 5
     assert quiet.run("window.here") is True
 
 
@@ -611,7 +604,7 @@ def test_the_table_sorts_and_filters(quiet: Browser, page: Path) -> None:
     in_file = quiet.run(names)
     assert in_file[0] == "small" and in_file[2:] == ["p0", "p1", "p2", "p3", "p4", "p5"]
     share = "[...document.querySelectorAll('#rows tr')].map((row) => data.prompts[row.index].share)"
-    quiet.run("window.data = JSON.parse(document.getElementById('data').textContent)")
+    quiet.run(f"window.data = {json.dumps(data_of(page.read_text(encoding='utf-8')))}")
     quiet.run("document.querySelector('[data-sort=share]').click()")
     assert quiet.run(share) == sorted(quiet.run(share), reverse=True)
     assert quiet.run("document.querySelector('[data-sort=share]').parentElement.ariaSort") == "descending"
@@ -711,13 +704,36 @@ def test_in_a_sandboxed_frame(quiet: Browser, tmp_path: Path) -> None:
     quiet.frames.clear()
     quiet.open(notebook)
     (frame,) = quiet.frames
-    while quiet.run("document.readyState", frame) != "complete":
+    while quiet.run("document.readyState !== 'complete' || !!document.getElementById('unscripted')", frame):
         pass
     assert quiet.run("document.querySelectorAll('.t').length", frame) > 10
     quiet.run("document.querySelector('input[value=tempo]').click()", frame)
-    assert quiet.run("document.getElementById('note').textContent", frame).startswith("GRPO, plus")
+    assert quiet.run("document.getElementById('note').textContent", frame).startswith("GRPO plus")
     # Its own address, and so nothing of the page around it.
     assert quiet.run("window.origin", frame) == "null"
+
+
+def test_a_thousand_rollouts_of_a_prompt(quiet: Browser, tmp_path: Path) -> None:
+    """A part of the tree is drawn, the rest when it is asked for; a rollout alone whether it was drawn or not."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (1000, 100))
+    ids[:, :3] = ids[:, :3] % 2
+    ids[500:600] = ids[400]
+    rows = [completion(row, float(reward)) for row, reward in zip(ids.tolist(), torch.randint(2, (1000,)), strict=True)]
+    page = write_report(tmp_path, [{"completions": rows}])
+    assert page.stat().st_size < 2_000_000
+    quiet.open(page)
+    drawn = "document.querySelectorAll('.t').length"
+    first = quiet.run(drawn)
+    assert 10_000 < first < 30_000
+    more = "document.getElementById('more')"
+    assert re.fullmatch(r"Show more of the tree: [\d,]+ lines left", quiet.run(f"{more}.textContent"))
+    quiet.run(f"{more}.click()")
+    assert first < quiet.run(drawn) < 60_000
+    quiet.open(page, "prompt=0&rollout=998")
+    assert quiet.run("document.querySelectorAll('#pieces > li:not([hidden]) .t').length") == 100
+    quiet.run("document.getElementById('all').click()")
+    assert quiet.run(drawn) < 30_000
 
 
 def test_a_hundred_rollouts_a_prompt_stay_small_and_open_fast(quiet: Browser, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """LeafGRPOTrainer in TRL itself, on a tiny model."""
 
 import dataclasses
+import importlib.util
 import inspect
 import math
 import re
@@ -430,6 +431,45 @@ def test_two_processes_are_one(scale: str, tmp_path: Path) -> None:
     for half in halves:
         assert [half["metrics"][name] for name in own] == [whole["metrics"][name] for name in own]
         assert half["table"] == pytest.approx(whole["table"], rel=1e-6, abs=1e-6)
+    if importlib.util.find_spec("jinja2"):
+        pages = [list((tmp_path / f"{name}").glob("report-*.html")) for name in ("run", "0.pt.run", "1.pt.run")]
+        assert [len(found) for found in pages] == [1, 1, 0], "the main process writes"
+        said = ["prompts of rank 0 of 2 ranks" in found[0].read_text(encoding="utf-8") for found in pages[:2]]
+        assert said == [False, True]
+
+
+@pytest.mark.parametrize("estimator", ["leaf", "tree_td"])
+def test_reports_from_training(estimator: str, tmp_path: Path) -> None:
+    """One page when it is due, with the credit and the rewards of that batch."""
+    pytest.importorskip("jinja2")
+    from test_html import advantages_of, data_of, rollouts_of
+
+    args = config(tmp_path, max_steps=4, estimator=estimator, report_every=3, group_weight=0.25, num_boundaries=1)
+    run = trainer(Recorded, args, picky, script(tiny_trl.model(), 4))
+    run.train()
+    assert sorted(path.name for path in tmp_path.glob("report-*")) == ["report-0.html", "report-3.html"]
+    batch = run.batches[3]
+    page = (tmp_path / "report-3.html").read_text(encoding="utf-8")
+    data = data_of(page)
+    assert "<h1>Step 3</h1>" in page and data["schemes"][0]["key"] == estimator
+    assert ("tree_td needs no log-probabilities" in page) == (estimator == "tree_td")
+    lengths = batch["completion_mask"].sum(1).tolist()
+    rows = [row for prompt in data["prompts"] for row in rollouts_of(data, prompt)]
+    credit = [row for prompt in data["prompts"] for row in advantages_of(prompt, estimator)]
+    texts = [prompt["text"] for prompt in data["prompts"]]
+    assert all(texts) and set("".join(texts)) <= set("abcdefgh ")
+    for row, found, length, ids, expected in zip(
+        rows, credit, lengths, batch["completion_ids"].tolist(), batch["advantages"], strict=True
+    ):
+        assert [token for token, _ in row] == ids[:length] and all(text for _, text in row)
+        torch.testing.assert_close(torch.tensor(found), expected[:length], rtol=1e-4, atol=1e-7)
+
+
+def test_reports_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="report_every must be at least 1, got 0"):
+        trainer(LeafGRPOTrainer, config(tmp_path, report_every=0))
+    with pytest.raises(ValueError, match="report_every must be None where Flat overrides token_advantages"):
+        trainer(Flat, config(tmp_path, report_every=1))
 
 
 def test_it_is_a_mixin(tmp_path: Path) -> None:

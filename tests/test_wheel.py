@@ -91,4 +91,9 @@ print(len(modules))
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["--backend", "reference", "--limit", "2"]])
 def test_the_command_of_the_wheel(installed: Path, arguments: list[str]) -> None:
-    assert "that fire and inform" in run(installed, "-m", "leafkernels", *arguments)
+    (script,) = installed.glob("bin/leafkernels*")  # what pip makes of the entry point
+    words = [sys.executable, str(script), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONIOENCODING": "utf-8"}
+    printed = subprocess.run(words, env=environment, capture_output=True, text=True, encoding="utf-8", check=True)
+    assert printed.stdout == run(installed, "-m", "leafkernels", *arguments)
+    assert "with different rewards" in run(installed, "-m", "leafkernels", *arguments)

@@ -143,7 +143,7 @@ class Recorded(LeafGRPOTrainer):
 
 def one_step(folder: str, rows: int, scale: str, first_row: int = 0) -> Recorded:
     """A step of groups of four, one of which straddles two ranks of six rows."""
-    args = config(folder, per_device_train_batch_size=rows, max_steps=1, scale_rewards=scale)
+    args = config(folder, per_device_train_batch_size=rows, max_steps=1, scale_rewards=scale, report_every=5)
     run = trainer(Recorded, args, picky, script(model(), 4, first_row))
     run.train()
     return run

@@ -135,14 +135,22 @@ def check_mask(
     return mask if mask.dtype == torch.bool else check_integer(argument, mask) != 0
 
 
-def check_rewards(rewards: Any, name: str, row_shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The rewards as a floating-point tensor (N,); integers become float64, which holds all up to 2**53."""
+def check_rewards(
+    rewards: Any, name: str, row_shape: tuple[int, ...], device: torch.device, token_shape: tuple[int, ...] = ()
+) -> Tensor:
+    """The rewards as a floating-point tensor (N,); integers become float64, which holds all up to 2**53.
+
+    ``token_shape``, that of a tensor with one entry for each token, is what people hand over by mistake.
+    """
     check_tensor("rewards", rewards)
     if rewards.dtype.is_complex or rewards.dtype == torch.bool:
         raise TypeError(f"rewards must be floating point or integers, got {rewards.dtype}")
-    if tuple(rewards.shape) != row_shape:
+    shape = tuple(rewards.shape)
+    if shape != row_shape:
+        is_per_token = shape == token_shape or (shape[:-1] == row_shape and shape[-1] != 1)
+        hint = ": rewards for each token are not taken, a rollout has one, such as their sum" if is_per_token else ""
         raise ValueError(
-            f"rewards must have one entry for each row of {name}, shape {row_shape}, got shape {tuple(rewards.shape)}"
+            f"rewards must have one entry for each row of {name}, shape {row_shape}, got shape {shape}{hint}"
         )
     check_device("rewards", rewards, name, device)
     rewards = rewards.reshape(-1)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from leafkernels import ESTIMATORS, GradientAgreement, gradient_agreement
 from leafkernels.command.credit import pack_prompt
-from leafkernels.command.reading import Failure, Prompt, RolloutFile
+from leafkernels.command.reading import Failure, Prompt, RolloutFile, sample
 from leafkernels.command.screen import INDENT, Screen, print_line, progress
 from leafkernels.command.summary import draw_written
 from leafkernels.command.writing import check_outputs, replacing
@@ -27,11 +27,11 @@ _BASE = "grpo"
 _ROUNDING = 1e-6
 _NOTES = (
     "¹ mean over prompts of the cosine of a scheme's gradient and that of RLOO on the rollouts it has not seen, "
-    "{policy}. * the best, and those it is not told apart from: the interval of their difference holds 0.",
-    f"² 95% by bootstrap over prompts, of which it needs {FEWEST}",
-    "³ cosine of credit and truth token by token. It misleads: a gradient sums over rollouts, and what is right token "
-    "by token may be lost there. Choose by the gradient.",
-    "⁴ tokens whose credit is no multiple of GRPO's",
+    "{policy}. * the best, and those whose difference from it may be 0: its interval holds 0.",
+    f"² difference to GRPO's agreement, with a 95% interval by bootstrap over prompts ({FEWEST} or more)",
+    "³ cosine of credit and truth token by token. It misleads, because a gradient sums over rollouts. Choose by the "
+    "gradient.",
+    "⁴ share of the tokens whose credit is no multiple of GRPO's",
 )
 
 
@@ -60,7 +60,7 @@ class Comparison:
         try:
             found = gradient_agreement(
                 {name: ESTIMATORS[name] for name in names},
-                **pack_prompt(prompt, torch.device("cpu")),
+                **pack_prompt(prompt),
                 num_rollouts=self.arguments.rollouts,
                 num_splits=self.arguments.splits,
                 context=self.arguments.context,
@@ -100,6 +100,7 @@ def compare(arguments: argparse.Namespace) -> int:
     screen = Screen()
     comparison = Comparison(arguments)
     with ExitStack() as stack:
+        arguments.file = arguments.file or stack.enter_context(sample())
         source = stack.enter_context(RolloutFile(arguments.file))
         written = check_outputs({"--json": arguments.json, "--plot": arguments.plot}, [arguments.file])
         files = {path: stack.enter_context(replacing(path)) for path in written}
@@ -181,10 +182,10 @@ def _in_words(result: dict[str, Any]) -> str:
         interval = f"{best['to_grpo_low']:+.3f} to {best['to_grpo_high']:+.3f}"
         text += f", better than grpo by {best['to_grpo']:.3f} ({interval})."
     else:
-        text += ", but it is not told apart from grpo."
+        text += ", but its difference from grpo may be 0."
     level = [row["scheme"] for row in others if not row["is_beaten"] and row is not base]
     if level:
-        text += f" Not told apart from it: {', '.join(level)}."
+        text += f" May be as good: {', '.join(level)}."
     worse = [row["scheme"] for row in others if row["to_grpo_high"] < -_ROUNDING]
     if worse:
         text += f" Worse than grpo: {', '.join(worse)}."
@@ -196,7 +197,7 @@ def draw_comparison(console: Console, result: dict[str, Any]) -> None:
     rows = result["schemes"]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("scheme", no_wrap=True)
-    for name in ("gradient ¹", "less GRPO's ²", "tokens ³", "differ ⁴"):
+    for name in ("gradient ¹", "to GRPO ²", "tokens ³", "differ ⁴"):
         table.add_column(name, justify="right", no_wrap=True)
     has_order = result["measured"] >= FEWEST
     for row in rows:
@@ -230,7 +231,7 @@ def draw_comparison(console: Console, result: dict[str, Any]) -> None:
             print_line(console, part)
 
 
-# By the kind of a picture what would tell its date: two runs write the same bytes.
+# The date, by the kind of picture: without it two runs write the same bytes.
 _STABLE: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
@@ -254,7 +255,7 @@ def _plot(result: dict[str, Any], file: BinaryIO, kind: str) -> None:
     axes.axvline(0.0, color="0.6", linewidth=1)
     axes.set_yticks(range(len(rows)), [row["scheme"] for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("gradient agreement less GRPO's, 95% over prompts")
+    axes.set_xlabel("difference to GRPO's gradient agreement, 95% over prompts")
     axes.set_title(
         f"{result['rollouts']} rollouts seen, {result['measured']} prompts, context {result['context']}", fontsize=10
     )

@@ -7,16 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from leafkernels import ESTIMATORS, PRESETS, __version__
-
-CREDIT_OPTIONS = (
-    "num_boundaries",
-    "min_separation",
-    "terms",
-    "normalize",
-    "leave_one_out",
-    "multiplicity_power",
-    "backend",
-)
+from leafkernels.command.credit import BOUNDARY_OPTIONS, DEFAULT, options_of
 
 _EPILOG = """\
 ROLLOUTS holds one prompt a line, as JSON; blank lines are skipped:
@@ -25,13 +16,13 @@ ROLLOUTS holds one prompt a line, as JSON; blank lines are skipped:
     {"token_ids": [5, 9], "logprobs": [-0.1, null], "reward": 1.0,
      "tokens": ["7", "<end>"]}, ...]}
 
-prompt_id, prompt and tokens are for display and may be missing; other fields
-are kept. completions must not be empty; token_ids may be. A position whose
-logprob is null is never a boundary. A rollout whose reward is null is left out
-of every mean and gets 0.
+leafkernels.save_rollouts writes it from tensors. prompt_id, prompt and tokens
+are for display and may be missing; other fields are kept. completions must not
+be empty; token_ids may be. A position whose logprob is null is never a
+boundary. A rollout whose reward is null is left out of every mean and gets 0.
 
-python -m leafkernels compare ROLLOUTS measures which credit scheme fits a file of
-many rollouts a prompt (compare --help).
+python -m leafkernels compare [ROLLOUTS] measures which credit scheme fits a file
+of many rollouts a prompt (compare --help).
 
 Exit codes: 0; 2 for a wrong option or file; 130, 143 or 129 after Ctrl-C,
 SIGTERM or SIGHUP; 141 where the reader of the output went away (with --out
@@ -66,22 +57,37 @@ def _finite(text: str) -> float:
     return value
 
 
+def _lines(text: str) -> float:
+    return math.inf if text == "all" else _integer(1)(text)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options as typed, over those of the preset, over the defaults."""
-    parser = build_parser()
+    """The options as typed, over those of the preset. ``options``: those of the estimator that were given."""
+    parser, credit = _build_parser()
     arguments = parser.parse_args(argv)
     if arguments.preset is not None:
-        chosen = {name: value for name, value in PRESETS[arguments.preset].items() if name in CREDIT_OPTIONS}
-        parser.set_defaults(**chosen)
+        parser.set_defaults(**{name: value for name, value in PRESETS[arguments.preset].items() if name in credit})
         arguments = parser.parse_args(argv)
+    arguments.options = {name: getattr(arguments, name) for name in credit if getattr(arguments, name) is not None}
+    taken = options_of(arguments.estimator)
+    # The report has the tree of boundaries whoever is chosen.
+    also = BOUNDARY_OPTIONS if arguments.html is not None else ()
+    for name in arguments.options:
+        if name not in taken and name not in also:
+            known = ", ".join(_flag(option) for option in taken if option in credit) or "none"
+            parser.error(f"{_flag(name)} is not an option of --estimator {arguments.estimator} (its options: {known})")
     return arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options; those of the credit have the names that ``leafkernels.span_advantages`` gives them."""
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the names of the options of schemes, which are None where they are not given."""
     parser = argparse.ArgumentParser(
         prog="python -m leafkernels",
-        description="Compute LEAF span advantages for the rollouts in a file and show the prefix trees they form.",
+        description="Compute advantages for the rollouts in a file and show the prefix trees they form.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -93,46 +99,24 @@ def build_parser() -> argparse.ArgumentParser:
     files.add_argument("--out", type=Path, metavar="FILE", help="write the lines with 'advantages' in every completion")
     files.add_argument("--limit", type=_integer(1), metavar="N", help="stop after N prompts")
     files.add_argument("--show", type=_integer(0), default=3, metavar="N", help="print N trees at most (default: 3)")
+    files.add_argument(
+        "--lines",
+        type=_lines,
+        metavar="N",
+        help="lines of a tree at most, or 'all' (default: the terminal's height, else 60)",
+    )
     files.add_argument("--html", type=Path, metavar="FILE", help="write a report that any browser opens, in one file")
     files.add_argument(
         "--html-prompts", type=_integer(1), default=50, metavar="N", help="trees in the report at most (default: 50)"
     )
-    credit = parser.add_argument_group("credit")
-    credit.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        help="leaf-paper: boundaries, terms and power of the LEAF paper, which samples 8 rollouts of a prompt; options "
-        "given beside it win",
+    files.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="show ids without tokens as text: a tokenizer on the Hugging Face Hub, or its folder",
     )
+    credit = parser.add_argument_group("credit", "Each scheme takes those of the options that are its own.")
     credit.add_argument(
-        "--num-boundaries", type=_integer(0), default=2, metavar="B", help="boundaries of a prompt at most (default: 2)"
-    )
-    credit.add_argument(
-        "--min-separation",
-        type=_integer(1),
-        metavar="D",
-        help="least distance of two boundaries (default: max(2, shortest rollout // (B + 1)))",
-    )
-    credit.add_argument(
-        "--terms",
-        choices=("both", "global", "local"),
-        default="both",
-        help="credit against the group, against the parent node, or both (default: both)",
-    )
-    credit.add_argument(
-        "--normalize",
-        choices=("span", "reward_std", "none"),
-        default="span",
-        help="z-scores over a prompt's spans, division by the deviation of its rewards, or none (default: span); "
-        "the library's 'batch' needs all prompts at once and is not offered, because the file is read one by one",
-    )
-    credit.add_argument("--leave-one-out", action="store_true", help="the unbiased variant of both terms")
-    credit.add_argument(
-        "--multiplicity-power",
-        type=_finite,
-        default=0.5,
-        metavar="X",
-        help="scale spans that n rollouts share by n ** -X (default: 0.5)",
+        "--estimator", choices=tuple(ESTIMATORS), default=DEFAULT, help=f"the credit scheme (default: {DEFAULT})"
     )
     credit.add_argument(
         "--backend",
@@ -140,12 +124,61 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto and torch: PyTorch on the CPU; triton: the GPU; reference: plain Python (default: auto)",
     )
-    return parser
+    credit.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="leaf-paper: boundaries, terms and power of the LEAF paper, which samples 8 rollouts of a prompt; options "
+        "given beside it win",
+    )
+    added = [
+        credit.add_argument(
+            "--num-boundaries", type=_integer(0), metavar="B", help="boundaries of a prompt at most (default: 2)"
+        ),
+        credit.add_argument(
+            "--min-separation",
+            type=_integer(1),
+            metavar="D",
+            help="least distance of two boundaries (default: max(2, shortest rollout // (B + 1)))",
+        ),
+        credit.add_argument(
+            "--terms",
+            choices=("both", "global", "local"),
+            help="leaf: credit against the group, against the parent node, or both (default: both)",
+        ),
+        credit.add_argument(
+            "--normalize",
+            choices=("span", "reward_std", "none"),
+            help="leaf: z-scores over a prompt's spans, division by the deviation of its rewards, or none (default: "
+            "span); tree_td: reward_std or none (default: none). The library's 'batch' needs all prompts at once and "
+            "is not offered, because the file is read one by one",
+        ),
+        credit.add_argument(
+            "--leave-one-out", action="store_true", default=None, help="leaf: the unbiased variant of both terms"
+        ),
+        credit.add_argument(
+            "--multiplicity-power",
+            type=_finite,
+            metavar="X",
+            help="leaf: scale spans that n rollouts share by n ** -X (default: 0.5)",
+        ),
+        credit.add_argument(
+            "--shrinkage",
+            type=float,
+            metavar="X",
+            help="tree_td: how many rollouts the parent's value counts for at a node (default: 0)",
+        ),
+        credit.add_argument(
+            "--group-weight",
+            type=_finite,
+            metavar="X",
+            help="tree_td: weight of the reward less the group's mean (default: 0.5)",
+        ),
+    ]
+    return parser, [action.dest for action in added]
 
 
-# What is compared where nobody says: rloo and dr_grpo differ from grpo by a factor for each prompt, which no cosine
-# sees.
-_COMPARED = ("grpo", "leaf", "tempo", "tree_td", "treerl")
+# Left out where nobody asks for them: they differ from grpo by a factor for each prompt, which no cosine sees.
+_AS_GRPO = ("dr_grpo", "rloo")
 
 _COMPARE = """\
 Each scheme sees a few of a prompt's rollouts, and its policy gradient is held
@@ -170,7 +203,9 @@ def parse_compare(argv: Sequence[str]) -> argparse.Namespace:
         epilog=_COMPARE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", type=Path, metavar="ROLLOUTS", help=".jsonl or .jsonl.gz, one prompt a line")
+    parser.add_argument(
+        "file", nargs="?", type=Path, metavar="ROLLOUTS", help=".jsonl or .jsonl.gz, one prompt a line (none: sample)"
+    )
     parser.add_argument(
         "--rollouts",
         type=_integer(2),
@@ -195,9 +230,9 @@ def parse_compare(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--schemes",
         type=_schemes,
-        default=list(_COMPARED),
+        default=[name for name in ESTIMATORS if name not in _AS_GRPO],
         metavar="NAMES",
-        help=f"names with commas between, of {', '.join(ESTIMATORS)} (default: {','.join(_COMPARED)})",
+        help=f"names with commas between, of {', '.join(ESTIMATORS)} (default: all but {', '.join(_AS_GRPO)})",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw differences and intervals (needs matplotlib)")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leafkernels.command.credit import Credit, scored
-from leafkernels.command.pieces import Piece
+from leafkernels.command.credit import Credit, mean, scored
 from leafkernels.command.reading import Prompt
+from leafkernels.command.tree import Piece
 
 _BINS = 60
 _LEAST_SHARE = 0.01
@@ -23,7 +23,7 @@ class Profile:
 
     def __init__(self, schemes: Sequence[str]) -> None:
         self._alive = torch.zeros(0, dtype=torch.float64)
-        self._together = torch.zeros(0, dtype=torch.float64)
+        self._shared = torch.zeros(0, dtype=torch.float64)
         self._holes = torch.zeros(0, dtype=torch.float64)
         self._boundaries = torch.zeros(0, dtype=torch.float64)
         self._credit = {name: torch.zeros(0, dtype=torch.float64) for name in schemes}
@@ -35,16 +35,15 @@ class Profile:
         credit: Credit,
         pieces: Sequence[Piece],
         advantages: Mapping[str, Sequence[Tensor]],
-        is_trained: Sequence[Sequence[bool]] | None = None,
     ) -> None:
-        """Count one prompt; ``is_trained``: for each rollout, whether each token counts (None: all do)."""
+        """Count one prompt."""
         self._grow(max(map(len, prompt.token_ids)) + 1)
         is_scored = [not math.isnan(reward) for reward in prompt.rewards]
         for piece in pieces:
             count = sum(is_scored[row] for row in piece.rows)
             self._alive[piece.start : piece.end] += count
-            self._together[piece.start : piece.end] += count if count > 1 else 0
-        for row, counts in enumerate(is_trained or ()):
+            self._shared[piece.start : piece.end] += count if count > 1 else 0
+        for row, counts in enumerate(prompt.is_trained or ()):
             if is_scored[row]:
                 self._holes[: len(counts)] += ~torch.tensor(counts, dtype=torch.bool)
         for position in credit.boundaries:
@@ -60,24 +59,20 @@ class Profile:
         if missing > 0:
             zeros = torch.zeros(missing, dtype=torch.float64)
             self._alive = torch.cat([self._alive, zeros])
-            self._together = torch.cat([self._together, zeros])
+            self._shared = torch.cat([self._shared, zeros])
             self._holes = torch.cat([self._holes, zeros])
             self._boundaries = torch.cat([self._boundaries, zeros])
             self._credit = {name: torch.cat([sums, zeros]) for name, sums in self._credit.items()}
 
     def _count_means(self, rewards: Sequence[float], credit: Credit) -> None:
         """Note the mean reward of the group, of every node, and of every rollout, once for each rollout in it."""
-        known = scored(list(rewards))
+        known = scored(rewards)
         if not known:
             return
-        self._means[0, _mean(known)] += len(known)
+        self._means[0, _rounded(mean(known))] += len(known)
         for k in range(min(len(credit.boundaries), _DEPTHS)):
-            nodes: dict[int, list[float]] = {}
-            for node, reward in zip((row[k] for row in credit.nodes), rewards, strict=True):
-                if node >= 0:
-                    nodes.setdefault(node, []).append(reward)
-            for members in nodes.values():
-                self._means[k + 1, _mean(members)] += len(members)
+            for members in credit.members(k, rewards):
+                self._means[k + 1, _rounded(mean(members))] += len(members)
         for reward in known:
             self._means[-1, _rounded(reward)] += 1
 
@@ -95,12 +90,12 @@ class Profile:
             of_bins = _binned(trained[:length], width).clamp_min(1)
             relative = _binned(sums[:length], width) / of_bins / (overall if overall > 0 else 1)
             credit[name] = _short(relative)
-        together = _binned(self._together[:length], width) / alive
+        shared = _binned(self._shared[:length], width) / alive
         return {
             "width": width,
             "length": length,
             "alive": _short(alive / width),
-            "together": _short(together),
+            "shared": _short(shared),
             "boundaries": [int(count) for count in boundaries],
             "credit": credit,
             "depths": self._depths(),
@@ -109,19 +104,19 @@ class Profile:
     def _depths(self) -> dict[str, Any]:
         if not self._means:
             return {"low": 0, "high": 1, "rows": []}
-        low = min(mean for _, mean in self._means)
-        high = max(mean for _, mean in self._means)
+        low = min(value for _, value in self._means)
+        high = max(value for _, value in self._means)
         rows = []
         for depth in sorted({depth for depth, _ in self._means}, key=lambda depth: (depth < 0, depth)):
             bins = [0] * _REWARD_BINS
             total = sum(count for (other, _), count in self._means.items() if other == depth)
             average = 0.0
-            for (other, mean), count in self._means.items():
+            for (other, value), count in self._means.items():
                 if other == depth:
                     # Halves, because the difference of the largest numbers would be infinite.
-                    share = (mean / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
+                    share = (value / 2 - low / 2) / (high / 2 - low / 2) if high > low else 0.5
                     bins[min(int(share * _REWARD_BINS), _REWARD_BINS - 1)] += count
-                    average += mean * (count / total)
+                    average += value * (count / total)
             rows.append({"depth": depth, "rollouts": total, "mean": _rounded(average), "bins": bins})
         return {"low": low, "high": high, "rows": rows}
 
@@ -133,11 +128,6 @@ def _binned(sums: Tensor, width: int) -> Tensor:
 
 def _short(values: Tensor) -> list[float]:
     return [_rounded(value) for value in values.tolist()]
-
-
-def _mean(rewards: Sequence[float]) -> float:
-    # Divided first: the sum may be too large for a float.
-    return _rounded(math.fsum(reward / len(rewards) for reward in rewards))
 
 
 def _rounded(value: float) -> float:

@@ -1,12 +1,14 @@
 """Rollouts from a file of JSON lines, one prompt at a time, so that the file may be larger than memory."""
 
 import gzip
+import importlib.resources
 import json
 import math
 import os
 import stat
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +21,10 @@ class Failure(Exception):
 
 @dataclass
 class Prompt:
-    """One line of the file, checked, with null read as NaN. ``record`` is the line as it came, to be written again."""
+    """One line of the file, checked, with null read as NaN. ``record`` is the line as it came, to be written again.
+
+    ``is_trained``: for each rollout, whether each token counts; None: all do.
+    """
 
     where: str
     record: dict[str, Any]
@@ -29,8 +34,25 @@ class Prompt:
     logprobs: list[list[float]]
     rewards: list[float]
     tokens: list[list[str] | None]
+    is_trained: list[list[bool]] | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each rollout."""
+        return [len(row) for row in self.token_ids]
 
 
+@contextmanager
+def sample() -> Iterator[Path]:
+    """The rollouts that come with the package."""
+    resource = importlib.resources.files("leafkernels.data").joinpath(_SAMPLE)
+    if not resource.is_file():
+        raise Failure(f"the sample {_SAMPLE} is missing from this installation: name a file of rollouts")
+    with importlib.resources.as_file(resource) as path:
+        yield path
+
+
+_SAMPLE = "sample_rollouts.jsonl.gz"
 # By their first bytes, how else files are packed.
 _PACKED = {
     b"\xfd7zXZ": ("xz", "unxz"),
@@ -48,7 +70,7 @@ class RolloutFile:
         self.path = path
         try:
             self._raw = open(path, "rb")  # noqa: SIM115 - closed by __exit__
-            # The name of a link may tell nothing.
+            # A link may have any name.
             begin = self._raw.peek(5)[:5]
         except OSError as error:
             raise Failure(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error

@@ -32,7 +32,7 @@ def open_streams() -> None:
 
 
 def complain(sentence: str) -> None:
-    """Tell the person at the terminal what went wrong, where it can be told."""
+    """Print what went wrong on standard error, if that can be written."""
     with suppress(OSError):
         print(f"leafkernels: {sentence}", file=sys.stderr)
 
@@ -75,8 +75,8 @@ def print_line(console: Console, line: Text) -> None:
 
 @contextmanager
 def progress(source: RolloutFile, first: int) -> Iterator[Callable[[int], None]]:
-    """A function that is told how many prompts are done; from ``first`` on it draws a bar on standard error, on a
-    terminal only."""
+    """A function to call with the number of prompts done; from ``first`` on it draws a bar on a terminal's standard
+    error."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,57 +1,58 @@
-"""Show and write the span advantages of the rollouts in a file."""
+"""Show and write the advantages of the rollouts in a file."""
 
 import argparse
-import importlib.resources
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from leafkernels.command.credit import check_backend, credit_prompt
+from leafkernels.command.credit import check_scheme, credit_prompt
 from leafkernels.command.display import draw_prompt
-from leafkernels.command.html import Report, schemes_of_prompt
-from leafkernels.command.options import CREDIT_OPTIONS
-from leafkernels.command.reading import Failure, RolloutFile
+from leafkernels.command.html import Report, advantages_of_prompt
+from leafkernels.command.reading import Failure, RolloutFile, sample
 from leafkernels.command.screen import Screen, progress
 from leafkernels.command.summary import Statistics, draw_summary, draw_written
-from leafkernels.command.writing import Writer, check_outputs, replacing
-
-_SAMPLE = "sample_rollouts.jsonl.gz"
+from leafkernels.command.tokens import NamedTexts
+from leafkernels.command.writing import check_outputs, line_of, replacing, writing
 
 
 def show(arguments: argparse.Namespace) -> int:
     """Do what the options say and return the exit code."""
-    options = {name: getattr(arguments, name) for name in CREDIT_OPTIONS}
-    device = check_backend(arguments.backend)
+    name, options, backend = arguments.estimator, arguments.options, arguments.backend
+    device = check_scheme(name, options, backend)
+    texts = None if arguments.tokenizer is None else NamedTexts(arguments.tokenizer)
     screen = Screen()
     statistics = Statistics()
     with ExitStack() as stack:
-        path = arguments.rollouts or stack.enter_context(_sample())
+        path = arguments.rollouts or stack.enter_context(sample())
         # The writer leaves first and replaces its file only when all is read, so --out may name the input.
         source = stack.enter_context(RolloutFile(path))
         check_outputs({"--html": arguments.html}, [path])
         check_outputs({"--out": arguments.out, "--html": arguments.html}, [])
-        writer = None
+        out = None
         if arguments.out is not None:
             _check_out(path, arguments.out, arguments.limit)
-            writer = stack.enter_context(Writer(arguments.out))
+            out = stack.enter_context(writing(arguments.out))
         report = None
         if arguments.html is not None:
             report = _report(path, arguments)
             page = stack.enter_context(replacing(arguments.html))
         tick = stack.enter_context(progress(source, arguments.show))
         for prompt in islice(source, None if arguments.limit is None else min(arguments.limit, sys.maxsize)):
-            credit = credit_prompt(prompt, options, device)
+            if texts is not None:
+                texts.fill(prompt)
+            credit = credit_prompt(prompt, options, device, name, backend)
             if statistics.prompts < arguments.show:
-                screen.show(partial(draw_prompt, prompt=prompt, credit=credit))
+                screen.show(partial(draw_prompt, prompt=prompt, credit=credit, most=arguments.lines))
             statistics.add(prompt, credit)
             if report is not None:
-                report.add(prompt, credit, schemes_of_prompt(prompt, credit, options))
-            if writer is not None:
-                writer.write(prompt, credit.advantages([len(row) for row in prompt.token_ids]))
+                report.add(prompt, credit, advantages_of_prompt(prompt, credit, report.schemes, name, options))
+            if out is not None:
+                for completion, values in zip(prompt.record["completions"], credit.advantages, strict=True):
+                    completion["advantages"] = values
+                out.write(line_of(prompt.record))
             elif screen.is_closed and report is None:
                 break
             tick(statistics.prompts)
@@ -59,7 +60,7 @@ def show(arguments: argparse.Namespace) -> int:
             raise Failure(f"{path} is empty: there is no prompt in it")
         if report is not None:
             report.write(page)
-    screen.show(partial(draw_summary, statistics=statistics, out=arguments.out))
+    screen.show(partial(draw_summary, statistics=statistics, out=arguments.out, has_spans=credit.has_spans))
     if arguments.html is not None:
         screen.show(partial(draw_written, path=arguments.html))
     written = [str(path) for path in (arguments.out, arguments.html) if path is not None]
@@ -70,23 +71,11 @@ def show(arguments: argparse.Namespace) -> int:
 
 def _report(path: Path, arguments: argparse.Namespace) -> Report:
     """An empty report; raises where it could not be made."""
-    options = {name: getattr(arguments, name) for name in CREDIT_OPTIONS if name != "backend"}
-    shown = {name: value for name, value in options.items() if value is not None and value is not False}
     preset = {} if arguments.preset is None else {"preset": arguments.preset}
     try:
-        return Report(path.name, {**preset, **shown}, arguments.html_prompts)
+        return Report(path.name, {**preset, **arguments.options}, arguments.html_prompts, arguments.estimator)
     except ImportError as error:
         raise Failure(str(error)) from error
-
-
-@contextmanager
-def _sample() -> Iterator[Path]:
-    """The rollouts that come with the package."""
-    resource = importlib.resources.files("leafkernels.data").joinpath(_SAMPLE)
-    if not resource.is_file():
-        raise Failure(f"the sample {_SAMPLE} is missing from this installation: name a file of rollouts")
-    with importlib.resources.as_file(resource) as path:
-        yield path
 
 
 def _check_out(path: Path, out: Path, limit: int | None) -> None:

@@ -1,7 +1,6 @@
 """What is counted over all prompts, and the table that shows it."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from leafkernels.command.text import visible
 
 _NOTES = (
     "¹ tokens before the last boundary at which their rollout shares its prefix with another; the tokens after it "
-    "are credited with the rollout's own reward, as in GRPO. Rollouts without a reward do not count here.",
+    "get the credit of the rollout's own reward, as in GRPO. Rollouts without a reward do not count here.",
     "² two or more rollouts share the prefix up to the boundary",
     "³ and the rewards differ within one of the groups that share it",
 )
@@ -35,34 +34,34 @@ class Statistics:
     scored_tokens: int = 0
     shared_tokens: int = 0
     boundaries: int = 0
-    firing: int = 0
-    informing: int = 0
+    shared: int = 0
+    mixed: int = 0
 
-    def add(self, prompt: Prompt, credit: Credit, is_trained: Sequence[Sequence[bool]] | None = None) -> None:
-        """Count one prompt; ``is_trained``: for each rollout, whether each token counts (None: all do)."""
+    def add(self, prompt: Prompt, credit: Credit) -> None:
+        """Count one prompt."""
         self.prompts += 1
         self.equal_prompts += no_signal(prompt.rewards)
         self.rollouts += len(prompt.rewards)
         self.repeated += len(prompt.rewards) - len({tuple(row) for row in prompt.token_ids})
         self.unscorable += len(prompt.rewards) - len(scored(prompt.rewards))
         self.empty += sum(not row for row in prompt.token_ids)
-        for number, row in enumerate(prompt.token_ids):
-            depth, counts = credit.depths[number], [True] * len(row) if is_trained is None else is_trained[number]
-            self.tokens += len(row)
-            self.scored_tokens += 0 if math.isnan(prompt.rewards[number]) else sum(counts)
-            self.shared_tokens += sum(counts[: credit.ends[number][depth - 1]]) if depth else 0
+        for row, length in enumerate(prompt.lengths):
+            counts = [True] * length if prompt.is_trained is None else prompt.is_trained[row]
+            self.tokens += length
+            self.scored_tokens += 0 if math.isnan(prompt.rewards[row]) else sum(counts)
+            self.shared_tokens += sum(counts[: credit.shared_length(row)])
         self.boundaries += len(credit.boundaries)
-        for k in range(len(credit.boundaries)):
-            rewards_of_nodes: dict[int, list[float]] = {}
-            for node, reward in zip((row[k] for row in credit.nodes), prompt.rewards, strict=True):
-                if node >= 0:
-                    rewards_of_nodes.setdefault(node, []).append(reward)
-            self.firing += bool(rewards_of_nodes)
-            self.informing += not all(map(no_signal, rewards_of_nodes.values()))
+        for boundary in range(len(credit.boundaries)):
+            nodes = credit.members(boundary, prompt.rewards)
+            self.shared += bool(nodes)
+            self.mixed += not all(map(no_signal, nodes))
 
 
-def draw_summary(console: Console, statistics: Statistics, out: Path | None) -> None:
-    """The counts and what they mean; counts of what is out of the ordinary are shown only where there is any."""
+def draw_summary(console: Console, statistics: Statistics, out: Path | None, has_spans: bool) -> None:
+    """The counts and what they mean; counts of what is out of the ordinary are shown only where there is any.
+
+    Without ``has_spans`` nothing is said of boundaries.
+    """
     counts = statistics
     rows = [
         ("prompts", counts.prompts, None),
@@ -72,11 +71,14 @@ def draw_summary(console: Console, statistics: Statistics, out: Path | None) -> 
         *([("  without a reward, left out", counts.unscorable, counts.rollouts)] if counts.unscorable else []),
         *([("  without a token", counts.empty, counts.rollouts)] if counts.empty else []),
         ("tokens", counts.tokens, None),
-        ("  with span credit ¹", counts.shared_tokens, counts.scored_tokens),
-        ("boundaries selected", counts.boundaries, None),
-        ("  that fire ²", counts.firing, counts.boundaries),
-        ("  that fire and inform ³", counts.informing, counts.boundaries),
     ]
+    if has_spans:
+        rows += [
+            ("  with span credit ¹", counts.shared_tokens, counts.scored_tokens),
+            ("boundaries selected", counts.boundaries, None),
+            ("  with a shared prefix ²", counts.shared, counts.boundaries),
+            ("  with different rewards ³", counts.mixed, counts.boundaries),
+        ]
     name_width = max(len(name) for name, _, _ in rows)
     count_width = max(len(f"{count:,}") for _, count, _ in rows)
     console.rule(Text("summary", style="bold"), align="left", style="dim")
@@ -85,8 +87,9 @@ def draw_summary(console: Console, statistics: Statistics, out: Path | None) -> 
         if whole:
             line.append(f"  {count / whole:>6.1%}")
         print_line(console, line)
-    console.print()
-    for note in _NOTES:
+    if has_spans:
+        console.print()
+    for note in _NOTES if has_spans else ():
         for line in Text(note, style="dim").wrap(console, max(20, console.width - len(INDENT))):
             print_line(console, line)
     if out is not None:

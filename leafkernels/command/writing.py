@@ -11,26 +11,26 @@ import sys
 import tempfile
 import threading
 import unicodedata
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, TextIO, cast
 
-from leafkernels.command.reading import Failure, Prompt
+from leafkernels.command.reading import Failure
 
 # What ends a process from outside and lets it clean up; Windows has no hang-up.
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 # What a name ends in that says it is packed, and is not written here.
-_PACKED = (".xz", ".zst", ".bz2", ".lz4", ".zip")
+PACKED = (".xz", ".zst", ".bz2", ".lz4", ".zip")
 
 
 def check_outputs(outputs: Mapping[str, Path | None], kept: Sequence[Path]) -> list[Path]:
-    """The files to be written, by their options; raises a Failure where two of them are one file, under whatever name,
-    or one is among those that must be ``kept``."""
+    """The files to write; a Failure where two options name one file, under whatever name, or one is to be ``kept``."""
     given = {option: path for option, path in outputs.items() if path is not None}
     for option, path in given.items():
         for other in kept:
@@ -130,39 +130,52 @@ def _exit_at_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-class Writer:
-    """Writes rollouts into what replaces ``path`` when the block ends without an exception."""
+@contextmanager
+def writing(path: Path, append: bool = False) -> Iterator[BinaryIO]:
+    """A file for lines of JSON that takes the place of ``path`` as ``replacing`` does, packed where it ends in .gz.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "Writer":
-        if os.path.realpath(self._path).lower().endswith(_PACKED):
-            raise Failure(f"--out must be plain or end in .gz (.jsonl, .jsonl.gz), got {self._path}")
-        self._file = self._stack.enter_context(replacing(self._path))
-        # By the name of what is written, which a link may not tell.
-        if os.path.realpath(self._path).endswith(".gz"):
-            # Without name and time the same rollouts always give the same bytes.
-            packed = gzip.GzipFile(filename="", mode="wb", fileobj=self._file, compresslevel=6, mtime=0)
-            self._file = cast(BinaryIO, self._stack.enter_context(packed))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def write(self, prompt: Prompt, advantages: list[list[float]]) -> None:
-        """Write the prompt's line as it came, with ``advantages`` added to (or replaced in) every completion."""
-        for completion, values in zip(prompt.record["completions"], advantages, strict=True):
-            completion["advantages"] = values
-        # ASCII with escapes can hold every string, also the lone surrogates that tokens cut within a character have.
-        self._file.write(_json(prompt.record).encode("ascii") + b"\n")
+    ``append``: after the lines that are there.
+    """
+    # By the name of the target, not of a link to it.
+    name = os.path.realpath(path)
+    if name.lower().endswith(PACKED):
+        raise Failure(f"--out must be plain or end in .gz (.jsonl, .jsonl.gz), got {path}")
+    is_gzip = name.endswith(".gz")
+    with replacing(path) as file:
+        if append and os.path.exists(name):
+            with open(name, "rb") as old:
+                is_gzip = old.read(2) == b"\x1f\x8b"
+                old.seek(0)
+                shutil.copyfileobj(old, file)
+            if not _ends_a_line(name, is_gzip):
+                file.write(gzip.compress(b"\n", mtime=0) if is_gzip else b"\n")
+        if not is_gzip:
+            yield file
+            return
+        # Without name and time the same rollouts always give the same bytes.
+        with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as packed:
+            yield cast(BinaryIO, packed)
 
 
-def _json(record: dict[str, Any]) -> str:
+def _ends_a_line(name: str, is_gzip: bool) -> bool:
+    last = b"\n"
     try:
-        return json.dumps(record, separators=(",", ":"), allow_nan=False)
+        with gzip.open(name) if is_gzip else open(name, "rb") as old:
+            while part := old.read(1 << 20):
+                last = part
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Failure(f"{name}: the gzip data are damaged or end too early") from error
+    return last.endswith(b"\n")
+
+
+def line_of(record: dict[str, Any]) -> bytes:
+    """A line of the file. ASCII with escapes holds every string, also the lone surrogates of tokens cut in a character.
+
+    A number such as 1e400, which JSON can hold and a float cannot, becomes null, because Infinity is not JSON.
+    """
+    try:
+        text = json.dumps(record, separators=(",", ":"), allow_nan=False)
     except ValueError:
-        # A number such as 1e400, which JSON can hold and a float cannot: null, because Infinity is not JSON.
         finite = json.loads(json.dumps(record), parse_constant=lambda name: None)
-        return json.dumps(finite, separators=(",", ":"))
+        text = json.dumps(finite, separators=(",", ":"))
+    return text.encode("ascii") + b"\n"

@@ -29,6 +29,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
     ) from error
 
 from leafkernels.integrations._trl_options import TokenCredit, check_options
+from leafkernels.integrations._trl_report import check_report, write_report
 
 _logger = logging.getLogger(__name__)
 
@@ -90,6 +91,10 @@ class LeafGRPOConfig(trl.GRPOConfig):
         default=0.0, metadata={"help": "tree_td: how many rollouts' worth the parent's value counts at a node."}
     )
     group_weight: float = field(default=0.5, metadata={"help": "tree_td: weight of the reward less the group's mean."})
+    report_every: int | None = field(
+        default=None,
+        metadata={"help": "Write leafkernels.report of a batch into output_dir every so many steps. None: never."},
+    )
     preset: str | None = field(
         default=None,
         metadata={
@@ -153,6 +158,7 @@ class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
                 args.estimator,
             )
         self._gathered: GatheredGroups | None = None
+        check_report(self, type(self).token_advantages is LeafGRPOTrainer.token_advantages)
         # Wrong options are told now, not after the first batch has been sampled.
         one = torch.zeros(1, 1)
         ESTIMATORS[args.estimator](one, one.long(), one[0], **self._options())
@@ -241,11 +247,15 @@ class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
         rows = token_ids.shape[0]
         first = self.accelerator.process_index * rows
         rewards = self._row_rewards(group_size)[first : first + rows]
+        call = {"logprobs": logprobs, "token_ids": token_ids, "rewards": rewards, "response_mask": mask}
+        call["group_size"] = group_size
         if self.accelerator.num_processes == 1:
             advantages = self.token_advantages(logprobs, token_ids, rewards, mask, group_size)
         else:
-            self._gathered = gather_groups(logprobs, token_ids, rewards, response_mask=mask, group_size=group_size)
-            advantages = self._gathered.local(self._packed_advantages(self._gathered.inputs))
+            self._gathered = gather_groups(**call)
+            call = self._gathered.inputs
+            advantages = self._gathered.local(self._packed_advantages(call))
+        write_report(self, call, batch, _takes(self.args.estimator, "num_boundaries"), self._options())
         self._replace_logged(self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)))
         batch["advantages"] = advantages.contiguous()
         return batch

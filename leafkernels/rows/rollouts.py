@@ -67,7 +67,7 @@ def read_rollouts(
     check_like("logprobs", logprobs, "token_ids", token_ids.shape, token_ids.device)
     backend = resolve_backend(backend, token_ids.device)
     rows = find_rows("token_ids", token_ids, response_mask, groups, group_size, cu_seqlens, backend)
-    rewards = check_rewards(rewards, "token_ids", rows.row_shape, token_ids.device)
+    rewards = check_rewards(rewards, "token_ids", rows.row_shape, token_ids.device, tuple(token_ids.shape))
     rows = rows._replace(layout=rows.layout.without(rewards.isnan()))
     where = {"response_mask": response_mask, "groups": groups, "group_size": group_size, "cu_seqlens": cu_seqlens}
     return Rollouts(logprobs, token_ids, rewards, rows, backend, where)

@@ -1,10 +1,12 @@
 "use strict";
 // The page's own script. Text of tokens and prompts goes into the document as text only, never as markup.
-(() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+(async () => {
   const byId = (id) => document.getElementById(id);
-  byId("unscripted").remove();
-  const LEVELS = 8, DEEPEST = 14, MOST_CHIPS = 6;
+  const packed = Uint8Array.from(atob(byId("data").textContent), (char) => char.charCodeAt(0));
+  const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const data = await new Response(unpacked).json();
+  // What is drawn at once: a browser takes seconds for the tokens of a thousand rollouts.
+  const LEVELS = 8, DEEPEST = 14, MOST_CHIPS = 6, MOST_LINES = 400, MOST_TOKENS = 20000;
   const state = { prompt: -1, scheme: data.schemes[0].key, row: null, theme: "auto", sort: null, falls: false };
 
   function make(tag, className, text) {
@@ -28,60 +30,30 @@
   const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)}%`;
   const many = (count, word) => `${count.toLocaleString("en")} ${word}${count === 1 ? "" : "s"}`;
 
-  // ---- packed numbers: base 44, least digit first, the alphabet's second half before another digit
-  const digits = new Uint8Array(128);
-  const base = data.alphabet.length / 2;
-  for (let i = 0; i < data.alphabet.length; i++) digits[data.alphabet.charCodeAt(i)] = i;
-
-  function unpack(text) {
-    const numbers = [];
-    let value = 0, scale = 1;
-    for (let i = 0; i < text.length; i++) {
-      const digit = digits[text.charCodeAt(i)];
-      if (digit >= base) {
-        value += (digit - base) * scale;
-        scale *= base;
-      } else {
-        numbers.push(value + digit * scale);
-        value = 0;
-        scale = 1;
-      }
-    }
-    return numbers;
-  }
-
-  function surprisal(code) {
-    if (code === 0) return null;
-    if (code === 1) return Infinity;
-    return (code % 2 === 0 ? (code - 2) / 2 : -(code - 1) / 2) / 1000;
-  }
-
   // ---- a prompt's tree
   function readTree(prompt) {
-    const parents = unpack(prompt.parents), lengths = unpack(prompt.lengths), isNode = unpack(prompt.isNode);
     const pieces = [];
     let offset = 0;
-    parents.forEach((parentPlusOne, i) => {
-      const parent = pieces[parentPlusOne - 1] || null;
+    prompt.parents.forEach((above, i) => {
+      const parent = pieces[above] || null;
       const start = parent ? parent.end : 0;
       const piece = {
-        number: i, parent, start, end: start + lengths[i], offset, isNode: isNode[i] === 1,
-        depth: parent ? parent.depth + 1 : -1, rows: [], ending: [], hasChildren: false, isClosed: false, cached: new Map(),
+        number: i, parent, start, end: start + prompt.lengths[i], offset, isNode: prompt.isNode[i],
+        depth: parent ? parent.depth + 1 : -1, rows: [], ending: [], hasChildren: false, isClosed: false, isDrawn: false,
+        cells: [], item: make("li"), cached: new Map(),
       };
       if (parent) parent.hasChildren = true;
-      offset += lengths[i];
+      offset += prompt.lengths[i];
       pieces.push(piece);
     });
-    unpack(prompt.at).forEach((at, row) => {
+    prompt.at.forEach((at, row) => {
       pieces[at].ending.push(row);
       for (let piece = pieces[at]; piece; piece = piece.parent) piece.rows.push(row);
     });
-    const credit = {};
     const largest = {};
     for (const { key } of data.schemes) {
-      credit[key] = unpack(prompt.credit[key]);
       largest[key] = 0;
-      credit[key].forEach((index, row) => {
+      prompt.credit[key].forEach((index, row) => {
         if (prompt.rewards[row] === null) return;
         const run = prompt.runs[index];
         for (let k = 0; k < run.length; k += 2) {
@@ -89,13 +61,10 @@
         }
       });
     }
-    return {
-      prompt, pieces, credit, largest, tokens: unpack(prompt.tokens), surprisals: unpack(prompt.surprisals),
-      holes: prompt.holes === null ? null : unpack(prompt.holes),
-    };
+    return { prompt, pieces, largest, ...prompt };
   }
 
-  // Mean, least and greatest advantage of a piece's tokens over the rollouts that go through it, or of one of them.
+  // Mean, least and greatest advantage of a piece's tokens over its rollouts, or of one rollout.
   function creditOf(tree, piece, scheme, row) {
     const key = `${scheme} ${row}`;
     if (piece.cached.has(key)) return piece.cached.get(key);
@@ -166,19 +135,33 @@
       facts.push(prompt.mean === null ? "no rollout has a reward: every advantage is 0" : "all rewards are equal: every advantage is 0");
     }
     byId("facts").textContent = facts.join(" · ");
-    list.replaceChildren(...tree.pieces.map(drawPiece));
+    list.replaceChildren(...tree.pieces.map((piece) => piece.item));
     // The first piece stands for the prompt, which has its heading; what ends there has no token at all.
-    if (!tree.pieces[0].ending.length) tree.pieces[0].item.remove();
-    showRows();
-    recolour();
+    if (!tree.pieces[0].ending.length) tree.pieces.shift().item.remove();
+    drawMore();
     markCurrent();
   }
 
+  function drawMore() {
+    let lines = 0, tokens = 0;
+    for (const piece of tree.pieces) {
+      if (piece.isDrawn) continue;
+      if (lines === MOST_LINES || tokens > MOST_TOKENS) break;
+      drawPiece(piece);
+      lines += 1;
+      tokens += piece.cells.length;
+    }
+    showRows();
+    recolour();
+  }
+
+  byId("more").addEventListener("click", drawMore);
+
   function drawPiece(piece) {
-    const item = make("li");
+    const item = piece.item;
+    piece.isDrawn = true;
     item.style.setProperty("--depth", Math.max(0, Math.min(piece.depth, DEEPEST)));
     item.setAttribute("aria-level", Math.max(1, piece.depth + 1));
-    piece.item = item;
     const head = put(item, "div", "head");
     const meta = put(head, "div", "meta");
     if (piece.hasChildren && piece.parent) {
@@ -212,15 +195,14 @@
       else if (piece.hasChildren) put(meta, "span", "badge", "fork");
       if (piece.depth > DEEPEST) put(meta, "span", "badge", `depth ${piece.depth}`);
       if (!isLeaf && piece.ending.length) {
-        put(meta, "span", "", "of them end here:");
+        put(meta, "span", "", `${piece.ending.length} end here:`);
         drawChips(meta, piece);
       }
     }
     const result = put(head, "div", "result");
     piece.range = put(result, "span");
     piece.value = put(result, "span", "value");
-    piece.cells = [];
-    if (piece.end === piece.start) return item;
+    if (piece.end === piece.start) return;
 
     const line = put(item, "div", "tokens" + (piece.isNode ? " cut" : ""));
     const marked = new Set(boundaries);
@@ -239,7 +221,6 @@
       piece.cells.push(cell);
       line.appendChild(cell);
     }
-    return item;
   }
 
   function drawChips(meta, piece) {
@@ -283,6 +264,7 @@
   function recolour() {
     const largest = tree.largest[state.scheme];
     for (const piece of tree.pieces) {
+      if (!piece.isDrawn) continue;
       const credit = creditOf(tree, piece, state.scheme, piece.rows.includes(state.row) ? state.row : null);
       piece.cells.forEach((cell, t) => {
         const isHole = tree.holes && tree.holes[piece.offset + t];
@@ -321,9 +303,12 @@
     for (const piece of tree.pieces) {
       if (piece.depth <= hiddenBelow) hiddenBelow = Infinity;
       const isOther = state.row !== null && !piece.rows.includes(state.row);
-      piece.item.hidden = isOther || piece.depth > hiddenBelow;
+      piece.item.hidden = !piece.isDrawn || isOther || piece.depth > hiddenBelow;
       if (piece.isClosed && hiddenBelow === Infinity && state.row === null) hiddenBelow = piece.depth;
     }
+    const left = tree.pieces.filter((piece) => !piece.isDrawn).length;
+    byId("more").hidden = left === 0 || state.row !== null;
+    byId("more").textContent = `Show more of the tree: ${many(left, "line")} left`;
     // One token can be reached with Tab, the others from there with the arrows.
     if (!focused || focused.place[0].item.hidden) {
       if (focused) focused.tabIndex = -1;
@@ -335,6 +320,7 @@
 
   function choosePath(row) {
     state.row = state.row === row ? null : row;
+    for (const piece of tree.pieces) if (!piece.isDrawn && piece.rows.includes(state.row)) drawPiece(piece);
     for (const chip of list.querySelectorAll(".chip")) chip.setAttribute("aria-pressed", String(chip.row === state.row));
     byId("only").hidden = state.row === null;
     if (state.row !== null) {
@@ -358,7 +344,8 @@
     const [piece, t] = cell.place;
     const rank = tree.tokens[piece.offset + t];
     const text = data.texts[rank];
-    const nats = surprisal(tree.surprisals[piece.offset + t]);
+    const logprob = tree.logprobs[piece.offset + t];
+    const nats = logprob === null ? null : -logprob;
     tip.replaceChildren();
     put(tip, "span", "what", text === null ? `id ${data.ids[rank]}` : `“${symbols(text).replace(/ /g, "·")}”`);
     const facts = put(tip, "dl");
@@ -441,13 +428,13 @@
   });
 
   // ---- the table of prompts
-  const order = { name: (p, i) => i, mean: (p) => (p.mean === null ? -Infinity : p.mean), share: (p) => p.share, informing: (p) => p.informing };
+  const order = { name: (p, i) => i, mean: (p) => (p.mean === null ? -Infinity : p.mean), share: (p) => p.share, mixed: (p) => p.mixed };
 
   function drawTable() {
     const query = byId("query").value.trim().toLowerCase();
-    const onlyInforming = byId("only-informing").checked;
+    const onlyMixed = byId("only-mixed").checked;
     let chosen = data.prompts.map((prompt, index) => ({ prompt, index })).filter(({ prompt }) =>
-      (prompt.name + "\n" + prompt.text).toLowerCase().includes(query) && (!onlyInforming || prompt.informing > 0));
+      (prompt.name + "\n" + prompt.text).toLowerCase().includes(query) && (!onlyMixed || prompt.mixed > 0));
     if (state.sort) {
       const key = order[state.sort];
       chosen.sort((a, b) => (key(a.prompt, a.index) - key(b.prompt, b.index)) * (state.falls ? -1 : 1) || a.index - b.index);
@@ -484,7 +471,7 @@
     put(share, "b", "", percent(prompt.share));
     put(put(share, "span", "track"), "i").style.width = `${100 * prompt.share}%`;
 
-    put(row, "td", prompt.informing ? "" : "faint", `${prompt.informing} of ${prompt.boundaries.length}`);
+    put(row, "td", prompt.mixed ? "" : "faint", `${prompt.mixed} of ${prompt.boundaries.length}`);
     return row;
   }
 
@@ -517,7 +504,7 @@
   byId("previous").addEventListener("click", () => choosePrompt(state.order[state.order.indexOf(state.prompt) - 1]));
   byId("next").addEventListener("click", () => choosePrompt(state.order[state.order.indexOf(state.prompt) + 1]));
   byId("query").addEventListener("input", drawTable);
-  byId("only-informing").addEventListener("change", drawTable);
+  byId("only-mixed").addEventListener("change", drawTable);
   byId("breaks").addEventListener("change", (event) => list.classList.toggle("breaks", event.target.checked));
   document.querySelector("thead").addEventListener("click", (event) => {
     const key = event.target.dataset.sort;
@@ -559,7 +546,7 @@
   }
 
   function positions(box) {
-    const bins = charts.together.length;
+    const bins = charts.shared.length;
     const step = box.inner / Math.max(1, bins);
     const x = (bin) => LEFT + (bin + 0.5) * step;
     for (const share of [0, 0.5, 1]) {
@@ -592,10 +579,10 @@
     });
   }
 
-  function drawParting() {
-    const box = frame("chart-part", [0, 0.5, 1], percent);
+  function drawShared() {
+    const box = frame("chart-shared", [0, 0.5, 1], percent);
     const place = positions(box);
-    const points = charts.together.map((share, bin) => [place.x(bin), box.y(share)]);
+    const points = charts.shared.map((share, bin) => [place.x(bin), box.y(share)]);
     const most = Math.max(1, ...charts.boundaries);
     charts.boundaries.forEach((count, bin) => {
       const height = (count / most) * 44;
@@ -605,10 +592,10 @@
       shape(box.svg, "path", { class: "area", d: `${path(points)}L${place.x(points.length - 1)} ${box.y(0)}L${place.x(0)} ${box.y(0)}Z` });
       shape(box.svg, "path", { class: "line", d: path(points) });
     }
-    const half = charts.together.findIndex((share) => share < 0.5);
-    const summary = half < 0 ? "Half of the rollouts or more have company to the end." : `Fewer than half have company from ${binName(half)} on.`;
-    follow(box, place, byId("read-part"), (bin) =>
-      `${binName(bin)}: ${percent(charts.together[bin])} of ${many(Math.round(charts.alive[bin]), "rollout")}; boundaries: ${charts.boundaries[bin]}`, summary);
+    const half = charts.shared.findIndex((share) => share < 0.5);
+    const summary = half < 0 ? "Half of the rollouts or more share their prefix to the end." : `Fewer than half share their prefix from ${binName(half)} on.`;
+    follow(box, place, byId("read-shared"), (bin) =>
+      `${binName(bin)}: ${percent(charts.shared[bin])} of ${many(Math.round(charts.alive[bin]), "rollout")}; boundaries: ${charts.boundaries[bin]}`, summary);
   }
 
   function drawCredit() {
@@ -654,7 +641,7 @@
   }
 
   function drawCharts() {
-    drawParting();
+    drawShared();
     drawCredit();
     drawDepths();
   }
@@ -717,6 +704,7 @@
 
   readAddress();
   drawCharts();
+  byId("unscripted").remove();
   // The link that skips to the tree has an address too, without a state in it.
   addEventListener("hashchange", () => { if (location.hash.includes("=")) readAddress(); });
   let width = innerWidth;
