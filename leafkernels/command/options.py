@@ -9,6 +9,12 @@ from pathlib import Path
 from leafkernels import ESTIMATORS, PRESETS, __version__
 from leafkernels.command.credit import BOUNDARY_OPTIONS, DEFAULT, options_of
 
+# The options of schemes; each scheme takes some of them, and its own defaults.
+CREDIT_OPTIONS = (
+    "num_boundaries", "min_separation", "terms", "normalize", "leave_one_out", "multiplicity_power", "shrinkage",
+    "group_weight",
+)  # fmt: skip
+
 _EPILOG = """\
 ROLLOUTS holds one prompt a line, as JSON; blank lines are skipped:
 
@@ -62,20 +68,22 @@ def _lines(text: str) -> float:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options as typed, over those of the preset. ``options``: those of the estimator that were given."""
-    parser, credit = _build_parser()
+    """The options as typed, over the preset's, over the estimator's defaults; ``options``: those given."""
+    parser = _build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.preset is not None:
-        parser.set_defaults(**{name: value for name, value in PRESETS[arguments.preset].items() if name in credit})
-        arguments = parser.parse_args(argv)
-    arguments.options = {name: getattr(arguments, name) for name in credit if getattr(arguments, name) is not None}
+    preset = PRESETS.get(arguments.preset, {})
     taken = options_of(arguments.estimator)
-    # The report has the tree of boundaries whoever is chosen.
-    also = BOUNDARY_OPTIONS if arguments.html is not None else ()
-    for name in arguments.options:
-        if name not in taken and name not in also:
-            known = ", ".join(_flag(option) for option in taken if option in credit) or "none"
+    arguments.options = {}
+    for name in CREDIT_OPTIONS:
+        typed = getattr(arguments, name)
+        value = preset.get(name) if typed is None else typed
+        # The report has the tree of boundaries whoever is chosen.
+        if value is not None and name not in taken and (arguments.html is None or name not in BOUNDARY_OPTIONS):
+            known = ", ".join(_flag(option) for option in taken if option in CREDIT_OPTIONS) or "none"
             parser.error(f"{_flag(name)} is not an option of --estimator {arguments.estimator} (its options: {known})")
+        if value is not None:
+            arguments.options[name] = value
+        setattr(arguments, name, taken.get(name) if value is None else value)
     return arguments
 
 
@@ -83,8 +91,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    """The parser, and the names of the options of schemes, which are None where they are not given."""
+def _build_parser() -> argparse.ArgumentParser:
+    """The parser; the options of schemes are None where they are not given."""
     parser = argparse.ArgumentParser(
         prog="python -m leafkernels",
         description="Compute advantages for the rollouts in a file and show the prefix trees they form.",
@@ -130,51 +138,49 @@ def _build_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         help="leaf-paper: boundaries, terms and power of the LEAF paper, which samples 8 rollouts of a prompt; options "
         "given beside it win",
     )
-    added = [
-        credit.add_argument(
-            "--num-boundaries", type=_integer(0), metavar="B", help="boundaries of a prompt at most (default: 2)"
-        ),
-        credit.add_argument(
-            "--min-separation",
-            type=_integer(1),
-            metavar="D",
-            help="least distance of two boundaries (default: max(2, shortest rollout // (B + 1)))",
-        ),
-        credit.add_argument(
-            "--terms",
-            choices=("both", "global", "local"),
-            help="leaf: credit against the group, against the parent node, or both (default: both)",
-        ),
-        credit.add_argument(
-            "--normalize",
-            choices=("span", "reward_std", "none"),
-            help="leaf: z-scores over a prompt's spans, division by the deviation of its rewards, or none (default: "
-            "span); tree_td: reward_std or none (default: none). The library's 'batch' needs all prompts at once and "
-            "is not offered, because the file is read one by one",
-        ),
-        credit.add_argument(
-            "--leave-one-out", action="store_true", default=None, help="leaf: the unbiased variant of both terms"
-        ),
-        credit.add_argument(
-            "--multiplicity-power",
-            type=_finite,
-            metavar="X",
-            help="leaf: scale spans that n rollouts share by n ** -X (default: 0.5)",
-        ),
-        credit.add_argument(
-            "--shrinkage",
-            type=float,
-            metavar="X",
-            help="tree_td: how many rollouts the parent's value counts for at a node (default: 0)",
-        ),
-        credit.add_argument(
-            "--group-weight",
-            type=_finite,
-            metavar="X",
-            help="tree_td: weight of the reward less the group's mean (default: 0.5)",
-        ),
-    ]
-    return parser, [action.dest for action in added]
+    credit.add_argument(
+        "--num-boundaries", type=_integer(0), metavar="B", help="boundaries of a prompt at most (default: 2)"
+    )
+    credit.add_argument(
+        "--min-separation",
+        type=_integer(1),
+        metavar="D",
+        help="least distance of two boundaries (default: max(2, shortest rollout // (B + 1)))",
+    )
+    credit.add_argument(
+        "--terms",
+        choices=("both", "global", "local"),
+        help="leaf: credit against the group, against the parent node, or both (default: both)",
+    )
+    credit.add_argument(
+        "--normalize",
+        choices=("span", "reward_std", "none"),
+        help="leaf: z-scores over a prompt's spans, division by the deviation of its rewards, or none (default: "
+        "span); tree_td: reward_std or none (default: none). The library's 'batch' needs all prompts at once and "
+        "is not offered, because the file is read one by one",
+    )
+    credit.add_argument(
+        "--leave-one-out", action="store_true", default=None, help="leaf: the unbiased variant of both terms"
+    )
+    credit.add_argument(
+        "--multiplicity-power",
+        type=_finite,
+        metavar="X",
+        help="leaf: scale spans that n rollouts share by n ** -X (default: 0.5)",
+    )
+    credit.add_argument(
+        "--shrinkage",
+        type=float,
+        metavar="X",
+        help="tree_td: how many rollouts the parent's value counts for at a node (default: 0)",
+    )
+    credit.add_argument(
+        "--group-weight",
+        type=_finite,
+        metavar="X",
+        help="tree_td: weight of the reward less the group's mean (default: 0.5)",
+    )
+    return parser
 
 
 # Left out where nobody asks for them: they differ from grpo by a factor for each prompt, which no cosine sees.
