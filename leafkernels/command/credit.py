@@ -55,15 +55,13 @@ class Credit:
 
 def options_of(name: str) -> dict[str, Any]:
     """The options of a scheme with their defaults: what it takes beside the arguments that all schemes take."""
-    shared = {*inspect.signature(ESTIMATORS["grpo"]).parameters, "gathered"}
-    own = inspect.signature(ESTIMATORS[name]).parameters.values()
-    return {p.name: p.default for p in own if p.name not in shared and p.kind is p.KEYWORD_ONLY}
+    parameters = inspect.signature(ESTIMATORS[name]).parameters
+    return {option: parameters[option].default for option in ESTIMATORS[name].options if option != "gathered"}
 
 
 def note_of(name: str) -> str:
     """What a scheme does, in the first sentence of its docstring."""
-    scheme = ESTIMATORS[name]
-    text = inspect.getdoc(getattr(scheme, "func", scheme)) or ""
+    text = inspect.getdoc(inspect.unwrap(ESTIMATORS[name])) or ""
     return text.partition("\n")[0]
 
 

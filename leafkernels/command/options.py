@@ -183,8 +183,9 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Left out where nobody asks for them: they differ from grpo by a factor for each prompt, which no cosine sees.
-_AS_GRPO = ("dr_grpo", "rloo")
+# Left out where nobody asks for them: with one number a rollout, they differ from grpo by a factor for each prompt,
+# which no cosine sees.
+_AS_GRPO = tuple(name for name, scheme in ESTIMATORS.items() if scheme.per == "row" and name != "grpo")
 
 _COMPARE = """\
 Each scheme sees a few of a prompt's rollouts, and its policy gradient is held

@@ -165,7 +165,7 @@ def _fire_weights_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     first, size = _slot(cu_seqlens_ptr, row, width, PACKED)
-    keep = tl.load(keep_ptr + row)
+    keep = tl.load(keep_ptr + row).to(tl.int32)
     teacher_max, student_max = tl.load(maxima_ptr), tl.load(maxima_ptr + 1)
     scale = (1.0 / tl.load(means_ptr + row)).to(tl.float32)
     # Divided once, and not for each token.
