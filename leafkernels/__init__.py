@@ -43,44 +43,51 @@ ESTIMATORS: dict[str, Callable[..., Tensor]] = {
 
 __version__ = "0.1.0"
 
+# A comment begins a page of the API reference.
 __all__ = [
+    # Credit
     "ESTIMATORS",
-    "GradientAgreement",
     "PRESETS",
-    "FireOPD",
-    "FireStatistics",
-    "PolicyLoss",
+    "GradientAgreement",
+    "dr_grpo",
+    "gradient_agreement",
+    "group_index",
+    "grpo",
+    "report",
+    "rloo",
+    "span_advantages",
+    "tempo",
+    "tree_td",
+    "treerl",
+    # Trees
     "PrefixTree",
     "SpanTree",
     "SpanValues",
-    "SurprisalEntropy",
     "common_prefix_lengths",
-    "dr_grpo",
-    "gradient_agreement",
+    "prefix_tree",
+    "scatter_spans",
+    "select_boundaries",
+    "span_tree",
+    "span_values",
+    # Vocabulary
+    "SurprisalEntropy",
+    "linear_surprisal_entropy",
+    "surprisal_entropy",
+    # Losses
+    "PolicyLoss",
+    "policy_loss",
+    "policy_loss_from_logits",
+    # Distillation
+    "FireOPD",
+    "FireStatistics",
     "fire_opd",
     "fire_statistics",
     "fire_teachers",
-    "group_index",
-    "grpo",
-    "linear_surprisal_entropy",
-    "policy_loss",
-    "policy_loss_from_logits",
-    "prefix_tree",
-    "report",
-    "rloo",
-    "scatter_spans",
-    "select_boundaries",
+    # Preferences
     "simpo_loss",
     "simpo_metrics",
-    "span_advantages",
-    "span_tree",
-    "span_values",
-    "surprisal_entropy",
-    "tempo",
     "token_reward_loss",
     "token_reward_metrics",
-    "tree_td",
-    "treerl",
 ]
 
 
