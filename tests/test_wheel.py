@@ -40,6 +40,13 @@ print(json.dumps([sorted(found.packages), found.get_version(), found.extras_requ
     assert [extra for extra, needs in extras.items() if len(set(needs)) < len(needs)] == []
 
 
+def test_a_release_has_the_tag_of_its_version(tmp_path: Path) -> None:
+    refused = subprocess.run(["bash", ROOT / ".ci" / "release", "v0", tmp_path], capture_output=True, text=True)
+    assert refused.returncode == 1 and not list(tmp_path.iterdir())
+    said = f"The tag must be v{leafkernels.__version__}, the version of leafkernels/__init__.py, got v0"
+    assert refused.stderr.strip() == said
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package as its wheel brings it."""
