@@ -29,33 +29,53 @@ PACKAGES = {
 _LINK = re.compile(r"\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
+def public_names(source: str) -> tuple[ast.List, list[str]] | None:
+    """``__all__`` of a module and its names."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
+            return node.value, ast.literal_eval(node.value)
+    return None
+
+
 def names_by_page(source: str) -> dict[str, list[str]]:
     """The names of ``__all__`` in a module, by the comments between them."""
-    lines = source.splitlines()
-    (listed,) = (
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__"
-    )
+    listed, _ = public_names(source)
     found: dict[str, list[str]] = {}
-    for line in lines[listed.lineno : (listed.end_lineno or 0) - 1]:
+    for line in source.splitlines()[listed.lineno : listed.end_lineno - 1]:
         if line.strip().startswith("# "):
             found[line.strip()[2:]] = []
         elif not found:
-            raise ValueError(
-                f"leafkernels/__init__.py: __all__ must begin with a comment that names a page, got {line}"
-            )
+            raise ValueError(f"__all__ of leafkernels must begin with a comment that names a page, got {line}")
         else:
             list(found.values())[-1].append(ast.literal_eval(line.strip().rstrip(",")))
     return found
 
 
+def where_defined(package: str, name: str) -> str:
+    """The full name of what a package names in its ``__all__``: a function may be called like the module it is in."""
+    folder = ROOT / package.replace(".", "/")
+    files = sorted(folder.glob("*.py")) if folder.is_dir() else sorted((ROOT / "leafkernels/rows").glob("*.py"))
+    for file in files:
+        if re.search(rf"^(?:def|class) {name}\b", file.read_text(encoding="utf-8"), re.M):
+            return ".".join([*file.relative_to(ROOT).with_suffix("").parts, name])
+    return f"{package}.{name}"
+
+
 def api_pages() -> dict[str, str]:
     """Titles, and what stands on the pages of the API reference."""
-    source = (ROOT / "leafkernels/__init__.py").read_text(encoding="utf-8")
-    pages = {title: [f"leafkernels.{name}" for name in names] for title, names in names_by_page(source).items()}
-    texts = {title: "\n\n".join(f"::: {name}" for name in names) for title, names in pages.items()}
-    return texts | {title: f"::: {module}" for title, module in PACKAGES.items()}
+    pages = names_by_page((ROOT / "leafkernels/__init__.py").read_text(encoding="utf-8"))
+    flat = {name for names in pages.values() for name in names}
+    paths = {title: [f"leafkernels.{name}" for name in names] for title, names in pages.items()}
+    for title, package in PACKAGES.items():
+        file = ROOT / package.replace(".", "/")
+        source = (file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text(encoding="utf-8")
+        public = public_names(source)
+        # A module that defines what it names is shown whole.
+        if public is None or all(re.search(rf"^(?:def |class )?{name}\b", source, re.M) for name in public[1]):
+            paths[title] = [package]
+        else:
+            paths[title] = [where_defined(package, name) for name in public[1] if name not in flat]
+    return {title: "\n\n".join(f"::: {path}" for path in found) for title, found in paths.items()}
 
 
 def in_repository(uri: str) -> str:
