@@ -1,48 +1,28 @@
 """What the package is and needs; pyproject.toml holds the build system and the settings of the tools."""
 
+import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-# docs/api.md says what was run at both ends of these.
+ROOT = Path(__file__).parent
+(version,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "leafkernels/__init__.py").read_text(encoding="utf-8"), re.M)
+
+# An extra is named after what it is for; docs/versions.md says what was run at both ends of these ranges.
 train = ["transformers>=4.50", "peft>=0.14"]
-trl = ["trl>=0.29.1,<2", "requests"]  # up to 1.14 TRL imports requests, and leaves it to others to bring it
 html = ["jinja2>=3.1"]
-test = [
-    "pytest>=8",
-    "pytest-benchmark>=5",
-    "hypothesis>=6.100",
-    "setuptools>=71",  # builds the wheel that a test installs
-    "numpy>=1.26,<2.4",  # what Triton's interpreter computes with; up to Triton 3.6 it fails with 2.4
-    *train,
-    *html,
-]
+trl = ["trl>=0.29.1,<2", "requests"]  # up to 1.14 TRL imports requests, and leaves it to others to bring it
+speech = [*trl, "transformers>=5.23", "peft>=0.14", "soundfile>=0.12", "scipy>=1.11", "sacrebleu>=2.4", "jiwer>=3"]
 
 setup(
     name="leafkernels",
-    version="0.1.0",
-    description="LEAF span advantages for GRPO loops: Triton kernels, vectorised PyTorch, and a pure-Python reference",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    version=version,
+    description="Credit for each token in GRPO loops: Triton kernels, vectorised PyTorch, and a pure-Python reference",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[
-        "leafkernels",
-        "leafkernels._core",
-        "leafkernels.rows",
-        "leafkernels.credit",
-        "leafkernels.vocabulary",
-        "leafkernels.losses",
-        "leafkernels.models",
-        "leafkernels.kernels",
-        "leafkernels.eager",
-        "leafkernels.reference",
-        "leafkernels.command",
-        "leafkernels.data",
-        "leafkernels.integrations",
-        "leafkernels.lookahead",
-        "python_ref",
-    ],
+    packages=find_packages(include=["leafkernels", "leafkernels.*", "python_ref", "python_ref.*"]),
     package_data={
         "leafkernels": ["py.typed"],
         "leafkernels.command": ["page/*"],
@@ -52,23 +32,22 @@ setup(
     entry_points={"console_scripts": ["leafkernels = leafkernels.__main__:main"]},
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "rich>=13"],
     extras_require={
-        "train": train,
-        "test": test,
         "html": html,
+        "train": train,
         "trl": trl,
-        "lookahead": ["transformers>=5.23", "safetensors>=0.8", "accelerate>=1.3"],
         "verl": ["verl>=0.9,<1"],
-        "speech": [
-            "transformers>=5.23",
-            "peft>=0.14",
-            "numpy>=1.26",
-            "soundfile>=0.12",
-            "matplotlib>=3.8",
-            "sacrebleu>=2.4",
-            "jiwer>=3",
-            "scipy>=1.11",
-            "trl>=1.14,<2",
-            "requests",
+        "speech": speech,
+        "lookahead": ["transformers>=5.23", "safetensors>=0.8", "accelerate>=1.3"],
+        "study": [*speech, "matplotlib>=3.8"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings-python>=1.16", "ruff"],  # ruff formats signatures
+        "test": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "hypothesis>=6.100",
+            "setuptools>=71",  # builds the wheel that a test installs
+            "numpy>=1.26,<2.4",  # what Triton's interpreter computes with; up to Triton 3.6 it fails with 2.4
+            *train,
+            *html,
         ],
         "bench": [
             "pytest>=8",

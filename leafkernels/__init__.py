@@ -30,46 +30,53 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# A comment begins a page of the API reference.
 __all__ = [
+    # Credit
     "ESTIMATORS",
-    "GradientAgreement",
     "PRESETS",
     "Estimator",
-    "FireOPD",
-    "FireStatistics",
-    "PolicyLoss",
-    "PrefixTree",
-    "SpanTree",
-    "SpanValues",
-    "SurprisalEntropy",
-    "common_prefix_lengths",
+    "GradientAgreement",
     "dr_grpo",
     "gradient_agreement",
-    "fire_opd",
-    "fire_statistics",
-    "fire_teachers",
     "group_index",
     "grpo",
-    "linear_surprisal_entropy",
-    "policy_loss",
-    "policy_loss_from_logits",
-    "prefix_tree",
     "report",
     "rloo",
     "save_rollouts",
-    "scatter_spans",
-    "select_boundaries",
-    "simpo_loss",
-    "simpo_metrics",
     "span_advantages",
-    "span_tree",
-    "span_values",
-    "surprisal_entropy",
     "tempo",
-    "token_reward_loss",
-    "token_reward_metrics",
     "tree_td",
     "treerl",
+    # Trees
+    "PrefixTree",
+    "SpanTree",
+    "SpanValues",
+    "common_prefix_lengths",
+    "prefix_tree",
+    "scatter_spans",
+    "select_boundaries",
+    "span_tree",
+    "span_values",
+    # Vocabulary
+    "SurprisalEntropy",
+    "linear_surprisal_entropy",
+    "surprisal_entropy",
+    # Losses
+    "PolicyLoss",
+    "policy_loss",
+    "policy_loss_from_logits",
+    # Distillation
+    "FireOPD",
+    "FireStatistics",
+    "fire_opd",
+    "fire_statistics",
+    "fire_teachers",
+    # Preferences
+    "simpo_loss",
+    "simpo_metrics",
+    "token_reward_loss",
+    "token_reward_metrics",
 ]
 
 

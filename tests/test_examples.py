@@ -20,11 +20,9 @@ def run_example(*arguments: str) -> str:
 
 
 def test_grpo_lora_learns() -> None:
-    """A third of the default run: the mean reward of the last tenth of the steps is well above that of the first.
-
-    tests/test_readme.py takes the other scheme a few steps far.
-    """
+    """A third of the default run: the mean reward of the last tenth of the steps is well above that of the first."""
     pytest.importorskip("peft")
+    assert run_example("grpo_lora.py", "--advantages", "grpo", "--warmup-steps", "5", "--steps", "2", "--prompts", "2")
     output = run_example("grpo_lora.py", "--advantages", "leaf", "--steps", "40", "--terms", "4")
     first, last = map(float, re.findall(r"first tenth ([\d.]+), last tenth ([\d.]+)", output)[0])
     assert last > first + 0.05, output
@@ -86,7 +84,7 @@ def test_the_tables_of_the_study_of_distillation_are_those_of_its_runs() -> None
 
 def test_lookahead_runs(tmp_path: Path) -> None:
     """The whole way, in few steps; what a channel that has learnt is worth is in examples/study/lookahead."""
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[speech]'")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[study]'")
     picture, channel = tmp_path / "picture.png", tmp_path / "channel"
     steps = ("--warmup-steps", "150", "--prompts", "60", "--channel-steps", "5", "--problems", "4")
     output = run_example("lookahead.py", *steps, "--picture", str(picture), "--save", str(channel))
@@ -97,7 +95,7 @@ def test_lookahead_runs(tmp_path: Path) -> None:
 
 def test_tables_of_the_lookahead_study_are_those_of_its_results(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="needs scipy: pip install -e '.[speech]'")
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[speech]'")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[study]'")
     study = ROOT / "examples" / "study" / "lookahead"
     shutil.copytree(study / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
     run_example("study/lookahead/run.py", "--report", "--out", str(tmp_path))

@@ -153,6 +153,23 @@ def test_the_implementations_of_an_operation_have_its_parameters(package: str) -
 def test_a_fresh_process_loads_little() -> None:
     """No trainer, no command, no backend before it is called for: a training loop pays for what it uses."""
     unwanted = ["python_ref", "rich", "jinja2", "transformers", "trl", "verl", "accelerate", "triton.compiler"]
-    unwanted += [f"leafkernels.{name}" for name in (*BACKENDS, "integrations", "command", "lookahead")]
+    unwanted += [f"leafkernels.{name}" for name in (*BACKENDS, "integrations", "command", "lookahead", "models")]
     code = f"import sys, leafkernels; print(sorted(set({unwanted}) & set(sys.modules)))"
     assert run_python("-c", code).stdout.strip() == "[]"
+
+
+def test_the_core_runs_without_the_rest() -> None:
+    """Credit, losses and vocabulary where neither the sub-packages of other uses nor what these need is installed."""
+    absent = ["transformers", "trl", "verl", "datasets", "peft", "safetensors", "accelerate", "rich", "jinja2", "numpy"]
+    absent += [f"leafkernels.{name}" for name in ("integrations", "command", "lookahead", "models")]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({absent}))
+import torch, leafkernels
+ids, logits = torch.tensor([[1, 2], [1, 3]]), torch.zeros(2, 2, 4)
+found = leafkernels.surprisal_entropy(logits, ids)
+advantages = leafkernels.tree_td(found.logprobs, ids, torch.tensor([1.0, 0.0]))
+mask = torch.ones(2, 2)
+print(leafkernels.policy_loss(found.logprobs, found.logprobs, advantages, mask).loss.item())
+"""
+    assert float(run_python("-W", "ignore", "-c", code).stdout) == 0.0

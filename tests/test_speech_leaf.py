@@ -47,16 +47,19 @@ def table(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("method", ["leaf", "grpo"])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_trains(recipe: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_recipe_trains(
+    recipe: Path, method: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two steps with a small model in place of the checkpoint, which is then evaluated."""
     pair = tiny_listeners.granite_speech if "granite" in recipe.stem else tiny_listeners.qwen2_audio
     monkeypatch.setattr(speech_leaf, "load", lambda _: pair())
     small = ["--max_steps", "2", "--max_completion_length", "8", "--gradient_accumulation_steps", "1"]
     steps = ["--logging_steps", "1", "--save_steps", "2", "--output_dir", str(tmp_path / "run"), "--instruction", "a b"]
-    command = ["--config", str(recipe), "--data", f"tsv:{table}", *small, *steps, *ON_CPU]
+    command = ["--config", str(recipe), "--method", method, "--data", f"tsv:{table}", *small, *steps, *ON_CPU]
     run = speech_leaf.main(command)
-    assert type(run) is speech_leaf.METHODS[recipe.stem.split("_")[0]]
+    assert type(run) is speech_leaf.METHODS[method]
     assert (run.num_generations, run.beta, run.top_p, run.epsilon_low) == (8, 0.02, 0.9, 0.2)
     assert run.args.use_bias_correction_kl is False
     adapter = run.model.peft_config["default"]
@@ -65,7 +68,7 @@ def test_every_recipe_trains(recipe: Path, table: Path, tmp_path: Path, monkeypa
     assert len(adapted) == 7 and all("language_model" in name for name in adapted)
     history = [line for line in run.state.log_history if "reward" in line]
     assert len(history) == 2 and all(math.isfinite(line["loss"]) for line in history)
-    assert ("leaf/span_credit_share" in history[0]) == recipe.stem.startswith("leaf")
+    assert ("leaf/span_credit_share" in history[0]) == (method == "leaf")
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
     found = speech_leaf.main([*command, "--eval_data", f"tsv:{table}", "--evaluate", checkpoint])
     assert all(low <= value <= high for value, low, high in found.values())

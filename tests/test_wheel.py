@@ -1,36 +1,50 @@
 """What is installed is the whole package, and it works away from the checkout."""
 
-import ast
 import importlib.util
-import os
+import json
+import re
 import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pages
 import pytest
 from support import run_python
+
+import leafkernels
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("leafkernels", "python_ref")
 
 
-def files_below(folder: Path) -> set[str]:
-    paths = (path for package in PACKAGES for path in (folder / package).rglob("*"))
+def files_below(folder: Path, ending: str = "") -> set[str]:
+    paths = (path for package in PACKAGES for path in (folder / package).rglob(f"*{ending}"))
     return {str(path.relative_to(folder)) for path in paths if path.is_file() and "__pycache__" not in path.parts}
 
 
-def test_setup_names_every_package() -> None:
-    (named,) = (
-        ast.literal_eval(keyword.value)
-        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call)
-        for keyword in node.keywords
-        if keyword.arg == "packages"
-    )
-    found = {str(Path(file).parent).replace(os.sep, ".") for file in files_below(ROOT) if file.endswith(".py")}
-    assert sorted(named) == sorted(found)
+def test_setup_finds_every_package_and_the_version() -> None:
+    pytest.importorskip("setuptools")
+    code = """
+import json, setuptools, distutils.core
+found = distutils.core.run_setup("setup.py", stop_after="init")
+print(json.dumps([sorted(found.packages), found.get_version(), found.extras_require]))
+"""
+    packages, version, extras = json.loads(run_python("-c", code, cwd=ROOT, PYTHONPATH="").stdout)
+    assert packages == sorted({Path(file).parent.as_posix().replace("/", ".") for file in files_below(ROOT, ".py")})
+    assert version == leafkernels.__version__
+    # An extra has one line on the page that says what was run with it, and asks for nothing twice.
+    described = re.findall(r"^\| `(\w+)` \|", pages.read("versions.md"), re.M)
+    assert sorted(described) == sorted(extras)
+    assert [extra for extra, needs in extras.items() if len(set(needs)) < len(needs)] == []
+
+
+def test_a_release_has_the_tag_of_its_version(tmp_path: Path) -> None:
+    refused = subprocess.run(["bash", ROOT / ".ci" / "release", "v0", tmp_path], capture_output=True, text=True)
+    assert refused.returncode == 1 and not list(tmp_path.iterdir())
+    said = f"The tag must be v{leafkernels.__version__}, the version of leafkernels/__init__.py, got v0"
+    assert refused.stderr.strip() == said
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +99,7 @@ for name in modules:
 print(len(modules))
 """
     count = int(run(installed, "-c", code))
-    assert count == len([file for file in files_below(ROOT) if file.endswith(".py")]) - len(PACKAGES)
+    assert count == len(files_below(ROOT, ".py")) - len(PACKAGES)
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def rolled_tokens(sequences: Tensor) -> Tensor:
 
 
 def response_tokens(sequences: Sequence[Tensor], response_lengths: Sequence[int]) -> list[Tensor]:
-    """The last ``response_lengths[i]`` token ids of each row (slime): views, empty where the length is 0."""
+    """The last ``response_lengths[i]`` ids of each row of ``sequences`` (slime): views, empty where the length is 0."""
     parts = []
     for i, (row, length) in enumerate(zip(sequences, response_lengths, strict=True)):
         if not 0 <= length <= len(row):
@@ -77,5 +77,5 @@ def pack(*columns: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def unpack(packed: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
-    """Cut a (total,) tensor into views as long as ``rows``, those that were packed."""
+    """Cut ``packed`` (total,) into views as long as ``rows``, those that were packed."""
     return list(packed.split([len(row) for row in rows]))

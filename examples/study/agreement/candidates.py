@@ -1,7 +1,7 @@
 """Estimators that were tried beside those of the package; they take (splits, K, T) tensors without holes.
 
 Written for the search, dense in the tokens: a table of every row at every position. What was better went into the
-package; what it gave is in results/ and in docs/credit.md.
+package; what it gave is in results/ and in README.md.
 """
 
 from __future__ import annotations
