@@ -2,10 +2,10 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Concatenate, Optional, ParamSpec, TypeVar, cast, get_args, get_type_hints
 
 import torch
-from torch import Tensor
 
 from leafkernels._core.backend import implementation
 
@@ -57,27 +57,23 @@ def operation(
                 values[start:end] = (make(values[start:end]),)
             return values
 
-        def implement(*flat: Any) -> Any:
-            *values, backend = flat
-            if run is not None:
-                return run(backend, *bundled(values))
-            return getattr(implementation(backend, stem), name)(*bundled(values))
-
         # What runs in here is a constant to autograd; that it need not look at every step saves a tenth of the time of
         # small problems, and that views and writes of temporary tensors are not tracked another. (PyTorch's own custom
         # operations use such a guard.) A write to an argument has to be seen.
         below = torch._C._AutoDispatchBelowAutograd if mutates else torch._C._AutoDispatchBelowADInplaceOrView
 
-        def below_autograd(first: Tensor, *rest: Any) -> Any:
+        def implement(*flat: Any) -> Any:
+            *values, backend = flat
+            function = getattr(implementation(backend, stem), name) if run is None else partial(run, backend)
             with below():
-                if not first.is_cuda:
-                    return implement(first, *rest)
+                if not flat[0].is_cuda:
+                    return function(*bundled(values))
                 # Triton launches on the current device, which need not be that of the tensors.
-                with torch.cuda.device(first.device):
-                    return implement(first, *rest)
+                with torch.cuda.device(flat[0].device):
+                    return function(*bundled(values))
 
         _LIBRARY.define(name + _schema(kinds, returned, mutates))
-        _LIBRARY.impl(name, below_autograd, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, implement, "CompositeExplicitAutograd")
         shapes: Callable[..., Any] = fake
         torch.library.register_fake(f"leafkernels::{name}", lambda *flat: shapes(*bundled([*flat[:-1]])), lib=_LIBRARY)
         registered = getattr(torch.ops.leafkernels, name).default
@@ -86,10 +82,7 @@ def operation(
         def call(backend: str, /, *arguments: Any) -> Any:
             flat: list[Any] = []
             for argument, is_bundle in zip(arguments, is_bundled, strict=True):
-                if is_bundle:
-                    flat.extend(argument)
-                else:
-                    flat.append(argument)
+                flat += argument if is_bundle else (argument,)
             found = registered(*flat, backend)
             return found if result is None else result(*found)
 
