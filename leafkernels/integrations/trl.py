@@ -29,6 +29,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
     ) from error
 
 from leafkernels.integrations._trl_options import TokenCredit, check_options
+from leafkernels.integrations._trl_sharing import SharedPrefixesConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ _NORMALIZE_OF_SCALE = {
 
 
 @dataclass
-class LeafGRPOConfig(trl.GRPOConfig):
+class LeafGRPOConfig(SharedPrefixesConfig, trl.GRPOConfig):
     """``GRPOConfig`` with the options of ``leafkernels.span_advantages`` and ``tree_td``, under the same names.
 
     For a config of your own: ``@dataclass class MyConfig(LeafGRPOConfig, TheConfigOfMyTrainer)``.
