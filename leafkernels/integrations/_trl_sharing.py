@@ -55,6 +55,8 @@ class SharedPrefixes(GRPOTrainer):
         ValueError: an option of TRL's, or the model, cannot go with it; or TRL's log-probabilities are others.
     """
 
+    _buffered_inputs: Any  # TRL's
+
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *more: Any, **kwargs: Any) -> None:
         self._shares = bool(getattr(args, "share_prefixes", False))
         if self._shares:
@@ -204,7 +206,7 @@ def _with_groups_together(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     dealt: list[dict[str, Any]] = [{} for _ in parts]
     for name, value in parts[0].items():
         if value is None or isinstance(value, Tensor) and not value.dim():
-            cut = [value] * len(parts)
+            cut: list[Any] = [value] * len(parts)
         elif isinstance(value, Tensor):
             cut = list(torch.cat([part[name] for part in parts])[order].split(size))
         else:

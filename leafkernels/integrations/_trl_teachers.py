@@ -244,11 +244,11 @@ def score(
         for start in range(0, len(chosen), size):
             chunk = chosen[start : start + size]
             if shares and tree_stats(model, ids[chunk], attention[chunk]).plan != "rows":
-                found = tree_logprobs(
+                shared: Any = tree_logprobs(
                     model, ids[chunk], attention[chunk], response_mask=asked[chunk], temperature=temperature
                 )
-                logprobs.append(found.logprobs[:, -width:].float())
-                entropies.append(found.entropy[:, -width:].float())
+                logprobs.append(shared.logprobs[:, -width:].float())
+                entropies.append(shared.entropy[:, -width:].float())
                 continue
             if shares and takes("position_ids", model):  # as what is shared is run
                 options["position_ids"] = (attention[chunk].cumsum(1) - 1).clamp(min=0)
