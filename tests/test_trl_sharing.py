@@ -89,7 +89,10 @@ RUNS: list[dict[str, Any]] = [
     {"mask_truncated_completions": True, "temperature": 0.7},
     {"estimator": "tree_td"},
     {"scale_rewards": "batch", "estimator": "leaf", "terms": "local"},
-    *({"loss_type": name, "num_iterations": 2} for name in ("grpo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo")),
+    *(
+        {"loss_type": name, "num_iterations": 2}
+        for name in ("grpo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo")
+    ),
 ]
 
 

@@ -23,8 +23,6 @@ from leafkernels.models.asking import evaluating
 _logger = logging.getLogger(__name__)
 
 _NAME = "_get_per_token_logps_and_entropies"
-# What it takes, beside features of images and the like and the loss of a router.
-_OF_ROWS = ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size", "compute_entropy")
 
 
 @dataclass
@@ -105,24 +103,33 @@ class SharedPrefixes(GRPOTrainer):
         self._metrics[mode]["leaf/shared_share"].append(shared / len(self._run))
         return loss
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **others: Any,
+    ) -> Any:
         compute = super()._get_per_token_logps_and_entropies
-        if not self._shares:
-            return self._alone(slice(None), compute, model, *args, **kwargs)
-        parameters = inspect.signature(compute).parameters
-        more = inspect.signature(compute).bind(model, *args, **kwargs).arguments
-        _, ids, mask, keep, size, has_entropy = (more.pop(name, None) for name in _OF_ROWS)
-        others = [name for name, value in more.items() if value is not None and value is not False]
-        if others:
-            self._tell(f"rows have {others[0]}")
-            self._run.append((ids.numel(), ids.numel(), False))
-            return self._alone(slice(None), compute, model, *args, **kwargs)
+        call = (input_ids, attention_mask, logits_to_keep)
+        others = {name: value for name, value in others.items() if value is not None and value is not False}
+        if others and self._shares:
+            self._tell(f"rows have {next(iter(others))}")
+            self._run.append((input_ids.numel(), input_ids.numel(), False))
+        if others or not self._shares:
+            others |= {"batch_size": batch_size, "compute_entropy": compute_entropy}
+            return self._alone(slice(None), compute, model, *call, **others)
         parts = []
-        for start in range(0, len(ids), size or len(ids)):
-            rows = slice(start, start + (size or len(ids)))
-            parts.append(self._part(rows, compute, model, ids[rows], mask[rows], keep, bool(has_entropy)))
+        for start in range(0, len(input_ids), batch_size or len(input_ids)):
+            rows = slice(start, start + (batch_size or len(input_ids)))
+            part = (input_ids[rows], attention_mask[rows], logits_to_keep, compute_entropy)
+            parts.append(self._part(rows, compute, model, *part))
         logprobs, entropies = (None if of[0] is None else torch.cat(of) for of in zip(*parts, strict=True))
-        return (logprobs, entropies, None)[: 3 if "compute_aux_loss" in parameters else 2]
+        has_aux_loss = "compute_aux_loss" in inspect.signature(compute).parameters
+        return (logprobs, entropies, None)[: 3 if has_aux_loss else 2]
 
     def _part(
         self, rows: slice, compute: Any, model: Any, ids: Tensor, mask: Tensor, keep: int, has_entropy: bool
