@@ -35,7 +35,9 @@ def trained(
     more = {name: changes.pop(name) for name in ("peft_config",) if name in changes}
     prompts = changes.pop("prompts", PROMPTS)
     args = config(folder, share_prefixes=shares, shuffle_dataset=False, **{**PLAIN, **changes})
-    policy = script(tiny_trl.model() if policy is None else policy, 4)
+    policy = tiny_trl.model() if policy is None else policy
+    if "generate" not in vars(policy):
+        script(policy, 4)
     data = Dataset.from_dict({"prompt": prompts})
     run = kind(policy, count_a, args, data, processing_class=tiny_trl.tokenizer(), **more)
     run.tokens = count_tokens(policy)
@@ -214,9 +216,12 @@ def test_a_stopped_run_goes_on(parts: int, tmp_path: Path) -> None:
 
 
 def test_what_shares_nothing_is_left_to_trl(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found, expected = (trained(tmp_path / str(s), s, prompts=["a", "b", "c", "d"] * 4) for s in (True, False))
+    changes = {"prompts": ["a", "b", "c", "d"] * 4, "max_completion_length": 24, "learning_rate": 0.05}
+    policies = [apart(script(tiny_trl.model(), 4)) for _ in range(2)]
+    found, expected = (trained(tmp_path / str(s), s, policies[s], **changes) for s in (True, False))
     lines = [line for line in found.state.log_history if "leaf/shared_share" in line]
-    assert not all(line["leaf/shared_share"] for line in lines)
+    assert lines and not any(line["leaf/shared_share"] for line in lines)
+    assert all(line["leaf/tokens_per_node"] == 1 for line in lines)
     assert caplog.text.count("the rows share too little") == 1
     for weight, other in zip(found.model.parameters(), expected.model.parameters(), strict=True):
         torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-5)
@@ -235,6 +240,16 @@ def distilled(folder: Path, shares: bool, teachers: Any, **changes: Any) -> Any:
         processing_class=tiny_trl.tokenizer(),
     )
     run.tokens = count_tokens(run.model)
+    generate = run._generate_and_score_completions
+
+    def counted(inputs: Any) -> Any:
+        batch = generate(inputs)
+        if len(run.batches) == 1:  # in which models were tried on a few tokens
+            for found in tokens:
+                found.clear()
+        return batch
+
+    run._generate_and_score_completions = counted
     run.train()
     run.read = sum(map(sum, tokens))
     return run
@@ -267,8 +282,8 @@ def test_a_teacher_equal_to_the_student_teaches_nothing(tmp_path: Path) -> None:
     assert not any(gradient.any() for gradient in run.gradients[0])
 
 
-def apart(policy: Any, first_row: int) -> None:
-    """Let the answers of the second group be long, and begin with different tokens."""
+def apart(policy: Any, first_row: int = 0, kept: int = 0) -> Any:
+    """Let the answers of all rows but the first ``kept`` be long, and begin with different tokens."""
     scripted, columns = policy.generate, torch.arange(24)
 
     def generate(input_ids: torch.Tensor, **more: Any) -> torch.Tensor:
@@ -276,9 +291,10 @@ def apart(policy: Any, first_row: int) -> None:
         found = torch.nn.functional.pad(found, (0, 24 - found.shape[1]), value=tiny_trl.PAD)
         numbers = torch.arange(first_row, first_row + len(found))[:, None]
         others = 3 + (numbers + columns * (1 + numbers % 3)) % 8
-        return torch.cat([input_ids, torch.where(numbers < 4, found, others)], 1)
+        return torch.cat([input_ids, torch.where(numbers < kept, found, others)], 1)
 
     policy.generate = generate
+    return policy
 
 
 def on_an_engine(rank: int, engine: str, folder: str, shares: bool) -> dict[str, Any]:
@@ -288,7 +304,7 @@ def on_an_engine(rank: int, engine: str, folder: str, shares: bool) -> dict[str,
     changes |= {"max_completion_length": 24, "learning_rate": 0.05}
     args = config(folder, share_prefixes=shares, **{**PLAIN, **changes, **engine_settings(engine)})
     policy = script(tiny_trl.model(), 4, rows * rank)
-    apart(policy, rows * rank)
+    apart(policy, rows * rank, 4)
     data = Dataset.from_dict({"prompt": ["abcdefgh" * 2, "h"] * 8})
     run = LeafGRPOTrainer(policy, count_a, args, data, processing_class=tiny_trl.tokenizer())
     run.train()
