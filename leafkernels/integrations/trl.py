@@ -134,6 +134,10 @@ class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
       ``leaf/nodes_per_group``, the mean number of nodes of a prompt. For every estimator, "advantage" in the table of
       completions is the mean over the completion's tokens.
 
+    - With ``share_prefixes=True`` what the rows of a micro-batch share runs through the model once, where that is fewer
+      tokens; ``leaf/tokens_per_node`` and ``leaf/shared_share`` tell. It is off by default: dropout draws once for a
+      shared token, prompts and not rows are dealt out to micro-batches, and TRL's own function needs no logits.
+
     Raises:
         RuntimeError: TRL is older than 0.26, which misreads advantages per token, or the Liger loss (up to 1.13) or
             the SAPO loss (up to 0.27) is asked for, which do so too, or an option that the installed TRL cannot be
