@@ -72,6 +72,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=120, help="steps of distillation (default: 120)")
     parser.add_argument("--teacher-steps", type=int, help="supervised steps of each (default: 1500, reversal 250)")
     parser.add_argument("--student-steps", type=int, default=250, help="those of the student (default: 250)")
+    parser.add_argument("--rollouts", type=int, default=1, help="answers to a prompt (default: 1)")
+    parser.add_argument("--share-prefixes", action="store_true", help="run what the answers to a prompt share once")
     args = parser.parse_args()
     if min(args.steps, args.student_steps, 1 if args.teacher_steps is None else args.teacher_steps) < 1:
         parser.error("--steps, --teacher-steps and --student-steps must be at least 1")
@@ -114,6 +116,8 @@ def main() -> None:
             max_steps=args.steps,
             per_device_train_batch_size=64,
             max_completion_length=32,
+            num_generations=args.rollouts,
+            share_prefixes=args.share_prefixes,
             learning_rate=2e-4,
             lr_scheduler_type="constant",
             logging_steps=max(1, args.steps // 10),
@@ -121,6 +125,7 @@ def main() -> None:
             report_to=[],
             use_cpu=True,
             bf16=False,
+            gradient_checkpointing=False,
             **METHODS[args.method],
         )
         trainer = FireOPDTrainer(

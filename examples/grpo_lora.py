@@ -50,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--terms", type=int, default=5, help="terms in each sum (default: 5)")
     parser.add_argument("--warmup-steps", type=int, default=500, help="supervised steps before (default: 500)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of the adapter (default: 1e-3)")
+    parser.add_argument("--share-prefixes", action="store_true", help="run what rollouts share once, where it pays")
     args = parser.parse_args()
     for name in ("steps", "prompts", "warmup_steps", "num_boundaries"):
         if getattr(args, name) < 1:
@@ -94,13 +95,13 @@ def train_step(
     prompts = [draw_prompt(rng, args.terms, held_out=False) for _ in range(args.prompts)]
     rollouts = sample(policy, prompts, args.rollouts)
     with torch.no_grad():
-        old_logprobs = token_logprobs(policy, rollouts)
+        old_logprobs = token_logprobs(policy, rollouts, share_prefixes=args.share_prefixes)
     if args.advantages == "leaf":
         advantages = leaf_advantages(rollouts, old_logprobs, args.rollouts, args.num_boundaries)
     else:
         advantages = grpo_advantages(rollouts, args.rollouts)
     for _ in range(INNER_UPDATES):
-        logprobs = token_logprobs(policy, rollouts)
+        logprobs = token_logprobs(policy, rollouts, share_prefixes=args.share_prefixes)
         optimizer.zero_grad()
         policy_loss(logprobs, old_logprobs, advantages, rollouts.response_mask, clip=CLIP).loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

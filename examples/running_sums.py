@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from leafkernels import surprisal_entropy
+from leafkernels.models import tree_logprobs
 
 PAD_TOKEN = "<pad>"
 END_TOKEN = "."
@@ -175,9 +176,16 @@ def sample(model: Any, prompts: Sequence[str], num_rollouts: int = 1, *, greedy:
     return Rollouts(sequences, token_ids, response_mask, texts, rewards)
 
 
-def token_logprobs(model: Any, rollouts: Rollouts) -> Tensor:
-    """Return the log-probability of every response token under ``model``, (B * G, T), 0 on padding."""
+def token_logprobs(model: Any, rollouts: Rollouts, *, share_prefixes: bool = False) -> Tensor:
+    """Return the log-probability of every response token under ``model``, (B * G, T), 0 on padding.
+
+    With ``share_prefixes`` what the rollouts share runs through the model once, where that is fewer tokens.
+    """
     length = rollouts.token_ids.shape[1]
+    if share_prefixes:
+        asked = torch.nn.functional.pad(rollouts.response_mask, (rollouts.sequences.shape[1] - length, 0))
+        attention = asked | (torch.arange(asked.shape[1]) < asked.shape[1] - length)
+        return tree_logprobs(model, rollouts.sequences, attention, response_mask=asked).logprobs[:, -length:]
     # The logits at one position score the token at the next, hence the window that ends one place early.
     logits = model(input_ids=rollouts.sequences).logits[:, -length - 1 : -1]
     return surprisal_entropy(logits, rollouts.token_ids, response_mask=rollouts.response_mask).logprobs

@@ -13,7 +13,8 @@ fsdd.tar.gz -C recordings .`` makes the archive), espeak (synthetic voices), man
 Without ``--model_name_or_path`` the model is a Qwen2-Audio of random weights and 0.2 M parameters. It hears a few
 digits and writes them down with their running sums, ``3+5=8 8+9=17`` for 3 5 9; first it learns from a teacher that
 hears well and gets every other sum wrong. Voices of the evaluation are heard in neither part. A stopped run goes on
-from its last checkpoint. ``docs/speech.md`` is the whole way with a corpus and a large model.
+from its last checkpoint. ``--share_prefixes true --gradient_checkpointing false`` runs a recording once for all
+of its answers in a micro-batch. ``docs/speech.md`` is the whole way with a corpus and a large model.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="reinforcement-learning steps (default: 60)")
     parser.add_argument("--warmup-steps", type=int, default=400, help="supervised steps before (default: 400)")
     parser.add_argument("--terms", type=int, default=4, help="terms in each sum (default: 4)")
+    parser.add_argument("--share-prefixes", action="store_true", help="leaf: run what completions share once")
     args = parser.parse_args()
     if args.steps < 1 or args.warmup_steps < 1:
         parser.error("--steps and --warmup-steps must be at least 1")
@@ -77,7 +78,7 @@ def main() -> None:
     before = greedy_accuracy(model, held_out)
 
     is_leaf = args.advantages == "leaf"
-    options = {"num_boundaries": 2} if is_leaf else {}
+    options = {"num_boundaries": 2, "share_prefixes": args.share_prefixes} if is_leaf else {}
     prompts = [draw_prompt(rng, args.terms, held_out=False) for _ in range(8 * args.steps)]
     with tempfile.TemporaryDirectory() as folder:
         config = (LeafGRPOConfig if is_leaf else GRPOConfig)(
@@ -94,6 +95,7 @@ def main() -> None:
             report_to=[],
             use_cpu=True,
             bf16=False,
+            gradient_checkpointing=False,
             **options,
         )
         trainer = (LeafGRPOTrainer if is_leaf else GRPOTrainer)(

@@ -307,6 +307,49 @@ def test_gradients_of_the_caller() -> None:
     torch.testing.assert_close(ours.cosines, theirs.cosines, rtol=0, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.slow
+def test_gradients_of_a_model_that_runs_what_rollouts_share_once() -> None:
+    """As those of an ordinary forward pass, for fewer tokens."""
+    pytest.importorskip("transformers", minversion="5.23")
+    from tiny_decoders import build_model
+
+    from leafkernels.models import tree_logprobs
+
+    call = prompts(2, tokens=5)
+    flat = {name: tensor.flatten(0, 1) for name, tensor in call.items()}
+    begins = torch.arange(1, 21)[None] + torch.arange(80)[:, None] // 40  # twenty tokens of a prompt
+    sequences = torch.cat([begins, flat["token_ids"] + 3], 1)
+    asked = torch.arange(25).expand(80, 25) >= 20
+    model, read = build_model("llama"), list[int]()
+    weights = list(model.parameters())
+
+    def count(_: Any, inputs: Any, __: Any) -> None:
+        read[-1] += inputs[0].numel()
+
+    model.get_input_embeddings().register_forward_hook(count)
+
+    def of_tree(advantages: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        logprobs = tree_logprobs(model, sequences[rows], response_mask=asked[rows]).logprobs[:, 20:]
+        return flattened((advantages[rows] * logprobs).sum())
+
+    def of_rows(advantages: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        chances = model(input_ids=sequences[rows]).logits[:, 19:-1].log_softmax(-1)
+        return flattened((advantages[rows] * chances.gather(-1, sequences[rows, 20:, None])[..., 0]).sum())
+
+    def flattened(loss: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, weights)])
+
+    schemes = {"grpo": leafkernels.grpo, "leaf": leafkernels.span_advantages}
+    options = {"group_size": 40, "num_rollouts": 4, "num_splits": 2}
+    found = []
+    for gradients in (of_tree, of_tree, of_rows):  # the first tries the model on a few tokens
+        read.append(0)
+        found.append(gradient_agreement(schemes, **flat, **options, gradients=gradients))
+    assert found[0].num_measured == 2
+    torch.testing.assert_close(found[1].cosines, found[2].cosines, rtol=0, atol=1e-4)
+    assert read[1] < 0.6 * read[2]
+
+
 def test_what_cannot_be_measured_is_nan() -> None:
     call = prompts(5)
     call["rewards"][0] = 1.0

@@ -37,12 +37,35 @@ def test_trl_leaf_runs(advantages: str) -> None:
     assert ("share of tokens with span credit" in output) == (advantages == "leaf")
 
 
+def test_examples_share_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities of rollouts are the same, and what is printed of a few steps too."""
+    pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import running_sums
+    import torch
+
+    rng = running_sums.seed_everything(0)
+    model = running_sums.build_model()
+    prompts = [running_sums.draw_prompt(rng, 9, held_out=False) for _ in range(2)]
+    rollouts = running_sums.sample(model, prompts, 8)
+    with torch.no_grad():
+        rows, shared = (running_sums.token_logprobs(model, rollouts, share_prefixes=shares) for shares in (False, True))
+    torch.testing.assert_close(shared, rows, rtol=1e-4, atol=1e-5)
+    steps = ("--steps", "2", "--warmup-steps", "5", "--terms", "9")
+    printed = [run_example("trl_leaf.py", *steps, *more) for more in ((), ("--share-prefixes",))]
+    lines = [[line for line in text.splitlines() if "accuracy" in line or "mean reward" in line] for text in printed]
+    assert lines[0] == lines[1] and lines[0]
+    assert "leaf/tokens_per_node" not in printed[0] and "leaf/tokens_per_node" in printed[1]
+
+
 @pytest.mark.parametrize(("method", "domains"), [("fire", ["sums", "reversal"]), ("opd", ["sums"])])
 def test_distill_runs(method: str, domains: list[str]) -> None:
     """The whole way, in few steps; tests/test_trl_distillation.py sees the student approach its teacher."""
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
     steps = ("--steps", "2", "--teacher-steps", "5", "--student-steps", "5")
-    output = run_example("distill.py", "--method", method, "--domains", *domains, *steps)
+    more = ("--rollouts", "4", "--share-prefixes") if method == "opd" else ()
+    output = run_example("distill.py", "--method", method, "--domains", *domains, *steps, *more)
+    assert ("leaf/tokens_per_node" in output) == bool(more)
     assert "teacher less student log-probability of a token, first -" in output
     assert re.findall(r"teacher, 5 supervised steps: held-out accuracy, (\w+) ", output) == domains
     last = output.partition("student, after 2 steps: held-out accuracy, ")[2]

@@ -21,7 +21,7 @@ from rollouts import DEVICE, Rollouts, rollouts
 from support import examples
 
 import python_ref
-from leafkernels import span_advantages
+from leafkernels import policy_loss, span_advantages
 from leafkernels.integrations.layouts import next_tokens, pack, response_tokens, rolled_tokens, unpack
 
 FILL = 5  # what no mask covers: prompts and padding, which must not matter
@@ -529,6 +529,35 @@ def test_page_fire_opd() -> None:
     assert batch["response_mask"].bool().tolist() == expected["response_mask"]
 
 
+@pytest.mark.slow
+def test_page_shared_prefixes() -> None:
+    """A step is that of an ordinary forward pass."""
+    pytest.importorskip("transformers", minversion="5.23")
+    from tiny_decoders import build_model
+
+    step = of_page("Shared prefixes")["shared_step"]
+    torch.manual_seed(0)
+    ids = torch.randint(1, 20, (4, 14), device=DEVICE)
+    ids[1:, :9] = ids[0, :9].clone()
+    asked = (torch.arange(14, device=DEVICE) >= 9).expand(4, 14)
+    advantages = torch.randn(4, 14, device=DEVICE)
+    weights = []
+    for is_shared in (True, False):
+        model = build_model("llama").to(DEVICE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        logits = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        logprobs = torch.nn.functional.pad(logits.gather(-1, ids[:, 1:, None])[..., 0], (1, 0))
+        if is_shared:
+            step(model, optimizer, ids, torch.ones_like(ids), asked, logprobs.detach(), advantages)
+        else:
+            policy_loss(logprobs, logprobs.detach(), advantages, asked).loss.backward()
+            optimizer.step()
+        weights.append(list(model.parameters()))
+    for found, expected in zip(*weights, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(weights[0][0], next(build_model("llama").to(DEVICE).parameters()))
+
+
 def test_page_verl() -> None:
     pytest.importorskip("verl.trainer.ppo.v1", reason="needs verl: pip install -e '.[verl]'")
     assert of_page("verl")["LeafTrainer"].__mro__[1].__name__ == "LeafAdvantage"
@@ -544,5 +573,5 @@ def test_page_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_section_of_the_page_is_run() -> None:
-    titles = {title.lower().replace("-", "_") for title in re.findall(r"^## (.+)$", PAGE, re.M)}
+    titles = {re.sub(r"\W", "_", title.lower()) for title in re.findall(r"^## (.+)$", PAGE, re.M)}
     assert {f"test_page_{title}" for title in titles} <= set(globals())

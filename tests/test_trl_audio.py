@@ -24,6 +24,7 @@ from tiny_listeners import tone, wave
 from tiny_trl import config
 from trl import GRPOConfig
 
+from leafkernels.integrations import _trl_sharing
 from leafkernels.integrations.trl import LeafGRPOConfig
 from leafkernels.integrations.trl_audio import AudioGRPOTrainer, LeafAudioGRPOTrainer
 
@@ -79,10 +80,12 @@ def features_of(run: Any, row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
+@pytest.mark.parametrize("shares", [False, True], ids=["rows", "shared"])
 @pytest.mark.parametrize("name", tiny_listeners.MODELS)
-def test_log_probabilities_are_those_of_the_model_alone(name: str, tmp_path: Path) -> None:
+def test_log_probabilities_are_those_of_the_model_alone(name: str, shares: bool, tmp_path: Path) -> None:
     """Policy, old and reference, on prompts of unequal length, each against the model's own forward of one row."""
-    args = settings(tmp_path, per_device_train_batch_size=16, num_iterations=2, beta=0.1, max_steps=2)
+    changes = {"share_prefixes": shares, "gradient_checkpointing": False, "num_iterations": 2, "max_steps": 2}
+    args = settings(tmp_path, LeafGRPOConfig, per_device_train_batch_size=16, beta=0.1, **changes)
     run = trainer(Recorded, args, tiny_listeners.MODELS[name]())
     # An adapter that does something: the policy is then not its reference.
     for weight in run.model.parameters():
@@ -129,6 +132,7 @@ def test_log_probabilities_are_those_of_the_model_alone(name: str, tmp_path: Pat
     banned = run.processing_class.tokenizer.convert_tokens_to_ids(run.processing_class.audio_token)
     assert not batch["completion_ids"].eq(banned).any()
     assert all(math.isfinite(line["loss"]) for line in run.state.log_history[:-1])
+    assert [line.get("leaf/shared_share") for line in run.state.log_history[:-1]] == [1.0 if shares else None] * 2
 
 
 @pytest.mark.parametrize("name", tiny_listeners.MODELS)
@@ -147,6 +151,73 @@ def test_a_prompt_is_read_and_heard_once(name: str, tmp_path: Path) -> None:
     assert len({id(row) for row in run.batches[0]["audio"]}) == 4
     assert len(read) == sum(heard) == 4
     assert len(heard) > 4
+
+
+def shared_run(folder: Path, shares: bool, kind: str, **changes: Any) -> Any:
+    """A run of scripted answers, with ``heard``: recordings that each call of the encoder was about, of the loss."""
+    plain = {"optim": "sgd", "learning_rate": 0.5, "gradient_checkpointing": False, "max_steps": 3}
+    args = settings(folder, LeafGRPOConfig, share_prefixes=shares, **{**plain, **changes})
+    model, processor = tiny_listeners.qwen2_audio()
+    if kind == "frozen":
+        model.model.audio_tower.requires_grad_(False)
+    run = trainer(
+        LeafAudioGRPOTrainer, args, (model, processor), **({} if kind == "adapter" else {"peft_config": None})
+    )
+    tiny_audio.script(run, 0)
+    (ear,) = run._ears.values()
+    run.heard, run.tokens = [], 0
+
+    def count(_module: Any, inputs: Any, output: Any) -> None:
+        run.tokens += inputs[0].numel() * torch.is_grad_enabled()
+
+    def listen(_module: Any, given: Any, _output: Any) -> None:
+        if torch.is_grad_enabled() and ear._encoded is None:
+            run.heard.append(len(given[0]))
+
+    model.get_input_embeddings().register_forward_hook(count)
+    ear.encoder.register_forward_hook(listen)
+    run.train()
+    return run
+
+
+@pytest.mark.parametrize("kind", ["adapter", "frozen", "trained"])
+@pytest.mark.parametrize("size", [8, 6])
+def test_a_recording_is_run_once(kind: str, size: int, tmp_path: Path) -> None:
+    """With ``share_prefixes``: the same weights, for fewer tokens; a trained encoder hears a prompt once."""
+    changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2}
+    found, expected = (shared_run(tmp_path / str(shares), shares, kind, **changes) for shares in (True, False))
+    assert found.tokens < 0.6 * expected.tokens
+    pairs = zip(found.model.named_parameters(), expected.model.parameters(), strict=True)
+    for (name, weight), other in pairs:
+        # Sums of float32 in another order, three steps in a row.
+        torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-5, msg=name)
+    lines = [line for line in found.state.log_history if "loss" in line]
+    for line, other in zip(lines, expected.state.log_history, strict=False):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4, abs=1e-6) and line["grad_norm"] > 0
+    heard = [sum(run.heard) for run in (found, expected)]
+    assert heard == ([0, 0] if kind != "trained" else [heard[0], 3 * 2 * size])
+    if kind == "trained" and size == 8:
+        assert heard[0] == 3 * 2 * size // 4
+
+
+def test_a_prompt_with_one_row_and_a_model_that_cannot_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows hear as before, and the reason is told once."""
+    run = shared_run(tmp_path, True, "adapter", per_device_train_batch_size=5, gradient_accumulation_steps=4)
+    assert caplog.text.count("a prompt has one row in a micro-batch") == 1
+    shares = [line["leaf/shared_share"] for line in run.state.log_history if "leaf/shared_share" in line]
+    assert all(0 < share < 1 for share in shares)
+
+    def cannot(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("inputs must be None with Deaf, run each row with features of its own: it is deaf")
+
+    monkeypatch.setattr(_trl_sharing, "tree_logprobs", cannot)
+    rows, alone = (shared_run(tmp_path / str(s), s, "adapter", per_device_train_batch_size=8) for s in (True, False))
+    assert caplog.text.count("it is deaf") == 1
+    for weight, other in zip(rows.model.parameters(), alone.model.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-5)  # the rows stand in another order
 
 
 def test_every_row_keeps_its_own_audio(tmp_path: Path) -> None:

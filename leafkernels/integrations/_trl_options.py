@@ -19,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
+from leafkernels.integrations._trl_sharing import SharedPrefixes
+
 _logger = logging.getLogger(__name__)
 
 # Options by whose value the loss, or the advantages, are another formula, and the values that are made right.
@@ -116,8 +118,8 @@ def _is_set(args: Any, option: Any) -> bool:
     return bool(getattr(args, option.name) != default)
 
 
-class MendedGRPOTrainer(GRPOTrainer):
-    """``GRPOTrainer`` with two mends.
+class MendedGRPOTrainer(SharedPrefixes):
+    """``GRPOTrainer`` that may share prefixes, with two mends.
 
     - An infinite reward is none: the function has not scored that completion. TRL would carry it into the means of its
       group, or of the batch. ``rewards/NAME/nonfinite`` counts them, over all ranks, in the generation batches that

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leafkernels import surprisal_entropy
+from leafkernels.models import tree_logprobs, tree_stats
 from leafkernels.models.asking import evaluating
 
 # Logits that one forward pass makes, 2 GiB in float32; a row alone may have more.
@@ -179,8 +180,13 @@ def spread(model: Any, accelerator: Any) -> Any:
 
 def keeps_logits(model: Any) -> bool:
     """Whether its forward pass makes the last logits alone when asked to."""
+    return takes("logits_to_keep", model)
+
+
+def takes(name: str, model: Any) -> bool:
+    """Whether its forward pass has a parameter of this name."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return name in inspect.signature(inner.forward).parameters
 
 
 def pad_rows(rows: Tensor, count: int) -> Tensor:
@@ -204,6 +210,7 @@ def score(
     size: int,
     keeps: bool,
     calls: int = 0,
+    shares: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the completions' tokens under a model, and entropies of its choices, over ids < num_ids.
 
@@ -216,6 +223,7 @@ def score(
         size: rows of a forward pass.
         keeps: whether the model takes ``logits_to_keep``.
         calls: forward passes at least, where the model is spread over ranks, of which others have more rows.
+        shares: whether what rows share runs once, where that is fewer tokens and ``num_ids`` are all that the head has.
 
     Returns:
         (n, tokens) float32 each, 0 where there is no token.
@@ -228,11 +236,22 @@ def score(
     # What follows each position, and whether it is a completion's.
     following = pad(ids[:, 1:], (0, 1))
     scored = pad(batch["completion_mask"], (prompt_ids.shape[1] - 1, 1))
-    options = {"logits_to_keep": width + 1} if keeps else {}
+    options: dict[str, Any] = {"logits_to_keep": width + 1} if keeps else {}
+    shares = shares and num_ids == vocabulary_size("model", model)
+    asked = pad(batch["completion_mask"], (prompt_ids.shape[1], 0))
     logprobs, entropies = [ids.new_zeros((0, width), dtype=torch.float32)], [ids.new_zeros((0, width)).float()]
     with evaluating(model):
         for start in range(0, len(chosen), size):
             chunk = chosen[start : start + size]
+            if shares and tree_stats(model, ids[chunk], attention[chunk]).plan != "rows":
+                shared: Any = tree_logprobs(
+                    model, ids[chunk], attention[chunk], response_mask=asked[chunk], temperature=temperature
+                )
+                logprobs.append(shared.logprobs[:, -width:].float())
+                entropies.append(shared.entropy[:, -width:].float())
+                continue
+            if shares and takes("position_ids", model):  # as what is shared is run
+                options["position_ids"] = (attention[chunk].cumsum(1) - 1).clamp(min=0)
             logits = model(input_ids=ids[chunk], attention_mask=attention[chunk], use_cache=False, **options).logits
             kept = min(logits.shape[1], ids.shape[1])
             found = surprisal_entropy(

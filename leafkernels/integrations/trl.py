@@ -30,6 +30,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
 
 from leafkernels.integrations._trl_options import TokenCredit, check_options
 from leafkernels.integrations._trl_report import check_report, write_report
+from leafkernels.integrations._trl_sharing import SharedPrefixesConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ _NORMALIZE_OF_SCALE = {
 
 
 @dataclass
-class LeafGRPOConfig(trl.GRPOConfig):
+class LeafGRPOConfig(SharedPrefixesConfig, trl.GRPOConfig):
     """``GRPOConfig`` with the options of ``leafkernels.span_advantages`` and ``tree_td``, under the same names.
 
     For a config of your own: ``@dataclass class MyConfig(LeafGRPOConfig, TheConfigOfMyTrainer)``.
@@ -137,6 +138,10 @@ class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
       row still shares its prefix with another row, so that the boundary is a fork for it; and
       ``leaf/nodes_per_group``, the mean number of nodes of a prompt. For every estimator, "advantage" in the table of
       completions is the mean over the completion's tokens.
+
+    - With ``share_prefixes=True`` what the rows of a micro-batch share runs through the model once, where that is fewer
+      tokens; ``leaf/tokens_per_node`` and ``leaf/shared_share`` tell. It is off by default: dropout draws once for a
+      shared token, prompts and not rows are dealt out to micro-batches, and TRL's own function needs no logits.
 
     Raises:
         RuntimeError: TRL is older than 0.26, which misreads advantages per token, or the Liger loss (up to 1.13) or

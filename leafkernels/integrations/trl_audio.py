@@ -7,6 +7,7 @@ a frozen audio encoder hears it once.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -191,9 +192,27 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
         with self._ear(self.model).hearing(self._rows):
             return super()._generate_single_turn(*args, **kwargs)
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._ear(model).hearing(self._rows):
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+    def _alone(self, rows: slice, compute: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._ear(model).hearing(self._rows[rows]):
+            return super()._alone(rows, compute, model, *args, **kwargs)
+
+    def _why_alone(self, rows: slice) -> str | None:
+        counts = Counter(self._rows[rows])
+        return "a prompt has one row in a micro-batch" if 1 in counts.values() else None
+
+    def _shared(self, rows: slice, model: Any, ids: Tensor, mask: Tensor, keep: int, **features: Any) -> Any:
+        prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(self._rows[rows]))}
+        groups = torch.tensor([prompts[prompt] for prompt in self._rows[rows]], device=ids.device)
+        features = {"groups": groups, "inputs": join_features(list(prompts))}
+        try:
+            with self._ear(model).hearing_once(list(prompts)):
+                return super()._shared(rows, model, ids, mask, keep, **features)
+        except RuntimeError as error:
+            # tree_logprobs says so of a model that cannot hear once for several rows.
+            if not str(error).startswith("inputs must be None"):
+                raise
+            self._tell(str(error))
+            return None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._rows = inputs["audio"]
@@ -233,7 +252,9 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
 class LeafAudioGRPOTrainer(LeafGRPOTrainer, AudioGRPOTrainer):
     """``AudioGRPOTrainer`` whose advantages are one for each token: ``LeafGRPOTrainer`` and ``LeafGRPOConfig``.
 
-    Groups are rollouts of one row of the dataset, so equal texts about different recordings are different prompts.
+    Groups are rollouts of one row of the dataset, so equal texts about different recordings are different prompts. With
+    ``share_prefixes=True`` a micro-batch runs each prompt once, its recording with it, and a trained encoder hears it
+    once.
     """
 
 
@@ -244,6 +265,7 @@ class _Ear:
         self.base, self.encoder = base, find_encoder(base)
         self.is_frozen = not (is_trained and any(weight.requires_grad for weight in self.encoder.parameters()))
         self._rows: Sequence[_Prompt] = ()
+        self._prompts: Sequence[_Prompt] = ()
         self._encoded: Tensor | None = None
         base.base_model.register_forward_pre_hook(self._hand, with_kwargs=True)
         forward = self.encoder.forward
@@ -278,7 +300,18 @@ class _Ear:
         finally:
             self._rows, self._encoded = (), None
 
+    @contextmanager
+    def hearing_once(self, prompts: Sequence[_Prompt]) -> Iterator[None]:
+        """Within, the forwards of the model that are handed features are about ``prompts``, and have theirs."""
+        self._prompts = prompts
+        try:
+            yield
+        finally:
+            self._prompts, self._encoded = (), None
+
     def _hand(self, _module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if self._prompts and self.is_frozen and any(inputs.get(name) is not None for name in self._prompts[0].features):
+            self._encoded = join([row.encoded[id(self.encoder)] for row in self._prompts])
         if not self._rows:  # a step of decoding, or a model that is called by others
             return None
         count = len(inputs["input_ids"])

@@ -40,6 +40,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
     ) from error
 
 from leafkernels.integrations._trl_options import TokenCredit, check_options
+from leafkernels.integrations._trl_sharing import SharedPrefixesConfig
 
 SCOPES = ("batch", "row")
 # What TRL's loss types take their mean over: the tokens of a generation batch, which are counted again here; those of
@@ -64,7 +65,7 @@ class _AtLeastTwo(int):
 
 
 @dataclass
-class FireOPDConfig(GRPOConfig):
+class FireOPDConfig(SharedPrefixesConfig, GRPOConfig):
     """``GRPOConfig`` with the options of ``leafkernels.fire_opd``; ``num_generations`` may be 1, and is by default.
 
     ``beta`` is TRL's: the weight of the KL divergence to a reference model, 0 by default.
@@ -377,14 +378,15 @@ class FireOPDTrainer(TokenCredit, GRPOTrainer):
         if teacher.model is None:
             with without_adapter(self.accelerator.unwrap_model(self.model)):
                 return self._score_student(batch, rows, size, teacher.num_ids, calls)
-        return score_teacher(teacher, batch, rows, temperature=self.temperature, size=size, calls=calls)
+        options = {"temperature": self.temperature, "size": size, "calls": calls, "shares": self._shares}
+        return score_teacher(teacher, batch, rows, **options)
 
     def _score_student(
         self, batch: dict[str, Any], rows: Tensor, size: int, num_ids: int, calls: int = 0
     ) -> tuple[Tensor, Tensor]:
         if not self._is_zero3:
             options = {"num_ids": num_ids, "temperature": self.temperature, "keeps": self._student_keeps}
-            return score(self.model, batch, rows, size=size, calls=calls, **options)
+            return score(self.model, batch, rows, size=size, calls=calls, shares=self._shares, **options)
         # DeepSpeed learns in which order the modules run, which must be that of TRL's own pass in the loss.
         chosen = pad_rows(rows, size * calls)
         ids, attention = (
