@@ -1,5 +1,6 @@
 """Rows that share prefixes, through a model: log-probabilities, entropies and gradients are those of rows alone."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -24,6 +25,25 @@ MORE = {
     "granite": ("GraniteConfig", {**SIZES, "logits_scaling": 4.0}),
     "cohere2": ("Cohere2Config", {**SIZES, "sliding_window": 6}),
     "qwen3-moe": ("Qwen3MoeConfig", {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        {
+            **SIZES,
+            "head_dim": 4,
+            "num_key_value_heads": 2,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 8,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
 }
 TEXT = [name for name in tiny_decoders.MODELS if name != "qwen2-audio"]
 ROWS = [
@@ -77,24 +97,44 @@ def gradients(model: Any, *results: Tensor) -> dict[str, Tensor]:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("name", [*TEXT, *MORE])
-def test_trunks_are_rows(name: str, side: str) -> None:
-    model = build(name)
-    ids, mask = padded(ROWS, side)
-    found = tree_logprobs(model, ids, mask, temperature=0.7, plan="trunks")
-    of_trunks = gradients(model, *found)
-    expected = row_by_row(model, ids, mask, 0.7)
-    of_rows = gradients(model, *expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert of_trunks.keys() == of_rows.keys()
-    for weight, gradient in of_rows.items():
+KINDS = ("trunks", "tree", "tree below trunks")
+
+
+@pytest.fixture
+def run_as(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs rows by one kind of plan, of which ``plan`` names some only as a choice of two."""
+    module = importlib.import_module("leafkernels.models.tree_logprobs")
+
+    def run(kind: str, *args: Any, **options: Any) -> Any:
+        monkeypatch.setitem(module._KINDS_OF_PLAN, "tree", (kind,))
+        return tree_logprobs(*args, plan="tree", **options)
+
+    return run
+
+
+def assert_is_rows(model: Any, ids: Tensor, mask: Tensor, found: Any, temperature: float = 1.0) -> None:
+    """Log-probabilities, entropies and the gradients of all weights are those of rows run one by one."""
+    ours = gradients(model, *found)
+    expected = row_by_row(model, ids, mask, temperature)
+    theirs = gradients(model, *expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert ours.keys() == theirs.keys()
+    for weight, gradient in theirs.items():
         # Float32 sums of some 40 tokens, in another order.
-        torch.testing.assert_close(of_trunks[weight], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max() + 1))
-    plain = tree_logprobs(model, ids, mask, temperature=0.7, plan="rows")
-    for ours, theirs in zip(plain, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours[weight], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max() + 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [*TEXT, *MORE])
+def test_shared_prefixes_are_rows(name: str, kind: str, run_as: Any) -> None:
+    model = build(name)
+    for side in ("right", "left"):
+        ids, mask = padded(ROWS, side)
+        assert_is_rows(model, ids, mask, run_as(kind, model, ids, mask, temperature=0.7), 0.7)
+        plain = tree_logprobs(model, ids, mask, temperature=0.7, plan="rows")
+        for ours, theirs in zip(plain, row_by_row(model, ids, mask, 0.7), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @given(
@@ -110,10 +150,11 @@ def test_any_rows_and_any_mask(rows: list[list[int]], side: str, rng: Any) -> No
     ids, mask = padded(rows, side)
     asked = torch.tensor([rng.random() < 0.6 for _ in range(ids.numel())], dtype=torch.bool).reshape(ids.shape)
     expected = row_by_row(model, ids, mask)
-    for plan in ("trunks", "rows"):
-        found = tree_logprobs(model, ids, mask, response_mask=asked, plan=plan)
-        for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, torch.where(asked, theirs, 0.0), rtol=1e-5, atol=1e-5)
+    for plan in ("trunks", "tree", "rows"):
+        for max_tokens in (None, max(1, *map(len, rows)), 11):
+            found = tree_logprobs(model, ids, mask, response_mask=asked, plan=plan, max_tokens=max_tokens)
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours, torch.where(asked, theirs, 0.0), rtol=1e-5, atol=1e-5)
 
 
 def test_what_runs_is_what_is_counted() -> None:
@@ -186,13 +227,15 @@ def test_a_model_that_cannot_is_told() -> None:
     torch.testing.assert_close(found, tree_logprobs(model, ids, mask, plan="rows"))
     model = tiny_decoders.build_model("llama").train()
     model.gradient_checkpointing_enable()
-    assert tree_stats(model, ids, mask).reason == "gradient checkpointing switches the cache off"
+    with pytest.raises(RuntimeError, match="^plan must be 'rows' with LlamaForCausalLM: gradient checkpointing switch"):
+        tree_logprobs(model, ids, mask, plan="trunks")
+    assert tree_stats(model, ids, mask).plan == "tree"
     with pytest.raises(ValueError, match=r"^input_ids must have shape \(rows, tokens\), got shape \(3,\)$"):
         tree_logprobs(model, torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="^groups or group_size must say which rows are a prompt where inputs has"):
         tree_logprobs(model, ids, mask, inputs={"input_features": torch.zeros(1)})
-    with pytest.raises(ValueError, match="^plan must be one of 'auto', 'rows', 'trunks', got 'tree'$"):
-        tree_logprobs(model, ids, mask, plan="tree")
+    with pytest.raises(ValueError, match="^plan must be one of 'auto', 'rows', 'trunks', 'tree', got 'nodes'$"):
+        tree_logprobs(model, ids, mask, plan="nodes")
 
 
 def test_the_check_leaves_the_model_as_it_was() -> None:

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from leafkernels.models.asking import evaluating
+from leafkernels.models.asking import evaluating, plain_ids
 
 # Of each model: what was found, by what was asked.
 _FOUND: "WeakKeyDictionary[Any, dict[Any, Any]]" = WeakKeyDictionary()
@@ -41,7 +41,7 @@ def check_layers(model: Any) -> None:
         return
     try:
         with _quietly(model):
-            model(input_ids=_plain_ids(base)[None, :2].to(next(base.parameters()).device))
+            model(input_ids=plain_ids(base)[None, :2].to(next(base.parameters()).device))
     except UnfitLayersError:
         raise
     except Exception:  # of a model that is not ready yet, or that reads no ids alone: it says so when it is used
@@ -135,7 +135,7 @@ def _same_turns(base: Any, shortest: int, longest: int) -> bool:
         turns = []
         for length in (shortest, longest):
             base(
-                input_ids=_plain_ids(base)[None, :1].to(device),
+                input_ids=plain_ids(base)[None, :1].to(device),
                 position_ids=torch.tensor([[length - 1]], device=device),
             )
             turns.append([buffer.clone() for name, buffer in base.named_buffers() if "inv_freq" in name])
@@ -201,7 +201,7 @@ def _quietly(model: torch.nn.Module) -> Iterator[None]:
 def _compare_branches(mine: Any, packed: bool, padded: bool) -> str:
     mine._packed, mine._inputs = packed, {}
     base, steps = mine._base, 3
-    ids = _plain_ids(base).to(next(base.parameters()).device)
+    ids = plain_ids(base).to(next(base.parameters()).device)
     # Of each prompt: its branches, the first of which goes on as generate goes on with its cache.
     branches = [[ids], [ids[2:5]]] if padded else [[ids]]
     greedy = [_generate(base, prompt[None], steps + 1) for (prompt,) in branches]
@@ -307,23 +307,3 @@ class _Differences:
 
     def text(self) -> str:
         return f"logits differ by {max(self.found):.1e} of their size" if max(self.found) > self.bound else ""
-
-
-def _plain_ids(base: Any) -> Tensor:
-    """Six ids that no number of the config names, so that they stand for words."""
-    config = base.config
-    named: set[int] = set()
-
-    def read(value: Any) -> None:
-        if isinstance(value, Mapping):
-            value = list(value.values())
-        if isinstance(value, list | tuple):
-            for part in value:
-                read(part)
-        elif isinstance(value, int):
-            named.add(value)
-
-    read(config.to_dict())
-    size = config.get_text_config().vocab_size
-    free = [number for number in range(size) if number not in named] or list(range(size))
-    return torch.tensor([free[(7 * place + 3) % len(free)] for place in range(6)])

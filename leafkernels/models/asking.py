@@ -2,11 +2,12 @@
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # Of each module that is run so: by how many now, and the mode that it was found in.
 _MODES: dict[nn.Module, tuple[int, bool]] = {}
@@ -46,3 +47,44 @@ def name_of_cache(base: Any) -> str:
             if "Cache" in str(parameter.annotation):
                 return name
     return "past_key_values"
+
+
+def bare_model(model: Any) -> Any:
+    """The model of transformers inside of what wraps it: DistributedDataParallel, torch.compile, PEFT."""
+    while True:
+        inner = next((getattr(model, name) for name in ("module", "_orig_mod") if hasattr(model, name)), None)
+        if inner is None:
+            break
+        model = inner
+    return bare_model(model.get_base_model()) if hasattr(model, "get_base_model") else model
+
+
+def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
+    """What the model's forward takes."""
+    return inspect.signature(bare_model(model).forward).parameters
+
+
+def text_config(model: Any) -> Any:
+    """The config of the decoder, which may be a part of the model's."""
+    config = bare_model(model).config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def plain_ids(base: Any) -> Tensor:
+    """Six ids that no number of the config names, so that they stand for words."""
+    config = base.config
+    named: set[int] = set()
+
+    def read(value: Any) -> None:
+        if isinstance(value, Mapping):
+            value = list(value.values())
+        if isinstance(value, list | tuple):
+            for part in value:
+                read(part)
+        elif isinstance(value, int):
+            named.add(value)
+
+    read(config.to_dict())
+    size = config.get_text_config().vocab_size
+    free = [number for number in range(size) if number not in named] or list(range(size))
+    return torch.tensor([free[(7 * place + 3) % len(free)] for place in range(6)])
