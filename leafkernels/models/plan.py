@@ -152,11 +152,13 @@ def plans(
         must_have_trunks: each prompt has one trunk, and rows alone are no plan.
     """
     count = len(lengths)
+    if not count:
+        return {}
     roots = [row for row, common in enumerate(shared) if not common]
     below = [best_clusters(shared, lengths, prompts)]
     if not must_have_trunks:
         below = [best_clusters(shared, lengths), best_clusters(shared, lengths, roots), *(below if prompts else [])]
-    alone = [[Cluster(0, count, 0)]] if count and not must_have_trunks else []
+    alone = [] if must_have_trunks else [[Cluster(0, count, 0)]]
     below = [clusters for clusters in below if all(cluster.depth for cluster in clusters)]
     found: dict[str, tuple[Plan, float]] = {}
     for choices, of_rows, of_trees in ((alone, ROWS, TREE), (below, TRUNKS, TREE_BELOW)):
