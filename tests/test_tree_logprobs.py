@@ -1,6 +1,5 @@
 """Rows that share prefixes, through a model: log-probabilities, entropies and gradients are those of rows alone."""
 
-import importlib
 from typing import Any
 
 import pytest
@@ -100,18 +99,6 @@ def gradients(model: Any, *results: Tensor) -> dict[str, Tensor]:
 KINDS = ("trunks", "tree", "tree below trunks")
 
 
-@pytest.fixture
-def run_as(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs rows by one kind of plan, of which ``plan`` names some only as a choice of two."""
-    module = importlib.import_module("leafkernels.models.tree_logprobs")
-
-    def run(kind: str, *args: Any, **options: Any) -> Any:
-        monkeypatch.setitem(module._KINDS_OF_PLAN, "tree", (kind,))
-        return tree_logprobs(*args, plan="tree", **options)
-
-    return run
-
-
 def assert_is_rows(model: Any, ids: Tensor, mask: Tensor, found: Any, temperature: float = 1.0) -> None:
     """Log-probabilities, entropies and the gradients of all weights are those of rows run one by one."""
     ours = gradients(model, *found)
@@ -158,20 +145,24 @@ def test_any_rows_and_any_mask(rows: list[list[int]], side: str, rng: Any) -> No
 
 
 def test_what_runs_is_what_is_counted() -> None:
-    """Five rows of a prompt of twenty tokens: one trunk; the model sees as many tokens as tree_stats says."""
+    """Five rows of a prompt of twenty tokens: the model sees as many tokens as tree_stats says, and no more."""
     model = tiny_decoders.build_model("llama")
     rows = [[1, *range(3, 22), 4 + k, 5 + k, 6] for k in range(5)]
     ids, mask = padded(rows)
     stats = tree_stats(model, ids, mask)
-    assert stats[:4] == ("trunks", "fewer tokens", 5, 1)
-    assert stats.tokens_of_rows == 5 * 23 and stats.tokens_of_trunks == 20 + 5 * 3
+    # A second forward pass costs more than the few tokens of another plan.
+    assert stats == ("tree", "fewer tokens", 5, 1, 5 * 23, 20 + 5 * 3, 35, 35, 1)
     seen: list[int] = []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    tree_logprobs(model, ids, mask)
-    assert sum(seen) == stats.tokens_of_trunks and len(seen) == 2
+    for plan, forwards in (("auto", 1), ("trunks", 2), ("tree", 1), ("rows", 1)):
+        stats = tree_stats(model, ids, mask, plan=plan)
+        seen.clear()
+        tree_logprobs(model, ids, mask, plan=plan)
+        assert sum(seen) == stats.tokens and len(seen) == stats.forwards == forwards
     assert tree_stats(model, *padded([[1, 2, 3], [4, 5, 6]])).reason == "the rows share too little"
+    assert tree_stats(model, ids[:0], mask[:0])[:3] == ("rows", "there are no rows", 0)
 
 
 def brute_force(shared: list[int], first: int, last: int) -> int:

@@ -391,7 +391,7 @@ def _compare(model: Any, kind: str, batch: _Batch, inputs: dict[str, Any]) -> st
     in_step = bool(groups_in_step(bare_model(model)))
     how = "from the keys and values of a shared prefix" if kind == TRUNKS else "under a mask of four dimensions"
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
             # Positions behind images and recordings are the model's business: its own forward counts them.
             alone = Run(model, None, inputs=inputs, has_positions=not inputs, in_step=in_step)
             count = len(rows.lengths)
@@ -416,7 +416,8 @@ def _few_rows(model: Any, kind: str) -> tuple[Rows, Piece]:
     # Of each row: what it has of the row before, and its tokens.
     sizes = [(0, 8), (5, 7), (0, 5), (3, 6), *between, (3, 7)]
     ids = plain_ids(bare_model(model)).tolist()
-    table = [[ids[(5 * n * n + n * c + c) % 6 if c else n % 2] for c in range(11)] for n in range(len(sizes))]
+    # The digits of a row's number, by which all rows differ.
+    table = [[ids[(n // 6 ** (c % 3) + c) % 6] for c in range(11)] for n in range(len(sizes))]
     for n, (common, _) in enumerate(sizes):
         table[n][:common] = table[n - 1][:common]
     lengths = [length for _, length in sizes]
