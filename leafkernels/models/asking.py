@@ -4,6 +4,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,7 +62,15 @@ def bare_model(model: Any) -> Any:
 
 def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
     """What the model's forward takes."""
-    return inspect.signature(bare_model(model).forward).parameters
+    bare = bare_model(model)
+    if "forward" in vars(bare):  # one of its own, as hooks of accelerate set it
+        return inspect.signature(bare.forward).parameters
+    return _parameters_of_class(type(bare))
+
+
+@cache
+def _parameters_of_class(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind.forward).parameters
 
 
 def text_config(model: Any) -> Any:

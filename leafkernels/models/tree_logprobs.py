@@ -265,7 +265,7 @@ def _choose(
     if not rows.lengths and not in_step:
         return _Choice(Plan(ROWS, []), "there are no rows", 0, None)
     found = plans(rows.shared, rows.lengths, _weights(model), batch.prompts, max_tokens, bool(inputs))
-    why = {kind: _why_not(model, kind, inputs) for kind in KINDS}
+    why = {kind: _why_not(model, kind, inputs, bool(in_step)) for kind in KINDS}
     if in_step and check:
         # Each is a forward pass, on every rank.
         why = {kind: why[kind] or _compared(model, kind, batch, inputs) for kind in KINDS}
@@ -340,7 +340,7 @@ def _weights(model: Any) -> Weights:
     return _known_weights[bare]
 
 
-def _why_not(model: Any, kind: str, inputs: dict[str, Any]) -> str | None:
+def _why_not(model: Any, kind: str, inputs: dict[str, Any], in_step: bool) -> str | None:
     """Why a kind of plan would be wrong or impossible with this model as it is now, by its structure alone."""
     if kind == ROWS:
         return None
@@ -359,7 +359,7 @@ def _why_not(model: Any, kind: str, inputs: dict[str, Any]) -> str | None:
     if inputs and types:
         # Qwen2.5-VL runs without them, and then gives other positions behind an image.
         return f"its forward reads {types[0]}, a number for each token, and inputs has what belongs to a prompt"
-    if groups_in_step(bare):
+    if in_step:
         if inputs:
             return "its weights are sharded, and inputs would have to be on every rank"
         return why_alone(bare)
