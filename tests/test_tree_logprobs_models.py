@@ -179,6 +179,29 @@ def test_models_whose_layers_are_no_attention_by_position(name: str) -> None:
     torch.testing.assert_close(found.logprobs, row_by_row(model, ids, mask)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_frequencies_that_change_with_the_length(rope: str) -> None:
+    """A trunk shorter than where they change has other keys than the rows behind it: the mask then, or rows."""
+    parameters: dict[str, Any] = {"rope_type": rope, "rope_theta": 100.0, "factor": 4.0}
+    if rope == "longrope":
+        parameters |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 16}
+    sizes = {**SIZES, "max_position_embeddings": 16, "rope_parameters": parameters}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    ids = torch.tensor([[1, *range(3, 13), *(3 + (k * n) % 7 for n in range(1, 14))] for k in range(1, 5)])
+    with pytest.raises(RuntimeError, match="^plan must be 'rows' with LlamaForCausalLM: its rotary frequencies change"):
+        tree_logprobs(model, ids, plan="trunks")
+    for plan in ("auto", "tree"):
+        found = tree_logprobs(model, ids, plan=plan).logprobs
+        torch.testing.assert_close(found, row_by_row(model, ids, torch.ones_like(ids))[0], rtol=1e-4, atol=1e-4)
+    short = ids[:, :14]  # all on one side
+    found = tree_logprobs(model, short, plan="trunks").logprobs
+    torch.testing.assert_close(found, row_by_row(model, short, torch.ones_like(short))[0], rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be() -> None:
     model, (ids, mask) = tiny_decoders.build_model("llama"), padded(ROWS)
     with pytest.raises(ValueError, match="^max_tokens must be at least the tokens of the longest row, 9, got 8$"):

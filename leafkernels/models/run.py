@@ -202,7 +202,8 @@ def _nodes_in_bins(run: Run, rows: Rows, piece: Piece, depths: Tensor, before: _
 
 
 def _mask(run: Run, sees: Sees, positions: Tensor, keys: Tensor) -> Any:
-    dtype = next(bare_model(run.model).parameters()).dtype
+    # Not that of any weight, which may be quantised.
+    dtype = bare_model(run.model).get_input_embeddings().weight.dtype
     try:
         return attention_masks(text_config(run.model), sees, positions, keys, dtype)
     except RuntimeError as error:  # a GPU's has a name of its own, and a CPU's a text

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_choice, check_count, check_integer, check_mask
-from leafkernels.models.asking import bare_model, evaluating, name_of_cache, parameters_of, plain_ids, text_config
+from leafkernels.models.asking import (
+    bare_model,
+    device_of,
+    evaluating,
+    is_checkpointed,
+    name_of_cache,
+    parameters_of,
+    plain_ids,
+    text_config,
+)
 from leafkernels.models.heads import Head, head_of
 from leafkernels.models.masks import attention_of, why_no_masks
 from leafkernels.models.plan import (
@@ -36,6 +45,7 @@ from leafkernels.models.plan import (
 )
 from leafkernels.models.ranks import groups_in_step, largest, why_alone
 from leafkernels.models.run import Rows, Run, run_piece
+from leafkernels.models.turns import turns_change
 from leafkernels.rows.find import find_rows
 from leafkernels.rows.layout import as_rows
 from leafkernels.rows.prefix_tree import order_of_rows
@@ -154,7 +164,7 @@ def tree_logprobs(
         parts.append(run_piece(run, batch.rows.part(first, last), _shifted(piece, first)))
     tie: Any = 0.0
     for _ in range(choice.pieces - len(choice.plan.pieces)):
-        rows, piece = _idle(model, choice.plan.kind)
+        rows, piece = _idle(model, choice.plan.kind, input_ids.device)
         tie = tie + sum(part.sum() for part in run_piece(run, rows, piece))
     columns = torch.arange(input_ids.shape[1], device=input_ids.device) - batch.starts[:, None]
     results = []
@@ -210,9 +220,8 @@ def _read(
     input_ids = check_integer("input_ids", input_ids)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have shape (rows, tokens), got shape {tuple(input_ids.shape)}")
-    weight = next(bare_model(model).parameters(), None)
-    if weight is not None and weight.device != input_ids.device:
-        raise ValueError(f"input_ids must be on the device of the model, {weight.device}, got {input_ids.device}")
+    if (device := device_of(model)) not in (None, input_ids.device):
+        raise ValueError(f"input_ids must be on the device of the model, {device}, got {input_ids.device}")
     if inputs and groups is None and group_size is None:
         raise ValueError(
             "groups or group_size must say which rows are a prompt where inputs has its features, got neither: rows "
@@ -272,10 +281,10 @@ def _choose(
     costs = {kind: found[kind][1] if kind in found else _INFINITE for kind in KINDS}
     counts = {kind: len(found[kind][0].pieces) if kind in found else 0 for kind in KINDS}
     if in_step:
-        costs, counts = _agreed(model, costs if rows.lengths else dict.fromkeys(KINDS, 0.0), counts, in_step)
+        costs, counts = _agreed(rows.ids.device, costs if rows.lengths else dict.fromkeys(KINDS, 0.0), counts, in_step)
     kind = _cheapest_able(costs, why, _KINDS_OF_PLAN[plan])
     while check and not in_step and kind is not None and why[kind] is None:
-        why[kind] = _compared(model, kind, batch, inputs)
+        why[kind] = _compared(model, kind, batch, inputs) or _why_not_so_long(model, found[kind][0], rows)
         if why[kind] is None:
             break
         kind = _cheapest_able(costs, why, _KINDS_OF_PLAN[plan])
@@ -312,10 +321,9 @@ def _cheapest_able(costs: dict[str, float], why: dict[str, str | None], wanted: 
 
 
 def _agreed(
-    model: Any, costs: dict[str, float], counts: dict[str, int], in_step: list[Any]
+    device: torch.device, costs: dict[str, float], counts: dict[str, int], in_step: list[Any]
 ) -> tuple[dict[str, float], dict[str, int]]:
     """The largest of all ranks: the slowest is waited for, and all run as many pieces as the one with the most."""
-    device = next(bare_model(model).parameters()).device
     numbers = largest([*costs.values(), *counts.values()], in_step, device)
     of_costs, of_counts = numbers[: len(KINDS)], map(int, numbers[len(KINDS) :])
     return dict(zip(KINDS, of_costs, strict=True)), dict(zip(KINDS, of_counts, strict=True))
@@ -351,7 +359,7 @@ def _why_not(model: Any, kind: str, inputs: dict[str, Any], in_step: bool) -> st
     if has_trunks:
         if name_of_cache(bare) not in parameters:
             return "its forward takes no position_ids, or no cache of keys and values"
-        if bare.training and getattr(bare, "is_gradient_checkpointing", False):
+        if bare.training and is_checkpointed(bare):
             return "gradient checkpointing switches the cache off"
     if has_masks and (reason := why_no_masks(text_config(model))):
         return reason
@@ -360,10 +368,21 @@ def _why_not(model: Any, kind: str, inputs: dict[str, Any], in_step: bool) -> st
         # Qwen2.5-VL runs without them, and then gives other positions behind an image.
         return f"its forward reads {types[0]}, a number for each token, and inputs has what belongs to a prompt"
     if in_step:
+        kinds = {getattr(module, "rope_type", "") for module in bare.modules()}
+        if has_trunks and any("dynamic" in rope or rope == "longrope" for rope in kinds if isinstance(rope, str)):
+            return "its rotary frequencies may change between the length of a shared prefix and that of a row"
         if inputs:
             return "its weights are sharded, and inputs would have to be on every rank"
         return why_alone(bare)
     return None
+
+
+def _why_not_so_long(model: Any, plan: Plan, rows: Rows) -> str | None:
+    """Why trunks cannot stand before rows of these lengths; None: they can."""
+    depths = [trunk.depth for piece in plan.pieces for trunk in piece.trunks]
+    if not depths or not turns_change(bare_model(model), min(depths), max(rows.lengths)):
+        return None
+    return "its rotary frequencies change between the length of a shared prefix and that of a row"
 
 
 def _compared(model: Any, kind: str, batch: _Batch, inputs: dict[str, Any]) -> str | None:
@@ -387,7 +406,7 @@ def _compared(model: Any, kind: str, batch: _Batch, inputs: dict[str, Any]) -> s
 
 
 def _compare(model: Any, kind: str, batch: _Batch, inputs: dict[str, Any]) -> str | None:
-    rows, piece = _longest_rows(batch) if inputs else _few_rows(model, kind)
+    rows, piece = _longest_rows(batch) if inputs else _few_rows(model, kind, batch.rows.ids.device)
     in_step = bool(groups_in_step(bare_model(model)))
     how = "from the keys and values of a shared prefix" if kind == TRUNKS else "under a mask of four dimensions"
     try:
@@ -406,12 +425,11 @@ def _compare(model: Any, kind: str, batch: _Batch, inputs: dict[str, Any]) -> st
     return None
 
 
-def _few_rows(model: Any, kind: str) -> tuple[Rows, Piece]:
+def _few_rows(model: Any, kind: str, device: torch.device) -> tuple[Rows, Piece]:
     """Two trunks of unequal length under five rows and more, of plain tokens.
 
     Under a mask the trees have so many nodes amid a row that a model shows whether it counts in columns.
     """
-    device = next(bare_model(model).parameters()).device
     between = [(3, 11)] * (64 if kind != TRUNKS else 0)
     # Of each row: what it has of the row before, and its tokens.
     sizes = [(0, 8), (5, 7), (0, 5), (3, 6), *between, (3, 7)]
@@ -466,10 +484,9 @@ def _shifted(piece: Piece, first: int) -> Piece:
     return Piece(trunks, [Bin(held.first - first, held.last - first, held.nodes) for held in piece.bins])
 
 
-def _idle(model: Any, kind: str) -> tuple[Rows, Piece]:
+def _idle(model: Any, kind: str, device: torch.device) -> tuple[Rows, Piece]:
     """What a rank runs where another has a piece more: as many forward passes, of three tokens."""
-    bare = bare_model(model)
-    ids = plain_ids(bare)[None, :3].to(next(bare.parameters()).device)
+    ids = plain_ids(bare_model(model))[None, :3].to(device)
     rows = Rows(ids, torch.zeros_like(ids, dtype=torch.bool), [3], [0], [3])
     if kind in (TRUNKS, TREE_BELOW):
         return rows, Piece([Cluster(0, 1, 1)], [Bin(0, 1, 2)])
