@@ -65,11 +65,12 @@ def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:
     bare = bare_model(model)
     if "forward" in vars(bare):  # one of its own, as hooks of accelerate set it
         return inspect.signature(bare.forward).parameters
-    return _parameters_of_class(type(bare))
+    kind: Any = type(bare)
+    return _parameters_of_class(kind)
 
 
 @cache
-def _parameters_of_class(kind: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+def _parameters_of_class(kind: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(kind.forward).parameters
 
 

@@ -78,9 +78,10 @@ def attention_masks(config: Any, sees: Sees, queries: Tensor, keys: Tensor, dtyp
         if attention_of(config) == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask
 
-            sizes = (*queries.shape, keys.shape[1])
+            rows, width = queries.shape
+            device = str(queries.device)
             return create_block_mask(
-                lambda b, h, q, k: is_seen(b, q, k), sizes[0], None, *sizes[1:], device=str(queries.device)
+                lambda b, h, q, k: is_seen(b, q, k), rows, None, width, keys.shape[1], device=device
             )
         b, q, k = (torch.arange(size, device=queries.device) for size in (*queries.shape, keys.shape[1]))
         table = is_seen(b[:, None, None], q[:, None], k)

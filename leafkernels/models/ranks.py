@@ -1,6 +1,6 @@
 """Ranks among which a model's weights are spread: every forward pass is a collective, and all must run the same."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ def groups_in_step(model: nn.Module) -> list[Any]:
     for module in model.modules():
         if isinstance(module, dist.fsdp.FullyShardedDataParallel):
             found[id(module.process_group)] = module.process_group
-    for weight in model.parameters():
+    weights: Iterable[Any] = model.parameters()
+    for weight in weights:
         if hasattr(weight, "device_mesh"):
             found |= {id(group): group for group in weight.device_mesh.get_all_groups()}
         elif hasattr(weight, "ds_id"):

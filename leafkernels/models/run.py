@@ -238,12 +238,11 @@ def _pairs(rows: Rows, piece: Piece, device: Any) -> Tensor:
         for row in range(held.first, held.last):
             own = depth if row == held.first else max(rows.shared[row], depth)
             spans.append((row, max(own, asked), rows.lengths[row]))
-    spans = [(row, first, last) for row, first, last in spans if first < last]
-    table = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3)
+    table = torch.tensor([span for span in spans if span[1] < span[2]], dtype=torch.int64).reshape(-1, 3)
     counts = table[:, 2] - table[:, 1]
-    row = table[:, 0].repeat_interleave(counts)
+    rows_of = table[:, 0].repeat_interleave(counts)
     begins = (table[:, 1] - counts.cumsum(0) + counts).repeat_interleave(counts)
-    return torch.stack([row, begins + torch.arange(len(row))], 1).to(device)
+    return torch.stack([rows_of, begins + torch.arange(len(rows_of))], 1).to(device)
 
 
 def _forward(
