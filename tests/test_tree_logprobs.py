@@ -188,6 +188,46 @@ def test_clusters_save_the_most(shared: list[int], data: st.DataObject) -> None:
     assert saved == brute_force(shared, 0, len(shared))
 
 
+@given(st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=6), min_size=1, max_size=8), st.integers(6, 40))
+@examples(torch=150)
+def test_plans_hold_every_row_and_count_its_nodes(rows: list[list[int]], most: int) -> None:
+    rows = sorted(rows)  # an order of depth first
+    pairs = [(row, after) for row, after in zip(rows, rows[1:], strict=False)]
+    shared = [0, *(next((n for n, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
+                   for pair in pairs)]  # fmt: skip
+    lengths = [len(row) for row in rows]
+    weights = plans.Weights(1.0, 0.1, 0.1, 1.0)
+    for max_tokens in (None, most):
+        found = plans.plans(shared, lengths, weights, None, max_tokens)
+        assert plans.ROWS in found
+        for kind, (plan, cost) in found.items():
+            assert cost == plans.estimate(plan, weights) > 0 and plan.kind == kind
+            bins = [held for piece in plan.pieces for held in piece.bins]
+            assert [held.first for held in bins] + [len(rows)] == [0, *(held.last for held in bins)]
+            for piece in plan.pieces:
+                assert max_tokens is None or piece.tokens <= max_tokens
+                trunks = piece.trunks or [plans.Cluster(0, len(rows), 0)]
+                for held in piece.bins:
+                    (depth,) = {t.depth for t in trunks if t.first <= held.first and held.last <= t.last}
+                    prefixes = {tuple(row[:end]) for row in rows[held.first : held.last]
+                                for end in range(depth + 1, len(row) + 1)}  # fmt: skip
+                    assert held.nodes == len(prefixes)
+                    assert len({tuple(row[:depth]) for row in rows[held.first : held.last]}) == 1
+    assert plans.count_nodes(shared, lengths) == len({tuple(row[:n]) for row in rows for n in range(1, len(row) + 1)})
+
+
+def test_many_prompts_cost_as_much_as_each() -> None:
+    """Not the square of their sum: however many, their nodes stand in bins of a few prompts."""
+    weights = plans.Weights(1e4, 10.0, 11.5, 1e6)
+
+    def cost(prompts: int) -> float:
+        shared, lengths = [0, 190, 150, 200] * prompts, [210, 220, 215, 230] * prompts
+        found = plans.plans(shared, lengths, weights)
+        return min(found[kind][1] for kind in (plans.TREE, plans.TREE_BELOW))
+
+    assert cost(64) < 64 * cost(1)
+
+
 class Columns(torch.nn.Module):
     """A model whose cache is a decoy: it continues as if nothing stood before."""
 
