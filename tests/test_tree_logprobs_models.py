@@ -202,6 +202,16 @@ def test_frequencies_that_change_with_the_length(rope: str) -> None:
     torch.testing.assert_close(found, row_by_row(model, short, torch.ones_like(short))[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["rows", *KINDS])
+def test_nothing_asked_for_has_a_gradient_of_zeros(kind: str, run_as: Any) -> None:
+    """As of an ordinary forward pass whose tokens are all masked: a trainer's backward pass goes on."""
+    model, (ids, mask) = tiny_decoders.build_model("llama"), padded(ROWS)
+    found = run_as(kind, model, ids, mask, response_mask=torch.zeros_like(mask))
+    assert not found.logprobs.any()
+    given = gradients(model, found.logprobs)
+    assert given and not any(gradient.any() for gradient in given.values())
+
+
 def test_what_cannot_be() -> None:
     model, (ids, mask) = tiny_decoders.build_model("llama"), padded(ROWS)
     with pytest.raises(ValueError, match="^max_tokens must be at least the tokens of the longest row, 9, got 8$"):

@@ -97,7 +97,8 @@ def _run_nodes(run: Run, rows: Rows, piece: Piece) -> _Results:
         states.append(_forward(run, ids, mask, positions, kept, cache, {} if trunks else run.inputs))
     pairs = _pairs(rows, piece, device)
     if not len(pairs):
-        nothing = torch.zeros(rows.ids.shape, device=device)
+        # As where there are some: a loss of them has a gradient, of zeros.
+        nothing = torch.zeros(rows.ids.shape, device=device) + states[-1][:, -1].sum() * 0.0
         return states, nothing, nothing
 
     # Where the states of each token stand: those of all trunks, ``keep`` of each, and then those of all bins.
