@@ -213,6 +213,7 @@ def main() -> int:
     deadline = time.monotonic() + arguments.limit
     sizes = ((8,), (3,), 6) if arguments.tiny else (PROMPTS, KS, ANSWER)
     cases = [(prompt, k, sizes[2], inputs) for k, prompt, inputs in itertools.product(sizes[1], sizes[0], INPUTS)]
+    cases.sort(key=lambda case: case[0] == max(PROMPTS))  # which take longest
     if not arguments.tiny:
         cases.insert(0, LONG_ANSWERS)
     model = build_model(arguments.tiny)
