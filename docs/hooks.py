@@ -54,7 +54,7 @@ def names_by_page(source: str) -> dict[str, list[str]]:
 def where_defined(package: str, name: str) -> str:
     """The full name of what a package names in its ``__all__``: a function may be called like the module it is in."""
     folder = ROOT / package.replace(".", "/")
-    files = sorted(folder.glob("*.py")) if folder.is_dir() else sorted((ROOT / "leafkernels/rows").glob("*.py"))
+    files = sorted(folder.glob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
     for file in files:
         if re.search(rf"^(?:def|class) {name}\b", file.read_text(encoding="utf-8"), re.M):
             return ".".join([*file.relative_to(ROOT).with_suffix("").parts, name])

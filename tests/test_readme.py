@@ -51,6 +51,8 @@ def first_lines(page: str) -> str:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in RUN_ELSEWHERE])
 def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page == "prefix_tree.md":
+        pytest.importorskip("transformers", minversion="5.23")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     text = pages.read(page)

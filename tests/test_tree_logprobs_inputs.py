@@ -1,5 +1,7 @@
 """Prompts with recordings: each is heard once, and the rows of its prompt are what they are with a recording each."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ ROWS = 3  # of a prompt
 
 
 @pytest.mark.parametrize("name", ["qwen2_audio", "granite_speech", "voxtral", "qwen2_5_omni"])
-def test_a_recording_is_heard_once(name: str) -> None:
+def test_a_recording_is_heard_once(name: str, run_as: Any) -> None:
     model, processor = getattr(tiny_listeners, name)()
     model.eval()
     reader = PromptReader(processor)
@@ -45,12 +47,16 @@ def test_a_recording_is_heard_once(name: str) -> None:
     theirs = chances.gather(-1, ids[:, 1:, None])[..., 0]
     theirs = torch.nn.functional.pad(theirs, (1, 0)) * asked
     torch.testing.assert_close(ours.logprobs, theirs, rtol=1e-5, atol=1e-5)
-    found, expected = gradients(model, ours.logprobs), gradients(model, theirs)
-    assert found.keys() == expected.keys()
+    expected = gradients(model, theirs)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    for weight, gradient in expected.items():
-        # Float32 sums in another order, beside a loss whose largest gradient is that.
-        torch.testing.assert_close(found[weight], gradient, rtol=1e-4, atol=1e-5 * largest, msg=weight)
+    for kind in ("trunks", "tree below trunks"):
+        found = gradients(model, run_as(kind, model, ids, mask, **options).logprobs)
+        assert found.keys() == expected.keys()
+        for weight, gradient in expected.items():
+            # Float32 sums in another order, beside a loss whose largest gradient is that.
+            torch.testing.assert_close(found[weight], gradient, rtol=1e-4, atol=1e-5 * largest, msg=weight)
+    with pytest.raises(ValueError, match="^max_tokens must hold all rows of all prompts where inputs has features"):
+        tree_logprobs(model, ids, mask, max_tokens=max(map(len, rows)), **options)
 
 
 @pytest.mark.parametrize("name", tiny_viewers.MODELS)

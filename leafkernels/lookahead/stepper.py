@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from leafkernels.lookahead import trial
 from leafkernels.models.asking import name_of_cache
+from leafkernels.models.masks import attention_masks, attention_of
 
 # Decoder layers of these kinds read and write keys and values alone.
 _KINDS_OF_ATTENTION = {"full_attention", "sliding_attention"}
@@ -56,7 +57,7 @@ class TransformersStepper:
         if kinds - _KINDS_OF_ATTENTION:
             other = ", ".join(sorted(kinds - _KINDS_OF_ATTENTION))
             raise ValueError(f"model must have layers of attention only, got layers of the kind {other}")
-        attention = getattr(config, "_attn_implementation", "eager") or "eager"
+        attention = attention_of(config)
         if packed and attention not in ("eager", "sdpa"):
             raise ValueError(
                 f"packed branches need a mask of four dimensions, which the attention {attention!r} does not take: "
@@ -65,8 +66,7 @@ class TransformersStepper:
         self._model, self._packed, self._inputs = model, packed, dict(inputs or {})
         self._suppressed = torch.tensor(list(suppress_tokens), dtype=torch.int64)
         self._room = max_new_tokens
-        self._window = _window_of(config, kinds)
-        self._has_kinds = bool(kinds)
+        self._config = config
         self._cache: Any = None
         self._base = trial.base_of(model)
         self._counts_itself, self._cache_name = False, "past_key_values"
@@ -229,17 +229,8 @@ class TransformersStepper:
 
     def _masks(self, seen: Tensor, order: Tensor) -> Any:
         """Of (rows, S, columns): the mask that the model's layers take."""
-        full = self._as_mask(seen)
-        if self._window is None:
-            return full
-        in_window = order[:, :, None] - self._order[:, None] < self._window
-        sliding = self._as_mask(seen & in_window)
-        return {"full_attention": full, "sliding_attention": sliding} if self._has_kinds else sliding
-
-    def _as_mask(self, is_seen: Tensor) -> Tensor:
-        keys = self._cache.layers[0].keys
-        mask = torch.zeros(is_seen.shape, dtype=keys.dtype, device=keys.device)
-        return mask.masked_fill_(~is_seen, torch.finfo(keys.dtype).min)[:, None]
+        dtype = self._cache.layers[0].keys.dtype
+        return attention_masks(self._config, lambda *places: seen[places], order, self._order, dtype)
 
     def _extend_rows(self, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.equal(parents, torch.arange(len(self._seen), device=parents.device)):
@@ -263,11 +254,3 @@ def _take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     if len(part) == 1:
         return part.index_select(2, columns[0])
     return part[rows].gather(2, columns[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3]))
-
-
-def _window_of(config: Any, kinds: set[str]) -> int | None:
-    """How many tokens back the layers with a window see, themselves included; None where no layer has one."""
-    window = getattr(config, "sliding_window", None)
-    if not window or (kinds and "sliding_attention" not in kinds):
-        return None
-    return int(window)

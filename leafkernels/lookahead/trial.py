@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from leafkernels.models.asking import evaluating
+from leafkernels.models.asking import evaluating, plain_ids
+from leafkernels.models.turns import turns_change
 
 # Of each model: what was found, by what was asked.
 _FOUND: "WeakKeyDictionary[Any, dict[Any, Any]]" = WeakKeyDictionary()
@@ -41,7 +42,7 @@ def check_layers(model: Any) -> None:
         return
     try:
         with _quietly(model):
-            model(input_ids=_plain_ids(base)[None, :2].to(next(base.parameters()).device))
+            model(input_ids=plain_ids(base)[None, :2].to(next(base.parameters()).device))
     except UnfitLayersError:
         raise
     except Exception:  # of a model that is not ready yet, or that reads no ids alone: it says so when it is used
@@ -108,56 +109,13 @@ def check_turns(stepper: Any, shortest: int, longest: int) -> None:
     base = stepper._base
     if base is None or stepper._counts_itself:
         return
-    found = _FOUND.setdefault(stepper._model, {})
-    # Between these lengths they are known to be the same.
-    least, most = found.get("turns", (float("inf"), 0))
-    if least <= shortest and longest <= most:
+    if not turns_change(base, shortest, longest):
         return
-    if not any("inv_freq" in name for name, _ in base.named_buffers()):
-        found["turns"] = (0, float("inf"))
-        return
-    # Twice as far where that makes no difference, so that few lengths are tried.
-    for end in (2 * longest, longest):
-        if _same_turns(base, shortest, end):
-            meets = shortest <= most and least <= end
-            found["turns"] = (min(least, shortest), max(most, end)) if meets else (shortest, end)
-            return
     raise ValueError(
         "prompts and answers must be all shorter or all longer than the length where the rotary frequencies of "
         f"{type(base).__name__} change (dynamic or long rope), got lengths from {shortest} to {longest}, and they "
         "change between: choose other prompts, or a smaller max_new_tokens"
     )
-
-
-def _same_turns(base: Any, shortest: int, longest: int) -> bool:
-    device = next(base.parameters()).device
-    with _as_it_was(base), _quietly(base):
-        turns = []
-        for length in (shortest, longest):
-            base(
-                input_ids=_plain_ids(base)[None, :1].to(device),
-                position_ids=torch.tensor([[length - 1]], device=device),
-            )
-            turns.append([buffer.clone() for name, buffer in base.named_buffers() if "inv_freq" in name])
-        return all(torch.equal(one, other) for one, other in zip(*turns, strict=True))
-
-
-@contextmanager
-def _as_it_was(base: Any) -> Iterator[None]:
-    """Give rotary modules back as they came: some keep the longest length that they have seen."""
-    kept = []
-    for module in base.modules():
-        if any("inv_freq" in name for name in module._buffers):
-            values = {name: buffer.clone() for name, buffer in module._buffers.items() if buffer is not None}
-            kept.append((module, dict(module.__dict__), dict(module._buffers), values))
-    try:
-        yield
-    finally:
-        for module, attributes, buffers, values in kept:
-            module.__dict__.update(attributes)
-            module._buffers.update(buffers)
-            for name, value in values.items():
-                module._buffers[name].copy_(value)
 
 
 def _tried(stepper: Any, packed: bool, padded: bool) -> str:
@@ -201,7 +159,7 @@ def _quietly(model: torch.nn.Module) -> Iterator[None]:
 def _compare_branches(mine: Any, packed: bool, padded: bool) -> str:
     mine._packed, mine._inputs = packed, {}
     base, steps = mine._base, 3
-    ids = _plain_ids(base).to(next(base.parameters()).device)
+    ids = plain_ids(base).to(next(base.parameters()).device)
     # Of each prompt: its branches, the first of which goes on as generate goes on with its cache.
     branches = [[ids], [ids[2:5]]] if padded else [[ids]]
     greedy = [_generate(base, prompt[None], steps + 1) for (prompt,) in branches]
@@ -307,23 +265,3 @@ class _Differences:
 
     def text(self) -> str:
         return f"logits differ by {max(self.found):.1e} of their size" if max(self.found) > self.bound else ""
-
-
-def _plain_ids(base: Any) -> Tensor:
-    """Six ids that no number of the config names, so that they stand for words."""
-    config = base.config
-    named: set[int] = set()
-
-    def read(value: Any) -> None:
-        if isinstance(value, Mapping):
-            value = list(value.values())
-        if isinstance(value, list | tuple):
-            for part in value:
-                read(part)
-        elif isinstance(value, int):
-            named.add(value)
-
-    read(config.to_dict())
-    size = config.get_text_config().vocab_size
-    free = [number for number in range(size) if number not in named] or list(range(size))
-    return torch.tensor([free[(7 * place + 3) % len(free)] for place in range(6)])

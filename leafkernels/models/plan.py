@@ -1,15 +1,23 @@
-"""How rows are run through a model: each alone, or what several of them share once, and then what each has of its own.
+"""How rows are run through a model: each alone, or what several of them share once.
 
-Plain Python on a few numbers a row: which rows share a trunk, how long it is, and whether it pays.
+Plain Python on a few numbers a row. Rows stand in depth-first order, each beside what it shares with the one before.
+Every way to run them is of one kind: *trunks*, the tokens that neighbouring rows begin with, run first (or there are
+none), and then *bins*, which hold the nodes of neighbouring rows behind their trunk. With bins of a row each, and
+without trunks, they are ordinary rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-# A plan has to be this much cheaper than rows by the estimate: it has a second forward, and keys that are copied.
-_MARGIN = 0.93
+# A plan has to be this much cheaper than rows by the estimate, which is one.
+_MARGIN = 0.95
 # Rows of a trunk, so that looking for the best ones stays linear in the rows.
 _MOST_ROWS = 256
+# Widths of bins that are tried: from the longest row's on, each so many times the one before.
+_STEP = 1.41
+
+ROWS, TRUNKS, TREE, TREE_BELOW = "rows", "trunks", "tree", "tree below trunks"
+KINDS = (ROWS, TRUNKS, TREE, TREE_BELOW)
 
 
 class Cluster(NamedTuple):
@@ -20,19 +28,71 @@ class Cluster(NamedTuple):
     depth: int
 
 
-class Cost(NamedTuple):
-    """What a forward pass is estimated to take, padding included."""
+class Bin(NamedTuple):
+    """Rows ``first`` to ``last - 1`` in depth-first order, their ``nodes`` behind a trunk in one row of a batch."""
 
-    tokens: int
-    pairs: int
-    """Of a token and one that it sees."""
+    first: int
+    last: int
+    nodes: int
 
-    def of(self, tokens_weight: float, pairs_weight: float) -> float:
-        return self.tokens * tokens_weight + self.pairs * pairs_weight
+
+class Piece(NamedTuple):
+    """What one forward pass runs, or two: trunks, if there are any, and the bins behind them."""
+
+    trunks: list[Cluster]
+    bins: list[Bin]
+
+    @property
+    def deepest(self) -> int:
+        return max((trunk.depth for trunk in self.trunks), default=0)
+
+    @property
+    def widest(self) -> int:
+        return max((of_rows.nodes for of_rows in self.bins), default=0)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.trunks) * self.deepest + len(self.bins) * self.widest
+
+    def depth_of(self, trunk: int) -> int:
+        """0 where there are no trunks."""
+        return self.trunks[trunk].depth if self.trunks else 0
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether a bin holds several rows, which must not see each other."""
+        return any(of_rows.last - of_rows.first > 1 for of_rows in self.bins)
+
+
+class Plan(NamedTuple):
+    kind: str
+    pieces: list[Piece]
+
+    @property
+    def tokens(self) -> int:
+        """Of all forward passes, padding included."""
+        return sum(piece.tokens for piece in self.pieces)
+
+    @property
+    def trunks(self) -> int:
+        return sum(len(piece.trunks) for piece in self.pieces)
+
+
+class Weights(NamedTuple):
+    """What a model costs, in operations, or as long as so many take."""
+
+    token: float
+    """All products of a token with a weight, but for the head's."""
+    pair: float
+    """Of a token and one that it may see, in all layers."""
+    masked: float
+    """The same under a mask of ours."""
+    forward: float
+    """A forward pass, however small."""
 
 
 def best_clusters(shared: Sequence[int], lengths: Sequence[int], whole: Sequence[int] | None = None) -> list[Cluster]:
-    """The trunks that leave the fewest tokens to run.
+    """The trunks that leave the fewest tokens to run, where the rest is run a row each.
 
     Args:
         shared: what each row of the depth-first order has in common with the one before; 0 where a prompt begins.
@@ -70,21 +130,131 @@ def _cluster(first: int, last: int, shared: Sequence[int], lengths: Sequence[int
     return Cluster(first, last, max(depth, 1) if last - first == 1 else depth)
 
 
-def cost_of_rows(lengths: Sequence[int]) -> Cost:
-    """Of one forward of all rows, padded to the longest."""
-    width = max(lengths, default=0)
-    return Cost(len(lengths) * width, len(lengths) * width * width)
+def count_nodes(shared: Sequence[int], lengths: Sequence[int]) -> int:
+    """Of the trees of all rows, a node for each different prefix."""
+    return sum(lengths) - sum(shared)
 
 
-def cost_of_trunks(clusters: Sequence[Cluster], lengths: Sequence[int]) -> Cost:
-    """Of a forward of the trunks and one of the tails, each padded to its longest."""
-    deepest = max((cluster.depth for cluster in clusters), default=0)
-    tails = [length - cluster.depth for cluster in clusters for length in lengths[cluster.first : cluster.last]]
-    width = max(tails, default=0)
-    tokens = len(clusters) * deepest + len(tails) * width
-    return Cost(tokens, len(clusters) * deepest * deepest + len(tails) * width * (deepest + width))
+def plans(
+    shared: Sequence[int],
+    lengths: Sequence[int],
+    weights: Weights,
+    prompts: Sequence[int] | None = None,
+    max_tokens: int | None = None,
+    must_have_trunks: bool = False,
+) -> dict[str, tuple[Plan, float]]:
+    """The cheapest plan of each kind, and its estimate; kinds of which none keeps within ``max_tokens`` are missing.
+
+    Args:
+        shared, lengths: as in ``best_clusters``.
+        prompts: places at which prompts begin, where they were named.
+        max_tokens: of the trunks and bins of a piece, padding included.
+        must_have_trunks: each prompt has one trunk, and rows alone are no plan.
+    """
+    count = len(lengths)
+    if not count:
+        return {}
+    roots = [row for row, common in enumerate(shared) if not common]
+    below = [best_clusters(shared, lengths, prompts)]
+    if not must_have_trunks:
+        below = [best_clusters(shared, lengths), best_clusters(shared, lengths, roots), *(below if prompts else [])]
+    alone = [] if must_have_trunks else [[Cluster(0, count, 0)]]
+    below = [clusters for clusters in below if all(cluster.depth for cluster in clusters)]
+    found: dict[str, tuple[Plan, float]] = {}
+    for choices, of_rows, of_trees in ((alone, ROWS, TREE), (below, TRUNKS, TREE_BELOW)):
+        for clusters in choices:
+            for width in _widths(clusters, shared, lengths):
+                pieces = _pieces(clusters, shared, lengths, width, max_tokens)
+                if pieces is None:
+                    continue
+                plan = Plan(of_trees if any(piece.is_masked for piece in pieces) else of_rows, pieces)
+                cost = estimate(plan, weights)
+                if plan.kind not in found or cost < found[plan.kind][1]:
+                    found[plan.kind] = plan, cost
+    return found
 
 
-def shares_trunks(rows: Cost, trunks: Cost, tokens_weight: float, pairs_weight: float) -> bool:
-    """Whether the trunks pay."""
-    return trunks.of(tokens_weight, pairs_weight) < _MARGIN * rows.of(tokens_weight, pairs_weight)
+def _widths(clusters: Sequence[Cluster], shared: Sequence[int], lengths: Sequence[int]) -> Iterator[int]:
+    """Nodes that a bin may hold: 0, a row each, and more and more up to all nodes of a cluster."""
+    tails = [lengths[row] - cluster.depth for cluster in clusters for row in range(cluster.first, cluster.last)]
+    most = max((_count_behind(cluster, shared, lengths) for cluster in clusters), default=0)
+    width: float = max(tails, default=0)
+    yield 0
+    while width < most:
+        yield int(width)
+        width = max(width * _STEP, width + 1)
+    yield most
+
+
+def _count_behind(cluster: Cluster, shared: Sequence[int], lengths: Sequence[int]) -> int:
+    """Nodes of a cluster behind its trunk."""
+    own = [lengths[row] - max(shared[row], cluster.depth) for row in range(cluster.first + 1, cluster.last)]
+    return lengths[cluster.first] - cluster.depth + sum(own)
+
+
+def _pieces(
+    clusters: Sequence[Cluster],
+    shared: Sequence[int],
+    lengths: Sequence[int],
+    width: int,
+    max_tokens: int | None,
+) -> list[Piece] | None:
+    """As few bins of at most ``width`` nodes as there can be, in as few pieces; None: a row is longer than a piece.
+
+    Rows are cut in depth-first order, and a cut repeats the path to it.
+    """
+    pieces, piece = list[Piece](), Piece([], [])
+    for cluster in clusters:
+        for filled in _bins(cluster, shared, lengths, width):
+            trunk = Cluster(filled.first, filled.last, cluster.depth)
+            grown = _with(piece, cluster, trunk, filled)
+            if max_tokens is not None and grown.tokens > max_tokens:
+                if piece.bins:
+                    pieces.append(piece)
+                grown = _with(Piece([], []), cluster, trunk, filled)
+                if grown.tokens > max_tokens:
+                    return None
+            piece = grown
+    return [*pieces, piece] if piece.bins else pieces
+
+
+def _with(piece: Piece, cluster: Cluster, trunk: Cluster, filled: Bin) -> Piece:
+    trunks, bins = piece
+    if not cluster.depth:
+        return Piece(trunks, [*bins, filled])
+    if trunks and cluster.first <= trunks[-1].first and trunks[-1].last <= cluster.last:
+        trunk = trunk._replace(first=trunks[-1].first)
+        trunks = trunks[:-1]
+    return Piece([*trunks, trunk], [*bins, filled])
+
+
+def _bins(cluster: Cluster, shared: Sequence[int], lengths: Sequence[int], width: int) -> Iterator[Bin]:
+    first, nodes = cluster.first, lengths[cluster.first] - cluster.depth
+    for row in range(cluster.first + 1, cluster.last):
+        own = lengths[row] - max(shared[row], cluster.depth)
+        if nodes + own > width:
+            yield Bin(first, row, nodes)
+            first, nodes = row, lengths[row] - cluster.depth
+        else:
+            nodes += own
+    yield Bin(first, cluster.last, nodes)
+
+
+def estimate(plan: Plan, weights: Weights) -> float:
+    """Operations of the forward passes, padding included."""
+    cost = 0.0
+    for piece in plan.pieces:
+        depth, width = piece.deepest, piece.widest
+        pair = weights.masked if piece.is_masked else weights.pair
+        cost += len(piece.trunks) * depth * (weights.token + depth * weights.pair)
+        cost += len(piece.bins) * width * (weights.token + (depth + width) * pair)
+        cost += weights.forward * (2 if piece.trunks else 1)
+    return cost
+
+
+def cheapest(costs: dict[str, float]) -> str:
+    """The kind to run: rows unless another is cheaper by enough to trust the estimate."""
+    best = min(costs, key=lambda kind: (costs[kind], KINDS.index(kind)))
+    if best != ROWS and ROWS in costs and costs[best] >= _MARGIN * costs[ROWS]:
+        return ROWS
+    return best

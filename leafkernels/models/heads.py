@@ -1,0 +1,113 @@
+"""Hidden states instead of logits: what a model's head is given, and what the model makes of what the head gives."""
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from leafkernels.models.asking import bare_model, evaluating, parameters_of, plain_ids, text_config
+from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
+from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
+
+
+class Head(NamedTuple):
+    """Logits are ``linear`` of hidden states, times ``scale``, and then within ``softcap``."""
+
+    linear: Any
+    scale: float
+    softcap: float | None
+
+
+# Of models that were asked: scale and softcap; None: their logits are not those of a linear head.
+_known: "weakref.WeakKeyDictionary[Any, tuple[float, float | None] | None]" = weakref.WeakKeyDictionary()
+
+
+def head_of(model: Any) -> Head | None:
+    """The head, once a few tokens have shown that the logits are the head's; None: the model's logits are to be used.
+
+    None also for a model that is compiled, which runs no hooks.
+    """
+    bare = bare_model(model)
+    linear = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
+    # A subclass, or a hook, may do more than the product.
+    is_plain = type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+    if not is_plain or "logits_to_keep" not in parameters_of(model) or _is_compiled(model):
+        return None
+    if bare not in _known:
+        _known[bare] = _find(bare, linear)
+    found = _known[bare]
+    return None if found is None else Head(linear, *found)
+
+
+def _is_compiled(model: Any) -> bool:
+    while model is not None:
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+            return True
+        model = getattr(model, "module", None)
+    return False
+
+
+@torch.no_grad()
+def _find(bare: Any, linear: Any) -> tuple[float, float | None] | None:
+    ids = plain_ids(bare)[None].to(linear.weight.device)
+    try:
+        with evaluating(bare), hidden_states(bare) as hidden:
+            logits = bare(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+    except Exception:  # a model that cannot be asked so is used as it is
+        return None
+    states = hidden[-1] if hidden else None
+    if states is None or states.shape[:2] != ids.shape or logits.shape[:2] != ids.shape:
+        return None
+    if states.dtype != linear.weight.dtype and not torch.is_autocast_enabled(ids.device.type):
+        return None
+    config = text_config(bare)
+    scale, scaling = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    raw = linear(states).float()
+    # Other products of the same numbers.
+    bound = 1e-4 if linear.weight.dtype in (torch.float32, torch.float64) else 3e-2
+    for factor in (scale, scaling and 1.0 / scaling, 1.0):
+        for cap in (softcap, None):
+            if factor:
+                made = raw * factor if cap is None else torch.tanh(raw * factor / cap) * cap
+                if float((made - logits).norm()) <= bound * float(logits.norm()):
+                    return float(factor), cap
+    return None
+
+
+@contextmanager
+def hidden_states(bare: Any) -> Iterator[list[Tensor]]:
+    """What the decoder gives in this thread meanwhile, (rows, tokens, size) a forward."""
+    found: list[Tensor] = []
+    thread = threading.get_ident()
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        if threading.get_ident() == thread:
+            found.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    handle = bare.get_decoder().register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def score(head: Head | None, states: Tensor, token_ids: Tensor, temperature: float, mask: Tensor) -> SurprisalEntropy:
+    """Of tokens, from hidden states before them where there is a head, else from logits."""
+    if head is None:
+        return surprisal_entropy(states, token_ids, temperature=temperature, response_mask=mask)
+    return linear_surprisal_entropy(
+        states,
+        head.linear.weight,
+        token_ids,
+        bias=head.linear.bias,
+        temperature=temperature,
+        logit_scale=head.scale,
+        logit_softcap=head.softcap,
+        response_mask=mask,
+        num_live=token_ids.numel(),
+    )

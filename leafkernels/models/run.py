@@ -1,0 +1,268 @@
+"""A piece of a plan through a model: its trunks, its bins behind them, and numbers for the tokens of its rows."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from leafkernels.models.asking import bare_model, name_of_cache, parameters_of, text_config
+from leafkernels.models.heads import Head, hidden_states, score
+from leafkernels.models.masks import Sees, attention_masks, tree_sees
+from leafkernels.models.plan import Bin, Cluster, Piece
+from leafkernels.rows.prefix_tree import prefix_tree
+
+
+class Rows(NamedTuple):
+    """Rows in depth-first order, each from its first token on, and the few numbers of them that Python decides by."""
+
+    ids: Tensor  # (N, L)
+    scored: Tensor  # (N, L) bool, never at a row's first token
+    lengths: list[int]  # at least 1
+    shared: list[int]  # with the row before
+    firsts: list[int]  # the first token of each row that is asked for; its length if none is
+
+    def part(self, first: int, last: int) -> "Rows":
+        ids, scored = self.ids[first:last], self.scored[first:last]
+        return Rows(ids, scored, *(numbers[first:last] for numbers in self[2:]))
+
+
+class Run(NamedTuple):
+    """How a model is called."""
+
+    model: Any
+    head: Head | None = None
+    temperature: float = 1.0
+    inputs: Mapping[str, Any] = MappingProxyType({})
+    # False where a model counts the positions behind its inputs itself.
+    has_positions: bool = True
+    # Whether ranks run each forward and backward pass together: then none may be left out.
+    in_step: bool = False
+
+
+def run_piece(run: Run, rows: Rows, piece: Piece) -> tuple[Tensor, Tensor]:
+    """(N, L) log-probabilities and entropies of the rows of a piece, 0 where nothing is asked for."""
+    run_them = _run_nodes if piece.trunks or piece.is_masked else _run_rows
+    states, logprobs, entropy = run_them(run, rows, piece)
+    if run.in_step:
+        # Whoever asks for a gradient sends one, if of zeros, through every forward pass.
+        tie = sum(part[:, -1].sum() * 0.0 for part in states)
+        logprobs, entropy = logprobs + tie, entropy + tie
+    return logprobs, entropy
+
+
+_Results = tuple[list[Tensor], Tensor, Tensor]
+
+
+def _run_rows(run: Run, rows: Rows, piece: Piece) -> _Results:
+    device, width = rows.ids.device, rows.ids.shape[1]
+    positions = torch.arange(width, device=device).expand(rows.ids.shape)
+    is_token = positions < torch.tensor(rows.lengths, device=device)[:, None]
+    # Nothing before the first token that is asked for needs logits, but for the last of that.
+    skip = max(min(min(rows.firsts), width - 1) - 1, 0)
+    given = positions if run.has_positions else None
+    states = _forward(run, rows.ids, is_token.long(), given, width - skip, None, run.inputs)
+    asked = rows.scored[:, skip + 1 :]
+    found = score(run.head, states[:, :-1], rows.ids[:, skip + 1 :], run.temperature, asked)
+    return [states], pad(found.logprobs, (skip + 1, 0)), pad(found.entropy, (skip + 1, 0))
+
+
+def _run_nodes(run: Run, rows: Rows, piece: Piece) -> _Results:
+    trunks, bins = piece
+    device, length = rows.ids.device, rows.ids.shape[1]
+    of_bin = _numbers(bins, device)
+    of_trunk = torch.tensor(_trunk_of_bin(piece), device=device)
+    depths = torch.tensor([trunk.depth for trunk in trunks] or [0], device=device)[of_trunk, None]
+    depth, columns = depths[of_bin], torch.arange(length, device=device)
+
+    states, keep, before = list[Tensor](), 0, None
+    if trunks:
+        keep = max(1, *(trunk.depth - min(rows.firsts[trunk.first : trunk.last]) + 1 for trunk in trunks))
+        of_trunks, before = _run_trunks(run, rows, piece, keep)
+        states.append(of_trunks)
+        if len(bins) != len(trunks):
+            before = before.of(of_trunk)
+    bins_of = _nodes_in_bins if piece.is_masked else _rows_in_bins
+    ids, positions, column, mask = bins_of(run, rows, piece, depths, before)
+    # The first columns of all bins, after which nothing is asked for.
+    asked = [min(rows.firsts[held.first : held.last]) for held in bins]
+    skip = min(first - 1 - piece.depth_of(number) for first, number in zip(asked, _trunk_of_bin(piece), strict=True))
+    skip = min(max(skip, 0), max(ids.shape[1] - 1, 0))
+    kept = ids.shape[1] - skip
+    # A last token alone behind a trunk is scored by the trunk.
+    if ids.shape[1] > 1 or not trunks or run.in_step:
+        cache = None if before is None else before.cache
+        states.append(_forward(run, ids, mask, positions, kept, cache, {} if trunks else run.inputs))
+    pairs = _pairs(rows, piece, device)
+    if not len(pairs):
+        # As where there are some: a loss of them has a gradient, of zeros.
+        nothing = torch.zeros(rows.ids.shape, device=device) + states[-1][:, -1].sum() * 0.0
+        return states, nothing, nothing
+
+    # Where the states of each token stand: those of all trunks, ``keep`` of each, and then those of all bins.
+    behind = len(trunks) * keep + of_bin[:, None] * kept + column - skip
+    place = torch.where(columns < depth, of_trunk[of_bin, None] * keep + keep - depth + columns, behind)
+    size = len(trunks) * keep + len(bins) * kept
+    place = place.clamp(0, size - 1)
+    row, token = pairs.unbind(1)
+    target, flat = place[row, token], torch.cat([part.flatten(0, 1) for part in states])
+    is_asked = torch.zeros(size + 1, dtype=torch.bool, device=device)
+    is_asked[torch.where(rows.scored, place, size)] = True
+    found = score(run.head, flat[place[row, token - 1]], rows.ids[row, token], run.temperature, is_asked[target])
+    number = torch.zeros(size, dtype=torch.int64, device=device)
+    number[target] = torch.arange(len(pairs), device=device)
+    logprobs, entropy = (torch.where(rows.scored, part[number[place]], 0.0) for part in (found.logprobs, found.entropy))
+    return states, logprobs, entropy
+
+
+class _Before(NamedTuple):
+    """What stands before each row of a batch: keys and values, the columns that hold a token, and their positions."""
+
+    cache: Any
+    is_token: Tensor  # (B, D) bool
+    positions: Tensor  # (B, D)
+
+    def of(self, rows: Tensor) -> "_Before":
+        """The same before other rows, named by these."""
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        for number, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[rows], layer.values[rows], number)
+        return _Before(cache, self.is_token[rows], self.positions[rows])
+
+
+def _run_trunks(run: Run, rows: Rows, piece: Piece, keep: int) -> tuple[Tensor, _Before]:
+    """States of the last ``keep`` columns of all trunks, which end in the same one."""
+    from transformers import DynamicCache
+
+    device = rows.ids.device
+    depths = torch.tensor([trunk.depth for trunk in piece.trunks], device=device)[:, None]
+    columns = torch.arange(piece.deepest, device=device) - piece.deepest + depths
+    is_token, positions = columns >= 0, columns.clamp_min(0)
+    heads, last = _heads(rows, piece.trunks)
+    cache: Any = DynamicCache()
+    ids = torch.where(is_token, heads.gather(1, positions), last)
+    states = _forward(run, ids, is_token.long(), positions, keep, cache, run.inputs)
+    return states, _Before(cache, is_token, positions)
+
+
+def _heads(rows: Rows, parts: Sequence[Cluster | Bin]) -> tuple[Tensor, Tensor]:
+    """The first row of each part, and its last token (P, 1), which fills: it stands for no recording or image.
+
+    Models count the tokens that do.
+    """
+    device = rows.ids.device
+    ids = rows.ids[torch.tensor([part.first for part in parts], device=device)]
+    ends = torch.tensor([rows.lengths[part.first] - 1 for part in parts], device=device)
+    return ids, ids.gather(1, ends[:, None])
+
+
+# Of bins: ids (B, W), positions (B, W), the column of each token of the rows (N, L), and the mask.
+_Bins = tuple[Tensor, Tensor, Tensor, Any]
+
+
+def _rows_in_bins(run: Run, rows: Rows, piece: Piece, depths: Tensor, before: _Before | None) -> _Bins:
+    """Bins of a row each, behind their trunks, with a mask of two dimensions."""
+    assert before is not None
+    device, length = rows.ids.device, rows.ids.shape[1]
+    positions = depths + torch.arange(piece.widest, device=device)
+    is_token = positions < torch.tensor(rows.lengths, device=device)[:, None]
+    heads, last = _heads(rows, piece.bins)
+    ids = torch.where(is_token, heads.gather(1, positions.clamp_max(length - 1)), last)
+    column = torch.arange(length, device=device) - depths
+    return ids, positions, column, torch.cat([before.is_token, is_token], 1).long()
+
+
+def _nodes_in_bins(run: Run, rows: Rows, piece: Piece, depths: Tensor, before: _Before | None) -> _Bins:
+    """Bins of several rows: their nodes in depth-first order, each of which sees those above it."""
+    device = rows.ids.device
+    of_bin = _numbers(piece.bins, device)
+    columns = torch.arange(rows.ids.shape[1], device=device)
+    lengths = torch.tensor(rows.lengths, device=device)[:, None]
+    tree = prefix_tree(
+        rows.ids,
+        response_mask=(columns >= depths[of_bin]) & (columns < lengths),
+        groups=of_bin,
+        max_nodes=sum(held.nodes for held in piece.bins),
+    )
+    begins = tree.starts[: len(piece.bins), None]
+    offsets = torch.arange(piece.widest, device=device)
+    is_node = offsets < torch.tensor([held.nodes for held in piece.bins], device=device)[:, None]
+    at = torch.where(is_node, begins + offsets, 0)
+    ids = torch.where(is_node, tree.token_ids[at], _heads(rows, piece.bins)[1])
+    positions = torch.where(is_node, tree.positions[at] + depths, 0)
+    ends = torch.where(is_node, tree.ends[at] - begins, offsets + 1)  # what fills sees itself
+    is_trunk, keys = ends.new_zeros((len(ends), 0), dtype=torch.bool), positions
+    if before is not None:
+        is_trunk, keys = before.is_token, torch.cat([before.positions, positions], 1)
+    mask = _mask(run, tree_sees(ends, is_trunk), positions, keys)
+    return ids, positions, tree.nodes - begins[of_bin], mask
+
+
+def _mask(run: Run, sees: Sees, positions: Tensor, keys: Tensor) -> Any:
+    # Not that of any weight, which may be quantised.
+    dtype = bare_model(run.model).get_input_embeddings().weight.dtype
+    try:
+        return attention_masks(text_config(run.model), sees, positions, keys, dtype)
+    except RuntimeError as error:  # a GPU's has a name of its own, and a CPU's a text
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
+        raise RuntimeError(
+            f"max_tokens must be smaller than {positions.numel()}, the nodes of a tree whose attention mask of shape "
+            f"{(len(keys), 1, positions.shape[1], keys.shape[1])} does not fit into memory ({error})"
+        ) from error
+
+
+def _numbers(parts: Sequence[Cluster | Bin], device: Any) -> Tensor:
+    """(N,) which part holds each row."""
+    return torch.tensor([n for n, part in enumerate(parts) for _ in range(part.first, part.last)], device=device)
+
+
+def _trunk_of_bin(piece: Piece) -> list[int]:
+    """Of each bin the number of its trunk, 0 where there is none."""
+    of_row = [number for number, trunk in enumerate(piece.trunks) for _ in range(trunk.first, trunk.last)]
+    return [of_row[held.first] if of_row else 0 for held in piece.bins]
+
+
+def _pairs(rows: Rows, piece: Piece, device: Any) -> Tensor:
+    """(pairs, 2): row and column of each node that may be asked for, in the first row that has it."""
+    spans = list[tuple[int, int, int]]()  # row, first and last token
+    for of_all in piece.trunks:
+        asked = min(rows.firsts[of_all.first : of_all.last])
+        spans.append((of_all.first, max(asked, 1), of_all.depth))
+    for held, trunk in zip(piece.bins, _trunk_of_bin(piece), strict=True):
+        depth = piece.depth_of(trunk)
+        asked = max(min(rows.firsts[held.first : held.last]), 1)
+        for row in range(held.first, held.last):
+            own = depth if row == held.first else max(rows.shared[row], depth)
+            spans.append((row, max(own, asked), rows.lengths[row]))
+    table = torch.tensor([span for span in spans if span[1] < span[2]], dtype=torch.int64).reshape(-1, 3)
+    counts = table[:, 2] - table[:, 1]
+    rows_of = table[:, 0].repeat_interleave(counts)
+    begins = (table[:, 1] - counts.cumsum(0) + counts).repeat_interleave(counts)
+    return torch.stack([rows_of, begins + torch.arange(len(rows_of))], 1).to(device)
+
+
+def _forward(
+    run: Run, ids: Tensor, mask: Any, positions: Tensor | None, keep: int, cache: Any, inputs: Mapping[str, Any]
+) -> Tensor:
+    """(rows, keep, size) hidden states of the last columns where there is a head, else their logits."""
+    names = parameters_of(run.model)
+    more: dict[str, Any] = dict(inputs)
+    if cache is not None:
+        more[name_of_cache(bare_model(run.model))] = cache
+    if "use_cache" in names:
+        more["use_cache"] = cache is not None
+    if "logits_to_keep" in names:
+        more["logits_to_keep"] = keep if run.head is None else 1
+    if "position_ids" in names and positions is not None:
+        more["position_ids"] = positions
+    if run.head is None:
+        logits: Tensor = run.model(input_ids=ids, attention_mask=mask, **more).logits
+        return logits[:, -keep:]
+    with hidden_states(bare_model(run.model)) as found:
+        run.model(input_ids=ids, attention_mask=mask, **more)
+    return found[-1][:, -keep:]
