@@ -70,8 +70,8 @@ def api_pages() -> dict[str, str]:
         file = ROOT / package.replace(".", "/")
         source = (file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text(encoding="utf-8")
         public = public_names(source)
-        # A module that defines what it names is shown whole.
-        if public is None or all(re.search(rf"^(?:def |class )?{name}\b", source, re.M) for name in public[1]):
+        # Of a plug of one trainer everything is shown.
+        if public is None or package == PACKAGES["Rewards of speech"]:
             paths[title] = [package]
         else:
             paths[title] = [where_defined(package, name) for name in public[1] if name not in flat]
