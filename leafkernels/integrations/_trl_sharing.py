@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from trl import GRPOTrainer
 
-from leafkernels.models import TreeStats, tree_logprobs, tree_stats
+from leafkernels.models import tree_logprobs, tree_stats
 from leafkernels.models.asking import evaluating
 
 _logger = logging.getLogger(__name__)
@@ -142,9 +142,9 @@ class SharedPrefixes(GRPOTrainer):
         if reason is None and id(base) not in self._compared:
             self._compare(rows, compute, model, ids, mask, keep)
             self._compared.add(id(base))
-        found = None if reason else self._shared(rows, model, ids, mask, keep)
+        found = None if reason else self._shared(rows, model, ids, mask, keep, entropy=has_entropy)
         if found is not None:
-            self._run.append((stats.tokens_of_rows, _tokens_run(stats), True))
+            self._run.append((stats.tokens_of_rows, stats.tokens, True))
             return found.logprobs[:, -keep:], found.entropy[:, -keep:] if has_entropy else None
         if reason:
             self._tell(reason)
@@ -155,12 +155,12 @@ class SharedPrefixes(GRPOTrainer):
         """What TRL computes for ``rows`` of the batch."""
         return compute(model, *args, **kwargs)
 
-    def _shared(self, rows: slice, model: Any, ids: Tensor, mask: Tensor, keep: int, **features: Any) -> Any:
+    def _shared(self, rows: slice, model: Any, ids: Tensor, mask: Tensor, keep: int, **more: Any) -> Any:
         """The same of ``tree_logprobs``, (rows, tokens); None, where it cannot be had after all."""
         asked = mask.clone()
         asked[:, : ids.shape[1] - keep] = 0
         with self.accelerator.autocast():
-            return tree_logprobs(model, ids, mask, response_mask=asked, temperature=self.temperature, **features)
+            return tree_logprobs(model, ids, mask, response_mask=asked, temperature=self.temperature, **more)
 
     def _why_alone(self, rows: slice) -> str | None:
         """Why rows are to be run one by one, whatever they share; None: they may share."""
@@ -175,7 +175,7 @@ class SharedPrefixes(GRPOTrainer):
         # What fills stands for no recording: models count the tokens that do.
         ids, mask = torch.cat([ids[:, -1:], ids], 1), pad(mask, (1, 0))
         with evaluating(model):
-            found = self._shared(rows, model, ids, mask, keep)
+            found = self._shared(rows, model, ids, mask, keep, entropy=False)
             if found is None:
                 return
             expected = self._alone(rows, compute, model, ids, mask, keep)[0]
@@ -197,10 +197,6 @@ class SharedPrefixes(GRPOTrainer):
         if reason not in self._told and self.accelerator.is_main_process:
             self._told.add(reason)
             _logger.warning("share_prefixes=True, and some rows are run one by one: %s.", reason)
-
-
-def _tokens_run(stats: TreeStats) -> int:
-    return int(getattr(stats, "tokens", stats.tokens_of_trunks))
 
 
 def _with_groups_together(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
