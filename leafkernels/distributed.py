@@ -203,7 +203,7 @@ def gather_groups(
 
     # From here on, whatever any rank does follows from what all ranks know.
     device = token_ids.device
-    owned, of_rows, of_tokens = _plan(rank, lengths_of_ranks, owners)
+    owned, row_routes, token_routes = _plan(rank, lengths_of_ranks, owners)
     travels = owners != _ranks_of_rows(lengths_of_ranks)
     order = None
     if travels:
@@ -216,20 +216,20 @@ def gather_groups(
     if travels:
         parts = {
             name: _exchange(
-                f"{name} of gather_groups", part, of_rows if name == "rewards" else of_tokens, process_group
+                f"{name} of gather_groups", part, row_routes if name == "rewards" else token_routes, process_group
             )
             for name, part in parts.items()
         }
     if groups is not None:
         parts["groups"] = torch.tensor([group_of_row[row] for row in owned], dtype=torch.int64, device=device)
-    lengths = [length for of_rank in lengths_of_ranks for length in of_rank]
+    lengths = [length for rank_lengths in lengths_of_ranks for length in rank_lengths]
     ends = accumulate((lengths[row] for row in owned), initial=0)
     parts["cu_seqlens"] = torch.tensor(list(ends), dtype=torch.int64, device=device)
     return GatheredGroups(
         inputs={"response_mask": None, "groups": None, "group_size": group_size, **parts},
         shape=token_ids.shape,
         positions=positions,
-        routes=of_tokens if travels else None,
+        routes=token_routes if travels else None,
         owners=owners,
         process_group=process_group,
     )
@@ -243,16 +243,16 @@ def owners_of_rows(lengths_of_ranks: list[list[int]], group_of_row: list[int]) -
     """
     held: dict[int, dict[int, int]] = {}
     ranks = _ranks_of_rows(lengths_of_ranks)
-    lengths = [length for of_rank in lengths_of_ranks for length in of_rank]
+    lengths = [length for rank_lengths in lengths_of_ranks for length in rank_lengths]
     for rank, length, group in zip(ranks, lengths, group_of_row, strict=True):
-        of_group = held.setdefault(group, {})
-        of_group[rank] = of_group.get(rank, 0) + length
+        tokens_per_rank = held.setdefault(group, {})
+        tokens_per_rank[rank] = tokens_per_rank.get(rank, 0) + length
     received = [0] * len(lengths_of_ranks)
     owner_of_group = {}
-    for group, of_group in held.items():
-        total = sum(of_group.values())
-        owner = min(of_group, key=lambda rank: (received[rank] + total - of_group[rank], rank))
-        received[owner] += total - of_group[owner]
+    for group, tokens_per_rank in held.items():
+        total = sum(tokens_per_rank.values())
+        owner = min(tokens_per_rank, key=lambda rank: (received[rank] + total - tokens_per_rank[rank], rank))
+        received[owner] += total - tokens_per_rank[owner]
         owner_of_group[group] = owner
     return [owner_of_group[group] for group in group_of_row]
 
@@ -268,7 +268,7 @@ def gather_section(section: Tensor, counts: list[int], process_group: "dist.Proc
     if longest:
         with _named("a number for each row"):
             dist.all_gather(gathered, own, group=process_group)
-    parts = (of_rank.view(section.dtype)[:count] for of_rank, count in zip(gathered, counts, strict=True))
+    parts = (part.view(section.dtype)[:count] for part, count in zip(gathered, counts, strict=True))
     return torch.cat(tuple(parts))
 
 
@@ -281,7 +281,7 @@ def _plan(rank: int, lengths_of_ranks: list[list[int]], owners: list[int]) -> tu
     world_size = len(lengths_of_ranks)
     rows, tokens = (Routes([0] * world_size, [0] * world_size) for _ in range(2))
     owned = []
-    lengths = [length for of_rank in lengths_of_ranks for length in of_rank]
+    lengths = [length for rank_lengths in lengths_of_ranks for length in rank_lengths]
     for row, (source, length, owner) in enumerate(zip(_ranks_of_rows(lengths_of_ranks), lengths, owners, strict=True)):
         if source == rank:
             rows.sent[owner] += 1

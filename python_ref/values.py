@@ -140,17 +140,17 @@ def normalize_spans(
     length; "reward_std" divides by the deviation of the group's rewards; "none" changes nothing. A group whose rewards
     are all equal, but for rounding, gives 0 in every mode (its spans still count among those of a "batch").
     """
-    of_call = [value for rows in groups for spans in rows for _, _, value in spans]
+    call_values = [value for rows in groups for spans in rows for _, _, value in spans]
     result = []
     for rows, group_rewards in zip(groups, rewards, strict=True):
         scored = [r for r in settled(group_rewards) if not math.isnan(r)]
         if not scored or max(scored) == min(scored):
             shift, scale = 0.0, math.inf
         elif normalize == "span":
-            of_group = [value for spans in rows for _, _, value in spans]
-            shift, scale = mean(of_group), max(deviation(of_group), 1e-6)
+            group_values = [value for spans in rows for _, _, value in spans]
+            shift, scale = mean(group_values), max(deviation(group_values), 1e-6)
         elif normalize == "batch":
-            shift, scale = mean(of_call), max(deviation(of_call), 1e-6)
+            shift, scale = mean(call_values), max(deviation(call_values), 1e-6)
         elif normalize == "reward_std":
             shift, scale = 0.0, deviation(scored) + 1e-6
         else:

@@ -103,7 +103,7 @@ def _schema(kinds: dict[str, Any], returned: Any, mutates: tuple[str, ...]) -> s
     flat: dict[str, Any] = {}
     for parameter, kind in kinds.items():
         if hasattr(kind, "_fields"):
-            flat |= {f"{parameter}_{field}": of_field for field, of_field in get_type_hints(kind).items()}
+            flat |= {f"{parameter}_{field}": field_kind for field, field_kind in get_type_hints(kind).items()}
         else:
             flat[parameter] = kind
     parameters = [

@@ -16,7 +16,7 @@ from leafkernels.rows.layout import as_rows
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
 
-class Credit(NamedTuple):
+class CreditedSpans(NamedTuple):
     """Spans of the rows of a call, and what they were made from."""
 
     boundaries: Tensor
@@ -42,14 +42,14 @@ def credit_spans(
     boundary_scores: Tensor | None,
     options: CreditOptions,
     gathered: GatheredGroups | None = None,
-) -> Credit:
+) -> CreditedSpans:
     """Boundaries, nodes and span values, by "triton" or "torch"; the arguments have been checked."""
     token_ids, layout, backend = rollouts.token_ids, rollouts.layout, rollouts.backend
     scores = as_rows(rollouts.logprobs if boundary_scores is None else boundary_scores)
     boundaries = boundaries_of_groups(scores, rollouts.rows, options, boundary_scores is None, backend)
     nodes = nodes_of_groups(as_rows(token_ids), layout, boundaries, backend)
     spans = values_of_groups(rollouts.rewards, nodes, boundaries, layout, options, backend, gathered)
-    return Credit(boundaries, nodes, spans)
+    return CreditedSpans(boundaries, nodes, spans)
 
 
 def refuse_batch_of_ranks(options: CreditOptions, gathered: GatheredGroups | None) -> None:

@@ -81,18 +81,18 @@ class GradientAgreement(NamedTuple):
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must lie between 0 and 1, got {coverage}")
         first, second = (self.cosines[:, :, self.names.index(scheme)] for scheme in (name, to))
-        of_prompts = (first - second).nanmean(1)
-        of_prompts = of_prompts[~of_prompts.isnan()]
-        count, mean = len(of_prompts), float(of_prompts.mean())
+        mean_per_prompt = (first - second).nanmean(1)
+        mean_per_prompt = mean_per_prompt[~mean_per_prompt.isnan()]
+        count, mean = len(mean_per_prompt), float(mean_per_prompt.mean())
         if count < FEWEST:
             return Difference(mean, float("nan"), float("nan"))
         draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(count))
-        drawn = of_prompts[draws]
+        drawn = mean_per_prompt[draws]
         tail = (1.0 - coverage) / 2
         tails = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
         if count >= _MANY:
             return Difference(mean, *drawn.mean(1).quantile(tails).tolist())
-        deviation = float(of_prompts.std())
+        deviation = float(mean_per_prompt.std())
         if deviation == 0.0:
             return Difference(mean, mean, mean)
         # Draws of few prompts may all be one, and then have no deviation: it counts for a quarter of the prompts' own.
@@ -178,8 +178,8 @@ def gradient_agreement(
     starts = layout.group_starts.tolist()
     for number in range(len(starts) - 1):
         rows = layout.rows_by_group[starts[number] : starts[number + 1]]
-        prompt = _Prompt(rollouts, logprobs, response_mask, rows[~rollouts.rewards[rows].isnan()])
-        policy = _NGrams(prompt, context) if gradients is None else _OfCaller(prompt, gradients, rollouts)
+        prompt = _ScoredRollouts(rollouts, logprobs, response_mask, rows[~rollouts.rewards[rows].isnan()])
+        policy = _NGrams(prompt, context) if gradients is None else _CallerGradients(prompt, gradients, rollouts)
         results.append(_measure(prompt, policy, schemes, num_rollouts, num_splits, seed + number))
     if not results:
         return GradientAgreement(tuple(schemes), *torch.zeros((3, 0, num_splits, len(schemes)), dtype=torch.float64))
@@ -204,7 +204,7 @@ def _check_all_finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {float(value[is_wrong][0])}")
 
 
-class _Prompt:
+class _ScoredRollouts:
     """The scored rollouts of one prompt on the CPU, (n, T) from the first token of each row on."""
 
     def __init__(self, rollouts: Rollouts, logprobs: Tensor, response_mask: Tensor | None, rows: Tensor) -> None:
@@ -242,7 +242,7 @@ def _taken(tensor: Tensor, places: Tensor) -> Tensor:
 class _NGrams:
     """A softmax over the next token after each context of C tokens, its probabilities counted on all rollouts."""
 
-    def __init__(self, prompt: _Prompt, context: int) -> None:
+    def __init__(self, prompt: _ScoredRollouts, context: int) -> None:
         # Numbered from 0, so that a name and a token are one number.
         known, ids = prompt.token_ids.masked_fill(~prompt.is_token, 0).unique(return_inverse=True)
         names = torch.zeros_like(ids)
@@ -254,9 +254,9 @@ class _NGrams:
         pairs, pair_of_token = (names[live] * len(known) + ids[live]).unique(return_inverse=True)
         contexts, context_of_pair = (pairs // max(len(known), 1)).unique(return_inverse=True)
         counts = torch.bincount(pair_of_token, minlength=len(pairs)).to(torch.float64)
-        of_context = torch.zeros(len(contexts), dtype=torch.float64).index_add_(0, context_of_pair, counts)
+        count_per_context = torch.zeros(len(contexts), dtype=torch.float64).index_add_(0, context_of_pair, counts)
         self._num_contexts = len(contexts)
-        self._context_of_pair, self._chances = context_of_pair, counts / of_context[context_of_pair]
+        self._context_of_pair, self._chances = context_of_pair, counts / count_per_context[context_of_pair]
         # The last number is that of no choice.
         self._pair_of_token = torch.full(live.shape, len(pairs))
         self._pair_of_token[live] = pair_of_token
@@ -264,27 +264,27 @@ class _NGrams:
     def gradients(self, credit: Tensor, members: Tensor) -> Tensor:
         """(splits, D): the sum of credit * (one at the token - probabilities) over the logits of each context."""
         num_pairs = len(self._chances)
-        of_pairs = credit.new_zeros((len(members), num_pairs + 1))
-        of_pairs.scatter_add_(1, self._pair_of_token[members].flatten(1), credit.flatten(1))
-        of_pairs = of_pairs[:, :num_pairs]
-        of_contexts = credit.new_zeros((len(members), self._num_contexts))
-        of_contexts.scatter_add_(1, self._context_of_pair.expand_as(of_pairs), of_pairs)
-        return of_pairs - of_contexts[:, self._context_of_pair] * self._chances
+        credit_per_pair = credit.new_zeros((len(members), num_pairs + 1))
+        credit_per_pair.scatter_add_(1, self._pair_of_token[members].flatten(1), credit.flatten(1))
+        credit_per_pair = credit_per_pair[:, :num_pairs]
+        credit_per_context = credit.new_zeros((len(members), self._num_contexts))
+        credit_per_context.scatter_add_(1, self._context_of_pair.expand_as(credit_per_pair), credit_per_pair)
+        return credit_per_pair - credit_per_context[:, self._context_of_pair] * self._chances
 
 
-class _OfCaller:
+class _CallerGradients:
     """The gradients that ``gradients=`` computes, a split at a time."""
 
-    def __init__(self, prompt: _Prompt, gradients: Gradients, rollouts: Rollouts) -> None:
+    def __init__(self, prompt: _ScoredRollouts, gradients: Gradients, rollouts: Rollouts) -> None:
         self._prompt, self._function, self._rollouts, self._size = prompt, gradients, rollouts, 0
 
     def gradients(self, credit: Tensor, members: Tensor) -> Tensor:
         prompt, token_ids, name = self._prompt, self._rollouts.token_ids, "what gradients returns"
         found = []
-        for of_split, chosen in zip(credit, members, strict=True):
+        for split_credit, chosen in zip(credit, members, strict=True):
             flat = torch.zeros(token_ids.numel(), dtype=torch.float32, device=token_ids.device)
             taken = prompt.is_token[chosen]
-            flat[prompt.places[chosen][taken]] = of_split[taken].to(flat)
+            flat[prompt.places[chosen][taken]] = split_credit[taken].to(flat)
             vector = check_real(name, self._function(flat.reshape(token_ids.shape), prompt.rows[chosen]))
             if vector.dim() != 1 or not len(vector):
                 raise ValueError(f"{name} must be a vector (D,), got shape {tuple(vector.shape)}")
@@ -297,7 +297,12 @@ class _OfCaller:
 
 
 def _measure(
-    prompt: _Prompt, policy: _NGrams | _OfCaller, schemes: Mapping[str, Scheme], seen: int, splits: int, seed: int
+    prompt: _ScoredRollouts,
+    policy: _NGrams | _CallerGradients,
+    schemes: Mapping[str, Scheme],
+    seen: int,
+    splits: int,
+    seed: int,
 ) -> Tensor:
     """(3, splits, S): cosines, token accuracy and share of differing tokens, NaN where a split says nothing."""
     found = torch.full((3, splits, len(schemes)), torch.nan, dtype=torch.float64)
@@ -308,15 +313,19 @@ def _measure(
     members, others = order[:, :seen], order[:, seen:]
     is_mixed = torch.ones(splits, dtype=torch.bool)
     for part in (members, others):
-        of_part = prompt.rewards[part]
-        is_mixed &= ~is_rounding(of_part.amin(1), of_part.amax(1))
+        part_rewards = prompt.rewards[part]
+        is_mixed &= ~is_rounding(part_rewards.amin(1), part_rewards.amax(1))
     if is_mixed.any():
         found[:, is_mixed] = _hold_against(prompt, policy, schemes, members[is_mixed], others[is_mixed])
     return found
 
 
 def _hold_against(
-    prompt: _Prompt, policy: _NGrams | _OfCaller, schemes: Mapping[str, Scheme], members: Tensor, others: Tensor
+    prompt: _ScoredRollouts,
+    policy: _NGrams | _CallerGradients,
+    schemes: Mapping[str, Scheme],
+    members: Tensor,
+    others: Tensor,
 ) -> Tensor:
     """(3, splits, S): what the schemes make of ``members`` (splits, K) against what RLOO makes of ``others``."""
     # RLOO is Dr. GRPO times G / (G - 1), and a cosine does not see that.
@@ -356,7 +365,7 @@ def _cosine(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack(cosines)
 
 
-def _token_truth(prompt: _Prompt, members: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def _token_truth(prompt: _ScoredRollouts, members: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """(splits, k, T): mean reward of the held-out rollouts that share prefix and token less that of those that share
     the prefix, and where enough of them do."""
     shared = common_prefix_lengths(prompt.token_ids, response_mask=prompt.is_token).long()

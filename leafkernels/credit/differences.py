@@ -170,22 +170,22 @@ def _spans_of_rows(
     # In place of what takes no part stands the row: nothing of another prompt is read.
     members = torch.where(is_other, itself, members)
     # Above the least of the prompt, so that equal rewards are exactly 0.
-    of_members, own = rewards[members], rewards[rows, None]
-    constants = of_members.detach()
+    member_rewards, own = rewards[members], rewards[rows, None]
+    constants = member_rewards.detach()
     least = constants.masked_fill(is_other, torch.inf).amin(1, keepdim=True)
     most = constants.masked_fill(is_other, -torch.inf).amax(1, keepdim=True)
     # And above itself where all differ by rounding alone: exactly 0, and with a slope all the same.
     is_flat = is_rounding(least, most)
-    of_members = (of_members - torch.where(is_flat, constants, least)).masked_fill(is_out[rows, None], 0.0)
+    member_rewards = (member_rewards - torch.where(is_flat, constants, least)).masked_fill(is_out[rows, None], 0.0)
     own = (own - torch.where(is_flat, own.detach(), least)).masked_fill(is_out[rows, None], 0.0)
 
     # Members in the order in which they leave the row; what takes no part comes first.
     shared, order = shared[rows].masked_fill(is_other, -1).sort(dim=1, stable=True)
-    of_members = of_members.gather(1, order)
+    member_rewards = member_rewards.gather(1, order)
     first = is_other.sum(1, keepdim=True).clamp_max(group - 1)
 
     # Mean of a member and those that leave no sooner, less that of those that leave later (ties leave together).
-    means = _sums_from(of_members) / torch.arange(group, 0, -1, device=shared.device)
+    means = _sums_from(member_rewards) / torch.arange(group, 0, -1, device=shared.device)
     later = torch.searchsorted(shared, shared, right=True).clamp_max(group - 1)
     node_values = means if weights.shrinkage == 0 else _shrink(means, shared, first, weights.shrinkage)
     difference = node_values.gather(1, later) - node_values
@@ -194,7 +194,7 @@ def _spans_of_rows(
     own = ((own - mean) * weights.group_weight).expand_as(difference)
     values = torch.stack([own, own + difference], dim=2).flatten(1)
     if weights.is_divided:
-        values = values / (_deviation(of_members, mean, first) + 1e-6)
+        values = values / (_deviation(member_rewards, mean, first) + 1e-6)
 
     lengths = layout.row_lengths[rows, None].to(torch.int32)
     ends = torch.stack([shared, shared + 1], dim=2).flatten(1).clamp_min(0).minimum(lengths)
@@ -223,10 +223,10 @@ def _shrink(means: Tensor, shared: Tensor, first: Tensor, shrinkage: float) -> T
     return values
 
 
-def _deviation(of_members: Tensor, mean: Tensor, first: Tensor) -> Tensor:
+def _deviation(member_rewards: Tensor, mean: Tensor, first: Tensor) -> Tensor:
     """(N, 1): of the rewards of each row's prompt, ddof 1."""
-    variance = _sums_from((of_members - mean).square()).gather(1, first)
-    variance = variance / (of_members.shape[1] - first - 1).clamp_min(1)
+    variance = _sums_from((member_rewards - mean).square()).gather(1, first)
+    variance = variance / (member_rewards.shape[1] - first - 1).clamp_min(1)
     # The slope of the root is infinite at 0, and would make NaN of gradients that are 0.
     is_flat = variance == 0.0
     return variance.masked_fill(is_flat, 1.0).sqrt().masked_fill(is_flat, 0.0)

@@ -147,7 +147,7 @@ class _Scope(NamedTuple):
     mean: Tensor  # weight
 
 
-def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, of_kept: bool) -> _Scope:
+def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, only_kept: bool) -> _Scope:
     """Without a synchronisation. The mean is over all rows, or over those that are kept."""
     rows, scores = statistics.rows, statistics.scores
     # NaN goes last, and one more to be there.
@@ -159,7 +159,7 @@ def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, o
     share = (rank - low).clamp(0, 1)
     quantile = torch.where((below == least) | (high <= low), below, below * (1 - share) + least * share)
     least = least.clamp_min(_LOWEST)
-    counting = ~(scores < least)[:, None] if of_kept else torch.ones_like(scores, dtype=torch.bool)[:, None]
+    counting = ~(scores < least)[:, None] if only_kept else torch.ones_like(scores, dtype=torch.bool)[:, None]
     sums = torch.where(counting, rows, 0.0).sum(0)
     maxima = torch.stack([statistics.teacher_entropy_max, statistics.student_entropy_max])
     return _Scope(quantile, least, maxima, _mean_weight(sums, maxima, options))
@@ -194,7 +194,7 @@ def fire_statistics(
     Whichever rows the statistics hold are the scope of the quantile, the maxima and the mean weight. Those of
     micro-batches are put together by ``FireStatistics.concatenate``, and those of data-parallel ranks by ``gather``:
 
-        parts = [fire_statistics(*of_micro_batch) for of_micro_batch in micro_batches]
+        parts = [fire_statistics(*micro_batch) for micro_batch in micro_batches]
         statistics = FireStatistics.concatenate(parts).gather(process_group)
 
     Example:
@@ -317,25 +317,26 @@ def fire_opd(
         "teacher_entropy": teacher_entropy,
     }
     tensors, mask, backend = _checked(tokens, response_mask, cu_seqlens, backend)
-    old, teacher, base, of_student, of_teacher = tensors
+    old, teacher, base, student_entropy, teacher_entropy = tensors
     # What has no weight is not read: 0 * NaN would be NaN.
     base = None if extrapolation == 1 else base
-    of_student, of_teacher = (None if beta == 0 else of_student), (None if alpha == 0 else of_teacher)
+    student_entropy = None if beta == 0 else student_entropy
+    teacher_entropy = None if alpha == 0 else teacher_entropy
 
-    of_tokens = FireTokens(cast(Tensor, teacher), of_student, of_teacher, mask, cu_seqlens)
-    own = _statistics_of(of_tokens, backend)
+    fire_tokens = FireTokens(cast(Tensor, teacher), student_entropy, teacher_entropy, mask, cu_seqlens)
+    own = _statistics_of(fire_tokens, backend)
     scope = own if statistics is None else _check_statistics(statistics, own)
     dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
     if backend == "reference":
         words = {"drop": drop, "alpha": alpha, "beta": beta, "normalize": normalize, "extrapolation": extrapolation}
-        return _opd_by_reference(cast(Tensor, old), base, of_tokens, scope, words, dtype)
+        return _opd_by_reference(cast(Tensor, old), base, fire_tokens, scope, words, dtype)
     options = FireOptions(float(alpha), float(beta), float(extrapolation))
     threshold, least, maxima, mean = _read_scope(scope, float(drop), options, normalize == "kept")
     scores = own.scores
     keep = (own.rows[:, 0] > 0) & ~(scores < least)
-    of_rows = _mean_weight(own.rows, maxima, options) if normalize == "trajectory" else mean.expand_as(keep)
+    mean_per_row = _mean_weight(own.rows, maxima, options) if normalize == "trajectory" else mean.expand_as(keep)
     advantages, weights, kept = _fire_weights(
-        backend, cast(Tensor, old), base, of_tokens, keep, of_rows.contiguous(), maxima, options, dtype
+        backend, cast(Tensor, old), base, fire_tokens, keep, mean_per_row.contiguous(), maxima, options, dtype
     )
     return FireOPD(advantages, kept, weights, keep, scores, threshold.to(torch.float32))
 
@@ -364,20 +365,20 @@ def _opd_by_reference(
     old, base, *others = (_rows(tensor, cu_seqlens) for tensor in (old_logprobs, base_logprobs, *tokens[:4]))
     found = python_ref.fire_opd(old, *others, base_logprobs=base, statistics=scope.rows.tolist(), **words)
 
-    def of_tokens(name: str, kind: torch.dtype) -> Tensor:
+    def token_tensor(name: str, kind: torch.dtype) -> Tensor:
         flat = [value for row in found[name] for value in row]
         return torch.tensor(flat, dtype=kind, device=mask.device).reshape(mask.shape)
 
-    def of_rows(name: str, kind: torch.dtype) -> Tensor:
+    def row_tensor(name: str, kind: torch.dtype) -> Tensor:
         return torch.tensor(found[name], dtype=kind, device=mask.device)
 
     return FireOPD(
-        of_tokens("advantages", dtype),
-        of_tokens("response_mask", torch.bool),
-        of_tokens("weights", dtype),
-        of_rows("keep", torch.bool),
-        of_rows("scores", torch.float32),
-        of_rows("threshold", torch.float32)[0],
+        token_tensor("advantages", dtype),
+        token_tensor("response_mask", torch.bool),
+        token_tensor("weights", dtype),
+        row_tensor("keep", torch.bool),
+        row_tensor("scores", torch.float32),
+        row_tensor("threshold", torch.float32)[0],
     )
 
 
@@ -525,6 +526,6 @@ def _check_statistics(statistics: Any, own: FireStatistics) -> FireStatistics:
     return statistics
 
 
-def _largest(of_rows: Tensor) -> Tensor:
+def _largest(per_row: Tensor) -> Tensor:
     # One more, so that there is a largest of no rows too.
-    return pad(of_rows, (0, 1)).amax(0).clamp_min(_LEAST_MAX)
+    return pad(per_row, (0, 1)).amax(0).clamp_min(_LEAST_MAX)

@@ -41,8 +41,8 @@ def _by_reference(token_ids: Tensor, rows: Rows, limit: Tensor | None, start: Te
             limit=None if limit is None else max(int(limit[group]), 0),
             start=0 if start is None else max(int(start[group]), 0),
         )
-        for i, of_row in zip(members, table, strict=True):
-            found[i, : len(members)] = torch.tensor(of_row, dtype=torch.int32)
+        for i, row_lengths in zip(members, table, strict=True):
+            found[i, : len(members)] = torch.tensor(row_lengths, dtype=torch.int32)
     return found.to(token_ids.device)
 
 
@@ -128,16 +128,16 @@ def _of_groups(name: str, value: Tensor | int | None, rows: Rows) -> Tensor | No
     if rows.prompt_shape is not None:
         return value.reshape(num_groups)
     # Groups after the last real one are empty, and what they are given does not matter.
-    of_groups = value[layout.rows_by_group[layout.group_starts[:-1].clamp_max(value.shape[0] - 1)]]
+    value_per_group = value[layout.rows_by_group[layout.group_starts[:-1].clamp_max(value.shape[0] - 1)]]
     if values_readable(value):
-        differs = (value != of_groups[layout.group_of_row]).nonzero()
+        differs = (value != value_per_group[layout.group_of_row]).nonzero()
         if differs.shape[0]:
             row = int(differs[0])
             raise ValueError(
                 f"{name} must be the same for all rows of a prompt, got {int(value[row])} for row {row} and "
-                f"{int(of_groups[layout.group_of_row[row]])} for the first row of its prompt"
+                f"{int(value_per_group[layout.group_of_row[row]])} for the first row of its prompt"
             )
-    return of_groups
+    return value_per_group
 
 
 def _between_all_rows(lengths: Tensor, layout: Layout) -> Tensor:

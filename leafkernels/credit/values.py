@@ -239,14 +239,14 @@ def span_values(
     backend = resolve_backend(backend, device)
 
     group, num_boundaries = row_shape[-1], boundaries.shape[-1]
-    of_rows = to_int32(prefix_lengths.reshape(rewards.shape[0], group))
-    layout = with_prompts(build_layout(of_rows, None, group, None), row_shape)
+    table = to_int32(prefix_lengths.reshape(rewards.shape[0], group))
+    layout = with_prompts(build_layout(table, None, group, None), row_shape)
     boundaries = to_int32(boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries))
     # A row without a reward takes part in nothing, as if it were empty.
     layout = layout._replace(row_lengths=lengths.reshape(-1).to(torch.int64)).without(rewards.isnan())
 
     def credited(rewards: Tensor, backend: str) -> SpanValues:
-        nodes = nodes_of_table(of_rows, layout, boundaries, backend)
+        nodes = nodes_of_table(table, layout, boundaries, backend)
         spans = values_of_groups(rewards, nodes, boundaries, layout, options, backend)
         return finish(spans, boundaries[layout.group_of_row], row_shape)
 
@@ -254,7 +254,7 @@ def span_values(
         return credited(rewards, backend)
 
     def compute(rewards: Tensor) -> SpanValues:
-        trees = _trees_of_table(of_rows.tolist(), boundaries.tolist(), rewards.tolist(), layout, options)
+        trees = _trees_of_table(table.tolist(), boundaries.tolist(), rewards.tolist(), layout, options)
         return spans_of_trees(trees, rewards, num_boundaries, row_shape)
 
     gradient = gradient_by(lambda rewards: credited(rewards, "torch"))
@@ -271,21 +271,21 @@ def _trees_of_table(
     lengths, trees = layout.row_lengths.tolist(), []
     for group, rows in enumerate(rows_of_groups(layout)):
         shared, positions = [prefix_lengths[i] for i in rows], [p for p in boundaries[group] if p >= 0]
-        of_rows = [lengths[i] for i in rows]
-        has_tokens = [length > 0 for length in of_rows]
-        nodes = [nodes_from_prefix_lengths(shared, of_rows, p, has_tokens) for p in positions]
+        row_lengths = [lengths[i] for i in rows]
+        has_tokens = [length > 0 for length in row_lengths]
+        nodes = [nodes_from_prefix_lengths(shared, row_lengths, p, has_tokens) for p in positions]
         raw = python_ref.span_values(
             shared,
             positions,
             [rewards[i] for i in rows],
-            of_rows,
+            row_lengths,
             terms=options.terms,
             multiplicity_power=options.multiplicity_power,
             leave_one_out=options.leave_one_out,
         )
         trees.append(python_ref.SpanTree(rows, positions, nodes, raw, raw))
-    of_prompts = [[rewards[i] for i in tree.rows] for tree in trees]
-    normalized = python_ref.normalize_spans([tree.raw for tree in trees], of_prompts, options.normalize)
+    rewards_per_prompt = [[rewards[i] for i in tree.rows] for tree in trees]
+    normalized = python_ref.normalize_spans([tree.raw for tree in trees], rewards_per_prompt, options.normalize)
     return [replace(tree, spans=spans) for tree, spans in zip(trees, normalized, strict=True)]
 
 
@@ -299,14 +299,16 @@ def spans_of_trees(
     values, raw, node_values = (torch.full(shape, fill, dtype=torch.float64) for fill in (0.0, 0.0, torch.nan))
     ends, sizes = (torch.zeros(shape, dtype=torch.int32) for _ in range(2))
     for tree in trees:
-        of_tree = settled([all_rewards[i] for i in tree.rows])
-        scored = [r for r in of_tree if r == r]
+        tree_rewards = settled([all_rewards[i] for i in tree.rows])
+        scored = [r for r in tree_rewards if r == r]
         for rank, i in enumerate(tree.rows):
             sizes[i, 0], node_values[i, 0] = len(scored), mean(scored) if scored else torch.nan
             for k, nodes in enumerate(tree.nodes, 1):
                 if len(nodes[rank]) >= 2:
-                    sizes[i, k], node_values[i, k] = len(nodes[rank]), mean([of_tree[j] for j in nodes[rank]])
-            for s, ((_, end, value), (_, _, of_raw)) in enumerate(zip(tree.spans[rank], tree.raw[rank], strict=True)):
-                values[i, s], raw[i, s], ends[i, s:] = value, of_raw, end
+                    sizes[i, k], node_values[i, k] = len(nodes[rank]), mean([tree_rewards[j] for j in nodes[rank]])
+            for s, ((_, end, value), (_, _, raw_value)) in enumerate(
+                zip(tree.spans[rank], tree.raw[rank], strict=True)
+            ):
+                values[i, s], raw[i, s], ends[i, s:] = value, raw_value, end
     fields = (values, raw, ends, sizes, node_values)
     return SpanValues(*(field.to(rewards.device).reshape(*row_shape, shape[1]) for field in fields))

@@ -43,8 +43,8 @@ def select_boundaries(
         separation = max(shortest // (num_boundaries + 1), 2)
     else:
         lengths = torch.where(row_lengths > 0, row_lengths, width)
-        of_groups = lengths.new_full((num_groups,), width).scatter_reduce_(0, group_of_row, lengths, "amin")
-        separation = (of_groups // (num_boundaries + 1)).clamp_min_(2).unsqueeze(1)
+        shortest_per_group = lengths.new_full((num_groups,), width).scatter_reduce_(0, group_of_row, lengths, "amin")
+        separation = (shortest_per_group // (num_boundaries + 1)).clamp_min_(2).unsqueeze(1)
     positions = torch.arange(width, device=scores.device)
     found = []
     for k in range(num_boundaries):

@@ -24,9 +24,9 @@ def fire_statistics(tokens: "FireTokens") -> Tensor:
     found = torch.full((num_rows, 7), math.nan, dtype=torch.float64, device=mask.device)
     lengths = None if cu_seqlens is None else _lengths(cu_seqlens, mask.shape[0])
     for part, rows in _chunks(mask, lengths):
-        of_rows, live = found[rows], mask[part]
-        of_rows[:, 0] = _sums(live.view(torch.uint8), lengths)
-        of_rows[:, 1] = _sums(_live(teacher_logprobs[part], live), lengths)
+        row_statistics, live = found[rows], mask[part]
+        row_statistics[:, 0] = _sums(live.view(torch.uint8), lengths)
+        row_statistics[:, 1] = _sums(_live(teacher_logprobs[part], live), lengths)
         # Below 0 there is rounding only, and the weights are those of 0.
         teacher, student = (
             None if entropy is None else _live(entropy[part], live).clamp_min_(0.0)
@@ -34,10 +34,10 @@ def fire_statistics(tokens: "FireTokens") -> Tensor:
         )
         for column, entropy in ((2, teacher), (3, student)):
             if entropy is not None:
-                of_rows[:, column] = _maxima(entropy, lengths)
-                of_rows[:, column + 2] = _sums(entropy, lengths)
+                row_statistics[:, column] = _maxima(entropy, lengths)
+                row_statistics[:, column + 2] = _sums(entropy, lengths)
         if teacher is not None and student is not None:
-            of_rows[:, 6] = _sums(teacher.mul_(student), lengths)
+            row_statistics[:, 6] = _sums(teacher.mul_(student), lengths)
     return found
 
 
@@ -89,9 +89,9 @@ def fire_weights(
     lengths = None if cu_seqlens is None else _lengths(cu_seqlens, mask.shape[0])
     advantages, weights = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
     kept = torch.empty_like(mask)
-    for part, of_rows in _chunks(mask, lengths):
+    for part, rows in _chunks(mask, lengths):
         weight, counting = weights[part], kept[part]
-        weight.copy_(_spread(scale[of_rows], lengths, mask.shape[0]))
+        weight.copy_(_spread(scale[rows], lengths, mask.shape[0]))
         if teacher_entropy is not None:
             sure = teacher_entropy[part].to(dtype).div(teacher_max).neg_().add_(1).clamp_(0, 1)
             weight.mul_(sure.mul_(options.alpha).add_(1))
@@ -103,7 +103,7 @@ def fire_weights(
             share = options.extrapolation
             advantage = share * advantage + (1 - share) * base_logprobs[part].to(dtype)
         advantage = torch.sub(advantage, old_logprobs[part].to(dtype), out=advantages[part]).mul_(weight)
-        torch.logical_and(mask[part], _spread(keep[of_rows], lengths, mask.shape[0]), out=counting)
+        torch.logical_and(mask[part], _spread(keep[rows], lengths, mask.shape[0]), out=counting)
         # What cannot be sampled has no ratio to be compared by.
         for needed in (old_logprobs, base_logprobs):
             if needed is not None:
@@ -113,9 +113,9 @@ def fire_weights(
     return advantages, weights, kept
 
 
-def _spread(of_rows: Tensor, lengths: Tensor | None, total: int) -> Tensor:
+def _spread(per_row: Tensor, lengths: Tensor | None, total: int) -> Tensor:
     """What each token's row has."""
-    return of_rows[:, None] if lengths is None else of_rows.repeat_interleave(lengths, output_size=total)
+    return per_row[:, None] if lengths is None else per_row.repeat_interleave(lengths, output_size=total)
 
 
 def _lengths(cu_seqlens: Tensor, total: int) -> Tensor:

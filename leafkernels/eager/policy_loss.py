@@ -68,7 +68,7 @@ def policy_loss(
     policy = live(logprobs)
     token_log_ratio = log_ratio = policy - live(old_logprobs)
     counts = mask.sum(1).to(dtype)
-    if options.of_sequence:
+    if options.per_sequence:
         log_ratio = (log_ratio.sum(1) / counts.clamp_min(1))[:, None].expand_as(policy)
     reference = None if ref_logprobs is None else live(ref_logprobs)
     bonus = None if entropy is None else live(entropy)

@@ -322,8 +322,8 @@ def _represent_ties(
                     # (BLOCK_TIES, BLOCK_TIES). Rows that are settled hold -1 and -2, which are never equal.
                     ties = (parent[:, None] == other_parent[None, :]) & (shared[:, None] == other_shared[None, :])
                     ties = ties & (next_id[:, None] == other_id[None, :])
-                    of_tile = tl.min(tl.where(ties, other.to(tl.int32)[None, :], FAR), axis=1)
-                    smallest = tl.minimum(smallest, of_tile)
+                    tile_least = tl.min(tl.where(ties, other.to(tl.int32)[None, :], FAR), axis=1)
+                    smallest = tl.minimum(smallest, tile_least)
             tl.debug_barrier()
             ties = is_tied & (smallest < row)
             # They agree on the token where they left, so up to one after it.

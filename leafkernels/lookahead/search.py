@@ -221,9 +221,9 @@ def search_all(
             first += count
         counts = {number: len(token_ids) for number, (_, token_ids) in asked.items()}
         if counts:
-            parents, token_ids = ([i for of_one in asked.values() for i in of_one[side]] for side in (0, 1))
+            parents, token_ids = ([i for lists in asked.values() for i in lists[side]] for side in (0, 1))
             logits, rewards = stepper.extend(torch.tensor(parents), torch.tensor(token_ids))
-    return [of_one for of_one in found if of_one is not None]
+    return [result for result in found if result is not None]
 
 
 def as_ids(name: str, value: Any) -> tuple[int, ...]:

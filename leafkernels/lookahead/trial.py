@@ -213,19 +213,21 @@ def _compare_branches(mine: Any, packed: bool, padded: bool) -> str:
     # Three branches, of which one ends and one forks.
     for step, parents in enumerate(([0, 0, 0], [0, 2, 2], [0, 1, 2])):
         grown, named, first = [], [], 0
-        for number, of_one in enumerate(branches):
+        for number, prompt_branches in enumerate(branches):
             others = [ids[(step + 2 * place) % len(ids)] for place in (1, 2)]
-            taken = [greedy[number].sequences[0, len(of_one[0])], *others]
-            grown.append([torch.cat([of_one[p], token[None]]) for p, token in zip(parents, taken, strict=True)])
+            taken = [greedy[number].sequences[0, len(prompt_branches[0])], *others]
+            grown.append(
+                [torch.cat([prompt_branches[p], token[None]]) for p, token in zip(parents, taken, strict=True)]
+            )
             named += [first + parent for parent in parents]
-            first += len(of_one)
+            first += len(prompt_branches)
         branches = grown
-        tokens = torch.stack([branch[-1] for of_one in branches for branch in of_one])
+        tokens = torch.stack([branch[-1] for prompt_branches in branches for branch in prompt_branches])
         logits, _ = mine._extend(torch.tensor(named), tokens)
         for number in range(len(branches)):
             differences.add(logits[3 * number, None], greedy[number].logits[step + 1])
-    for number, of_one in enumerate(branches):
-        alone = _generate(base, torch.stack(of_one[1:]), 1).logits[0]
+    for number, prompt_branches in enumerate(branches):
+        alone = _generate(base, torch.stack(prompt_branches[1:]), 1).logits[0]
         differences.add(logits[3 * number + 1 : 3 * number + 3], alone)
     return differences.text()
 

@@ -54,13 +54,13 @@ class LossOptions(NamedTuple):
     max_log_ratio: float  # likewise
     kl_coef: float
     entropy_coef: float
-    of_sequence: bool
+    per_sequence: bool
     aggregate: str
     constant: float | None
 
     def in_words(self) -> dict[str, Any]:
         """As ``python_ref`` takes them."""
-        clip, importance = (self.clip_low, self.clip_high), "sequence" if self.of_sequence else "token"
+        clip, importance = (self.clip_low, self.clip_high), "sequence" if self.per_sequence else "token"
         names = ("dual_clip", "max_log_ratio", "kl_coef", "entropy_coef", "aggregate", "constant")
         return {"clip": clip, "importance": importance, **{name: getattr(self, name) for name in names}}
 
@@ -292,5 +292,5 @@ def check_loss_options(
         check_positive("constant", constant)
     most, bound = (math.inf if option is None else float(option) for option in (dual_clip, max_log_ratio))
     low, high, kl_coef, entropy_coef = (float(option) for option in (low, high, kl_coef, entropy_coef))
-    of_sequence = importance == "sequence"
-    return LossOptions(low, high, most, bound, kl_coef, entropy_coef, of_sequence, aggregate, constant)
+    per_sequence = importance == "sequence"
+    return LossOptions(low, high, most, bound, kl_coef, entropy_coef, per_sequence, aggregate, constant)

@@ -94,13 +94,13 @@ def token_reward_sums(
         return pad(torch.stack([0.5 * torch.where(mask, x, 0.0).sum() for x, mask in sides]), (1, 0))
     if kind == "sequence_bt":
         difference = _mean(chosen, chosen_mask) - _mean(rejected, rejected_mask)
-        of_pairs = softplus(-scale * (difference - margin))
+        loss_per_pair = softplus(-scale * (difference - margin))
     elif kind == "token_bt":
         difference, is_token = _aligned(chosen, chosen_mask, rejected, rejected_mask)
-        of_pairs = _mean(softplus(-scale * (difference - margin)), is_token)
+        loss_per_pair = _mean(softplus(-scale * (difference - margin)), is_token)
     else:
-        of_pairs = -0.5 * (_log_mean_sigmoid(chosen, chosen_mask) + _log_mean_sigmoid(-rejected, rejected_mask))
-    return pad(of_pairs.sum()[None], (0, 2))
+        loss_per_pair = -0.5 * (_log_mean_sigmoid(chosen, chosen_mask) + _log_mean_sigmoid(-rejected, rejected_mask))
+    return pad(loss_per_pair.sum()[None], (0, 2))
 
 
 def answer_counts(chosen_mask: Tensor, rejected_mask: Tensor) -> Tensor:

@@ -37,11 +37,11 @@ class Rows(NamedTuple):
     is_cut: bool = False
     """Whether there was a mask of which only the layout is left: what lies after a row's length is masked."""
 
-    def per_prompt(self, of_groups: Tensor) -> Tensor:
+    def per_prompt(self, per_group: Tensor) -> Tensor:
         """What holds a line for each group, as the caller counts prompts."""
         if self.prompt_shape is None:
-            return of_groups[self.layout.group_of_row]
-        return of_groups.reshape(*self.prompt_shape, *of_groups.shape[1:])
+            return per_group[self.layout.group_of_row]
+        return per_group.reshape(*self.prompt_shape, *per_group.shape[1:])
 
 
 def check_named_groups(groups: Any, num_rows: int, name: str, device: torch.device) -> Tensor:

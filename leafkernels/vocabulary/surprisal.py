@@ -149,9 +149,9 @@ def _by_reference(
     def gradient(grad_surprisal: Tensor, grad_entropy: Tensor, logits: Tensor) -> tuple[Tensor]:
         refuse_second_derivative("surprisal_entropy")
         whole, own = whole_vocabulary(logits, 1, vocab_group)
-        of_surprisal, of_entropy = (grad[rows].tolist() for grad in (grad_surprisal, grad_entropy))
+        surprisal_grads, entropy_grads = (grad[rows].tolist() for grad in (grad_surprisal, grad_entropy))
         found = python_ref.surprisal_entropy_backward(
-            of_surprisal, of_entropy, whole[rows].tolist(), ids, temperature=temperatures
+            surprisal_grads, entropy_grads, whole[rows].tolist(), ids, temperature=temperatures
         )
         gradients = logits if in_place else torch.empty_like(logits)
         gradients.zero_()
@@ -230,8 +230,8 @@ def surprisal_entropy(
     if inplace_backward and logits.requires_grad:
         check_own_memory("logits", logits)
     if vocab_group is not None:
-        of_slice = ids_in_slice(ids, vocab_size, vocab_group)
-        ids = ids if backend == "reference" else of_slice
+        slice_ids = ids_in_slice(ids, vocab_size, vocab_group)
+        ids = ids if backend == "reference" else slice_ids
     if backend == "reference":
         surprisal, entropy = _by_reference(rows, ids, temperatures, row_mask, vocab_group, inplace_backward)
     elif logits.requires_grad:
