@@ -1,4 +1,4 @@
-"""Train a model that hears by the reward of its answers, in TRL: one process or many, LEAF or GRPO.
+"""Train an audio model by the reward of its answers, in TRL: one process or many, LEAF or GRPO.
 
     python examples/speech_leaf.py --data fsdd:PATH/fsdd.tar.gz --output_dir runs/small --use_cpu --bf16 false
     accelerate launch examples/speech_leaf.py --config examples/recipes/leaf_qwen2_audio.yaml \\

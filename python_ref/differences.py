@@ -1,4 +1,4 @@
-"""Credit from what a token changed: TEMPO, its shrunk kin and TreeRL."""
+"""Credit from what a token changed: TEMPO, its variant with shrinkage and TreeRL."""
 
 import math
 from collections.abc import Sequence

@@ -378,9 +378,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     _, text = left.communicate(timeout=90)
     dead.communicate(timeout=90)
     assert (left.returncode, dead.returncode) == (1, 3)
-    message = (
-        "the exchange of token_ids of gather_groups with other ranks failed: one of them has died or has not called"
-    )
+    message = "the exchange of token_ids of gather_groups with other ranks failed: a rank has died or has not called"
     assert f"RuntimeError: {message} (" in text
 
 
@@ -732,7 +730,7 @@ def test_what_is_sent_does_not_grow_with_the_vocabulary(vocab_size: int, ranks: 
 def test_ranks_whose_rows_do_not_fit_together(ranks: Ranks) -> None:
     """On a CPU, where reading the numbers costs nothing."""
     calls = [(torch.zeros(num_rows, 4), torch.zeros(num_rows, dtype=torch.int64), 2) for num_rows in (3, 5)]
-    message = r"token_ids must be the same on every rank of vocab_group, got \[3, 5\] of them by rank"
+    message = r"token_ids must be the same on every rank of vocab_group, got \[3, 5\] rows by rank"
     with pytest.raises(RuntimeError, match=message):
         ranks.call(collectives_of_rank, calls)
     with pytest.raises(RuntimeError, match="torch.distributed must be initialised"):
@@ -1028,7 +1026,7 @@ def vocabulary_refusal_of_rank(name: str, rows: int, world: int) -> str:
 
 @pytest.mark.parametrize("name", ["linear_surprisal_entropy", "policy_loss_from_logits"])
 def test_what_every_function_of_a_split_vocabulary_refuses(name: str, ranks: Ranks) -> None:
-    message = "token_ids must be the same on every rank of vocab_group, got [3, 5] of them by rank"
+    message = "token_ids must be the same on every rank of vocab_group, got [3, 5] rows by rank"
     assert ranks.call(vocabulary_refusal_of_rank, [(name, 3, 2), (name, 5, 2)]) == [message] * 2
     for rank, answer in enumerate(ranks.call(vocabulary_refusal_of_rank, [(name, 3, 2)] * 4)):
         outside = f"vocab_group must contain the calling rank, got one without rank {rank}"

@@ -25,7 +25,7 @@ def operation(
 
     Its signature is that of the operation; its body is the fake: results of the right shapes, dtypes and device. The
     implementations are the functions NAME of ``leafkernels/kernels/STEM.py`` and ``leafkernels/eager/STEM.py``, which
-    have the same parameters, or ``run``, which is told the backend before them. A ``NamedTuple`` is one argument or the
+    have the same parameters, or ``run``, which takes the backend before them. A ``NamedTuple`` is one argument or the
     result; PyTorch, which knows none, sees its fields. The first argument is a tensor, or begins with one.
 
     The result is called with a resolved backend and the arguments, by position:

@@ -17,7 +17,7 @@ from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
 
 class CreditedSpans(NamedTuple):
-    """Spans of the rows of a call, and what they were made from."""
+    """Spans of the rows of a call, with the boundaries and nodes they follow from."""
 
     boundaries: Tensor
     nodes: Tensor
@@ -53,7 +53,7 @@ def credit_spans(
 
 
 def refuse_batch_of_ranks(options: CreditOptions, gathered: GatheredGroups | None) -> None:
-    """Raise where the spans of other ranks would have to be known, which the reference does not ask for."""
+    """Raise for normalize="batch" over ranks: the reference sees the spans of its own rank only."""
     if gathered is not None and options.normalize == "batch":
         raise NotImplementedError(
             "backend must be 'torch' or 'triton' where gathered is given with normalize='batch', got 'reference'"
@@ -88,6 +88,9 @@ def span_advantages(
     backend: str = "auto",
 ) -> Tensor:
     """One advantage for every token, from the prefix tree that the rollouts of a prompt already form.
+
+    2-D tensors without ``groups`` or ``group_size`` are the rollouts of one prompt; several prompts are (P, G, T), or
+    (N, T) with either.
 
     The positions of highest surprisal become boundaries; rollouts that share the exact prefix at a boundary form a
     node; each span between boundaries is credited with the mean reward of its node against the group's and the parent

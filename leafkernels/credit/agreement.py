@@ -1,4 +1,4 @@
-"""Which credit fits these rollouts: how well a scheme's gradient agrees with that of rollouts it has not seen.
+"""Which credit fits these rollouts: agreement of a scheme's gradient with that of held-out rollouts.
 
 A scheme sees K of a prompt's rollouts, and its policy gradient is held against RLOO's on all others, which is unbiased
 for any policy: noise in it lowers every cosine and favours none. A gradient needs parameters that rollouts share; those
@@ -25,7 +25,7 @@ Gradients = Callable[[Tensor, Tensor], Tensor]
 SPARE = 8
 # Rollouts whose reward is not the commonest one: the truth must not be the gradient of a handful.
 LEAST_COMMON = 8
-# Held-out rollouts that share a prefix, and those of them that go on with the token, for the token to have a truth.
+# A token has a truth where so many held-out rollouts share its prefix, and so many of these continue with it.
 _SHARING, _CHOOSING = 8, 4
 # Prompts that an interval needs, and from which on its ends are percentiles of the bootstrap. Of 95% these cover 84%
 # with 5 differences that are normal and 94% with 41; what is done between, 95% or more, and 92% or more of skewed ones.
@@ -35,7 +35,7 @@ _LARGEST_REWARD = 1e37
 
 
 class Difference(NamedTuple):
-    """Mean over prompts of a scheme's agreement less another's, and the interval that holds it, NaN for a few."""
+    """Mean over prompts of a scheme's agreement minus another's, with its interval; NaN for too few prompts."""
 
     mean: float
     low: float
@@ -67,7 +67,7 @@ class GradientAgreement(NamedTuple):
         return dict(zip(self.names, means, strict=True))
 
     def difference(self, name: str, to: str, *, resamples: int = 4000, coverage: float = 0.95) -> Difference:
-        """Agreement of ``name`` less that of ``to``, paired by split, with an interval by bootstrap.
+        """Agreement of ``name`` minus that of ``to``, paired by split, with an interval by bootstrap.
 
         Prompts are drawn with replacement, not splits: the splits of a prompt share rollouts. The draws are the same in
         every call. From 40 measured prompts on the ends are percentiles of the drawn means; below, where these are too
@@ -118,14 +118,14 @@ def gradient_agreement(
     gradients: Gradients | None = None,
     seed: int = 0,
 ) -> GradientAgreement:
-    """Let each scheme see ``num_rollouts`` of a prompt's rollouts, and hold its gradient against that of all others.
+    """Cosine of each scheme's gradient on ``num_rollouts`` rollouts of a prompt with RLOO's on all other rollouts.
 
         g(A) = sum over rollouts and tokens of A_t grad log pi(token t)
         agreement = cosine of g(scheme, seen rollouts) and g(RLOO, all others)
 
     One prompt is worked on at a time, on the CPU, and two runs give the same bits. Rollouts whose reward is NaN are
-    left out; rewards beyond 1e37 are refused. A prompt needs 2 * num_rollouts + 8 scored ones, and 8 of them must have
-    another reward than the commonest: else the gradient to agree with would be that of a handful.
+    left out; rewards beyond 1e37 are refused. A prompt needs 2 * num_rollouts + 8 scored rollouts, of which 8 must have
+    another reward than the commonest: else a handful would decide the gradient to agree with.
 
     Args:
         schemes: functions by name, called as ``grpo`` is with tensors (splits, K, T): ``leafkernels.ESTIMATORS``, or
@@ -353,7 +353,7 @@ def can_be_measured(rewards: Tensor, num_rollouts: int) -> bool:
 
 
 def _cosine(first: Tensor, second: Tensor) -> Tensor:
-    """(splits,) cosines of the rows of two matrices; 0 where one of them is 0: it agrees with nothing."""
+    """(splits,) cosines of the rows of two matrices; 0 where either row is 0: it agrees with nothing."""
     cosines = []
     # A row at a time: with gradients of a whole model there is no room for a second matrix.
     for pair in zip(first, second, strict=True):

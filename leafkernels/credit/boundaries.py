@@ -1,4 +1,4 @@
-"""Where the rows of a group may fork: at most B columns of high surprisal, far enough apart."""
+"""Boundaries of a group: at most B columns of high surprisal, at least a separation apart."""
 
 import torch
 from torch import Tensor

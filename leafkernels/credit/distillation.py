@@ -35,7 +35,7 @@ _RANK_ROUNDING = 1e-9
 
 
 class FireStatistics(NamedTuple):
-    """What the filter and the weights need of each row, and so of all rows together."""
+    """The numbers of each row that the filter and the weights are computed from."""
 
     rows: Tensor
     """(N, 7) float64, over the tokens that count: their number, the sum of the teacher's log-probabilities, the largest
@@ -69,7 +69,7 @@ class FireStatistics(NamedTuple):
         return cls(torch.cat(rows))
 
     def gather(self, process_group: "dist.ProcessGroup | None" = None) -> "FireStatistics":
-        """The rows of all ranks of a group, in the order of the ranks, on each of them; every rank calls.
+        """The rows of all ranks of a group, in the order of the ranks, on every rank; every rank calls.
 
         Ranks may hold different numbers of rows. Those are exchanged first, which synchronises with the device.
         """
@@ -139,7 +139,7 @@ def _fire_weights(
 
 
 class _Scope(NamedTuple):
-    """What all rows in scope say together, float64."""
+    """What is computed over all rows in scope, float64."""
 
     threshold: Tensor
     least: Tensor  # score that a kept row may have
@@ -150,7 +150,7 @@ class _Scope(NamedTuple):
 def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, only_kept: bool) -> _Scope:
     """Without a synchronisation. The mean is over all rows, or over those that are kept."""
     rows, scores = statistics.rows, statistics.scores
-    # NaN goes last, and one more to be there.
+    # NaN goes last, and one NaN more so that there is an entry.
     ranked = pad(scores, (0, 1), value=math.nan).sort().values.to(torch.float64)
     rank = drop * (~scores.isnan()).sum().sub(1).clamp_min(0).to(torch.float64)
     low, high = rank.add(_RANK_ROUNDING).floor(), rank.sub(_RANK_ROUNDING).ceil()
@@ -189,7 +189,7 @@ def fire_statistics(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> FireStatistics:
-    """Seven numbers of each row, from which ``fire_opd`` filters and weights: the first of its two steps.
+    """Seven numbers for each row, from which ``fire_opd`` filters and weights: the first of its two steps.
 
     Whichever rows the statistics hold are the scope of the quantile, the maxima and the mean weight. Those of
     micro-batches are put together by ``FireStatistics.concatenate``, and those of data-parallel ranks by ``gather``:
@@ -395,7 +395,7 @@ def fire_teachers(
     *,
     device: torch.device | str | None = None,
 ) -> Any:
-    """Have each row scored by its own teacher, and no other, and put the results back in the order of the rows.
+    """The results of each row's own teacher, in the order of the rows; no other teacher scores the row.
 
         models = {"math": math_model, "code": code_model}
         teachers = {label: lambda rows, model=model: score(model, ids[rows]) for label, model in models.items()}
@@ -412,11 +412,11 @@ def fire_teachers(
     Args:
         labels: one for each row: strings, ints, tuples, in a list, an array or a tensor; those of tensors are read.
         teachers: by label, what takes the indices (n,) int64 of its rows, ascending, and returns a tensor, or a tuple
-            of them, whose first dimension is those rows. All return as many, of one shape and dtype.
+            of tensors, whose first dimension is those rows. All return as many, of one shape and dtype.
         device: of the indices; None: the CPU.
 
     Returns:
-        What the teachers return, for all rows: a tensor, or a tuple of them.
+        What the teachers return, for all rows: a tensor, or a tuple of tensors.
 
     Raises:
         TypeError, ValueError: a label is missing (None) or has no teacher, there is no row, or a teacher's result is

@@ -71,9 +71,8 @@ def common_prefix_lengths(
         limit: how many tokens of a row count, at least 0: the result is that of rows cut there, and no later token
             is compared. An int for all prompts, or integers: () for one prompt, (P,) for a batch or with
             ``group_size``, (N,), the same for all rows of a prompt, with ``groups``. None: all tokens.
-        start: tokens at the front of every row that are known to be equal to the other rows' of its prompt, at least
-            0: they are not compared. Rows that are shorter share all they have, and what is in fact different there
-            counts as equal. In the same forms as ``limit``; None: 0.
+        start: number of leading tokens that the rows of a prompt are known to share, at least 0: they are not compared
+            and count as equal. A shorter row shares all its tokens. In the same forms as ``limit``; None: 0.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:

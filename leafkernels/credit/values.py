@@ -198,9 +198,9 @@ def span_values(
         normalize: "span" z-scores over the spans of a prompt (ddof 1, floor 1e-6 under the deviation), "batch" over
             those of the call, "reward_std" divides by the deviation of the prompt's rewards + 1e-6, "none". A prompt
             whose rewards are all equal gives exactly 0.0 in every mode; so does one whose rewards lie within 2 ** -21
-            of the largest of them in size (four units of float32's last place), which is what rounding leaves: they
-            count as the least of them. Whole numbers up to 2 ** 24 are exact, and none of them are equal
-            by this rule.
+            of each other, relative to the largest in size (four units of float32's last place), which is what
+            rounding leaves: they count as the least. Whole numbers up to 2 ** 24 are exact, and this rule makes none
+            of them equal.
         backend: "auto", "triton", "torch" or "reference".
 
     Example:

@@ -70,7 +70,7 @@ def _columns(scores: Tensor, mask: Tensor | None, layout: Layout, shortest: int,
         least = aligned_rows(scores, row_starts, end, start).to(torch.float32)
         if not negate:
             least = -least
-        # One sum tells that nothing is NaN; where it is itself, infinities of both signs may be the reason.
+        # One sum shows that nothing is NaN; where it is itself, infinities of both signs may be the reason.
         has_excluded = shortest < end or mask is not None or bool(least.sum().isnan())
         if has_excluded:
             excluded = least.isnan()

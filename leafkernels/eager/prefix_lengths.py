@@ -62,12 +62,12 @@ def are_few(num_pairs: int, width: int) -> bool:
 
 
 def head_width(num_pairs: int, width: int) -> int:
-    """How many columns all pairs are compared in first: most of them part there, and few need the others."""
+    """How many columns all pairs are compared in first: most pairs diverge there, and few need the others."""
     return width if num_pairs * width <= _HARDLY_ANY_TOKENS else min(_HEAD, width)
 
 
 def all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:
-    """Compare every row (N, width) with every row of its group: first where most pairs part, then the rest."""
+    """Compare every row (N, width) with every row of its group: first where most pairs diverge, then the rest."""
     num_pairs, width = members.numel(), tokens.shape[1]
     head = head_width(num_pairs, width)
     start = tokens[:, :head]

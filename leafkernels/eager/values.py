@@ -39,7 +39,7 @@ def _sum_by(names: Tensor, entries: Tensor, num_names: int) -> Tensor:
 def _nodes(rewards: Tensor, nodes: Tensor, boundaries: Tensor, layout: Layout) -> _Nodes:
     num_rows, num_columns = nodes.shape[0], nodes.shape[1] + 2
     every_row = torch.arange(num_rows, device=nodes.device).unsqueeze(1)
-    # A group has no more names than rows, so that its own is one of them.
+    # A group has no more names than rows, so its own name is among its rows'.
     names = torch.cat([layout.group_of_row.unsqueeze(1), nodes, every_row], dim=1)
     names = torch.add(torch.arange(num_columns, device=nodes.device), names, alpha=num_columns).view(-1)
     is_out = rewards.isnan()

@@ -35,10 +35,10 @@ class Rows(NamedTuple):
     prompt_shape: tuple[int, ...] | None
     """Shape of one entry for each prompt; None: prompts are named by a tensor, and each row holds its prompt's."""
     is_cut: bool = False
-    """Whether there was a mask of which only the layout is left: what lies after a row's length is masked."""
+    """Whether the mask is in the layout alone: tokens after a row's length are masked."""
 
     def per_prompt(self, per_group: Tensor) -> Tensor:
-        """What holds a line for each group, as the caller counts prompts."""
+        """An entry for each group, in the shape of the caller's prompts."""
         if self.prompt_shape is None:
             return per_group[self.layout.group_of_row]
         return per_group.reshape(*self.prompt_shape, *per_group.shape[1:])
@@ -64,7 +64,7 @@ def check_named_groups(groups: Any, num_rows: int, name: str, device: torch.devi
 
 
 def check_one_grouping(groups: Any, group_size: Any) -> None:
-    """Raise where prompts are named and counted at once, or ``group_size`` is no count."""
+    """Raise where both ``groups`` and ``group_size`` are given, or ``group_size`` is no count."""
     if group_size is None:
         return
     if groups is not None:
@@ -135,7 +135,7 @@ def _has_no_hole(mask: Tensor, layout: Layout) -> bool:
 
 
 def with_prompts(layout: Layout, row_shape: tuple[int, ...]) -> Layout:
-    """The layout of one prompt or of a batch of them, counted also where no prompt has a row."""
+    """The layout of one prompt or of a batch of prompts, also where no prompt has a row."""
     if row_shape[-1]:
         return layout
     num_prompts = row_shape[0] if len(row_shape) == 2 else 1

@@ -363,9 +363,9 @@ def linear_surprisal_entropy(
 ) -> SurprisalEntropy:
     """``surprisal_entropy`` of ``hidden @ lm_head_weight.T + bias``, without ever holding those logits.
 
-    A chunk of tokens at a time: their logits go into one buffer, are folded, and are forgotten; the backward pass
-    computes them again, writes their gradient over them, and adds it to the gradients of weight and bias, which are
-    summed in float32. Masked tokens are left out before any product. Where the weight is frozen, as with LoRA, its
+    Works on a chunk of tokens at a time: their logits go into one buffer and are reduced; the backward pass recomputes
+    them, writes their gradient over them, and adds it to the gradients of weight and bias, which are summed in
+    float32. Masked tokens are left out before any product. Where the weight is frozen, as with LoRA, its
     gradient is not computed. Gradients flow to hidden, weight and bias, once and in reverse mode, for any weights
     on both outputs.
 
@@ -382,8 +382,8 @@ def linear_surprisal_entropy(
             ``logits_scaling``.
         logit_softcap: c: the logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118), before the temperature.
         response_mask: (...); tokens where it is False are not read, give 0, and get zero gradient.
-        num_live: tokens that are unmasked, or a bound of them; more than that give NaN. None counts them, which on a
-            GPU waits for the device once a pass; a loop that builds its masks on the host knows the number.
+        num_live: number of unmasked tokens, or an upper bound; with more, the results are NaN. None counts them, which
+            on a GPU waits for the device once a pass; a loop that builds its masks on the host has the number.
         chunk_tokens: tokens at a time; None: as many as take 960 MiB.
         vocab_group: the tensor-parallel ranks, if each has a slice of the head's rows: V is then the number of ids of
             this rank's; the slices follow each other in the order of the ranks and may differ in size, as
