@@ -143,7 +143,7 @@ def credit_prompt(
         # LEAF's in float64, as the tree has them.
         flat = None if name == DEFAULT else advantages_of(call, [name], name, options)[name]
     except (OverflowError, ValueError) as error:
-        # What math.fsum of the reference raises where a sum leaves the range of a float.
+        # math.fsum of the reference raises where a sum leaves the range of a float.
         raise _too_large(prompt) from error
     boundaries = [p for p in tree.boundaries.tolist() if p >= 0]
     if flat is None:

@@ -21,16 +21,17 @@ from leafkernels.rows.rollouts import Rollouts, read_rollouts
 Scheme = Callable[..., Tensor]
 Gradients = Callable[[Tensor, Tensor], Tensor]
 
-# Of the rollouts that a scheme does not see, there are as many as it sees and these.
+# Held-out rollouts beyond as many as a scheme sees.
 SPARE = 8
-# Rollouts whose reward is not the commonest one: the truth must not be the gradient of a handful.
+# Rollouts whose reward is not the commonest: a handful must not decide the gradient that counts as truth.
 LEAST_COMMON = 8
 # A token has a truth where so many held-out rollouts share its prefix, and so many of these continue with it.
 _SHARING, _CHOOSING = 8, 4
-# Prompts that an interval needs, and from which on its ends are percentiles of the bootstrap. Of 95% these cover 84%
-# with 5 differences that are normal and 94% with 41; what is done between, 95% or more, and 92% or more of skewed ones.
+# Least number of prompts for an interval, and the number above which its ends are percentiles of the bootstrap: a 95%
+# interval of percentiles covers 84% with 5 normal differences and 94% with 41. The method between covers 95% or more,
+# and 92% or more where differences are skewed.
 FEWEST, _MANY = 5, 40
-# Credit is float32: what a scheme makes of larger rewards may not be.
+# Credit is float32, and a scheme's credit of larger rewards may overflow it.
 _LARGEST_REWARD = 1e37
 
 
@@ -95,8 +96,8 @@ class GradientAgreement(NamedTuple):
         deviation = float(mean_per_prompt.std())
         if deviation == 0.0:
             return Difference(mean, mean, mean)
-        # Draws of few prompts may all be one, and then have no deviation: it counts for a quarter of the prompts' own.
-        # A draw deviates less than what it is drawn from, by the root below.
+        # Draws of few prompts may all be equal, with deviation 0: its floor is a quarter of the prompts' own.
+        # A draw deviates less than the prompts that it is drawn from, by the root below.
         ratios = (drawn.mean(1) - mean) / drawn.std(1).clamp_min(deviation / 4)
         low, high = (ratios.quantile(tails) * deviation * (count / (count - 1)) ** 0.5).tolist()
         return Difference(mean, mean - high, mean - low)
@@ -257,7 +258,7 @@ class _NGrams:
         count_per_context = torch.zeros(len(contexts), dtype=torch.float64).index_add_(0, context_of_pair, counts)
         self._num_contexts = len(contexts)
         self._context_of_pair, self._chances = context_of_pair, counts / count_per_context[context_of_pair]
-        # The last number is that of no choice.
+        # The last number stands for tokens that do not count.
         self._pair_of_token = torch.full(live.shape, len(pairs))
         self._pair_of_token[live] = pair_of_token
 
@@ -304,7 +305,7 @@ def _measure(
     splits: int,
     seed: int,
 ) -> Tensor:
-    """(3, splits, S): cosines, token accuracy and share of differing tokens, NaN where a split says nothing."""
+    """(3, splits, S): cosines, token accuracy and share of differing tokens, NaN for splits that were not measured."""
     found = torch.full((3, splits, len(schemes)), torch.nan, dtype=torch.float64)
     if not prompt.mask.any() or not can_be_measured(prompt.rewards, seen):
         return found
@@ -327,8 +328,8 @@ def _hold_against(
     members: Tensor,
     others: Tensor,
 ) -> Tensor:
-    """(3, splits, S): what the schemes make of ``members`` (splits, K) against what RLOO makes of ``others``."""
-    # RLOO is Dr. GRPO times G / (G - 1), and a cosine does not see that.
+    """(3, splits, S): credit of the schemes on ``members`` (splits, K) against that of RLOO on ``others``."""
+    # RLOO is Dr. GRPO times G / (G - 1), a factor that no cosine depends on.
     truth = policy.gradients(prompt.credit(dr_grpo, others), others)
     token_truth, is_known = _token_truth(prompt, members, others)
     flat, live = prompt.credit(dr_grpo, members), prompt.mask[members]
@@ -345,7 +346,7 @@ def can_be_measured(rewards: Tensor, num_rollouts: int) -> bool:
     """Whether the scored rewards (n,) of a prompt are enough, and differ enough, to be split."""
     if len(rewards) < 2 * num_rollouts + SPARE:
         return False
-    # What differs by rounding alone is one reward.
+    # Rewards that differ by rounding alone count as one.
     ordered = rewards.double().sort().values
     ends = torch.searchsorted(ordered, ordered + ROUNDING * ordered.abs().max(), right=True)
     commonest = int((ends - torch.arange(len(ordered))).max())
@@ -357,7 +358,7 @@ def _cosine(first: Tensor, second: Tensor) -> Tensor:
     cosines = []
     # A row at a time: with gradients of a whole model there is no room for a second matrix.
     for pair in zip(first, second, strict=True):
-        # By the largest number of each first, so that no square leaves the range of float64.
+        # Divided by the largest number of each first, so that no square leaves the range of float64.
         largest = [row.abs().amax() for row in pair]
         one, other = (row / size.where(size > 0, 1.0) for row, size in zip(pair, largest, strict=True))
         sizes = one.square().sum().sqrt() * other.square().sum().sqrt()
@@ -366,7 +367,7 @@ def _cosine(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _token_truth(prompt: _ScoredRollouts, members: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """(splits, k, T): mean reward of the held-out rollouts that share prefix and token less that of those that share
+    """(splits, k, T): mean reward of the held-out rollouts that share prefix and token minus that of those that share
     the prefix, and where enough of them do."""
     shared = common_prefix_lengths(prompt.token_ids, response_mask=prompt.is_token).long()
     lengths = shared[members[:, :, None], others[:, None, :]]

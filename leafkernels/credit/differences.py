@@ -166,24 +166,24 @@ def _spans_of_rows(
     itself = torch.arange(shared.shape[0], device=shared.device)[rows, None]
     members, is_member = layout.members(rows)
     is_other = ~is_member | is_out[members]
-    # In place of what takes no part stands the row: nothing of another prompt is read.
+    # Places without a scored member hold the row itself: nothing of another prompt is read.
     members = torch.where(is_other, itself, members)
-    # Above the least of the prompt, so that equal rewards are exactly 0.
+    # Minus the least reward of the prompt, so that equal rewards are exactly 0.
     member_rewards, own = rewards[members], rewards[rows, None]
     constants = member_rewards.detach()
     least = constants.masked_fill(is_other, torch.inf).amin(1, keepdim=True)
     most = constants.masked_fill(is_other, -torch.inf).amax(1, keepdim=True)
-    # And above itself where all differ by rounding alone: exactly 0, and with a slope all the same.
+    # Minus itself where all differ by rounding alone: exactly 0, and differentiable all the same.
     is_flat = is_rounding(least, most)
     member_rewards = (member_rewards - torch.where(is_flat, constants, least)).masked_fill(is_out[rows, None], 0.0)
     own = (own - torch.where(is_flat, own.detach(), least)).masked_fill(is_out[rows, None], 0.0)
 
-    # Members in the order in which they leave the row; what takes no part comes first.
+    # Members in the order in which they diverge from the row; places without one come first.
     shared, order = shared[rows].masked_fill(is_other, -1).sort(dim=1, stable=True)
     member_rewards = member_rewards.gather(1, order)
     first = is_other.sum(1, keepdim=True).clamp_max(group - 1)
 
-    # Mean of a member and those that leave no sooner, less that of those that leave later (ties leave together).
+    # Mean of a member and those that diverge no sooner, minus that of those that diverge later (ties diverge together).
     means = _sums_from(member_rewards) / torch.arange(group, 0, -1, device=shared.device)
     later = torch.searchsorted(shared, shared, right=True).clamp_max(group - 1)
     node_values = means if weights.shrinkage == 0 else _shrink(means, shared, first, weights.shrinkage)
@@ -209,7 +209,7 @@ def _shrink(means: Tensor, shared: Tensor, first: Tensor, shrinkage: float) -> T
     group = means.shape[1]
     rank = torch.arange(group, device=means.device)
     count = torch.arange(group, 0, -1, device=means.device, dtype=means.dtype)
-    # Members that leave with the one before them make no node of their own.
+    # Members that diverge with the one before make no node of their own.
     is_node = shared != pad(shared[:, :-1], (1, 0), value=-2)
     is_root = rank == first
     own = torch.where(is_root, 1.0, torch.where(is_node, count / (count + shrinkage), 0.0))
@@ -226,7 +226,7 @@ def _deviation(member_rewards: Tensor, mean: Tensor, first: Tensor) -> Tensor:
     """(N, 1): of the rewards of each row's prompt, ddof 1."""
     variance = _sums_from((member_rewards - mean).square()).gather(1, first)
     variance = variance / (member_rewards.shape[1] - first - 1).clamp_min(1)
-    # The slope of the root is infinite at 0, and would make NaN of gradients that are 0.
+    # The derivative of the root is infinite at 0, and would turn gradients of 0 into NaN.
     is_flat = variance == 0.0
     return variance.masked_fill(is_flat, 1.0).sqrt().masked_fill(is_flat, 0.0)
 

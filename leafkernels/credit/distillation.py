@@ -28,7 +28,7 @@ from leafkernels.rows.groups import read_names
 SCOPES = ("batch", "trajectory", "kept")
 # Floor of the largest entropy, which is a divisor.
 _LEAST_MAX = 1e-6
-# Of scores, -inf alone is below it: the teacher bans a token, and the row is never kept.
+# Only a score of -inf is below it: the teacher bans a token, and the row is never kept.
 _LOWEST = torch.finfo(torch.float32).min
 # A rank this near to an integer is one: 0.29 * 100 is not 29 in float64.
 _RANK_ROUNDING = 1e-9
@@ -90,9 +90,9 @@ class FireOPD(NamedTuple):
     """bool: the mask without the dropped rows, which ``policy_loss`` averages over, and without tokens of probability 0
     under the student."""
     weights: Tensor
-    """Like ``advantages``: what each token that counts weighs, also on dropped rows."""
+    """Like ``advantages``: the weight of each token that counts, also on dropped rows."""
     keep: Tensor
-    """(N,) bool: which rows have passed the filter; False for a row without a token, or with one the teacher bans."""
+    """(N,) bool: rows that passed the filter; False for a row without a token, or with one that the teacher bans."""
     scores: Tensor
     """(N,) float32: mean log-probability under the teacher; NaN for a row without a token, -inf where it bans one."""
     threshold: Tensor
@@ -148,7 +148,7 @@ class _Scope(NamedTuple):
 
 
 def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, only_kept: bool) -> _Scope:
-    """Without a synchronisation. The mean is over all rows, or over those that are kept."""
+    """Quantile, maxima and mean weight, without a synchronisation; the mean over all rows or over kept rows."""
     rows, scores = statistics.rows, statistics.scores
     # NaN goes last, and one NaN more so that there is an entry.
     ranked = pad(scores, (0, 1), value=math.nan).sort().values.to(torch.float64)
@@ -166,7 +166,7 @@ def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, o
 
 
 def _mean_weight(sums: Tensor, maxima: Tensor, options: FireOptions) -> Tensor:
-    """Of (1 + alpha (1 - H_T / M_T)) (1 + beta H_S / M_S), from sums (..., 7) over rows; 1 of no token."""
+    """Mean of (1 + alpha (1 - H_T / M_T)) (1 + beta H_S / M_S), from sums (..., 7) over rows; 1 for no token."""
     counts, _, _, _, teacher, student, products = sums.unbind(-1)
     teacher_max, student_max = maxima.unbind()
     alpha, beta, _ = options
@@ -318,7 +318,7 @@ def fire_opd(
     }
     tensors, mask, backend = _checked(tokens, response_mask, cu_seqlens, backend)
     old, teacher, base, student_entropy, teacher_entropy = tensors
-    # What has no weight is not read: 0 * NaN would be NaN.
+    # An entropy of weight 0 is not read: 0 * NaN would be NaN.
     base = None if extrapolation == 1 else base
     student_entropy = None if beta == 0 else student_entropy
     teacher_entropy = None if alpha == 0 else teacher_entropy
@@ -527,5 +527,5 @@ def _check_statistics(statistics: Any, own: FireStatistics) -> FireStatistics:
 
 
 def _largest(per_row: Tensor) -> Tensor:
-    # One more, so that there is a largest of no rows too.
+    # One entry more, so that no rows have a maximum too.
     return pad(per_row, (0, 1)).amax(0).clamp_min(_LEAST_MAX)

@@ -126,7 +126,7 @@ def _of_groups(name: str, value: Tensor | int | None, rows: Rows) -> Tensor | No
         return value.new_zeros(num_groups)
     if rows.prompt_shape is not None:
         return value.reshape(num_groups)
-    # Groups after the last real one are empty, and what they are given does not matter.
+    # Groups after the last real one are empty, and their entry does not matter.
     value_per_group = value[layout.rows_by_group[layout.group_starts[:-1].clamp_max(value.shape[0] - 1)]]
     if values_readable(value):
         differs = (value != value_per_group[layout.group_of_row]).nonzero()

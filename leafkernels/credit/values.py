@@ -1,4 +1,4 @@
-"""What each span earned: the mean reward of the rows that share it, against the group's and the parent node's."""
+"""Credit of spans: the mean reward of the rows that share a span, against the group's and the parent node's."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,7 +53,7 @@ def _span_values(
     return SpanValues(*(rewards.new_empty(shape, dtype=dtype) for dtype in dtypes))
 
 
-# Rewards are constants in training: this gradient serves research, and has one form, in PyTorch, on every device.
+# Rewards are constants in training. This gradient serves research, and is PyTorch on every device.
 @operation("values")
 def _span_values_backward(
     gradients: Tensor,
@@ -154,7 +154,7 @@ def _values_of_all_ranks(
 
 
 def finish(spans: SpanValues, boundaries_of_rows: Tensor, row_shape: tuple[int, ...]) -> SpanValues:
-    """What users see: nothing where a row retains no node, and the caller's leading dimensions."""
+    """The public result: cleared where a row retains no node, in the caller's leading dimensions."""
     is_group = torch.ones_like(spans.node_sizes[:, :1], dtype=torch.bool)
     is_node = torch.cat([is_group, (spans.node_sizes[:, 1:] >= 2) & (boundaries_of_rows >= 0)], dim=1)
     node_sizes = spans.node_sizes.masked_fill(~is_node, 0)
@@ -175,7 +175,7 @@ def span_values(
     normalize: str = "span",
     backend: str = "auto",
 ) -> SpanValues:
-    """Credit of every span, from what the rows of a prompt share and earned.
+    """Credit of every span, from the shared prefixes and the rewards of a prompt's rows.
 
     At boundary p two rows share a node when their longest common prefix is at least p, or when they are identical. A
     node needs two rows; V is the mean reward of its n rows, V_0 that of the group, R the last boundary the row retains:
@@ -242,7 +242,7 @@ def span_values(
     table = to_int32(prefix_lengths.reshape(rewards.shape[0], group))
     layout = with_prompts(build_layout(table, None, group, None), row_shape)
     boundaries = to_int32(boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries))
-    # A row without a reward takes part in nothing, as if it were empty.
+    # A row without a reward counts nowhere, as if it were empty.
     layout = layout._replace(row_lengths=lengths.reshape(-1).to(torch.int64)).without(rewards.isnan())
 
     def credited(rewards: Tensor, backend: str) -> SpanValues:
@@ -292,7 +292,7 @@ def _trees_of_table(
 def spans_of_trees(
     trees: "list[python_ref.SpanTree]", rewards: Tensor, num_boundaries: int, row_shape: tuple[int, ...]
 ) -> SpanValues:
-    """What ``python_ref`` says of the rows of some prompts, as ``span_values`` returns it."""
+    """The result of ``python_ref`` for the rows of some prompts, as ``span_values`` returns it."""
     from python_ref.values import mean, settled
 
     shape, all_rewards = (rewards.shape[0], num_boundaries + 1), rewards.tolist()

@@ -15,13 +15,13 @@ from leafkernels.rows.layout import Layout
 if TYPE_CHECKING:
     from leafkernels.credit.options import CreditOptions
 
-# Scores ranked at a time, and columns at least: what is computed of them stays in a cache.
+# Scores ranked at a time, and columns at least, so that intermediate results stay in a cache.
 _CHUNK = 1 << 17
 _COLUMNS = 64
 
-# Sorts after every score, so that it marks what can be no boundary.
+# Sorts after every score: marks positions that can be no boundary.
 _NEVER = torch.iinfo(torch.int64).max
-# Infinity among float64, where another infinity marks what can be no boundary: more than any float32.
+# Stands for infinity in float64, where infinity itself marks positions that can be no boundary: above any float32.
 _FAR = 1e300
 
 

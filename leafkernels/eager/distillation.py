@@ -13,7 +13,7 @@ from leafkernels._core.precision import compute_dtype
 if TYPE_CHECKING:
     from leafkernels.credit.distillation import FireOptions, FireTokens
 
-# Tokens at a time, in whole rows, so that what is made of them stays in a cache.
+# Tokens at a time, in whole rows, so that intermediate results stay in a cache.
 _CHUNK = 1 << 16
 
 
@@ -27,7 +27,7 @@ def fire_statistics(tokens: "FireTokens") -> Tensor:
         row_statistics, live = found[rows], mask[part]
         row_statistics[:, 0] = _sums(live.view(torch.uint8), lengths)
         row_statistics[:, 1] = _sums(_live(teacher_logprobs[part], live), lengths)
-        # Below 0 there is rounding only, and the weights are those of 0.
+        # An entropy below 0 is rounding, and weighs as 0.
         teacher, student = (
             None if entropy is None else _live(entropy[part], live).clamp_min_(0.0)
             for entropy in (teacher_entropy, student_entropy)
@@ -104,7 +104,7 @@ def fire_weights(
             advantage = share * advantage + (1 - share) * base_logprobs[part].to(dtype)
         advantage = torch.sub(advantage, old_logprobs[part].to(dtype), out=advantages[part]).mul_(weight)
         torch.logical_and(mask[part], _spread(keep[rows], lengths, mask.shape[0]), out=counting)
-        # What cannot be sampled has no ratio to be compared by.
+        # A token of probability 0 has no ratio.
         for needed in (old_logprobs, base_logprobs):
             if needed is not None:
                 counting.logical_and_(needed[part] != -math.inf)

@@ -83,10 +83,10 @@ def _by_group(entries: Tensor, nodes: _Nodes, normalize: str) -> Tensor:
 
 
 def _weights(nodes: _Nodes, options: "CreditOptions") -> tuple[Tensor | float, Tensor | float]:
-    """What each slot's global and local term is multiplied by, (N, S)."""
+    """Factors of each slot's global and local term, (N, S)."""
     sizes = nodes.sizes[:, 1:]
-    # By a table of whole vectors, because the last few numbers of a tensor are raised to a power by another code, which
-    # rounds otherwise: what a row gets must not depend on how many rows a call has.
+    # Looked up in a table of whole vectors: PyTorch raises the last few numbers of a tensor to a power by other code,
+    # which rounds differently, and a row's result must not depend on the number of rows in the call.
     powers = torch.arange(-(-(sizes.shape[0] + 1) // 64) * 64, dtype=torch.float64, device=sizes.device)
     powers = powers.clamp_min_(1.0).pow_(-options.multiplicity_power)
     weight = powers[sizes.long()].masked_fill_(nodes.is_missing, 0.0)

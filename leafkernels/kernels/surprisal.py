@@ -60,7 +60,7 @@ LEAST = tl.constexpr(-3.4028234663852886e38)
 FLOOR = tl.constexpr(-1e4)
 
 # Threads of a warp, at most. A block of fewer ids has several threads read each, and none may write a gradient over a
-# logit before all of them have read it.
+# logit before all have read it.
 WARP = tl.constexpr(64)
 
 
@@ -399,7 +399,7 @@ def num_warps() -> int:
 
 
 def _splits(num_rows: int, vocab_size: int) -> tuple[int, int]:
-    """Programs for each row, and blocks for each of them: several where there are too few rows to fill a device."""
+    """Programs for each row, several where there are too few rows to fill a device, and blocks for each program."""
     # Blocks are counted from the word in which a row begins, which may be 7 elements before it.
     most = vocab_size + 7
     splits = min(MAX_SPLITS, num_splits(most, BLOCK, num_rows))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leafkernels.models.asking import evaluating
 
-# Of each model: what was found, by what was asked.
+# For each model the results of trials, by their arguments.
 _FOUND: "WeakKeyDictionary[Any, dict[Any, Any]]" = WeakKeyDictionary()
 
 
@@ -89,7 +89,7 @@ def check_inputs(stepper: Any, prompts: Sequence[Tensor]) -> None:
     found = _FOUND.setdefault(stepper._model, {})
     if key in found:
         return
-    # What is raised here is about these prompts, and the model's own.
+    # Errors raised here concern these prompts, and are the model's own.
     with _quietly(base):
         wrong = _compare_inputs(_plain(stepper), prompts)
     if wrong:
@@ -186,7 +186,7 @@ def _wrong(compare: Any, stepper: Any, *args: Any) -> str:
     except Exception as failure:  # whatever a model raises is the answer
         return f"{type(failure).__name__}: {failure}"
     finally:
-        # What _keep_apart leaves is a circle, which would hold the model until Python looks for circles.
+        # _keep_apart leaves a reference cycle, which would hold the model until the cycle collector runs.
         vars(mine).clear()
     return wrong
 
@@ -202,7 +202,7 @@ def _compare_branches(mine: Any, packed: bool, padded: bool) -> str:
     mine._packed, mine._inputs = packed, {}
     base, steps = mine._base, 3
     ids = _plain_ids(base).to(next(base.parameters()).device)
-    # Of each prompt: its branches, the first of which goes on as generate goes on with its cache.
+    # For each prompt its branches, the first of which continues as generate does with its cache.
     branches = [[ids], [ids[2:5]]] if padded else [[ids]]
     greedy = [_generate(base, prompt[None], steps + 1) for (prompt,) in branches]
     differences = _Differences(base)
@@ -265,7 +265,7 @@ def _generate(
 ) -> Any:
     from transformers import GenerationConfig
 
-    # Without what the model's own config asks of sampling, processors and ends.
+    # Without the sampling, processors and end tokens of the model's own config.
     known = vars(GenerationConfig())
     unasked = {name: None for name in base.generation_config.to_diff_dict() if name in known}
     unasked.pop("transformers_version", None)
@@ -299,7 +299,7 @@ class _Differences:
         self.bound = 4 * max(precision, *(torch.finfo(dtype).eps for dtype in computed)) ** (2 / 3)
 
     def add(self, found: Tensor, truth: Tensor) -> None:
-        # What is no number: a banned token, or a broken model, of which the search has a sentence of its own.
+        # NaN and infinity: a banned token, or a broken model, which the search itself reports.
         is_number = truth.isfinite()
         is_same = (found.isfinite() == is_number).all(-1)
         found, truth = (logits.double().where(is_number, 0.0) for logits in (found, truth))

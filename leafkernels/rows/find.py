@@ -187,14 +187,14 @@ def build_layout(
     num_rows = rows.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     width = rows.shape[-1]
     group = max(groups, 1) if isinstance(groups, int) else 1
-    # What does not hold for packed rows, or groups that are named, is replaced below.
+    # Replaced below for packed rows and for named groups.
     sizes = num_rows, width, group
     regular = _regular_layout("triton", rows, *sizes) if backend == "triton" else _regular_in_steps(rows, *sizes)
     slot_starts, slot_ends, rows_by_group, group_starts, group_of_row = regular
     max_length, max_group = width, groups if isinstance(groups, int) else num_rows
     if cu_seqlens is not None:
-        # A cu_seqlens that breaks its rules on a GPU, where nobody looks at it, must still stay inside the tensors, and
-        # its rows must not overlap: what is allotted by the sum of their lengths holds no more than all tokens.
+        # A cu_seqlens that breaks its rules on a GPU is not checked, but must stay inside the tensors, and rows must
+        # not overlap: memory allotted by the sum of their lengths holds no more than all tokens.
         bounds = cu_seqlens.to(torch.int64).clamp(0, width).cummax(0).values
         slot_starts, slot_ends = bounds[:-1], bounds[1:]
         if num_rows and values_readable(slot_starts):

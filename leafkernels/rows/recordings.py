@@ -150,7 +150,7 @@ class PromptReader:
 
         has_audio = any(part["type"] == "audio" for message in messages for part in message["content"])
         try:
-            # Whether it takes parts is seen by what it makes of one that is audio.
+            # Whether the template takes parts shows in its output for an audio part.
             text = render(_in_parts(messages if has_audio else _placed(messages, 1)))
             if self.audio_token in text:
                 return text if has_audio else render(_in_parts(messages))
