@@ -42,8 +42,8 @@ def tree_td(
     group_weight: float = 0.5,
     normalize: str = "none",
 ) -> list[list[float]]:
-    """V(s_{t+1}) - V(s_t) + group_weight (r - mean); where rows leave, V moves from the parent's value to the mean of
-    the n that remain by n / (n + shrinkage) of the way."""
+    """V(s_{t+1}) - V(s_t) + group_weight (r - mean); where rows diverge, V moves from the parent's value towards the
+    mean of the n rows that remain, by a share of n / (n + shrinkage)."""
     masks = full_mask(token_ids, response_mask)
     advantages = [[0.0] * len(mask) for mask in masks]
     for rows in scored_groups(rewards, groups):
@@ -55,7 +55,7 @@ def tree_td(
             start, end = ranges[i]
             sharing, after = rows, group_mean
             for t in range(end - start):
-                # Those that go on, and go on with the same token.
+                # Rows that continue, with the same token.
                 staying = [
                     j
                     for j in sharing

@@ -1,19 +1,19 @@
-"""Span values of one group: what the rows that share a prefix earned, against their group and their parent node."""
+"""Span values of one group: mean reward of the rows that share a prefix, against the group's and the parent node's."""
 
 import math
 from collections.abc import Sequence
 
 Span = tuple[int, int, float]  # start, end (half-open), value
 
-# Of the largest reward of a prompt: rewards that lie within that of each other are one, known to float32. It is four
-# units of float32's last place at 1, what is left of a sum of a few terms.
+# Relative to a prompt's largest reward: rewards that lie this near to each other count as equal. Four units of
+# float32's last place at 1, which is the rounding of a sum of a few terms.
 ROUNDING = 2.0**-21
 # Up to here float32 holds every whole number.
 EXACT = 2.0**24
 
 
 def settled(rewards: Sequence[float]) -> list[float]:
-    """The rewards of a prompt, all of them the least one where they differ by rounding alone; NaN stays."""
+    """The rewards of a prompt, all set to the least where they differ by rounding alone; NaN stays."""
     scored = [r for r in rewards if not math.isnan(r)]
     if not scored:
         return list(rewards)
