@@ -653,7 +653,7 @@ def test_tables_of_training_are_those_of_the_results() -> None:
         assert f"| {' | '.join([name, *cells])} |" in study
     credit = pages.read("credit.md").splitlines()
     start = (
-        credit.index("| mean reward over training less GRPO's | LEAF | TEMPO | (4, 0.2) | (1, 0.3) | (0, 0.5) |") + 2
+        credit.index("| mean reward over training minus GRPO's | LEAF | TEMPO | (4, 0.2) | (1, 0.3) | (0, 0.5) |") + 2
     )
     columns = ("leaf", "tempo", "tree_td 4, 0.2", "tree_td 1, 0.3", "tree_td 0, 0.5")
     shown = [line.strip("| ").split(" | ")[1:] for line in credit[start : credit.index("", start)]]
