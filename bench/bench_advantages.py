@@ -124,6 +124,6 @@ def test_promise(name: str, session: Session) -> None:
     python, torch_backend = literal(batch), PREPARES["torch"](batch)
     gate(batch, torch_backend())
     # For a fixed time, kept or not: stopping at the first ratio that is good enough would be picking it.
-    of_python, of_torch = interleaved(python, torch_backend, 0.0 if session.tiny else 6.0)
+    python_seconds, torch_seconds = interleaved(python, torch_backend, 0.0 if session.tiny else 6.0)
     name = f"{shape.name}, {shape.num_boundaries} boundaries"
-    session.promise("span_advantages", name, "speed against literal Python", least, of_python, of_torch, "s")
+    session.promise("span_advantages", name, "speed against literal Python", least, python_seconds, torch_seconds, "s")

@@ -74,12 +74,12 @@ def literal(batch: Batch) -> Call:
     return call
 
 
-def of_plain(batch: Batch) -> Call:
+def plain_call(batch: Batch) -> Call:
     tokens = tokens_of(batch)
     return lambda: plain(*tokens)
 
 
-def of_compiled(batch: Batch) -> Call:
+def compiled_call(batch: Batch) -> Call:
     tokens, function = tokens_of(batch), compiled(plain)
     return lambda: function(*tokens)
 
@@ -99,9 +99,9 @@ def backend_of_package(backend: str) -> Prepare:
 
 PREPARES = {
     "python_ref": literal,
-    "plain": of_plain,
+    "plain": plain_call,
     "torch": backend_of_package("torch"),
-    "compile": of_compiled,
+    "compile": compiled_call,
     "triton": backend_of_package("triton"),
 }
 

@@ -141,11 +141,11 @@ def measure(world: int, rounds: int, tokens: int) -> None:
         multiprocessing.start_processes(rank_main, arguments, nprocs=world, start_method="spawn")
         found = [results.get() for _ in range(world * len(LAYOUTS))]
     for layout in LAYOUTS:
-        of_layout = [(counts, best) for name, _, counts, best in found if name == layout]
-        owner = max(counts["owner"]["rows"] for counts, _ in of_layout)
-        headers = max(counts["owner"]["headers"] for counts, _ in of_layout)
-        before = max(counts["everyone"]["everyone"] for counts, _ in of_layout)
-        seconds = of_layout[0][1]
+        layout_results = [(counts, best) for name, _, counts, best in found if name == layout]
+        owner = max(counts["owner"]["rows"] for counts, _ in layout_results)
+        headers = max(counts["owner"]["headers"] for counts, _ in layout_results)
+        before = max(counts["everyone"]["everyone"] for counts, _ in layout_results)
+        seconds = layout_results[0][1]
         print(
             f"| {world} | {layout} | {owner / 1e6:.3f} | {headers / 1e3:.1f} | {before / 1e6:.3f} | "
             f"{seconds['owner'] * 1e3:.0f} | {seconds['everyone'] * 1e3:.0f} |"
@@ -155,7 +155,7 @@ def measure(world: int, rounds: int, tokens: int) -> None:
 def count(world: int) -> None:
     lengths = [[COUNTED_TOKENS] * ROWS] * world
     for layout in LAYOUTS:
-        groups = [group for of_rank in groups_of_ranks(layout, world) for group in of_rank]
+        groups = [group for rank_groups in groups_of_ranks(layout, world) for group in rank_groups]
         received = max(traffic(lengths, groups, TOKEN_BYTES))
         before = (world - 1) * ROWS * (COUNTED_TOKENS * TOKEN_BYTES + 24)
         print(f"| {world:,} | {layout} | {received / 1e6:.1f} | {before / 1e6:,.1f} |")

@@ -60,7 +60,7 @@ def backend_of_package(name: str, backend: str) -> Prepare:
     return prepare
 
 
-def of_rollouts(name: str) -> Callable[[Tensor, Tensor | None, int], Tensor]:
+def per_rollout(name: str) -> Callable[[Tensor, Tensor | None, int], Tensor]:
     """The lines that trainers have, in float64 as all that is compared with here."""
 
     def function(rewards: Tensor, mask: Tensor | None, num_tokens: int) -> Tensor:
@@ -81,10 +81,10 @@ def dense_values(token_ids: Tensor, rewards: Tensor, mask: Tensor, shrinkage: fl
     rewards = rewards.double()
     same = (token_ids[:, :, None] == token_ids[:, None]) & mask[:, :, None] & mask[:, None]
     shares = same.long().cumprod(-1).bool()
-    of_others = torch.where(shares, rewards[:, None, :, None], 0.0)
+    other_rewards = torch.where(shares, rewards[:, None, :, None], 0.0)
     mean = rewards.mean(1, keepdim=True)[:, :, None]
     count = shares.sum(2)
-    after = of_others.sum(2) / count
+    after = other_rewards.sum(2) / count
     if shrinkage:
         leaves = count != pad(count[:, :, :-1], (1, 0), value=rewards.shape[1])
         weight = torch.where(leaves & (count > 0), count / (count + shrinkage), 0.0)
@@ -120,7 +120,7 @@ def compiled_peer(name: str) -> Prepare:
             chunks = [t.split(prompts) for t in (batch.token_ids, batch.rewards, mask)]
             dense = compiled({"tempo": dense_tempo, "tree_td": dense_tree_td}[name])
             return lambda: torch.cat([dense(*chunk) for chunk in zip(*chunks, strict=True)])
-        function = compiled(of_rollouts(name))
+        function = compiled(per_rollout(name))
         return lambda: function(batch.rewards, batch.mask, batch.shape.tokens)
 
     return prepare
@@ -151,11 +151,11 @@ def bytes_moved(name: str) -> Callable[[Batch], int]:
     def count(batch: Batch) -> int:
         if name == "treerl":
             return bench_advantages.bytes_moved(batch)
-        of_tokens = batch.shape.num_tokens * (4 if batch.mask is None else 5)
+        token_bytes = batch.shape.num_tokens * (4 if batch.mask is None else 5)
         if name not in LEAVING:
-            return of_tokens
+            return token_bytes
         lengths = leafkernels.common_prefix_lengths(batch.token_ids, response_mask=batch.mask, backend="torch")
-        return of_tokens + int(ids_needed(lengths, batch.shape.tokens).sum()) * 8
+        return token_bytes + int(ids_needed(lengths, batch.shape.tokens).sum()) * 8
 
     return count
 

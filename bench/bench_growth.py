@@ -123,9 +123,9 @@ def on_a_gpu(shape: Shape, inputs: str, session: Session) -> tuple[float, float]
     batch = shape.batches(inputs, DEVICE, 1)[0]
     call = OPERATIONS["common_prefix_lengths"](batch)
     rounds = prefix_lengths.ROUNDS
-    of_rounds = []
+    round_times = []
     for prefix_lengths.ROUNDS in (0, 1, 2, 3):
-        of_rounds.append(f"{prefix_lengths.ROUNDS}: {device_seconds([call], 'triton', session)[0] * 1e6:.0f} us")
+        round_times.append(f"{prefix_lengths.ROUNDS}: {device_seconds([call], 'triton', session)[0] * 1e6:.0f} us")
     prefix_lengths.ROUNDS = rounds
     seconds = device_seconds([call], "triton", session)[0]
     one_read = batch.token_ids.numel() * 8 / copy_bandwidth()
@@ -133,7 +133,7 @@ def on_a_gpu(shape: Shape, inputs: str, session: Session) -> tuple[float, float]
     print(
         f"{shape.name} {inputs}: {seconds * 1e6:.0f} us, {seconds / one_read:.2f} reads of all ids, "
         f"{read / seconds / 1e9:.0f} billion ids read a second, {read * 8 / seconds / copy_bandwidth():.1%} of a copy; "
-        f"by rounds of the whole GPU: {', '.join(of_rounds)}"
+        f"by rounds of the whole GPU: {', '.join(round_times)}"
     )
     return seconds, seconds / one_read
 
@@ -180,8 +180,8 @@ def main() -> int:
         for inputs in INPUTS:
             seconds = measure(operation, axis, inputs, session)
             sizes = ", ".join(f"{second * 1e3:.3g}" for second in seconds)
-            of_axis = f"{operation:22} {axis:8} {inputs:10}"
-            print(f"{of_axis} ^{exponent(seconds):.2f} (at most {PROMISES[axis]})  {sizes} ms")
+            label = f"{operation:22} {axis:8} {inputs:10}"
+            print(f"{label} ^{exponent(seconds):.2f} (at most {PROMISES[axis]})  {sizes} ms")
     if DEVICE == "cuda" and not session.tiny:
         on_a_gpu(STEP, "sampled", session)
         for inputs in LARGEST.inputs:

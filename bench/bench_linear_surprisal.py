@@ -37,11 +37,11 @@ class Hidden:
             entropy = -(logprobs.exp() * logprobs).sum(-1)
             (self.weights[0, rows] * surprisal + self.weights[1, rows] * entropy).sum().backward()
             parts.append((surprisal.detach(), entropy.detach(), hidden.grad))
-        surprisal, entropy, of_hidden = (torch.cat(part) for part in zip(*parts, strict=True))
+        surprisal, entropy, grad_hidden = (torch.cat(part) for part in zip(*parts, strict=True))
         return {
             "surprisal": surprisal,
             "entropy": entropy,
-            "gradient of hidden": of_hidden,
+            "gradient of hidden": grad_hidden,
             "gradient of weight": weight.grad,
         }
 
@@ -127,7 +127,7 @@ def gradients_of(function: Any) -> Prepare:
     return prepare
 
 
-def of_package(backend: str) -> Any:
+def from_package(backend: str) -> Any:
     return lambda hidden, weight, ids: leafkernels.linear_surprisal_entropy(hidden, weight, ids, backend=backend)
 
 
@@ -135,24 +135,24 @@ def products(batch: Any) -> Call:
     """Logits, logits again as a backward pass needs them, and from them both gradients; into memory that is there."""
     hidden, weight = batch.hidden, batch.weight
     logits = hidden.new_empty((hidden.shape[0], weight.shape[0]))
-    of_hidden, of_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def call() -> None:
         torch.mm(hidden, weight.T, out=logits)
         torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=of_hidden)
-        torch.mm(logits.T, hidden, out=of_weight)
+        torch.mm(logits, weight, out=grad_hidden)
+        torch.mm(logits.T, hidden, out=grad_weight)
 
     return call
 
 
 PREPARES = {
     "products": products,
-    "torch": gradients_of(of_package("torch")),
+    "torch": gradients_of(from_package("torch")),
     "usual": gradients_of(peers.usual_linear),
     "compile": lambda batch: gradients_of(compiled(peers.usual_linear))(batch),
     **{name: lambda batch, peer=peer: gradients_of(peers.loaded(peer))(batch) for name, peer in peers.HIDDEN.items()},
-    "triton": gradients_of(of_package("triton")),
+    "triton": gradients_of(from_package("triton")),
 }
 
 
@@ -166,10 +166,10 @@ def gate(batch: Hidden, result: Any) -> dict[str, Any] | None:
     if result is None:  # bare products
         return None
     unit = torch.finfo(batch.hidden.dtype).eps
-    of_logit = 17 * (unit / 2 + 5 * batch.hidden.shape[1] ** 0.5 * torch.finfo(torch.float32).eps / 2)
+    logit_error = 17 * (unit / 2 + 5 * batch.hidden.shape[1] ** 0.5 * torch.finfo(torch.float32).eps / 2)
     errors = peers.worst(result, batch.truth)
     for name, error in errors.items():
-        kind, bound = ("relative", 4 * of_logit + unit) if "gradient" in name else ("absolute", 4 * of_logit)
+        kind, bound = ("relative", 4 * logit_error + unit) if "gradient" in name else ("absolute", 4 * logit_error)
         assert error[kind] is not None and error[kind] <= bound, (name, error, bound)
     return errors
 

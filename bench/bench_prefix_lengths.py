@@ -58,7 +58,7 @@ def dense_by_chunks(batch: Batch, function: Callable[..., Tensor]) -> Callable[[
     chunks = list(zip(batch.token_ids.split(prompts), lengths.split(prompts), strict=True))
 
     def call() -> Tensor:
-        tables = [function(ids, of_rows, left, right) for ids, of_rows in chunks]
+        tables = [function(ids, row_lengths, left, right) for ids, row_lengths in chunks]
         return tables[0] if len(tables) == 1 else torch.cat(tables)
 
     return call

@@ -105,7 +105,7 @@ def plain(batch: Decoding) -> Call:
     return lambda: layer_by_layer(batch.channel, layers, batch.hidden)
 
 
-def of_compiled(batch: Decoding) -> Call:
+def compiled_call(batch: Decoding) -> Call:
     layers, function = batch.channel.by_layer(), compiled(layer_by_layer)
     return lambda: function(batch.channel, layers, batch.hidden)
 
@@ -118,7 +118,7 @@ PREPARES = {
     "python_ref": literal,
     "plain": plain,
     "torch": fused("torch"),
-    "compile": of_compiled,
+    "compile": compiled_call,
     "triton": fused("triton"),
 }
 

@@ -72,9 +72,9 @@ def gate(batch: Batch, result: Any) -> None:
 def bytes_moved(batch: Batch) -> int:
     """A float32 per token written, a bool per token read if there is a mask; per row 8 bytes a span and three int64."""
     shape = batch.shape
-    of_token = 4 if batch.mask is None else 5
-    of_row = (shape.num_boundaries + 1) * 8 + 3 * 8
-    return shape.num_tokens * of_token + shape.prompts * shape.group * of_row
+    bytes_per_token = 4 if batch.mask is None else 5
+    bytes_per_row = (shape.num_boundaries + 1) * 8 + 3 * 8
+    return shape.num_tokens * bytes_per_token + shape.prompts * shape.group * bytes_per_row
 
 
 def test_scatter_spans(shape: Shape, inputs: str, backend: str, bench: Bench) -> None:

@@ -91,7 +91,7 @@ def backend_of_package(backend: str) -> Prepare:
     return prepare
 
 
-def of_function(load: Any) -> Prepare:
+def from_function(load: Any) -> Prepare:
     """Of what ``load`` returns: a function of logits and ids."""
 
     def prepare(batch: Any) -> Call:
@@ -104,9 +104,9 @@ def of_function(load: Any) -> Prepare:
 PREPARES = {
     "python_ref": literal,
     "torch": backend_of_package("torch"),
-    "usual": of_function(lambda: peers.usual),
-    "compile": of_function(lambda: compiled(peers.usual)),
-    **{name: of_function(lambda peer=peer: peers.loaded(peer)) for name, peer in peers.LOGITS.items()},
+    "usual": from_function(lambda: peers.usual),
+    "compile": from_function(lambda: compiled(peers.usual)),
+    **{name: from_function(lambda peer=peer: peers.loaded(peer)) for name, peer in peers.LOGITS.items()},
     "triton": backend_of_package("triton"),
 }
 
@@ -186,12 +186,12 @@ def literal_gradient(batch: Logits) -> Call:
     return call
 
 
-def of_package(backend: str) -> Any:
+def from_package(backend: str) -> Any:
     return lambda logits, ids: leafkernels.surprisal_entropy(logits, ids, backend=backend)
 
 
 GRADIENTS = {
-    "torch": gradient_of(of_package("torch")),
+    "torch": gradient_of(from_package("torch")),
     "usual": gradient_of(peers.usual),
     "compile": lambda batch: gradient_of(compiled(peers.usual))(batch),
     **{
@@ -199,7 +199,7 @@ GRADIENTS = {
         for name, peer in peers.LOGITS.items()
         if peer.has_gradient
     },
-    "triton": gradient_of(of_package("triton")),
+    "triton": gradient_of(from_package("triton")),
 }
 
 

@@ -29,12 +29,12 @@ def arguments(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def literal(batch: Batch) -> Call:
     prefix_lengths, boundaries, rewards, lengths = (tensor.tolist() for tensor in arguments(batch))
-    positions = [[p for p in of_prompt if p >= 0] for of_prompt in boundaries]
+    positions = [[p for p in prompt_boundaries if p >= 0] for prompt_boundaries in boundaries]
 
     def call() -> list[list[list[python_ref.values.Span]]]:
         raw = [
-            python_ref.span_values(*of_prompt)
-            for of_prompt in zip(prefix_lengths, positions, rewards, lengths, strict=True)
+            python_ref.span_values(*prompt_inputs)
+            for prompt_inputs in zip(prefix_lengths, positions, rewards, lengths, strict=True)
         ]
         return python_ref.normalize_spans(raw, rewards)
 
@@ -53,11 +53,11 @@ def eager_compiled(batch: Batch) -> Call:
     """The PyTorch backend's own functions: the compiler sees into them, and the layout is made before."""
     prefix_lengths, boundaries, rewards, lengths = arguments(batch)
     nodes_of, values = compiled(nodes.nodes_of_prefix_lengths), compiled(values_of.span_values)
-    of_rows = prefix_lengths.flatten(0, 1)
-    layout = build_layout(of_rows, None, batch.shape.group, None)._replace(row_lengths=lengths.flatten())
+    table = prefix_lengths.flatten(0, 1)
+    layout = build_layout(table, None, batch.shape.group, None)._replace(row_lengths=lengths.flatten())
 
     def call() -> Tensor:
-        named = nodes_of(of_rows, boundaries, layout)
+        named = nodes_of(table, boundaries, layout)
         return values(rewards.flatten(), named, boundaries, layout, CreditOptions())[0].view(*rewards.shape, -1)
 
     return call
@@ -74,8 +74,8 @@ PREPARES = {
 def gate(batch: Batch, result: Any) -> None:
     num_slots = batch.shape.num_boundaries + 1
 
-    def table(of_prompts: list) -> Tensor:
-        rows = [[[value for _, _, value in spans] for spans in rows] for rows in of_prompts]
+    def table(spans_per_prompt: list) -> Tensor:
+        rows = [[[value for _, _, value in spans] for spans in rows] for rows in spans_per_prompt]
         return torch.tensor([[row + [0.0] * (num_slots - len(row)) for row in rows] for rows in rows]).double()
 
     expected = table(literal(batch.sample)())
@@ -86,8 +86,8 @@ def gate(batch: Batch, result: Any) -> None:
 def bytes_moved(batch: Batch) -> int:
     """Per row read group int32, a reward and a length, and written three float64 and two int32 per span."""
     shape = batch.shape
-    of_row = shape.group * 4 + 4 + 8 + (shape.num_boundaries + 1) * (3 * 8 + 2 * 4)
-    return shape.prompts * (shape.group * of_row + shape.num_boundaries * 4)
+    bytes_per_row = shape.group * 4 + 4 + 8 + (shape.num_boundaries + 1) * (3 * 8 + 2 * 4)
+    return shape.prompts * (shape.group * bytes_per_row + shape.num_boundaries * 4)
 
 
 def test_span_values(shape: Shape, inputs: str, backend: str, bench: Bench) -> None:

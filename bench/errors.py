@@ -80,22 +80,22 @@ def truth(logits: Tensor, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
     ties, rest = top.sum(1, keepdim=True).double(), z.exp().masked_fill(top, 0.0).sum(1, keepdim=True)
     logp = z - ties.log() - (rest / ties).log1p()
     p = logp.exp()
-    of_surprisal = torch.tensor(surprisal, dtype=torch.float64)
+    exact_surprisal = torch.tensor(surprisal, dtype=torch.float64)
     # p - 1 of the sampled id, where p may be 1 to within rounding.
-    gradient = weights[0, :, None] * p.scatter(1, ids[:, None], (-of_surprisal).expm1()[:, None])
+    gradient = weights[0, :, None] * p.scatter(1, ids[:, None], (-exact_surprisal).expm1()[:, None])
     gradient -= weights[1, :, None] * torch.where(p == 0, 0.0, p * (logp + h[:, None]))
-    return {"surprisal": of_surprisal, "entropy": h, "gradient": gradient}
+    return {"surprisal": exact_surprisal, "entropy": h, "gradient": gradient}
 
 
 def through_hidden(function: peers.Function) -> peers.Function:
     """A function of hidden states and weight as one of logits: row i of the hidden states is the i-th unit vector."""
 
-    def of_logits(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def from_logits(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         hidden = torch.eye(logits.shape[0], WIDTH, dtype=logits.dtype, device=logits.device)
         weight = torch.nn.functional.pad(logits.T, (0, WIDTH - logits.shape[0]))
         return function(hidden, weight.contiguous(), ids)
 
-    return of_logits
+    return from_logits
 
 
 def implementations(tiny: bool) -> tuple[dict[str, tuple[peers.Function, bool, bool]], dict[str, str]]:
@@ -207,7 +207,7 @@ def markdown(found: dict[str, Any]) -> str:
     if machine["tiny"]:
         lines += ["**A tiny vocabulary: this says only that the table is made.**", ""]
     names = list(dict.fromkeys(result["of"] for result in found["results"]))
-    of_case = list(dict.fromkeys(result["case"] for result in found["results"]))
+    case_names = list(dict.fromkeys(result["case"] for result in found["results"]))
     for what in ("entropy", "surprisal", "gradient"):
         for dtype in dict.fromkeys(result["dtype"] for result in found["results"]):
             errors = {
@@ -215,9 +215,9 @@ def markdown(found: dict[str, Any]) -> str:
                 for result in found["results"]
                 if result["dtype"] == dtype
             }
-            rows = [[name, *(_cell(errors.get((name, case))) for case in of_case)] for name in names]
+            rows = [[name, *(_cell(errors.get((name, case))) for case in case_names)] for name in names]
             rows = [row for row in rows if any(row[1:])]
-            lines += [f"## {what}, {dtype} logits", "", *report.table(["", *of_case], rows), ""]
+            lines += [f"## {what}, {dtype} logits", "", *report.table(["", *case_names], rows), ""]
     if found["absent"]:
         lines += ["## Not measured", "", *(f"- {name}: {why}" for name, why in found["absent"].items()), ""]
     return "\n".join(lines)

@@ -73,10 +73,10 @@ def _trl_logits() -> Function:
     spec = importlib.util.find_spec("trl")
     assert spec is not None and spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0]) / "kernels" / "logprob_entropy.py"
-    of_file = importlib.util.spec_from_file_location("trl_kernels_logprob_entropy", path)
-    assert of_file is not None and of_file.loader is not None
-    module = importlib.util.module_from_spec(of_file)
-    of_file.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location("trl_kernels_logprob_entropy", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 
     def function(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         logprobs, entropy = module.selective_log_softmax_and_entropy(logits, token_ids)

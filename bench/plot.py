@@ -33,8 +33,8 @@ def panels(cases: list[Case]) -> dict[tuple[str, str], dict[str, float]]:
     for op in dict.fromkeys(case["op"] for case in cases if case["backend"] == "usual"):
         timed = [case for case in cases if case["op"] == op and case["backend"] == "usual"]
         usual = max(timed, key=lambda case: case["tokens"])
-        of_shape = [case for case in cases if case["op"] == op and case["shape"] == usual["shape"]]
-        speedups = {case["backend"]: seconds(usual) / seconds(case) for case in of_shape}
+        same_shape = [case for case in cases if case["op"] == op and case["shape"] == usual["shape"]]
+        speedups = {case["backend"]: seconds(usual) / seconds(case) for case in same_shape}
         found[op, usual["shape"]] = dict(sorted(speedups.items(), key=lambda item: item[1]))
     return found
 

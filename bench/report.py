@@ -34,10 +34,10 @@ def summary(results: dict[str, Any], exit_status: int) -> dict[str, Any]:
     """What is worth keeping of pytest-benchmark's file."""
     cases = []
     for benchmark in results["benchmarks"]:
-        of_case, stats = benchmark["extra_info"], benchmark["stats"]
+        case_info, stats = benchmark["extra_info"], benchmark["stats"]
         cases.append(
             {
-                **of_case,
+                **case_info,
                 "median_seconds": stats["median"],
                 "min_seconds": stats["min"],
                 "rounds": stats["rounds"],
@@ -166,9 +166,9 @@ def markdown(report: dict[str, Any]) -> str:
         ]
     for op in dict.fromkeys(case["op"] for case in report["cases"]):
         cases = [case for case in report["cases"] if case["op"] == op]
-        of_table = _of_table(cases, columns)
-        rows = [[cell(case) for cell in of_table.values()] for case in cases]
-        lines += [f"## {op}", "", *table(list(of_table), rows), ""]
+        table_columns = _of_table(cases, columns)
+        rows = [[cell(case) for cell in table_columns.values()] for case in cases]
+        lines += [f"## {op}", "", *table(list(table_columns), rows), ""]
     if report["promises"]:
         rows = [
             [

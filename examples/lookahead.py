@@ -144,7 +144,7 @@ def look_ahead(
     ids = [torch.tensor(encode(prompt)) for prompt in prompts]
     limit = 4 * len(ids[0])
     found = wrapped.generate_all(ids, max_new_tokens=limit, min_p=min_p, on_commit=heard, **options)
-    return Answers([decode(of_one.token_ids) for of_one in found], [of_one.num_tokens for of_one in found])
+    return Answers([decode(answer.token_ids) for answer in found], [answer.num_tokens for answer in found])
 
 
 def best_of(wrapped: RewardTransformer, prompts: Sequence[str], heard: Heard = None, *, count: int) -> Answers:
@@ -190,9 +190,9 @@ def systems(settings: Sequence[Settings], counts: Sequence[int]) -> dict[str, Sy
     found: dict[str, System] = {"greedy": partial(look_ahead, width=1, chunk=1, depth=0)}
     found |= {f"best of {count}": partial(best_of, count=count) for count in counts}
     found |= {f"{count} beams": partial(beams, count=count) for count in counts}
-    for of_one in settings:
-        width, chunk, depth, min_p = of_one
-        found[name_of(of_one)] = partial(look_ahead, width=width, chunk=chunk, depth=depth, min_p=min_p)
+    for setting in settings:
+        width, chunk, depth, min_p = setting
+        found[name_of(setting)] = partial(look_ahead, width=width, chunk=chunk, depth=depth, min_p=min_p)
     return found
 
 

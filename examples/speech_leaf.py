@@ -1,4 +1,4 @@
-"""Train a model that hears by the reward of its answers, in TRL: one process or many, LEAF or GRPO.
+"""Train an audio model by the reward of its answers, in TRL: one process or many, LEAF or GRPO.
 
     python examples/speech_leaf.py --data fsdd:PATH/fsdd.tar.gz --output_dir runs/small --use_cpu --bf16 false
     accelerate launch examples/speech_leaf.py --config examples/recipes/leaf_qwen2_audio.yaml \\
@@ -108,8 +108,8 @@ def read_data(args: SpeechArguments, seed: int, small: bool) -> tuple[Any, Any, 
     if kind == "tsv":
         columns = (args.audio_column, args.reference_column, args.instruction)
         train = read_table(Path(path), *columns)
-        of_evaluation = args.eval_data.partition(":")[2]
-        evaluation = read_table(Path(of_evaluation), *columns) if of_evaluation else None
+        evaluation_path = args.eval_data.partition(":")[2]
+        evaluation = read_table(Path(evaluation_path), *columns) if evaluation_path else None
         return train, evaluation, named_reward(args.reward or "sentence_bleu"), None
     held_out = [voice for voice in args.held_out.split(",") if voice]
     spoken = args.reward if args.reward in SUMS else "final"

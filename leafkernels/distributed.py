@@ -1,4 +1,4 @@
-"""Rows of several ranks, each brought to the rank that owns its group; what is computed there is brought home."""
+"""Rows of several ranks: each is sent to the rank that computes its group, and the result is sent back."""
 
 import contextlib
 import zlib
@@ -27,7 +27,7 @@ from leafkernels.rows.layout import as_rows
 
 __all__ = ["GatheredGroups", "gather_groups"]
 
-# Of a name. Two different ones would meet once in 10^20 calls of a million names.
+# Bytes of a digest. Two names of a million collide once in 10^20 calls.
 _DIGEST = 16
 
 
@@ -43,30 +43,30 @@ class Routes(NamedTuple):
 
 
 class GatheredGroups(NamedTuple):
-    """The rows of the groups that this rank owns as one packed batch, and the way home for what is made of them."""
+    """The rows of the groups that this rank computes, as one packed batch, and the routes that send results back."""
 
     inputs: dict[str, Any]
     """Arguments for ``span_advantages`` or any function with its signature: ``logprobs``, ``token_ids``, ``rewards``,
-    ``response_mask``, ``groups``, ``group_size``, ``cu_seqlens``. All rows of the groups that this rank owns, those of
-    other ranks among them, in the order of the ranks; constants to autograd. What is padding on its rank is not among
-    them. No row where this rank owns no group."""
+    ``response_mask``, ``groups``, ``group_size``, ``cu_seqlens``. All rows of the groups that this rank computes, also
+    those of other ranks, in the order of the ranks and without padding; constants to autograd. No row where this rank
+    computes no group."""
     shape: torch.Size
-    """Of this rank's own ``token_ids``."""
+    """Shape of this rank's own ``token_ids``."""
     positions: Tensor | None
-    """(tokens,) int64: where the tokens of this rank's own rows, in the order in which they travel, lie in its
-    flattened ``token_ids``; None: they are all of it, in its order."""
+    """(tokens,) int64: positions of this rank's own tokens, in the order in which they are sent, in its flattened
+    ``token_ids``; None: all tokens, in order."""
     routes: Routes | None
-    """None: every group lies on one rank, and nothing travels."""
+    """None: every group lies on one rank, and nothing is sent."""
     owners: list[int]
-    """The rank that owns its group, for every row of all ranks; the same on every rank."""
+    """The rank that computes its group, for every row of all ranks; the same on every rank."""
     process_group: "dist.ProcessGroup | None"
 
     def local(self, tokens: Tensor) -> Tensor:
         """This rank's rows of a result for each token of ``inputs``, (total,), in the shape of its own ``token_ids``.
 
         0 where the rank's ``response_mask`` ends a row; a constant to autograd. Where a group straddles ranks every
-        rank calls, with one dtype, because the results travel: then the host waits for the device. A rank that is
-        refused tells the others, and they raise too.
+        rank calls, with one dtype, because the results are sent: then the host waits for the device. Where one rank's
+        argument is refused, all ranks raise.
         """
         routes, total = self.routes, self.inputs["token_ids"]
         failure: Exception | None = None
@@ -102,23 +102,23 @@ class GatheredGroups(NamedTuple):
 
 
 class _Header(NamedTuple):
-    """What each rank tells the others before any tensor is sent."""
+    """What each rank sends to the others before any tensor."""
 
     refusal: str | None
     """Why this rank's arguments cannot be used."""
     alike: dict[str, str]
     """What must be the same on every rank, by the name of the argument."""
     lengths: bytes
-    """Of this rank's rows, int64."""
+    """Lengths of this rank's rows, int64."""
     names: bytes
-    """Of their prompts, in a few bytes each; empty where no argument names them."""
+    """Names of their prompts, a few bytes each; empty where no argument names prompts."""
 
 
 class _Local(NamedTuple):
     header: _Header
     rewards: Tensor
     tokens: dict[str, Tensor]
-    """Flat: what travels of each token."""
+    """Flat: what is sent of each token."""
     row_starts: Tensor
     """In the flat tokens."""
     row_lengths: Tensor
@@ -145,19 +145,19 @@ def gather_groups(
     Ranks may have different numbers of rows, none too, and of tokens, padded on either side or packed. Every rank of
     ``process_group`` must call, ``local`` too.
 
-    Every rank learns the name and the length of every row, 24 bytes (16 where a tensor names prompts, 8 where none
-    does). From these all know who owns which group: the rank that holds most of its tokens, the lowest of several, and
-    of groups that straddle the one to which least has come before. Rows go to the owner of their group, each from its
-    first to its last unmasked token: id, log-probability and mask, in the dtypes that come (int64, float32 and bool: 13
-    bytes a token; int32 and bfloat16: 7), and 8 bytes for the reward. A group that lies whole on one rank is computed
-    there. Where all do, nothing more is sent.
+    Every rank gets the name and the length of every row, 24 bytes (16 where a tensor names prompts, 8 where none does),
+    and from these computes which rank computes which group: a group that lies whole on one rank stays there; one that
+    straddles ranks goes, among those that hold rows of it, to the rank that will have received least, the lowest of
+    several. Rows are sent there, each from its first to its last unmasked token: id, log-probability and mask, in the
+    dtypes that come (int64, float32 and bool: 13 bytes a token; int32 and bfloat16: 7), and 8 bytes for the reward.
+    Where no group straddles ranks, nothing more is sent.
 
-    ``normalize="batch"`` looks across groups, so it is given what was gathered, on every rank:
+    ``normalize="batch"`` needs the statistics of all ranks, so pass ``gathered`` to it, on every rank:
     ``span_advantages(**gathered.inputs, normalize="batch", gathered=gathered)``. Three numbers a row are sent.
 
-    To rank boundaries by something else, pass its negative as ``logprobs``: nothing else is made of them by
-    ``span_advantages``. Sizes differ between ranks and must be known to allocate, so this synchronises the host with
-    the device, and is not for CUDA graphs or ``torch.compile``.
+    To rank boundaries by something else, pass its negative as ``logprobs``: ``span_advantages`` uses them for nothing
+    else. Sizes differ between ranks and must be known to allocate, so this synchronises the host with the device, and
+    is not for CUDA graphs or ``torch.compile``.
 
     Args:
         logprobs: (N, T), or (total,) with ``cu_seqlens``; float32, bfloat16, float16 or float64, the same dtype on
@@ -184,8 +184,8 @@ def gather_groups(
         local = _local_rows(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens)
         header = local.header
     except Exception as error:
-        # The others are about to wait for this rank, so it must not leave before it has told them, whatever it is.
-        failure, header = error, _Header(_told(error), {}, b"", b"")
+        # The other ranks are about to wait for this one, so the refusal is sent before it raises, whatever it is.
+        failure, header = error, _Header(_text_of(error), {}, b"", b"")
     headers: list[_Header] = _gather_objects("headers of gather_groups", header, world_size, process_group)
     if failure is not None:
         raise failure
@@ -201,9 +201,9 @@ def gather_groups(
         group_of_row = [row // (group_size or num_rows) for row in range(num_rows)]
     owners = owners_of_rows(lengths_of_ranks, group_of_row)
 
-    # From here on, whatever any rank does follows from what all ranks know.
+    # From here on, what each rank does follows from what all ranks have received.
     device = token_ids.device
-    owned, of_rows, of_tokens = _plan(rank, lengths_of_ranks, owners)
+    owned, row_routes, token_routes = _plan(rank, lengths_of_ranks, owners)
     travels = owners != _ranks_of_rows(lengths_of_ranks)
     order = None
     if travels:
@@ -216,43 +216,43 @@ def gather_groups(
     if travels:
         parts = {
             name: _exchange(
-                f"{name} of gather_groups", part, of_rows if name == "rewards" else of_tokens, process_group
+                f"{name} of gather_groups", part, row_routes if name == "rewards" else token_routes, process_group
             )
             for name, part in parts.items()
         }
     if groups is not None:
         parts["groups"] = torch.tensor([group_of_row[row] for row in owned], dtype=torch.int64, device=device)
-    lengths = [length for of_rank in lengths_of_ranks for length in of_rank]
+    lengths = [length for rank_lengths in lengths_of_ranks for length in rank_lengths]
     ends = accumulate((lengths[row] for row in owned), initial=0)
     parts["cu_seqlens"] = torch.tensor(list(ends), dtype=torch.int64, device=device)
     return GatheredGroups(
         inputs={"response_mask": None, "groups": None, "group_size": group_size, **parts},
         shape=token_ids.shape,
         positions=positions,
-        routes=of_tokens if travels else None,
+        routes=token_routes if travels else None,
         owners=owners,
         process_group=process_group,
     )
 
 
 def owners_of_rows(lengths_of_ranks: list[list[int]], group_of_row: list[int]) -> list[int]:
-    """The rank that owns its group, for every row of all ranks.
+    """The rank that computes its group, for every row of all ranks.
 
-    A group that straddles ranks goes, among those that hold rows of it, to the one to which least will have come: for
+    A group that straddles ranks goes, among those that hold rows of it, to the one that will have received least: for
     the first groups that is the rank that holds most, and groups that are split alike over ranks are shared out.
     """
     held: dict[int, dict[int, int]] = {}
     ranks = _ranks_of_rows(lengths_of_ranks)
-    lengths = [length for of_rank in lengths_of_ranks for length in of_rank]
+    lengths = [length for rank_lengths in lengths_of_ranks for length in rank_lengths]
     for rank, length, group in zip(ranks, lengths, group_of_row, strict=True):
-        of_group = held.setdefault(group, {})
-        of_group[rank] = of_group.get(rank, 0) + length
+        tokens_per_rank = held.setdefault(group, {})
+        tokens_per_rank[rank] = tokens_per_rank.get(rank, 0) + length
     received = [0] * len(lengths_of_ranks)
     owner_of_group = {}
-    for group, of_group in held.items():
-        total = sum(of_group.values())
-        owner = min(of_group, key=lambda rank: (received[rank] + total - of_group[rank], rank))
-        received[owner] += total - of_group[owner]
+    for group, tokens_per_rank in held.items():
+        total = sum(tokens_per_rank.values())
+        owner = min(tokens_per_rank, key=lambda rank: (received[rank] + total - tokens_per_rank[rank], rank))
+        received[owner] += total - tokens_per_rank[owner]
         owner_of_group[group] = owner
     return [owner_of_group[group] for group in group_of_row]
 
@@ -268,7 +268,7 @@ def gather_section(section: Tensor, counts: list[int], process_group: "dist.Proc
     if longest:
         with _named("a number for each row"):
             dist.all_gather(gathered, own, group=process_group)
-    parts = (of_rank.view(section.dtype)[:count] for of_rank, count in zip(gathered, counts, strict=True))
+    parts = (part.view(section.dtype)[:count] for part, count in zip(gathered, counts, strict=True))
     return torch.cat(tuple(parts))
 
 
@@ -277,11 +277,11 @@ def _ranks_of_rows(lengths_of_ranks: list[list[int]]) -> list[int]:
 
 
 def _plan(rank: int, lengths_of_ranks: list[list[int]], owners: list[int]) -> tuple[list[int], Routes, Routes]:
-    """The rows that this rank owns, of all ranks and in their order; and the routes of rows and of tokens."""
+    """The rows of the groups that this rank computes, in the order of the ranks; the routes of rows and of tokens."""
     world_size = len(lengths_of_ranks)
     rows, tokens = (Routes([0] * world_size, [0] * world_size) for _ in range(2))
     owned = []
-    lengths = [length for of_rank in lengths_of_ranks for length in of_rank]
+    lengths = [length for rank_lengths in lengths_of_ranks for length in rank_lengths]
     for row, (source, length, owner) in enumerate(zip(_ranks_of_rows(lengths_of_ranks), lengths, owners, strict=True)):
         if source == rank:
             rows.sent[owner] += 1
@@ -294,7 +294,7 @@ def _plan(rank: int, lengths_of_ranks: list[list[int]], owners: list[int]) -> tu
 
 
 def _exchange(what: str, section: Tensor, routes: Routes, process_group: "dist.ProcessGroup | None") -> Tensor:
-    """What the other ranks and this one have for this rank, in their order."""
+    """What all ranks send to this one, in their order."""
     size = section.element_size()
     # A copy, because a tensor of one element may keep the stride of the table that it is a column of.
     own = section.new_empty(section.shape[0]).copy_(section).view(torch.uint8)
@@ -307,12 +307,12 @@ def _exchange(what: str, section: Tensor, routes: Routes, process_group: "dist.P
 
 @contextlib.contextmanager
 def _named(what: str) -> Iterator[None]:
-    """What the backends say of a rank that has died names a socket; this says what all were about to do."""
+    """Name the exchange that failed: where a rank has died, the backends name a socket."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"the exchange of {what} with other ranks failed: one of them has died or has not called ({error})"
+            f"the exchange of {what} with other ranks failed: a rank has died or has not called ({error})"
         ) from error
 
 
@@ -323,7 +323,7 @@ def _gather_objects(what: str, own: Any, world_size: int, process_group: "dist.P
     return gathered
 
 
-def _told(error: Exception) -> str:
+def _text_of(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
@@ -422,7 +422,7 @@ def _positions(local: _Local, order: Tensor | None) -> Tensor | None:
 
 
 def _digests(groups: Any, num_rows: int) -> bytes:
-    """Of the names of the prompts, one for each row."""
+    """Digests of the names of the prompts, one for each row."""
     if isinstance(groups, str | bytes) or not isinstance(groups, Iterable):
         raise TypeError(
             f"groups must be an integer tensor or a list of names for the rows, got {type(groups).__name__}"

@@ -1,4 +1,4 @@
-"""Credit from what a token changed: TEMPO, its shrunk kin and TreeRL."""
+"""Credit from what a token changed: TEMPO, its variant with shrinkage and TreeRL."""
 
 import math
 from collections.abc import Sequence
@@ -42,20 +42,20 @@ def tree_td(
     group_weight: float = 0.5,
     normalize: str = "none",
 ) -> list[list[float]]:
-    """V(s_{t+1}) - V(s_t) + group_weight (r - mean); where rows leave, V moves from the parent's value to the mean of
-    the n that remain by n / (n + shrinkage) of the way."""
+    """V(s_{t+1}) - V(s_t) + group_weight (r - mean); where rows diverge, V moves from the parent's value towards the
+    mean of the n rows that remain, by a share of n / (n + shrinkage)."""
     masks = full_mask(token_ids, response_mask)
     advantages = [[0.0] * len(mask) for mask in masks]
     for rows in scored_groups(rewards, groups):
-        of_group = [rewards[j] for j in rows]
-        group_mean = mean(of_group)
-        scale = deviation(of_group) + 1e-6 if normalize == "reward_std" else 1.0
+        group_rewards = [rewards[j] for j in rows]
+        group_mean = mean(group_rewards)
+        scale = deviation(group_rewards) + 1e-6 if normalize == "reward_std" else 1.0
         ranges = {j: stretch(masks[j]) for j in rows}
         for i in rows:
             start, end = ranges[i]
             sharing, after = rows, group_mean
             for t in range(end - start):
-                # Those that go on, and go on with the same token.
+                # Rows that continue, with the same token.
                 staying = [
                     j
                     for j in sharing
@@ -98,8 +98,8 @@ def treerl(
     )
     for rows in scored_groups(rewards, groups):
         (tree,) = (tree for tree in trees if rows[0] in tree.rows)
-        of_group = [rewards[i] for i in rows]
-        centred = {i: rewards[i] - mean_of_others(rewards[i], of_group) for i in rows}
+        group_rewards = [rewards[i] for i in rows]
+        centred = {i: rewards[i] - mean_of_others(rewards[i], group_rewards) for i in rows}
         for i in rows:
             rank = tree.rows.index(i)
             values = []
@@ -107,8 +107,8 @@ def treerl(
             for k in range(len(tree.raw[rank])):
                 sharing = [tree.rows[j] for j in tree.nodes[k][rank]] if k < len(tree.boundaries) else []
                 node = sharing if len(sharing) >= 2 else [i]
-                scaled, of_parent = (mean([centred[j] for j in n]) / math.sqrt(len(n)) for n in (node, parent))
-                values.append(scaled - of_parent + scaled)
+                scaled, scaled_parent = (mean([centred[j] for j in n]) / math.sqrt(len(n)) for n in (node, parent))
+                values.append(scaled - scaled_parent + scaled)
                 parent = node
             ends = [end for _, end, _ in tree.raw[rank]]
             advantages[i] = scatter_spans([values], [ends], [masks[i]])[0]

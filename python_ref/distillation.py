@@ -62,7 +62,7 @@ def fire_opd(
     own = fire_statistics(teacher_logprobs, student_entropy, teacher_entropy, response_mask)
     scope = own if statistics is None else statistics
     in_scope, threshold, least = keep_rows([_mean_of(row) for row in scope], drop)
-    keep = [not of_row < least and bool(tokens) for of_row, tokens in zip(scores, live, strict=True)]
+    keep = [not row_score < least and bool(tokens) for row_score, tokens in zip(scores, live, strict=True)]
     teacher_max, student_max = (max(_largest([row[column] for row in scope]), 1e-6) for column in (2, 3))
 
     def mean_weight(rows: Table) -> float:
@@ -78,7 +78,7 @@ def fire_opd(
         student_entropy,
         teacher_entropy,
         response_mask,
-        [1 / of_row for of_row in means],
+        [1 / row_mean for row_mean in means],
         teacher_max,
         student_max,
         alpha=alpha,
@@ -199,8 +199,8 @@ def score(teacher_logprobs: Sequence[float], live: Sequence[int]) -> float:
     """The mean log-probability of a row under the teacher, in float32; NaN for a row without a token."""
     if not live:
         return math.nan
-    of_row = _sum([teacher_logprobs[t] for t in live]) / len(live)
-    return float(struct.unpack("f", struct.pack("f", of_row))[0])
+    row_mean = _sum([teacher_logprobs[t] for t in live]) / len(live)
+    return float(struct.unpack("f", struct.pack("f", row_mean))[0])
 
 
 def _mean_of(row: Sequence[float]) -> float:
@@ -226,7 +226,7 @@ def keep_rows(scores: Sequence[float], drop: float) -> tuple[list[bool], float, 
         return [not s < least for s in scores], low if low == high else low + high, least
     exact = Fraction(low) + (rank - math.floor(rank)) * (Fraction(high) - Fraction(low))
     is_below = [s == -math.inf or math.isfinite(s) and Fraction(s) < exact for s in scores]
-    return [not of_row for of_row in is_below], float(exact), least
+    return [not below for below in is_below], float(exact), least
 
 
 def _entropies(entropy: Table | None, row: int, live: Sequence[int]) -> list[float] | None:

@@ -31,12 +31,12 @@ def _for_each_row(
     advantage: Callable[[float, list[float]], float],
 ) -> list[list[float]]:
     """``advantage(own reward, rewards of the prompt)`` at every unmasked token."""
-    of_rows = [0.0] * len(rewards)
+    value_per_row = [0.0] * len(rewards)
     for rows in scored_groups(rewards, groups):
         for i in rows:
-            of_rows[i] = advantage(rewards[i], [rewards[j] for j in rows])
+            value_per_row[i] = advantage(rewards[i], [rewards[j] for j in rows])
     masks = full_mask(token_ids, response_mask)
-    return [[value if is_live else 0.0 for is_live in mask] for value, mask in zip(of_rows, masks, strict=True)]
+    return [[value if is_live else 0.0 for is_live in mask] for value, mask in zip(value_per_row, masks, strict=True)]
 
 
 def grpo(
@@ -49,8 +49,8 @@ def grpo(
 ) -> list[list[float]]:
     """(r - mean) / (std + 1e-6)."""
 
-    def advantage(own: float, of_group: list[float]) -> float:
-        return (own - mean(of_group)) / (deviation(of_group) + 1e-6)
+    def advantage(own: float, group_rewards: list[float]) -> float:
+        return (own - mean(group_rewards)) / (deviation(group_rewards) + 1e-6)
 
     return _for_each_row(token_ids, rewards, response_mask, groups, advantage)
 
@@ -64,11 +64,13 @@ def dr_grpo(
     groups: Groups = None,
 ) -> list[list[float]]:
     """r - mean."""
-    return _for_each_row(token_ids, rewards, response_mask, groups, lambda own, of_group: own - mean(of_group))
+    return _for_each_row(
+        token_ids, rewards, response_mask, groups, lambda own, group_rewards: own - mean(group_rewards)
+    )
 
 
-def mean_of_others(own: float, of_group: list[float]) -> float:
-    return (math.fsum(of_group) - own) / (len(of_group) - 1)
+def mean_of_others(own: float, group_rewards: list[float]) -> float:
+    return (math.fsum(group_rewards) - own) / (len(group_rewards) - 1)
 
 
 def rloo(
@@ -81,5 +83,5 @@ def rloo(
 ) -> list[list[float]]:
     """r minus the mean of the other rewards of the prompt."""
     return _for_each_row(
-        token_ids, rewards, response_mask, groups, lambda own, of_group: own - mean_of_others(own, of_group)
+        token_ids, rewards, response_mask, groups, lambda own, group_rewards: own - mean_of_others(own, group_rewards)
     )

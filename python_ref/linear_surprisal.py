@@ -37,22 +37,24 @@ def linear_surprisal_entropy_backward(
 ) -> tuple[list[list[float]], list[list[float]], list[float]]:
     """Gradients of the hidden states, the weight and the bias, from that of the logits: d tanh = 1 - tanh^2."""
     logits = _logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
-    of_logits = surprisal_entropy_backward(
+    grad_logits = surprisal_entropy_backward(
         surprisal_gradients, entropy_gradients, logits, token_ids, temperature=temperature
     )
     if logit_softcap is not None:
-        of_logits = [
+        grad_logits = [
             [g * (1 - (x / logit_softcap) ** 2) for g, x in zip(gradients, row, strict=True)]
-            for gradients, row in zip(of_logits, logits, strict=True)
+            for gradients, row in zip(grad_logits, logits, strict=True)
         ]
-    of_logits = [[logit_scale * g for g in gradients] for gradients in of_logits]
+    grad_logits = [[logit_scale * g for g in gradients] for gradients in grad_logits]
     width = range(len(lm_head_weight[0]))
-    of_hidden = [
-        [math.fsum(g * w[d] for g, w in zip(row, lm_head_weight, strict=True)) for d in width] for row in of_logits
+    grad_hidden = [
+        [math.fsum(g * w[d] for g, w in zip(row, lm_head_weight, strict=True)) for d in width] for row in grad_logits
     ]
     ids = range(len(lm_head_weight))
-    of_weight = [[math.fsum(g[j] * h[d] for g, h in zip(of_logits, hidden, strict=True)) for d in width] for j in ids]
-    return of_hidden, of_weight, [math.fsum(g[j] for g in of_logits) for j in ids]
+    grad_weight = [
+        [math.fsum(g[j] * h[d] for g, h in zip(grad_logits, hidden, strict=True)) for d in width] for j in ids
+    ]
+    return grad_hidden, grad_weight, [math.fsum(g[j] for g in grad_logits) for j in ids]
 
 
 def _logits(

@@ -37,8 +37,8 @@ def policy_loss(
             log_ratio = log_ratios[t]
             if importance == "sequence":
                 log_ratio = math.fsum(log_ratios.values()) / len(live)
-            of_token = surrogate(log_ratio, advantages[i][t], clip, dual_clip, max_log_ratio)
-            loss = of_token.loss
+            token_loss = surrogate(log_ratio, advantages[i][t], clip, dual_clip, max_log_ratio)
+            loss = token_loss.loss
             if ref_logprobs is not None:
                 distance = ref_logprobs[i][t] - logprobs[i][t]
                 kls.append(expm1(distance) - distance)
@@ -50,9 +50,9 @@ def policy_loss(
                 if entropy_coef != 0:
                     loss -= entropy_coef * entropy[i][t]
             losses.append(loss)
-            clipped.append(float(of_token.is_clipped))
+            clipped.append(float(token_loss.is_clipped))
             moved.append(expm1(log_ratios[t]) - log_ratios[t])
-            ratios.append(of_token.ratio)
+            ratios.append(token_loss.ratio)
         rows.append(losses)
 
     tokens = [loss for losses in rows for loss in losses]
@@ -96,7 +96,7 @@ def policy_loss_backward(
     """
     number = sum(map(sum, response_mask))
     rows_with_any = sum(map(any, response_mask))
-    of_logprobs, of_entropies = [], []
+    grad_logprobs, grad_entropies = [], []
     for i, mask in enumerate(response_mask):
         live = [t for t, m in enumerate(mask) if m]
         weight = {
@@ -114,9 +114,9 @@ def policy_loss_backward(
             if ref_logprobs is not None and kl_coef != 0:
                 slope -= kl_coef * expm1(ref_logprobs[i][t] - logprobs[i][t])
             slopes[t] = weight * slope
-        of_logprobs.append(slopes)
-        of_entropies.append([-weight * entropy_coef if m else 0.0 for m in mask])
-    return of_logprobs, of_entropies
+        grad_logprobs.append(slopes)
+        grad_entropies.append([-weight * entropy_coef if m else 0.0 for m in mask])
+    return grad_logprobs, grad_entropies
 
 
 class Surrogate(NamedTuple):

@@ -31,9 +31,9 @@ def policy_loss_from_logits(
     logprobs, entropies, gradients = [], [], []
     temperatures = [[1.0] * len(mask) for mask in response_mask] if temperature is None else temperature
     for i in range(len(response_mask)):
-        surprisals, of_row = surprisal_entropy(logits[i], token_ids[i], temperature=temperatures[i])
+        surprisals, row_entropies = surprisal_entropy(logits[i], token_ids[i], temperature=temperatures[i])
         logprobs.append([-s for s in surprisals])
-        entropies.append(of_row)
+        entropies.append(row_entropies)
     policies = logprobs, logprobs if old_logprobs is None else old_logprobs
     options: dict[str, Any] = {
         "clip": clip,
@@ -45,12 +45,14 @@ def policy_loss_from_logits(
         "aggregate": aggregate,
         "constant": constant,
     }
-    slopes, of_entropies = policy_loss_backward(*policies, advantages, response_mask, **options)
+    slopes, grad_entropies = policy_loss_backward(*policies, advantages, response_mask, **options)
     for i, mask in enumerate(response_mask):
-        of_surprisals = [-slope for slope in slopes[i]]
+        grad_surprisals = [-slope for slope in slopes[i]]
         # A masked token is not looked at, whatever its logits.
         shown = [row if live else [0.0] * len(row) for row, live in zip(logits[i], mask, strict=True)]
         gradients.append(
-            surprisal_entropy_backward(of_surprisals, of_entropies[i], shown, token_ids[i], temperature=temperatures[i])
+            surprisal_entropy_backward(
+                grad_surprisals, grad_entropies[i], shown, token_ids[i], temperature=temperatures[i]
+            )
         )
     return policy_loss(*policies, advantages, response_mask, entropy=entropies, **options), gradients

@@ -19,11 +19,11 @@ def common_prefix_lengths(
     rows = [cut(row, mask)[:limit] for row, mask in zip(token_ids, full_mask(token_ids, response_mask), strict=True)]
     lengths = []
     for a in rows:
-        of_row = []
+        row_lengths = []
         for b in rows:
             shared = min(start, len(a), len(b))
             while shared < min(len(a), len(b)) and a[shared] == b[shared]:
                 shared += 1
-            of_row.append(shared)
-        lengths.append(of_row)
+            row_lengths.append(shared)
+        lengths.append(row_lengths)
     return lengths

@@ -27,8 +27,8 @@ def prefix_tree(
 ) -> PrefixTree:
     """The node of token t of a row is the row's first t + 1 tokens, whichever row of the prompt they are read in.
 
-    Prompts follow each other by ascending name. Of the children of a node comes first the one that the smallest row of
-    the node goes on in, then the others by token id.
+    Prompts follow each other by ascending name. The first child of a node is the one in which the node's smallest row
+    continues; the others follow by token id.
     """
     tree = PrefixTree(nodes=[[-1] * len(row) for row in token_ids])
     masks = full_mask(token_ids, response_mask)
@@ -42,7 +42,7 @@ def prefix_tree(
                     rows_of.setdefault(tuple(row[start : start + length]), []).append(i)
 
         def place(prefix: tuple[int, ...], rows_of: dict[tuple[int, ...], list[int]] = rows_of) -> list[tuple]:
-            """What depth-first order sorts by: at each step down, whether it leaves the smallest row, and the token."""
+            """Key of depth-first order: at each step down, whether it diverges from the smallest row, and the token."""
             steps = []
             for t, token in enumerate(prefix):
                 leaves = min(rows_of[prefix[:t]]) != min(rows_of[prefix[: t + 1]])

@@ -56,12 +56,12 @@ def surprisal_entropy_backward(
         zip(surprisal_gradients, entropy_gradients, logits, token_ids, temperatures, strict=True)
     ):
         surprisal, entropy, log_total = surprisals[i], entropies[i], log_totals[i]
-        of_surprisal = math.nan if a != 0 and math.isnan(surprisal) else a
+        grad_surprisal = math.nan if a != 0 and math.isnan(surprisal) else a
         gradient = []
         for j, x in enumerate(row):
             log_p = (x - row[tops[i]]) / t - log_total
             p = math.exp(log_p)
-            of_entropy = -p * (log_p + entropy) if p > 0 or math.isnan(p) else 0.0
-            gradient.append((of_surprisal * (math.expm1(log_p) if j == token else p) + b * of_entropy) / t)
+            entropy_slope = -p * (log_p + entropy) if p > 0 or math.isnan(p) else 0.0
+            gradient.append((grad_surprisal * (math.expm1(log_p) if j == token else p) + b * entropy_slope) / t)
         result.append(gradient)
     return result

@@ -1,19 +1,19 @@
-"""Span values of one group: what the rows that share a prefix earned, against their group and their parent node."""
+"""Span values of one group: mean reward of the rows that share a prefix, against the group's and the parent node's."""
 
 import math
 from collections.abc import Sequence
 
 Span = tuple[int, int, float]  # start, end (half-open), value
 
-# Of the largest reward of a prompt: rewards that lie within that of each other are one, known to float32. It is four
-# units of float32's last place at 1, what is left of a sum of a few terms.
+# Relative to a prompt's largest reward: rewards that lie this near to each other count as equal. Four units of
+# float32's last place at 1, which is the rounding of a sum of a few terms.
 ROUNDING = 2.0**-21
 # Up to here float32 holds every whole number.
 EXACT = 2.0**24
 
 
 def settled(rewards: Sequence[float]) -> list[float]:
-    """The rewards of a prompt, all of them the least one where they differ by rounding alone; NaN stays."""
+    """The rewards of a prompt, all set to the least where they differ by rounding alone; NaN stays."""
     scored = [r for r in rewards if not math.isnan(r)]
     if not scored:
         return list(rewards)
@@ -140,17 +140,17 @@ def normalize_spans(
     length; "reward_std" divides by the deviation of the group's rewards; "none" changes nothing. A group whose rewards
     are all equal, but for rounding, gives 0 in every mode (its spans still count among those of a "batch").
     """
-    of_call = [value for rows in groups for spans in rows for _, _, value in spans]
+    call_values = [value for rows in groups for spans in rows for _, _, value in spans]
     result = []
     for rows, group_rewards in zip(groups, rewards, strict=True):
         scored = [r for r in settled(group_rewards) if not math.isnan(r)]
         if not scored or max(scored) == min(scored):
             shift, scale = 0.0, math.inf
         elif normalize == "span":
-            of_group = [value for spans in rows for _, _, value in spans]
-            shift, scale = mean(of_group), max(deviation(of_group), 1e-6)
+            group_values = [value for spans in rows for _, _, value in spans]
+            shift, scale = mean(group_values), max(deviation(group_values), 1e-6)
         elif normalize == "batch":
-            shift, scale = mean(of_call), max(deviation(of_call), 1e-6)
+            shift, scale = mean(call_values), max(deviation(call_values), 1e-6)
         elif normalize == "reward_std":
             shift, scale = 0.0, deviation(scored) + 1e-6
         else:

@@ -271,13 +271,13 @@ CASES = [
     ),
     *(
         Case(
-            f"policy_loss {logprobs} {'sequence' if of_sequence else 'token'}",
+            f"policy_loss {logprobs} {'sequence' if per_sequence else 'token'}",
             _policy_loss_kernel,
             f"*fp32 *fp32 {logprobs} {logprobs} *fp32 *i1 {logprobs} {logprobs} {'fp32 ' * 6} {'i32 ' * 8}",
             {
                 "HAS_REF": True,
                 "HAS_ENTROPY": True,
-                "OF_SEQUENCE": of_sequence,
+                "PER_SEQUENCE": per_sequence,
                 "GRADIENT": True,
                 "BLOCK": LOSS_BLOCK,
                 "num_warps": LOSS_WARPS,
@@ -285,7 +285,7 @@ CASES = [
             True,
         )
         for logprobs in ("*fp32", "*bf16")
-        for of_sequence in (False, True)
+        for per_sequence in (False, True)
     ),
     *(
         Case(

@@ -45,8 +45,8 @@ class Ranks:
         """What ``function``, of a module's top level, returns (or raises) on each rank: one tuple of arguments each."""
         size = len(arguments)
         pipes = self.pipes if size == WORLDS[-1] else [self.pipes[rank] for rank in PAIR]
-        for pipe, of_rank in zip(pipes, arguments, strict=True):
-            pipe.send_bytes(pickle.dumps((function, of_rank)))
+        for pipe, rank_arguments in zip(pipes, arguments, strict=True):
+            pipe.send_bytes(pickle.dumps((function, rank_arguments)))
         answers = []
         for pipe in pipes:
             if not pipe.poll(100):

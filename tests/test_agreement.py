@@ -20,7 +20,7 @@ from support import examples, results_of
 
 import leafkernels
 from leafkernels import ESTIMATORS, GradientAgreement, gradient_agreement
-from leafkernels.credit.agreement import _hold_against, _NGrams, _Prompt, can_be_measured
+from leafkernels.credit.agreement import _hold_against, _NGrams, _ScoredRollouts, can_be_measured
 from leafkernels.rows.rollouts import read_rollouts
 
 Call = dict[str, torch.Tensor]
@@ -39,10 +39,10 @@ def on_device(call: Call) -> Call:
     return {name: tensor.to(DEVICE) for name, tensor in call.items()}
 
 
-def prompt_of(ids: torch.Tensor, rewards: list[float], mask: torch.Tensor | None = None) -> _Prompt:
+def prompt_of(ids: torch.Tensor, rewards: list[float], mask: torch.Tensor | None = None) -> _ScoredRollouts:
     logprobs = torch.zeros(ids.shape)
     rollouts = read_rollouts(logprobs, ids, torch.tensor(rewards), mask, None, None, None, "torch")
-    return _Prompt(rollouts, logprobs, mask, torch.arange(len(ids)))
+    return _ScoredRollouts(rollouts, logprobs, mask, torch.arange(len(ids)))
 
 
 def test_gradient_of_the_n_gram_policy_by_hand() -> None:
@@ -251,10 +251,10 @@ def test_holes_are_not_trained_on_by_any_scheme() -> None:
         shown += int(response_mask.sum())
         return torch.zeros(token_ids.shape)
 
-    of_one = {name: tensor[0] for name, tensor in call.items()}
-    every = _Prompt(
-        read_rollouts(*of_one.values(), mask[0], None, None, None, "torch"),
-        of_one["logprobs"],
+    unbatched = {name: tensor[0] for name, tensor in call.items()}
+    every = _ScoredRollouts(
+        read_rollouts(*unbatched.values(), mask[0], None, None, None, "torch"),
+        unbatched["logprobs"],
         mask[0],
         torch.arange(40),
     )
@@ -410,8 +410,10 @@ NORMAL, EXPONENTIAL = (lambda draws: draws), (lambda draws: -torch.special.log_n
 def test_coverage_of_the_interval(count: int, shape: Any, least: float) -> None:
     """Of 300 samples whose mean is 0. Of a thousand others 0.95 were covered and more, 0.93 of the skewed ones."""
     covered = widths = 0.0
-    for of_prompts in shape(torch.randn((300, count), generator=torch.Generator().manual_seed(0), dtype=torch.float64)):
-        cosines = torch.stack([of_prompts, torch.zeros(count)], 1)[:, None]
+    for gain_per_prompt in shape(
+        torch.randn((300, count), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ):
+        cosines = torch.stack([gain_per_prompt, torch.zeros(count)], 1)[:, None]
         found = GradientAgreement(("a", "b"), cosines, cosines, cosines).difference("a", "b")
         covered += found.low <= 0.0 <= found.high
         widths += found.high - found.low
@@ -498,18 +500,18 @@ def test_a_factor_of_the_gradients_changes_nothing(factor: float) -> None:
 def test_intervals_come_from_prompts() -> None:
     """A difference that all splits of a prompt share is no surer for many splits."""
     generator = torch.Generator().manual_seed(0)
-    of_prompts = torch.randn((30, 1, 1), generator=generator, dtype=torch.float64)
+    gain_per_prompt = torch.randn((30, 1, 1), generator=generator, dtype=torch.float64)
     widths = []
     for splits in (1, 50):
-        cosines = torch.cat([of_prompts.expand(-1, splits, 1), torch.zeros(30, splits, 1)], 2)
+        cosines = torch.cat([gain_per_prompt.expand(-1, splits, 1), torch.zeros(30, splits, 1)], 2)
         found = GradientAgreement(("a", "b"), cosines, cosines, cosines)
         mean, low, high = found.difference("a", "b")
-        assert mean == pytest.approx(float(of_prompts.mean()))
+        assert mean == pytest.approx(float(gain_per_prompt.mean()))
         widths.append(high - low)
         assert found.difference("b", "a") == pytest.approx((-mean, -high, -low), abs=0.02)
     assert widths[0] == pytest.approx(widths[1])
     # That of the normal interval, for 30 draws; a bootstrap of 4,000 is off by some per cent.
-    assert widths[0] == pytest.approx(2 * 1.96 * float(of_prompts.std()) / 30**0.5, rel=0.1)
+    assert widths[0] == pytest.approx(2 * 1.96 * float(gain_per_prompt.std()) / 30**0.5, rel=0.1)
     narrow = found.difference("a", "b", coverage=0.5)
     assert low < narrow.low < narrow.mean < narrow.high < high
 
@@ -674,11 +676,11 @@ def test_what_is_said_of_the_first_rule_is_in_its_results() -> None:
     )
     assert f"{counts[1]} of 82, of which the {counts[2]} with two or more" in said and f"{counts[8]} remained" in said
     protocol = in_words(STUDY / "PROTOCOL.md")
-    of_fixed, of_tempo = (
+    gain_fixed, gain_tempo = (
         "{:+.3f}, {:+.3f} and {:+.3f}".format(*(found[1000, name, c]["to_dr_grpo"][0] for c in (2, 4, 8)))
         for name in ("tree_td 4, 0.2", "tempo")
     )
-    assert f"at {of_fixed} for contexts 2, 4 and 8, TEMPO at {of_tempo};" in protocol
+    assert f"at {gain_fixed} for contexts 2, 4 and 8, TEMPO at {gain_tempo};" in protocol
     assert f"{counts[2]} of 82 measured" in protocol and f"{counts[1]} problems have mixed rewards" in protocol
 
 
@@ -694,21 +696,23 @@ def test_tables_of_training_are_those_of_the_results() -> None:
         assert f"| {' | '.join([name, *cells])} |" in study
     credit = pages.read("credit.md").splitlines()
     start = (
-        credit.index("| mean reward over training less GRPO's | LEAF | TEMPO | (4, 0.2) | (1, 0.3) | (0, 0.5) |") + 2
+        credit.index("| mean reward over training minus GRPO's | LEAF | TEMPO | (4, 0.2) | (1, 0.3) | (0, 0.5) |") + 2
     )
     columns = ("leaf", "tempo", "tree_td 4, 0.2", "tree_td 1, 0.3", "tree_td 0, 0.5")
     shown = [line.strip("| ").split(" | ")[1:] for line in credit[start : credit.index("", start)]]
     assert shown == [[f"{found[name, k]['gain']:+.3f}" for name in columns] for k in range(8)]
     swept = results("sweep")
-    of_tempo = {str(row["setting"]): row["gain"] for row in swept if row["scheme"] == "tempo"}
+    tempo_gains = {str(row["setting"]): row["gain"] for row in swept if row["scheme"] == "tempo"}
     for label in ("(4, 0.2)", "(1, 0.3)", "(0, 0.5)", "TEMPO"):
-        of_one = [row for row in swept if row["scheme"] == (f"tree_td {label[1:-1]}" if label != "TEMPO" else "tempo")]
-        prefix = [row for row in of_one if row["setting"]["reward"] == "prefix"]
-        ahead = sum(row["gain"] > of_tempo[str(row["setting"])] for row in prefix)
-        worst = min(of_one, key=lambda row: row["gain"])
+        own_rows = [
+            row for row in swept if row["scheme"] == (f"tree_td {label[1:-1]}" if label != "TEMPO" else "tempo")
+        ]
+        prefix = [row for row in own_rows if row["setting"]["reward"] == "prefix"]
+        ahead = sum(row["gain"] > tempo_gains[str(row["setting"])] for row in prefix)
+        worst = min(own_rows, key=lambda row: row["gain"])
         cells = [
             f"{ahead} of {len(prefix)}" if label != "TEMPO" else "",
-            f"{sum(row['gain'] < -0.003 for row in of_one)} of {len(of_one)}",
+            f"{sum(row['gain'] < -0.003 for row in own_rows)} of {len(own_rows)}",
             f"{worst['gain']:+.3f} ± {worst['interval']:.3f}",
         ]
         assert f"| {' | '.join([label, *cells])} |".replace("  ", " ") in credit

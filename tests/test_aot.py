@@ -63,8 +63,8 @@ def test_vocabulary_kernels_cost_few_instructions(table: list[dict]) -> None:
     assert [row for row in over_logits if not row["loops"]] == []
     for row in over_logits:
         stem = row["name"].split()[0]
-        of_loops = [cost for cost, _ in row["loops"]]
-        assert (sum if stem == "policy_loss_from_logits" else max)(of_loops) <= slots[stem], row
+        slots_per_loop = [cost for cost, _ in row["loops"]]
+        assert (sum if stem == "policy_loss_from_logits" else max)(slots_per_loop) <= slots[stem], row
     assert [row for row in over_logits if row["waits"]] == []
     assert [row for row in over_logits if row["registers"] > (80 if row["name"].startswith("policy") else 48)] == []
 

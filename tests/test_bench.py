@@ -62,8 +62,8 @@ def test_json_holds_every_operation_on_every_backend(results: Path) -> None:
     assert ("policy_loss_from_logits with gradient", "composed") in timed
     # Every peer has a time, or a reason.
     for op in usual:
-        of_op = {case for case, why in report["skipped"].items() if why} | {f"{o}, {b}" for o, b in timed}
-        assert f"{op}, trl" in of_op
+        cases_of_op = {case for case, why in report["skipped"].items() if why} | {f"{o}, {b}" for o, b in timed}
+        assert f"{op}, trl" in cases_of_op
     for case in report["cases"]:
         if case["op"] in usual and case["backend"] != "products":
             assert case["errors"]
@@ -74,10 +74,10 @@ def test_json_holds_every_operation_on_every_backend(results: Path) -> None:
         assert case["min_seconds"] > 0 and case["bytes"] > 0
         literal_or_peer = case["backend"] not in ("torch", "triton")
         assert literal_or_peer or case["op"] in NOT_LITERAL or case["ratio_python_ref"] > 0
-    of_advantages = [promise["least"] for promise in report["promises"] if promise["op"] == "span_advantages"]
-    assert of_advantages == [1.0, 22.0, 50.0]
-    of_surprisal = [promise["least"] for promise in report["promises"] if promise["op"].startswith("surprisal")]
-    assert sorted(of_surprisal) == [1.0, 1.0, 3.0, 3.0]
+    advantage_promises = [promise["least"] for promise in report["promises"] if promise["op"] == "span_advantages"]
+    assert advantage_promises == [1.0, 22.0, 50.0]
+    surprisal_promises = [promise["least"] for promise in report["promises"] if promise["op"].startswith("surprisal")]
+    assert sorted(surprisal_promises) == [1.0, 1.0, 3.0, 3.0]
     assert all(promise["theirs"] > 0 and promise["ours"] > 0 for promise in report["promises"])
 
 

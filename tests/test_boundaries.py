@@ -119,12 +119,12 @@ def test_infinities_beside_excluded_scores(groups: torch.Tensor | None) -> None:
     scores[0, 5], scores[3, 2] = torch.nan, torch.inf
     mask = torch.ones(4, 6, dtype=torch.bool)
     mask[:2, 2:4] = False
-    of_groups = [0, 0, 0, 0] if groups is None else groups.tolist()
+    group_ids = [0, 0, 0, 0] if groups is None else groups.tolist()
     found = leafkernels.select_boundaries(
         scores, response_mask=mask, groups=groups, num_boundaries=2, min_separation=1, backend="torch"
     )
-    for group in set(of_groups):
-        rows = [i for i, name in enumerate(of_groups) if name == group]
+    for group in set(group_ids):
+        rows = [i for i, name in enumerate(group_ids) if name == group]
         expected = python_ref.select_boundaries(
             scores[rows].tolist(), response_mask=mask[rows].tolist(), num_boundaries=2, min_separation=1
         )

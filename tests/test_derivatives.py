@@ -239,9 +239,9 @@ def test_under_hooks_nobody_loses_what_was_saved(hooks: str) -> None:
         squares = logits.square().sum()
         ours = leafkernels.surprisal_entropy(logits, IDS, inplace_backward=True)
         expected = gradient(hidden, leafkernels.surprisal_entropy(logits, IDS))
-    (of_squares,) = torch.autograd.grad(squares, hidden, retain_graph=True)
+    (grad_squares,) = torch.autograd.grad(squares, hidden, retain_graph=True)
     torch.testing.assert_close(gradient(hidden, ours), expected)
-    torch.testing.assert_close(torch.autograd.grad(squares, hidden, retain_graph=True)[0], of_squares)
+    torch.testing.assert_close(torch.autograd.grad(squares, hidden, retain_graph=True)[0], grad_squares)
     with pytest.raises(RuntimeError, match="^surprisal_entropy with inplace_backward=True gave its gradient away"):
         gradient(hidden, ours)
 

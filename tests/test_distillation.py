@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     response_mask: Tensor
 
     @property
-    def of_statistics(self) -> tuple[Tensor, ...]:
+    def statistics_inputs(self) -> tuple[Tensor, ...]:
         return self[1:]
 
     def rows(self, index: Any) -> "Batch":
@@ -193,32 +193,32 @@ def test_what_rows_say_together() -> None:
     @given(st.lists(scores, max_size=7), st.sampled_from([0.0, 0.2, 0.3, 0.29, 0.5, 2 / 3, 1.0]), st.booleans(), seeds)
     @example([-3.0 - i for i in range(101)], 0.29, True, 0)
     @example([-3.0 - i for i in range(31)], 0.1, False, 0)
-    def run(drawn: list[float], drop: float, of_kept: bool, seed: int) -> None:
+    def run(drawn: list[float], drop: float, only_kept: bool, seed: int) -> None:
         scores = torch.tensor(drawn, dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         rows = torch.rand(len(drawn), 7, generator=generator, dtype=torch.float64)
         rows[:, 0] = torch.where(scores.isnan(), 0.0, 1.0)
         rows[scores.isnan()] = 0.0
         rows[:, 1] = torch.where(scores.isnan(), 0.0, scores.double())
-        check_scope(rows, drop, 1.0, 0.5, of_kept)
+        check_scope(rows, drop, 1.0, 0.5, only_kept)
 
     run()
 
 
-@pytest.mark.parametrize("of_kept", [False, True])
-def test_scopes_of_many_rows(of_kept: bool) -> None:
-    scores = fire_statistics(*batch(3, 2500, 3).of_statistics).scores.cpu()
+@pytest.mark.parametrize("only_kept", [False, True])
+def test_scopes_of_many_rows(only_kept: bool) -> None:
+    scores = fire_statistics(*batch(3, 2500, 3).statistics_inputs).scores.cpu()
     rows = torch.rand(2500, 7, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     rows[:, 0], rows[:, 1] = 1.0, scores.double()
-    check_scope(torch.where(scores.isnan()[:, None], 0.0, rows), 0.2, 1.0, 2.0, of_kept)
+    check_scope(torch.where(scores.isnan()[:, None], 0.0, rows), 0.2, 1.0, 2.0, only_kept)
 
 
-def check_scope(rows: torch.Tensor, drop: float, alpha: float, beta: float, of_kept: bool) -> None:
+def check_scope(rows: torch.Tensor, drop: float, alpha: float, beta: float, only_kept: bool) -> None:
     """What the rows say together, against the reference."""
     statistics = FireStatistics(rows.to(DEVICE))
-    found = _read_scope(statistics, drop, FireOptions(alpha, beta, 1.0), of_kept)
+    found = _read_scope(statistics, drop, FireOptions(alpha, beta, 1.0), only_kept)
     keep, threshold, least = keep_rows(statistics.scores.tolist(), drop)
-    counting = [row for row, kept in zip(rows.tolist(), keep, strict=True) if kept or not of_kept]
+    counting = [row for row, kept in zip(rows.tolist(), keep, strict=True) if kept or not only_kept]
     maxima = [max([0.0, *column]) for column in rows[:, 2:4].T.tolist()]
     maxima = [max(largest, 1e-6) for largest in maxima]
     mean = _mean_weight(counting, *maxima, alpha, beta)
@@ -243,13 +243,13 @@ def test_nothing_asked_for_is_plain_distillation(backend: str) -> None:
         assert torch.equal(plain.response_mask, case.response_mask)
         assert torch.equal(plain.weights, case.response_mask.float())
         # Filter alone, and weights alone.
-        of_filter = fire_opd(*case, **{**PLAIN, "drop": 0.5}, normalize=normalize, backend=backend)
+        filtered = fire_opd(*case, **{**PLAIN, "drop": 0.5}, normalize=normalize, backend=backend)
         both = fire_opd(*case, drop=0.5, normalize=normalize, backend=backend)
-        assert torch.equal(of_filter.keep, both.keep)
-        assert torch.equal(of_filter.advantages, torch.where(both.response_mask, difference, 0.0))
-        of_weights = fire_opd(*case, drop=0.0, normalize=normalize, backend=backend)
-        assert torch.equal(of_weights.keep, case.response_mask.any(1))
-        torch.testing.assert_close(of_weights.advantages, of_weights.weights * difference)
+        assert torch.equal(filtered.keep, both.keep)
+        assert torch.equal(filtered.advantages, torch.where(both.response_mask, difference, 0.0))
+        weighted = fire_opd(*case, drop=0.0, normalize=normalize, backend=backend)
+        assert torch.equal(weighted.keep, case.response_mask.any(1))
+        torch.testing.assert_close(weighted.advantages, weighted.weights * difference)
 
     run()
 
@@ -262,12 +262,12 @@ def test_weights_have_mean_one_over_what_is_asked_for(backend: str) -> None:
         case = batch(seed, *size)
         options = {**options, "extrapolation": 1.0}
         fire, mask = fire_opd(*case, **options, backend=backend), case.response_mask
-        of_rows, lengths = fire.weights.sum(1), mask.sum(1).float()
+        sum_per_row, lengths = fire.weights.sum(1), mask.sum(1).float()
         if options["normalize"] == "batch":
-            of_rows, lengths = of_rows.sum(), lengths.sum()
+            sum_per_row, lengths = sum_per_row.sum(), lengths.sum()
         if options["normalize"] == "kept":
-            of_rows, lengths = of_rows[fire.keep].sum(), lengths[fire.keep].sum()
-        torch.testing.assert_close(of_rows, lengths, rtol=2e-6, atol=1e-6)
+            sum_per_row, lengths = sum_per_row[fire.keep].sum(), lengths[fire.keep].sum()
+        torch.testing.assert_close(sum_per_row, lengths, rtol=2e-6, atol=1e-6)
         assert (fire.weights > 0).equal(mask)
         signs = torch.where(fire.response_mask, case.teacher_logprobs - case.old_logprobs, 0.0).sign()
         assert torch.equal(fire.advantages.sign(), signs)
@@ -284,7 +284,7 @@ def test_sure_teachers_and_unsure_students_weigh_more(backend: str) -> None:
     def run(seed: int, size: tuple[int, int]) -> None:
         case = batch(seed, *size)
         live = case.response_mask
-        statistics = fire_statistics(*case.of_statistics, backend=backend)
+        statistics = fire_statistics(*case.statistics_inputs, backend=backend)
         fixed: dict[str, Any] = {"drop": 0.0, "statistics": statistics, "backend": backend}
         weights = fire_opd(*case, **fixed).weights
         less_sure = fire_opd(*case._replace(teacher_entropy=case.teacher_entropy + 0.1), **fixed).weights
@@ -294,12 +294,12 @@ def test_sure_teachers_and_unsure_students_weigh_more(backend: str) -> None:
         surer = fire_opd(*case._replace(student_entropy=case.student_entropy * 0.9), **fixed).weights
         assert (surer < weights)[live].all()
         same, one = torch.full_like(case.teacher_entropy, 0.7), live.float()
-        of_student = fire_opd(*case, alpha=0.0, drop=0.0, backend=backend).weights
+        without_teacher = fire_opd(*case, alpha=0.0, drop=0.0, backend=backend).weights
         found = fire_opd(*case._replace(teacher_entropy=same), drop=0.0, backend=backend).weights
-        torch.testing.assert_close(found, of_student, rtol=1e-6, atol=1e-6)
-        of_teacher = fire_opd(*case, beta=0.0, drop=0.0, backend=backend).weights
+        torch.testing.assert_close(found, without_teacher, rtol=1e-6, atol=1e-6)
+        without_student = fire_opd(*case, beta=0.0, drop=0.0, backend=backend).weights
         found = fire_opd(*case._replace(student_entropy=same), drop=0.0, backend=backend).weights
-        torch.testing.assert_close(found, of_teacher, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found, without_student, rtol=1e-6, atol=1e-6)
         both = case._replace(student_entropy=same, teacher_entropy=2 * same)
         torch.testing.assert_close(fire_opd(*both, drop=0.0, backend=backend).weights, one, rtol=1e-6, atol=1e-6)
         bits = case._replace(student_entropy=case.student_entropy / math.log(2))
@@ -373,7 +373,7 @@ def test_shards_with_the_statistics_of_all_give_the_whole(backend: str) -> None:
         call: dict[str, Any] = {**options, "extrapolation": 1.0, "backend": backend}
         whole = fire_opd(*case, **call)
         shards = [case.rows(slice(start, start + step)) for start in range(0, size[0], step)]
-        parts = [fire_statistics(*shard.of_statistics, backend=backend) for shard in shards]
+        parts = [fire_statistics(*shard.statistics_inputs, backend=backend) for shard in shards]
         statistics = FireStatistics.concatenate(parts)
         found = [fire_opd(*shard, **call, statistics=statistics) for shard in shards]
         for name in ("advantages", "response_mask", "weights", "keep", "scores"):
@@ -401,8 +401,8 @@ def test_teachers_that_are_one_and_teachers_that_are_exchanged() -> None:
     one = fire_teachers(labels, {"math": teacher(0.0), "code": teacher(0.0)}, device=DEVICE)
     assert torch.equal(one[0], case.teacher_logprobs) and torch.equal(one[1], case.teacher_entropy)
     two = fire_teachers(labels, {"math": teacher(0.0), "code": teacher(-1.0)}, device=DEVICE)
-    of_code = torch.tensor([label == "code" for label in labels], device=DEVICE)
-    assert torch.equal(two[0], torch.where(of_code[:, None], case.teacher_logprobs - 1.0, case.teacher_logprobs))
+    is_code = torch.tensor([label == "code" for label in labels], device=DEVICE)
+    assert torch.equal(two[0], torch.where(is_code[:, None], case.teacher_logprobs - 1.0, case.teacher_logprobs))
     swapped = ["code" if label == "math" else "math" for label in labels]
     exchanged = fire_teachers(swapped, {"code": teacher(0.0), "math": teacher(-1.0)}, device=DEVICE)
     assert all(torch.equal(a, b) for a, b in zip(two, exchanged, strict=True))
@@ -501,7 +501,7 @@ def test_a_banned_row_leaves_every_scope(backend: str, normalize: str) -> None:
     assert fire.keep.tolist() == [True, True, True, False] and fire.advantages.isfinite().all()
     if normalize == "kept":
         torch.testing.assert_close(fire.weights[:3].mean().item(), 1.0)
-    statistics = fire_statistics(*case.of_statistics, backend=backend)
+    statistics = fire_statistics(*case.statistics_inputs, backend=backend)
     parts = [fire_opd(*case.rows(slice(i, i + 1)), drop=0.0, statistics=statistics, **options) for i in range(4)]
     torch.testing.assert_close(torch.cat([part.advantages for part in parts]), fire.advantages, rtol=0, atol=0)
 
@@ -705,7 +705,7 @@ def test_errors() -> None:
 
 def test_gathering_needs_ranks() -> None:
     with pytest.raises(RuntimeError, match="^torch.distributed must be initialised"):
-        fire_statistics(*batch(1, 2, 3).of_statistics).gather()
+        fire_statistics(*batch(1, 2, 3).statistics_inputs).gather()
 
 
 # --- The authors' own results -----------------------------------------------------------------------------------------
@@ -777,7 +777,7 @@ def test_gives_the_authors_results(shared: Path, backend: str) -> None:
         if not has_tokens.all():
             # To the released code a row without a token has the score 0, the best, which moves the quantile. A token
             # of no weight gives it that here.
-            rows = fire_statistics(*tokens.of_statistics, backend=backend).rows
+            rows = fire_statistics(*tokens.statistics_inputs, backend=backend).rows
             rows[:, 0].clamp_(min=1e-30)
             options["statistics"] = FireStatistics(rows)
         fire = fire_opd(*tokens.poured(), **options, backend=backend)
@@ -859,10 +859,10 @@ def tokens_of_mini_batch(case: dict[str, Any]) -> Batch:
     tokens = batch_of(inputs, old)
     if not case["config"]["multi_teacher"]:
         return tokens
-    of_code = [to_tensor(inputs[f"teacher_{name}_code"]) for name in ("logprobs", "entropy")]
+    code_teacher = [to_tensor(inputs[f"teacher_{name}_code"]) for name in ("logprobs", "entropy")]
     teachers = {
         "math": lambda rows: (tokens.teacher_logprobs[rows], tokens.teacher_entropy[rows]),
-        "code": lambda rows: tuple(tensor[rows] for tensor in of_code),
+        "code": lambda rows: tuple(tensor[rows] for tensor in code_teacher),
     }
     teacher_logprobs, teacher_entropy = fire_teachers(inputs["teacher_labels"], teachers, device=DEVICE)
     return tokens._replace(teacher_logprobs=teacher_logprobs, teacher_entropy=teacher_entropy)
@@ -939,10 +939,10 @@ def from_logits(case: dict[str, Any], dtype: torch.dtype, backend: str) -> FromL
     student, teacher = (to_tensor(inputs[f"{name}_logits"], dtype) for name in ("student", "teacher"))
     student.requires_grad_()
     options: dict[str, Any] = {"temperature": case["config"]["temperature"], "backend": backend}
-    of_student = leafkernels.surprisal_entropy(student, ids, **options)
-    of_teacher = leafkernels.surprisal_entropy(teacher, ids, **options)
-    constants = (of_student.logprobs, of_teacher.logprobs, of_student.entropy, of_teacher.entropy)
-    return FromLogits(Batch(*(tensor.detach() for tensor in constants), mask), student, of_student.logprobs)
+    from_student = leafkernels.surprisal_entropy(student, ids, **options)
+    from_teacher = leafkernels.surprisal_entropy(teacher, ids, **options)
+    constants = (from_student.logprobs, from_teacher.logprobs, from_student.entropy, from_teacher.entropy)
+    return FromLogits(Batch(*(tensor.detach() for tensor in constants), mask), student, from_student.logprobs)
 
 
 def exact_numbers(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -959,13 +959,13 @@ def test_numbers_from_logits(shared: Path, dtype: torch.dtype, tolerance: float)
     for case in golden(shared, "fire_opd_logits", 32):
         found, outputs = from_logits(case, dtype, "torch").tokens, case["outputs"]
         ids = torch.tensor(case["inputs"]["tokens"], device=DEVICE)
-        for name, of_model in (
+        for name, model_results in (
             ("student", (found.old_logprobs, found.student_entropy)),
             ("teacher", (found.teacher_logprobs, found.teacher_entropy)),
         ):
             logits = to_tensor(case["inputs"][f"{name}_logits"])
             exact = exact_numbers(logits, ids, case["config"]["temperature"])
-            for field, tensor, want in zip(("logprobs", "entropy"), of_model, exact, strict=True):
+            for field, tensor, want in zip(("logprobs", "entropy"), model_results, exact, strict=True):
                 theirs = torch.tensor(
                     [[float(v) for v in row] for row in outputs[f"{name}_{field}_float64"]], dtype=torch.float64
                 ).to(DEVICE)

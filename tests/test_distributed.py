@@ -94,14 +94,14 @@ def check_split_rows(estimator: str, world: int, count: int, ranks: Ranks) -> No
         expected = leafkernels.ESTIMATORS[estimator](**whole, **options)
         rows = iter(case.rows_of(expected.view(torch.int32)))
 
-        calls = [(with_groups(inputs_of(*of_rank), groups), options, world, estimator) for of_rank in split]
-        for (of_rank, layout, _), (inputs, *_), found in zip(
+        calls = [(with_groups(inputs_of(*shard), groups), options, world, estimator) for shard in split]
+        for (shard, layout, _), (inputs, *_), found in zip(
             split, calls, ranks.call(advantages_of_rank, calls), strict=True
         ):
             assert found.dtype == torch.float32
             assert found.shape == inputs["token_ids"].shape
             assert not found[~inputs["response_mask"]].any()
-            for row in of_rank.rows_of(found.view(torch.int32), layout):
+            for row in shard.rows_of(found.view(torch.int32), layout):
                 assert row == next(rows)
 
     check()
@@ -202,9 +202,9 @@ def test_padding_is_not_sent(ranks: Ranks) -> None:
     inputs |= {"rewards": torch.zeros(3), "response_mask": mask, "groups": torch.zeros(3, dtype=torch.int32)}
     owner, other = ranks.call(traffic_of_rank, [(inputs, 2)] * 2)
     for (shapes, received), rows, size in ((owner, 6, 40 * (8 + 4 + 1) + 3 * 8), (other, 0, 40 * 4)):
-        of_rows = {"rewards": (rows,), "groups": (rows,), "cu_seqlens": (rows + 1,)}
+        row_shapes = {"rewards": (rows,), "groups": (rows,), "cu_seqlens": (rows + 1,)}
         tokens = (80 if rows else 0,)
-        assert shapes == of_rows | dict.fromkeys(("logprobs", "token_ids", "response_mask"), tokens)
+        assert shapes == row_shapes | dict.fromkeys(("logprobs", "token_ids", "response_mask"), tokens)
         assert received["rows"] == size
         assert received["collectives"] == 5
         assert received["everyone"] == 0
@@ -222,10 +222,10 @@ def test_what_is_received_is_the_formula(layout: str, ranks: Ranks) -> None:
     lengths, rng = row_lengths(4), random.Random(3)
     groups = groups_of_ranks(layout, 4, 4) if layout != "any" else [[rng.randrange(5) for _ in "rows"] for _ in lengths]
     calls = []
-    for of_rows, of_groups in zip(lengths, groups, strict=True):
-        mask = torch.arange(30) < torch.tensor(of_rows)[:, None]
+    for rank_lengths, group_ids in zip(lengths, groups, strict=True):
+        mask = torch.arange(30) < torch.tensor(rank_lengths)[:, None]
         rows = {"logprobs": torch.zeros(4, 30), "token_ids": torch.zeros(4, 30, dtype=torch.int32)}
-        rows |= {"rewards": torch.zeros(4), "response_mask": mask, "groups": [f"{g:0>1000}" for g in of_groups]}
+        rows |= {"rewards": torch.zeros(4), "response_mask": mask, "groups": [f"{g:0>1000}" for g in group_ids]}
         calls.append((rows, 4))
     found = [received for _, received in ranks.call(traffic_of_rank, calls)]
     expected = traffic(lengths, sum(groups, []), 4 + 4 + 1)
@@ -378,9 +378,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     _, text = left.communicate(timeout=90)
     dead.communicate(timeout=90)
     assert (left.returncode, dead.returncode) == (1, 3)
-    message = (
-        "the exchange of token_ids of gather_groups with other ranks failed: one of them has died or has not called"
-    )
+    message = "the exchange of token_ids of gather_groups with other ranks failed: a rank has died or has not called"
     assert f"RuntimeError: {message} (" in text
 
 
@@ -621,16 +619,16 @@ def vocabularies(draw: st.DrawFn, world: int, dtypes: tuple[torch.dtype, ...]) -
         for _ in range(num_rows)
     ]
 
-    def of_rows(values: st.SearchStrategy) -> st.SearchStrategy:
+    def per_row(values: st.SearchStrategy) -> st.SearchStrategy:
         return st.lists(values, min_size=num_rows, max_size=num_rows).map(torch.tensor)
 
     return Split(
         torch.tensor(rows).reshape(num_rows, vocab_size).to(draw(st.sampled_from(dtypes))),
         sizes,
-        draw(of_rows(st.integers(-1, vocab_size))),
-        draw(st.sampled_from([1.0, 0.5]) | of_rows(st.sampled_from([1.0, 0.5, 3.0]))),
-        draw(st.none() | of_rows(st.booleans())),
-        [draw(of_rows(st.sampled_from([1.0, -0.5, 0.0]))) for _ in range(draw(st.integers(1, 2)))],
+        draw(per_row(st.integers(-1, vocab_size))),
+        draw(st.sampled_from([1.0, 0.5]) | per_row(st.sampled_from([1.0, 0.5, 3.0]))),
+        draw(st.none() | per_row(st.booleans())),
+        [draw(per_row(st.sampled_from([1.0, -0.5, 0.0]))) for _ in range(draw(st.integers(1, 2)))],
     )
 
 
@@ -651,12 +649,12 @@ def surprisal_of_rank(
 
 def check_split(case: Split, answers: list[tuple[torch.Tensor, ...]]) -> None:
     """Against the reference on whole rows, in float64."""
-    for found, of_rank_0 in zip(zip(*answers, strict=True), answers[0], strict=True):
-        if of_rank_0.dim() == 1:
-            for of_rank in found:
-                torch.testing.assert_close(of_rank, of_rank_0, rtol=0, atol=0, equal_nan=True)
+    for found, first_answer in zip(zip(*answers, strict=True), answers[0], strict=True):
+        if first_answer.dim() == 1:
+            for answer in found:
+                torch.testing.assert_close(answer, first_answer, rtol=0, atol=0, equal_nan=True)
     surprisal, entropy, _ = answers[0]
-    gradient = torch.cat([of_rank[2] for of_rank in answers], dim=1)
+    gradient = torch.cat([answer[2] for answer in answers], dim=1)
     assert gradient.dtype == case.logits.dtype
     weights = [w.tolist() for w in case.weights] + [[0.0] * len(case.ids)]
     temperatures = torch.as_tensor(case.temperature).expand(len(case.ids)).tolist()
@@ -732,7 +730,7 @@ def test_what_is_sent_does_not_grow_with_the_vocabulary(vocab_size: int, ranks: 
 def test_ranks_whose_rows_do_not_fit_together(ranks: Ranks) -> None:
     """On a CPU, where reading the numbers costs nothing."""
     calls = [(torch.zeros(num_rows, 4), torch.zeros(num_rows, dtype=torch.int64), 2) for num_rows in (3, 5)]
-    message = r"token_ids must be the same on every rank of vocab_group, got \[3, 5\] of them by rank"
+    message = r"token_ids must be the same on every rank of vocab_group, got \[3, 5\] rows by rank"
     with pytest.raises(RuntimeError, match=message):
         ranks.call(collectives_of_rank, calls)
     with pytest.raises(RuntimeError, match="torch.distributed must be initialised"):
@@ -800,9 +798,9 @@ def head_of_rank(
 
 def joined(answers: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     """What every rank has alike (surprisal, entropy, the gradient of hidden), and the slices one after another."""
-    alike, slices = [of_rank[:3] for of_rank in answers], [of_rank[3:] for of_rank in answers]
-    for of_rank in alike:
-        torch.testing.assert_close(of_rank, alike[0], rtol=0, atol=0, equal_nan=True)
+    alike, slices = [answer[:3] for answer in answers], [answer[3:] for answer in answers]
+    for answer in alike:
+        torch.testing.assert_close(answer, alike[0], rtol=0, atol=0, equal_nan=True)
     return alike[0] + [torch.cat(parts) for parts in zip(*slices, strict=True)]
 
 
@@ -957,8 +955,8 @@ def test_a_split_head_under_autocast_and_without_a_gradient(ranks: Ranks) -> Non
     answers = ranks.call(autocast_of_rank, case.calls())
     rounded = {k: v.bfloat16() if k in HEAD else v for k, v in case.tensors.items()}
     expected = leafkernels.linear_surprisal_entropy(**rounded)
-    for of_rank in answers:
-        torch.testing.assert_close(of_rank, tuple(expected), rtol=1e-5, atol=1e-6)
+    for answer in answers:
+        torch.testing.assert_close(answer, tuple(expected), rtol=1e-5, atol=1e-6)
 
 
 def autocast_of_rank(
@@ -1008,7 +1006,7 @@ def test_the_loss_from_slices_is_that_from_whole_rows(world: int, backend: str, 
             for found, _ in answers:
                 torch.testing.assert_close(found, answers[0][0], rtol=0, atol=0)
                 torch.testing.assert_close(found, expected, rtol=error, atol=error)
-            found_gradient = torch.cat([of_slice for _, of_slice in answers], dim=2)
+            found_gradient = torch.cat([grad_slice for _, grad_slice in answers], dim=2)
             torch.testing.assert_close(found_gradient, gradient, rtol=error, atol=error)
 
 
@@ -1028,7 +1026,7 @@ def vocabulary_refusal_of_rank(name: str, rows: int, world: int) -> str:
 
 @pytest.mark.parametrize("name", ["linear_surprisal_entropy", "policy_loss_from_logits"])
 def test_what_every_function_of_a_split_vocabulary_refuses(name: str, ranks: Ranks) -> None:
-    message = "token_ids must be the same on every rank of vocab_group, got [3, 5] of them by rank"
+    message = "token_ids must be the same on every rank of vocab_group, got [3, 5] rows by rank"
     assert ranks.call(vocabulary_refusal_of_rank, [(name, 3, 2), (name, 5, 2)]) == [message] * 2
     for rank, answer in enumerate(ranks.call(vocabulary_refusal_of_rank, [(name, 3, 2)] * 4)):
         outside = f"vocab_group must contain the calling rank, got one without rank {rank}"
@@ -1058,10 +1056,10 @@ def both_of_rank(backend: str, device: str, rows: dict[str, Any], logits: torch.
         torch.cuda.set_sync_debug_mode("error")
     leafkernels.surprisal_entropy(leaf, ids, vocab_group=pair)
     from_states = leafkernels.linear_surprisal_entropy(states, leaf.T, ids, vocab_group=pair)
-    (of_slice,) = torch.autograd.grad((from_states.surprisal + from_states.entropy).sum(), leaf)
+    (grad_slice,) = torch.autograd.grad((from_states.surprisal + from_states.entropy).sum(), leaf)
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close((*from_states, of_slice), (*found, leaf.grad), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((*from_states, grad_slice), (*found, leaf.grad), rtol=1e-5, atol=1e-6)
     return tuple(t.detach().cpu() for t in (advantages, *found, leaf.grad))
 
 
@@ -1086,14 +1084,14 @@ def test_both_with_either_kind_of_process_group(backend: str, device: str, ranks
     for rows, part in ((slice(0, 2), logits[:, :30]), (slice(2, 7), logits[:, 30:])):
         calls.append((backend, device, {name: tensor[rows] for name, tensor in whole.items()}, part))
     answers = ranks.call(both_of_rank, calls)
-    advantages = torch.cat([of_rank[0] for of_rank in answers])
+    advantages = torch.cat([answer[0] for answer in answers])
     torch.testing.assert_close(advantages, leafkernels.span_advantages(**whole), rtol=2e-7, atol=1e-8)
     leaf = logits.requires_grad_()
     found = leafkernels.surprisal_entropy(leaf, torch.arange(6))
     (found.surprisal + found.entropy).sum().backward()
-    for of_rank in answers:
-        torch.testing.assert_close(of_rank[1:3], tuple(f.detach() for f in found), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.cat([of_rank[3] for of_rank in answers], 1), leaf.grad, rtol=1e-4, atol=1e-6)
+    for answer in answers:
+        torch.testing.assert_close(answer[1:3], tuple(f.detach() for f in found), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([answer[3] for answer in answers], 1), leaf.grad, rtol=1e-4, atol=1e-6)
 
 
 def snippet_of_rank(snippet: str, names: dict[str, Any], result: str) -> torch.Tensor:
@@ -1109,12 +1107,12 @@ def test_the_snippets_of_the_documentation(ranks: Ranks) -> None:
     uids = list("aaabbbba")
     parts = [slice(2 * rank, 2 * rank + 2) for rank in range(4)]
     names = [{name: tensor[part] for name, tensor in group.items()} | {"uids": uids[part]} for part in parts]
-    advantages = torch.cat(ranks.call(snippet_of_rank, [(rows, of_rank, "advantages") for of_rank in names]))
+    advantages = torch.cat(ranks.call(snippet_of_rank, [(rows, rank_names, "advantages") for rank_names in names]))
     assert torch.equal(advantages, leafkernels.span_advantages(**group, groups=leafkernels.group_index(uids)))
 
     logits, ids = torch.randn(2, 9, 24), torch.randint(0, 24, (2, 9))
     slices = [{"logits_slice": part.clone().requires_grad_(), "token_ids": ids} for part in logits.split(6, dim=2)]
-    losses = ranks.call(snippet_of_rank, [(vocabulary, of_rank, "loss") for of_rank in slices])
+    losses = ranks.call(snippet_of_rank, [(vocabulary, rank_slice, "loss") for rank_slice in slices])
     found = leafkernels.surprisal_entropy(logits, ids, temperature=0.9)
     for loss in losses:
         torch.testing.assert_close(loss, (found.surprisal + 0.01 * found.entropy).mean(), rtol=1e-5, atol=0)
@@ -1133,7 +1131,7 @@ def test_the_snippets_of_the_documentation(ranks: Ranks) -> None:
             own = {"logits_slice": part} if snippet is from_logits else {"weight_slice": part[0], "bias_slice": part[1]}
             own = {name: tensor.clone().requires_grad_() for name, tensor in own.items()}
             names.append({"hidden": hidden.clone().requires_grad_(), **own, **shared})
-        for loss in ranks.call(snippet_of_rank, [(snippet, of_rank, "loss") for of_rank in names]):
+        for loss in ranks.call(snippet_of_rank, [(snippet, rank_names, "loss") for rank_names in names]):
             torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -258,10 +258,10 @@ def test_large_groups_and_long_rows(rows: int, tokens: int) -> None:
     )
     means = torch.stack([rewards[half == name].double().mean() for name in (0, 1)])
     is_alone = torch.bincount(half, minlength=2)[half] < 2
-    of_half = means[half]
+    half_mean = means[half]
     # Global and local term are the same for the first span; the tail's are against the group and against the half.
-    head = torch.where(is_alone, 2 * (rewards - rewards.double().mean()), 2 * (of_half - rewards.double().mean()))
-    tail = torch.where(is_alone, head, 2 * rewards - rewards.double().mean() - of_half)
+    head = torch.where(is_alone, 2 * (rewards - rewards.double().mean()), 2 * (half_mean - rewards.double().mean()))
+    tail = torch.where(is_alone, head, 2 * rewards - rewards.double().mean() - half_mean)
     place = torch.arange(tokens, device=DEVICE)
     expected = torch.where(place < tokens // 2, head[:, None], tail[:, None])
     torch.testing.assert_close(found, expected.float(), rtol=2e-7, atol=1e-8)

@@ -82,11 +82,11 @@ def test_agrees_with_the_reference(backend: str, small_blocks: None) -> None:
         tensors = inputs(seed, (rows,), width, vocabulary, torch.float32)
         if plain:
             tensors.update(bias=None, response_mask=None, temperature=0.7)
-        of_head = {"logit_scale": head[0], "logit_softcap": head[1]}
-        found = leafkernels.linear_surprisal_entropy(**tensors, **of_head, chunk_tokens=chunk, backend=backend)
+        head_options = {"logit_scale": head[0], "logit_softcap": head[1]}
+        found = leafkernels.linear_surprisal_entropy(**tensors, **head_options, chunk_tokens=chunk, backend=backend)
         lists = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in tensors.items()}
         mask = lists.pop("response_mask") or [True] * rows
-        expected = python_ref.linear_surprisal_entropy(**lists, **of_head)
+        expected = python_ref.linear_surprisal_entropy(**lists, **head_options)
         for actual, values in zip(found, expected, strict=True):
             want = torch.tensor(values, dtype=torch.float64) * torch.tensor(mask, dtype=torch.bool)
             atol = tolerance(width, vocabulary, torch.float32, 50.0 * max(1.0, head[0]))
@@ -141,8 +141,8 @@ HEADS = {
 def test_heads_of_models(name: str) -> None:
     """Surprisals of models whose heads scale or cap are those of their own logits."""
     transformers = pytest.importorskip("transformers")
-    of_config, of_head = HEADS[name]
-    config = getattr(transformers, f"{name}Config")(**SIZES, **of_config, pad_token_id=0)
+    config_options, head_options = HEADS[name]
+    config = getattr(transformers, f"{name}Config")(**SIZES, **config_options, pad_token_id=0)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for weight in model.parameters():
@@ -151,7 +151,7 @@ def test_heads_of_models(name: str) -> None:
     with torch.no_grad():
         logits, hidden = model(input_ids=ids).logits, model.base_model(input_ids=ids).last_hidden_state
         expected = leafkernels.surprisal_entropy(logits, ids)
-        found = leafkernels.linear_surprisal_entropy(hidden, model.lm_head.weight, ids, **of_head)
+        found = leafkernels.linear_surprisal_entropy(hidden, model.lm_head.weight, ids, **head_options)
         plain = leafkernels.linear_surprisal_entropy(hidden, model.lm_head.weight, ids)
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-4, atol=1e-4)
     assert (plain.surprisal - expected.surprisal).abs().max() > 0.5
@@ -307,7 +307,7 @@ def test_float64_stays_under_autocast(backend: str) -> None:
     tensors = inputs(10, (4,), 3, 9, torch.float64)
     weights = torch.ones(2, 4, device=DEVICE)
     expected = leafkernels.linear_surprisal_entropy(**tensors, backend=backend)
-    of_inputs = gradients_of(leafkernels.linear_surprisal_entropy, tensors, weights, backend=backend)
+    grad_inputs = gradients_of(leafkernels.linear_surprisal_entropy, tensors, weights, backend=backend)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found = leafkernels.linear_surprisal_entropy(**tensors, backend=backend)
         gradients = gradients_of(leafkernels.linear_surprisal_entropy, tensors, weights, backend=backend)
@@ -318,7 +318,7 @@ def test_float64_stays_under_autocast(backend: str) -> None:
                 leafkernels.linear_surprisal_entropy(**{**tensors, **changed}, backend=backend)
             with pytest.raises(RuntimeError):
                 composed(**{**tensors, **changed})
-    for actual, want in zip((*found, *gradients), (*expected, *of_inputs), strict=True):
+    for actual, want in zip((*found, *gradients), (*expected, *grad_inputs), strict=True):
         assert actual.dtype == torch.float64
         # Of float32 it would be off by 1e-7.
         atol = tolerance(8, 9, torch.float64, 4 * float(want.abs().max()))
@@ -360,8 +360,8 @@ def test_no_token_that_counts(backend: str) -> None:
 def test_the_buffer_is_no_larger_than_the_tokens_need() -> None:
     tensors = inputs(13, (4,), 3, 9, torch.float32)
     options = linear_surprisal.HeadOptions(softcap=None, num_live=10**9, chunk=10**9, dtype=torch.float32)
-    of_head = tensors["hidden"], tensors["lm_head_weight"], None, tensors["response_mask"]
-    head = linear_surprisal._Head(*of_head, options)
+    head_inputs = tensors["hidden"], tensors["lm_head_weight"], None, tensors["response_mask"]
+    head = linear_surprisal._Head(*head_inputs, options)
     assert head.buffer.shape == (4, 9)
     assert sum(rows.shape[0] for rows in head.chunks()) == 4  # type: ignore[union-attr]
 
@@ -374,8 +374,8 @@ def test_an_id_outside_the_vocabulary_has_a_gradient_of_nan(backend: str) -> Non
     tensors["token_ids"][1:] = torch.tensor([9, -1], device=DEVICE)
     hidden = tensors["hidden"].requires_grad_()
     found = leafkernels.linear_surprisal_entropy(**tensors, backend=backend)
-    (of_hidden,) = torch.autograd.grad(found.surprisal.sum(), hidden, retain_graph=True)
-    assert of_hidden.isnan().all(1).tolist() == [False, True, True]
+    (grad_hidden,) = torch.autograd.grad(found.surprisal.sum(), hidden, retain_graph=True)
+    assert grad_hidden.isnan().all(1).tolist() == [False, True, True]
     assert torch.autograd.grad(found.entropy.sum(), hidden)[0].isfinite().all()
 
 

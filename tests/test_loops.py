@@ -57,9 +57,9 @@ def sequences(case: Rollouts, prompts: list[int]) -> dict[str, torch.Tensor]:
 
 def assert_same(case: Rollouts, prompts: list[int], advantages: torch.Tensor, shift: int) -> None:
     """Responses out of (N, S) advantages whose entry t speaks of token t + shift; 0 everywhere else."""
-    for row, prompt, ids, of_padded in zip(advantages, prompts, case.token_ids, expected(case), strict=True):
+    for row, prompt, ids, padded in zip(advantages, prompts, case.token_ids, expected(case), strict=True):
         start = prompt - shift
-        assert torch.equal(row[start : start + len(ids)], of_padded)
+        assert torch.equal(row[start : start + len(ids)], padded)
         assert not row[:start].any() and not row[start + len(ids) :].any()
 
 
@@ -117,8 +117,8 @@ def test_lists_of_responses(case: tuple[Rollouts, list[int]]) -> None:
     token_ids = response_tokens(whole, [len(row) for row in logprobs])
     packed = pack(logprobs, token_ids, masks)
     advantages = span_advantages(*packed[:2], response_mask=packed[2], cu_seqlens=packed[3], **common(rollouts))
-    for row, of_padded in zip(unpack(advantages, logprobs), expected(rollouts), strict=True):
-        assert torch.equal(row, of_padded)
+    for row, padded in zip(unpack(advantages, logprobs), expected(rollouts), strict=True):
+        assert torch.equal(row, padded)
 
 
 def test_shapes_and_dtypes() -> None:
@@ -216,7 +216,7 @@ class HeldTensor:
         return self.tensor
 
 
-def of_page(title: str) -> dict[str, Any]:
+def snippets(title: str) -> dict[str, Any]:
     """What the sections of the page up to this one define, but for those of other packages."""
     sections = re.split(r"^## ", PAGE, flags=re.M)[1:]
     names = [section.split("\n", 1)[0] for section in sections]
@@ -263,14 +263,14 @@ def as_experiences(case: Rollouts, kind: Any) -> list[Any]:
 def check_experiences(case: Rollouts, experiences: list[Any]) -> None:
     rows = [row for e in experiences for row in e.advantages]
     assert [e.advantages.shape for e in experiences] == [e.action_log_probs.shape for e in experiences]
-    for row, prompt, ids, of_padded in zip(rows, PROMPTS, case.token_ids, expected(case), strict=True):
-        assert torch.equal(row[prompt - 1 : prompt - 1 + len(ids)], of_padded)
+    for row, prompt, ids, padded in zip(rows, PROMPTS, case.token_ids, expected(case), strict=True):
+        assert torch.equal(row[prompt - 1 : prompt - 1 + len(ids)], padded)
 
 
 def test_page_openrlhf() -> None:
     case = example()
     experiences = as_experiences(case, SimpleNamespace)
-    of_page("OpenRLHF")["openrlhf"](experiences, 3)
+    snippets("OpenRLHF")["openrlhf"](experiences, 3)
     check_experiences(case, experiences)
 
 
@@ -280,7 +280,7 @@ def test_page_openrlhf_in_openrlhf(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = import_without(monkeypatch, "openrlhf.trainer.ppo_trainer")
     kind = sys.modules["openrlhf.trainer.ppo_utils.experience"].Experience
     monkeypatch.setattr(trainer, "RemoteExperienceMaker", trainer.RemoteExperienceMaker)  # put back afterwards
-    of_page("OpenRLHF")["plug"]()
+    snippets("OpenRLHF")["plug"]()
 
     def name_space(**values: Any) -> SimpleNamespace:
         return SimpleNamespace(**{n: name_space(**v) if isinstance(v, dict) else v for n, v in values.items()})
@@ -333,7 +333,7 @@ def test_page_nemo_rl(skipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithms.grpo = grpo
     for module in (package, algorithms, grpo):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    of_page("NeMo-RL")["plug_nemo_rl"]()
+    snippets("NeMo-RL")["plug_nemo_rl"]()
     estimator = grpo._create_advantage_estimator(None)
     handed = as_nemo_rl(case)
     if skipped:
@@ -349,7 +349,7 @@ def test_page_nemo_rl(skipped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_page_nemo_rl_refuses_what_would_be_wrong() -> None:
-    estimator = of_page("NeMo-RL")["LeafEstimator"]()
+    estimator = snippets("NeMo-RL")["LeafEstimator"]()
     handed = as_nemo_rl(example())
     with pytest.raises(ValueError, match="^repeated_batch must hold the message_log"):
         estimator.compute_advantage(**{**handed, "repeated_batch": {"total_reward": handed["rewards"]}})
@@ -386,15 +386,15 @@ def test_page_slime(name: str) -> None:
     case = example()
     data = as_slime(case, [*range(6)])
     data[name] = data.pop("log_probs")
-    of_page("slime")["slime"](SlimeArgs, data)
-    for row, of_padded in zip(data["advantages"], expected(case), strict=True):
-        assert torch.equal(row, of_padded)
+    snippets("slime")["slime"](SlimeArgs, data)
+    for row, padded in zip(data["advantages"], expected(case), strict=True):
+        assert torch.equal(row, padded)
 
 
 def slime_of_rank(rows: list[int]) -> list[torch.Tensor]:
     """On one of two ranks, for ``test_distributed.py``, whose processes are there already."""
     data = as_slime(example(), rows)
-    of_page("slime")["slime"](SlimeArgs, data, process_group(2))
+    snippets("slime")["slime"](SlimeArgs, data, process_group(2))
     return [row.cpu() for row in data["advantages"]]
 
 
@@ -428,11 +428,11 @@ def test_page_areal() -> None:
             rolled = ("logprobs", "loss_mask")
             return [{n: t.roll(-1, 1) if n in rolled else t for n, t in data.items()} for data in batch]
 
-    found = of_page("AReaL")["leaf_actor"](Actor)().compute_advantages(batch)
+    found = snippets("AReaL")["leaf_actor"](Actor)().compute_advantages(batch)
     assert_same(case, prompts, torch.cat([data["advantages"] for data in found]), 1)
 
     data = {name: torch.cat([part[name] for part in Actor().compute_advantages(batch)]) for name in batch[0]}
-    of_page("AReaL")["areal"](data, ["a", "a", "b", "b", "b"])
+    snippets("AReaL")["areal"](data, ["a", "a", "b", "b", "b"])
     assert_same(case, prompts, data["advantages"], 1)
 
 
@@ -446,7 +446,7 @@ def test_page_areal_in_areal(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_without(
         monkeypatch, "areal.trainer.ppo.actor", stubbed, {"areal", "areal.trainer", "areal.trainer.ppo"}
     )
-    actor = object.__new__(of_page("AReaL")["leaf_actor"](module.PPOActor))
+    actor = object.__new__(snippets("AReaL")["leaf_actor"](module.PPOActor))
     settings = {"reward_bias": 0.0, "reward_scaling": 1.0, "reward_clip": 20.0, "reward_norm": None, "adv_norm": None}
     more = {"kl_ctl": 0.0, "kl_estimator": module.KLEstimator("k1"), "mask_no_eos_with_zero": False}
     actor.__dict__.update(settings | more | {"discount": 1.0, "gae_lambda": 1.0})
@@ -464,9 +464,9 @@ def test_page_ms_swift(prompt_ids: Any) -> None:
     case = example()
     padded = case.padded()
     rows = (padded["logprobs"], padded["token_ids"], padded["response_mask"], padded["rewards"])
-    advantages = of_page("ms-swift")["ms_swift"](*rows, prompt_ids)
-    for row, ids, of_padded in zip(advantages, case.token_ids, expected(case), strict=True):
-        assert torch.equal(row[: len(ids)], of_padded)
+    advantages = snippets("ms-swift")["ms_swift"](*rows, prompt_ids)
+    for row, ids, want in zip(advantages, case.token_ids, expected(case), strict=True):
+        assert torch.equal(row[: len(ids)], want)
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -499,13 +499,13 @@ def test_page_tinker(real: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     datums.append(empty)
     masks.append(torch.tensor([]))
     rewards = torch.tensor([*case.rewards, 1.0])
-    of_page("Tinker")["tinker"](datums, masks, rewards, ["x"] * 3 + ["y"] * 3 + ["z"])
+    snippets("Tinker")["tinker"](datums, masks, rewards, ["x"] * 3 + ["y"] * 3 + ["z"])
     assert datums.pop() is empty and not len(empty.loss_fn_inputs["advantages"].to_torch())
-    for held, ids, of_padded in zip(datums, case.token_ids, expected(case), strict=True):
+    for held, ids, padded in zip(datums, case.token_ids, expected(case), strict=True):
         advantages = held.loss_fn_inputs["advantages"]
         assert isinstance(advantages, client.TensorData)
         advantages = advantages.to_torch()
-        assert torch.equal(advantages[len(advantages) - len(ids) :], of_padded.cpu())
+        assert torch.equal(advantages[len(advantages) - len(ids) :], padded.cpu())
         assert len(advantages) == len(held.loss_fn_inputs["target_tokens"].to_torch())
         assert not advantages[: -len(ids)].any()
 
@@ -519,7 +519,7 @@ def test_page_fire_opd() -> None:
     names = ("old_log_probs", "ref_log_prob", "entropy", "ref_entropy")
     padded = (tensor.masked_fill(~mask, torch.nan) for tensor in numbers)
     batch = dict(zip(names, padded, strict=True)) | {"response_mask": mask.long()}
-    of_page("FiRe-OPD")["fire"](batch, drop=0.3, normalize="trajectory")
+    snippets("FiRe-OPD")["fire"](batch, drop=0.3, normalize="trajectory")
     dropped = batch["response_mask"].sum(1) == 0
     assert dropped.sum() == 1
     assert batch["response_mask"].dtype == torch.int64
@@ -560,14 +560,14 @@ def test_page_shared_prefixes() -> None:
 
 def test_page_verl() -> None:
     pytest.importorskip("verl.trainer.ppo.v1", reason="needs verl: pip install -e '.[verl]'")
-    assert of_page("verl")["LeafTrainer"].__mro__[1].__name__ == "LeafAdvantage"
+    assert snippets("verl")["LeafTrainer"].__mro__[1].__name__ == "LeafAdvantage"
 
 
 @pytest.mark.slow
 def test_page_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
     monkeypatch.chdir(tmp_path)
-    trainer = of_page("TRL")["trainer"]
+    trainer = snippets("TRL")["trainer"]
     assert trainer.state.global_step == 3
     assert "leaf/span_credit_share" in trainer.state.log_history[-2]
 

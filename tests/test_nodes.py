@@ -49,11 +49,11 @@ def prompts(draw: st.DrawFn) -> tuple[list[list[int]], list[int], list[list[int]
     rows, groups, boundaries = [], [], []
     num_boundaries = draw(st.integers(1, 3))
     for group in range(draw(st.integers(1, 4))):
-        of_group = draw(token_rows(draw(st.integers(1, 6))))
+        group_tokens = draw(token_rows(draw(st.integers(1, 6))))
         found = sorted(draw(st.sets(st.integers(1, 8), max_size=num_boundaries)))
         boundaries.append(found + [-1] * (num_boundaries - len(found)))
-        rows += of_group
-        groups += [group] * len(of_group)
+        rows += group_tokens
+        groups += [group] * len(group_tokens)
     order = draw(st.permutations(range(len(rows))))
     return [rows[i] for i in order], [groups[i] for i in order], boundaries
 

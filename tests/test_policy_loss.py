@@ -74,7 +74,7 @@ def test_agrees_with_the_reference(backend: str, small_blocks: None) -> None:
         tensors = inputs(seed, rows, tokens, dtype)
         if options["aggregate"] == "constant":
             options = {**options, "constant": 7.0}
-        found, of_logprobs, of_entropy = loss_and_gradients(**tensors, **options, backend=backend)
+        found, grad_logprobs, grad_entropy = loss_and_gradients(**tensors, **options, backend=backend)
         lists = {k: v.tolist() for k, v in tensors.items()}
         expected = python_ref.policy_loss(**lists, **options)
         assert found._fields == tuple(expected)
@@ -82,9 +82,9 @@ def test_agrees_with_the_reference(backend: str, small_blocks: None) -> None:
             assert float(getattr(found, name).detach()) == pytest.approx(value, rel=tolerance, abs=tolerance), name
         lists.pop("entropy", None)
         wanted = python_ref.policy_loss_backward(**lists, **options)
-        for found_rows, wanted_rows in zip((of_logprobs, of_entropy), wanted, strict=True):
-            for of_row, want in zip(found_rows.tolist(), wanted_rows, strict=True):
-                assert of_row == pytest.approx(want, rel=tolerance, abs=tolerance)
+        for found_rows, wanted_rows in zip((grad_logprobs, grad_entropy), wanted, strict=True):
+            for found_row, want in zip(found_rows.tolist(), wanted_rows, strict=True):
+                assert found_row == pytest.approx(want, rel=tolerance, abs=tolerance)
 
     run()
 
@@ -484,8 +484,8 @@ def test_weights_by_hand_and_micro_batches() -> None:
         leaf = policy.clone().requires_grad_()
         leafkernels.policy_loss(leaf, old, credit, one, dual_clip=3.0, aggregate="sum").loss.backward()
         assert leaf.grad is not None
-        of_all = gradient(slice(0, rows), aggregate="sum")[row, column]
-        torch.testing.assert_close(of_all, weights[row, column] * leaf.grad[row, column])
+        grad_all = gradient(slice(0, rows), aggregate="sum")[row, column]
+        torch.testing.assert_close(grad_all, weights[row, column] * leaf.grad[row, column])
     count = float(mask.sum())
     parts = sum(gradient(half, aggregate="constant", constant=count) for half in halves)
     torch.testing.assert_close(parts, gradient(slice(0, rows), aggregate="token_mean"))

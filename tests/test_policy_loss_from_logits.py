@@ -90,11 +90,11 @@ def test_agrees_with_the_reference(backend: str, small_blocks: None) -> None:
             options = {**options, "constant": 7.0}
         found, gradient = loss_and_gradient(leafkernels.policy_loss_from_logits, **tensors, **options, backend=backend)
         lists = {k: None if v is None else v.tolist() for k, v in tensors.items()}
-        expected, of_logits = python_ref.policy_loss_from_logits(**lists, **options)
+        expected, grad_logits = python_ref.policy_loss_from_logits(**lists, **options)
         assert found._fields == tuple(expected)
         for name, value in expected.items():
             assert float(getattr(found, name).detach()) == pytest.approx(value, rel=2e-5, abs=2e-5), name
-        want = torch.tensor(of_logits, dtype=torch.float64).reshape(gradient.shape)
+        want = torch.tensor(grad_logits, dtype=torch.float64).reshape(gradient.shape)
         torch.testing.assert_close(gradient.double().cpu(), want, rtol=2e-5, atol=2e-5)
 
     run()

@@ -132,8 +132,8 @@ def test_limit_and_start_of_every_prompt(backend: str, monkeypatch: pytest.Monke
     one = leafkernels.common_prefix_lengths(ids[3:], limit=limit[1], start=start[1], backend=backend)
     assert one.tolist() == prompts[1]
     order = torch.tensor([4, 0, 3, 1, 5, 2], device=DEVICE)
-    of_row = order // 3
-    options = {"limit": limit[of_row], "start": start[of_row], "groups": 5 - of_row, "backend": backend}
+    group_ids = order // 3
+    options = {"limit": limit[group_ids], "start": start[group_ids], "groups": 5 - group_ids, "backend": backend}
     table = leafkernels.common_prefix_lengths(ids[order], **options)
     for i, row in enumerate(order.tolist()):
         for j, other in enumerate(order.tolist()):
@@ -353,8 +353,8 @@ def test_shapes(backend: str) -> None:
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (0, 3, 5), (3, 0), (2, 3, 0)])
 def test_empty_inputs_have_an_answer(backend: str, shape: tuple[int, ...]) -> None:
     ids = torch.zeros(shape, dtype=torch.int64, device=DEVICE)
-    of_prompts = torch.full(shape[:-2], 3, dtype=torch.int64, device=DEVICE)
-    for count in (None, 3, of_prompts):
+    count_per_prompt = torch.full(shape[:-2], 3, dtype=torch.int64, device=DEVICE)
+    for count in (None, 3, count_per_prompt):
         lengths = leafkernels.common_prefix_lengths(ids, limit=count, start=count, backend=backend)
         assert lengths.shape == (*shape[:-1], shape[-2])
         assert not lengths.any()

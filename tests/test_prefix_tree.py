@@ -77,17 +77,17 @@ def test_agrees_with_the_reference(backend: str, layout: str, small_blocks: None
             name: tensors[name] for name in ("token_ids", "response_mask", "groups", "cu_seqlens") if name in tensors
         }
         tree = leafkernels.prefix_tree(**kept, backend=backend)
-        of_lists = expected(case)
+        listed = expected(case)
         for name in FIELDS:
-            assert getattr(tree, name).tolist() == getattr(of_lists, name), name
-        assert case.rows_of(tree.nodes, layout) == of_lists.nodes
-        starts = of_lists.starts
+            assert getattr(tree, name).tolist() == getattr(listed, name), name
+        assert case.rows_of(tree.nodes, layout) == listed.nodes
+        starts = listed.starts
         assert tree.starts.tolist() == starts + starts[-1:] * (len(case.groups) + 1 - len(starts))
         # As many nodes as asked for: those that there are, and empty ones that see themselves.
         sized = leafkernels.prefix_tree(**kept, max_nodes=starts[-1] + 2, backend=backend)
         for name, empty in zip(FIELDS, (0, 0, -1, None, 0), strict=True):
             after = [empty] * 2 if empty is not None else [starts[-1] + 1, starts[-1] + 2]
-            assert getattr(sized, name).tolist() == getattr(of_lists, name) + after, name
+            assert getattr(sized, name).tolist() == getattr(listed, name) + after, name
         assert torch.equal(sized.nodes, tree.nodes)
 
     check()

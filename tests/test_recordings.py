@@ -1,4 +1,4 @@
-"""What a model that hears reads of a row, by the real processor of a small Qwen2-Audio."""
+"""What an audio model reads of a row, by the real processor of a small Qwen2-Audio."""
 
 import math
 from pathlib import Path

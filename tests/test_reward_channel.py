@@ -69,9 +69,11 @@ def test_the_authors_rewards_and_gradients(shared: Path) -> None:
             **{f"tt_layers.{i}.tt_layernorm.weight": norm for i, norm in enumerate(norms)},
             **{f"tt_layers.{i}.tt_linear.weight": weight for i, weight in enumerate(weights)},
         }
-        of_head = [layer.weight.grad for layer in channel.head]
-        names = ["sr_head.weight"] if len(of_head) == 1 else [f"sr_head.{2 * i}.weight" for i in range(len(of_head))]
-        ours |= dict(zip(names, of_head, strict=True))
+        head_grads = [layer.weight.grad for layer in channel.head]
+        names = (
+            ["sr_head.weight"] if len(head_grads) == 1 else [f"sr_head.{2 * i}.weight" for i in range(len(head_grads))]
+        )
+        ours |= dict(zip(names, head_grads, strict=True))
         assert ours.keys() == case["grads"].keys()
         for name, gradient in ours.items():
             # Of the head's several outputs only the first is the reward.
@@ -275,7 +277,7 @@ def test_refuses() -> None:
         RewardChannel(2, 4, width=0)
 
 
-def _released(layers: int, size: int, width: int, of_head: int) -> dict[str, torch.Tensor]:
+def _released(layers: int, size: int, width: int, head_layers: int) -> dict[str, torch.Tensor]:
     """Random weights by the authors' names."""
     torch.manual_seed(0)
     state = {}
@@ -283,17 +285,17 @@ def _released(layers: int, size: int, width: int, of_head: int) -> dict[str, tor
         inputs = size + width if layer else size
         state[f"model.tt_layers.{layer}.tt_layernorm.weight"] = torch.rand(inputs) + 0.5
         state[f"model.tt_layers.{layer}.tt_linear.weight"] = torch.randn(width, inputs)
-    sizes = [size + width, *[2 * size] * (of_head - 1), 3]
-    for part in range(of_head):
-        name = "sr_head.weight" if of_head == 1 else f"sr_head.{2 * part}.weight"
+    sizes = [size + width, *[2 * size] * (head_layers - 1), 3]
+    for part in range(head_layers):
+        name = "sr_head.weight" if head_layers == 1 else f"sr_head.{2 * part}.weight"
         state[name] = torch.randn(sizes[part + 1], sizes[part])
     return state
 
 
-@pytest.mark.parametrize("of_head", [1, 2, 3])
-def test_released_weights_by_their_names(of_head: int) -> None:
+@pytest.mark.parametrize("head_layers", [1, 2, 3])
+def test_released_weights_by_their_names(head_layers: int) -> None:
     """Twelve layers: 10 comes after 9. The reference takes them as they are."""
-    state = _released(12, 4, 2, of_head)
+    state = _released(12, 4, 2, head_layers)
     hidden = [torch.randn(1, 3, 4) for _ in range(13)]
     norms, weights = (
         [state[f"model.tt_layers.{i}.{part}.weight"].tolist() for i in range(12)]

@@ -654,8 +654,8 @@ def own_generate(wrapped: RewardTransformer, model: Any = None, mask: Any = None
 
 def answers(found: Any) -> list[list[int]]:
     """Padded with 0 to the longest."""
-    longest = max(len(of_one.token_ids) for of_one in found)
-    return [of_one.token_ids + [0] * (longest - len(of_one.token_ids)) for of_one in found]
+    longest = max(len(result.token_ids) for result in found)
+    return [result.token_ids + [0] * (longest - len(result.token_ids)) for result in found]
 
 
 @pytest.mark.parametrize("mask", [None, MASK])
@@ -744,7 +744,7 @@ def test_prompts_as_a_tokenizer_gives_them() -> None:
         wrapped.generate(tokenizer(text, return_tensors="pt")["input_ids"], **options) for text in ("abc", "defgh")
     ]
     found = wrapped.generate_all(inputs=read, **options)
-    assert [of_one.token_ids for of_one in found] == [of_one.token_ids for of_one in alone]
+    assert [result.token_ids for result in found] == [result.token_ids for result in alone]
     one = {name: values[:1] for name, values in read.items()}
     assert wrapped.generate(inputs=one, **options).token_ids == alone[0].token_ids
     with pytest.raises(ValueError, match="input_ids must be given once, got it also in inputs"):
@@ -778,13 +778,13 @@ def test_generate_refuses(change: dict[str, Any], message: str) -> None:
     wrapped = wrap("llama")
     with pytest.raises((TypeError, ValueError), match=message):
         wrapped.generate(**{"input_ids": IDS[0], "max_new_tokens": 3, **change})
-    of_all = {name: values[None] if isinstance(values, torch.Tensor) else values for name, values in change.items()}
+    many = {name: values[None] if isinstance(values, torch.Tensor) else values for name, values in change.items()}
     if isinstance(change.get("inputs"), dict):
-        of_all["inputs"] = {name: values[None] for name, values in change["inputs"].items()}
+        many["inputs"] = {name: values[None] for name, values in change["inputs"].items()}
     if isinstance(change.get("input_ids"), list):
         message = "prompt_ids must be a torch.Tensor, got int"
     with pytest.raises((TypeError, ValueError), match=message.replace("(8,", "(1, 8").replace("(3,", "(1, 3")):
-        wrapped.generate_all(**{"input_ids": IDS[:1], "max_new_tokens": 3, **of_all})
+        wrapped.generate_all(**{"input_ids": IDS[:1], "max_new_tokens": 3, **many})
 
 
 def test_generate_all_refuses() -> None:
@@ -813,7 +813,7 @@ def test_suppressed_tokens_are_never_taken(packed: bool) -> None:
     found = wrapped.generate(
         IDS[0], width=4, suppress_tokens=[i for i in range(vocabulary) if i not in allowed], **options
     )
-    assert {token for commit in found.commits for of_one in commit.candidates for token in of_one.token_ids} <= {
+    assert {token for commit in found.commits for result in commit.candidates for token in result.token_ids} <= {
         *allowed
     }
     # Two tokens and two chunks.
@@ -852,4 +852,4 @@ def test_an_audio_model_looks_ahead_from_what_it_hears(packed: bool) -> None:
         said.append((ids[0], read, ahead))
     inputs = {name: torch.cat([read[name] for _, read, _ in said]) for name in said[0][1]}
     together = scored.generate_all([ids for ids, *_ in said], inputs=inputs, **options)
-    assert [of_one.token_ids for of_one in together] == [ahead.token_ids for *_, ahead in said]
+    assert [result.token_ids for result in together] == [ahead.token_ids for *_, ahead in said]

@@ -299,9 +299,9 @@ def test_one_end_token_is_an_int() -> None:
         found, prompt = [], torch.tensor([1, 2])
         for ends in (0, (0,), torch.tensor([0]), iter([0])):
             found.append(search(table, prompt, eos_token_ids=ends, **options))
-            (of_all,) = search_all(Several(table), [prompt], eos_token_ids=ends if ends == 0 else [0], **options)
-            assert of_all == found[0]
-        assert found[0].finish_reason == "stop" and all(of_one == found[0] for of_one in found)
+            (batched,) = search_all(Several(table), [prompt], eos_token_ids=ends if ends == 0 else [0], **options)
+            assert batched == found[0]
+        assert found[0].finish_reason == "stop" and all(result == found[0] for result in found)
 
 
 class Several:
@@ -330,12 +330,12 @@ class Broken(Table):
 
     def _all(self) -> tuple[torch.Tensor, torch.Tensor]:
         logits, rewards = super()._all()
-        forward, branch, of_logits, of_reward = self.broken
+        forward, branch, logit_row, reward = self.broken
         if len(self.calls) == forward:
-            if of_logits is not None:
-                logits[branch] = of_logits
-            if of_reward is not None:
-                rewards[branch] = of_reward
+            if logit_row is not None:
+                logits[branch] = logit_row
+            if reward is not None:
+                rewards[branch] = reward
         return logits, rewards
 
 

@@ -352,7 +352,7 @@ def test_small_model_learns_real_digits(shared: Path) -> None:
 
     source = data.make_source(f"fsdd:{shared / 'speech' / 'fsdd.tar.gz'}", ["theo"], 2, "final", ask=False)
     assert sorted(source.clips) == ["george", "jackson", "nicolas", "theo", "yweweler"]
-    assert all(len(of_digit) == 50 for of_voice in source.clips.values() for of_digit in of_voice.values())
+    assert all(len(clips) == 50 for digits in source.clips.values() for clips in digits.values())
     torch.manual_seed(0)
     speaker = Speaker(*build_small(source.alphabet, source.seconds), small=True)
     pool = draw_pool(source, speaker, "test", 200, level=0.0)
@@ -415,8 +415,8 @@ def test_exact_gradient_is_that_of_all_answers_and_of_differences(reward: str) -
     answers = torch.tensor(list(itertools.product(range(3), repeat=3))).expand(2, 27, 3)
     chances = logits.log_softmax(-1)[:, None].expand(2, 27, 3, 3).gather(-1, answers[..., None])[..., 0].sum(-1).exp()
     credit = chances * tabular.rewards_of(answers == target[:, None], reward)
-    of_answers = exact.policy_gradient(credit[..., None].expand(2, 27, 3), answers, logits.softmax(-1))
-    torch.testing.assert_close(found, of_answers)
+    grad_answers = exact.policy_gradient(credit[..., None].expand(2, 27, 3), answers, logits.softmax(-1))
+    torch.testing.assert_close(found, grad_answers)
     at = (0, 1, 2)  # an error of the order of the square of the step
     ends = []
     for step in (1e-4, -1e-4):
@@ -454,8 +454,8 @@ def test_the_mean_of_rloos_gradients_is_the_exact_one() -> None:
     found, mixed = exact.hold_against_exact(logits, target, setting, schemes, seed=3, batches=2048)
     assert 0.5 < mixed < 1 and not any(of.isnan().any() for of in found.values())
     truth = exact.exact_gradient(logits, target, setting.reward)
-    of_first = truth[:, 0].flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
-    expected = torch.stack([torch.ones_like(of_first), torch.ones_like(of_first), of_first])
+    first_share = truth[:, 0].flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
+    expected = torch.stack([torch.ones_like(first_share), torch.ones_like(first_share), first_share])
     torch.testing.assert_close(found["bias"], expected, atol=0.03, rtol=0)
     for name in ("one", "eight", "decision"):
         torch.testing.assert_close(found[name][0], found[name][1])

@@ -1,4 +1,4 @@
-"""The program that trains a model that hears, with its recipes, on tones and a model of a few thousand weights."""
+"""The program that trains an audio model, with its recipes, on tones and a model of a few thousand weights."""
 
 import io
 import itertools

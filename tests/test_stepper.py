@@ -63,20 +63,20 @@ def test_branches_of_several_prompts_are_what_they_are_alone(name: str, packed: 
     model = build(name)
     stepper, choose = TransformersStepper(model, packed=packed), random.Random(name)
     branches = [[[3, 1, 4, 1, 5]], [[2, 7]], [[9, 8, 7, 6, 5, 4, 3, 2, 1]]]
-    logits, rewards = stepper.prefill([torch.tensor(of_one[0]) for of_one in branches])
+    logits, rewards = stepper.prefill([torch.tensor(prompt_branches[0]) for prompt_branches in branches])
     for sizes in ((1, 1, 1), (3, 1, 2), (6, 2, 2), (2, 4, 0), (1, 5, 0), (0, 3, 0), (0, 6, 0)):
-        flat = [branch for of_one in branches for branch in of_one]
+        flat = [branch for prompt_branches in branches for branch in prompt_branches]
         for branch, found, reward in zip(flat, logits, rewards, strict=True):
             torch.testing.assert_close(found, alone(model, branch)[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(reward, alone(model, branch)[1], rtol=1e-4, atol=1e-5)
         parents, tokens, grown, first = [], [], [], 0
-        for size, of_one in zip(sizes, branches, strict=True):
-            chosen = sorted(choose.randrange(len(of_one)) for _ in range(size))
+        for size, prompt_branches in zip(sizes, branches, strict=True):
+            chosen = sorted(choose.randrange(len(prompt_branches)) for _ in range(size))
             added = [choose.randrange(29) for _ in chosen]
-            grown.append([[*of_one[parent], token] for parent, token in zip(chosen, added, strict=True)])
+            grown.append([[*prompt_branches[parent], token] for parent, token in zip(chosen, added, strict=True)])
             parents += [first + parent for parent in chosen]
             tokens += added
-            first += len(of_one)
+            first += len(prompt_branches)
         branches = grown
         logits, rewards = stepper.extend(torch.tensor(parents), torch.tensor(tokens))
 
@@ -252,7 +252,7 @@ def test_what_is_taken_goes_on_as_generate_does(name: str) -> None:
                 search_all(TransformersStepper(model, packed=packed), PROMPTS, **ahead)
         else:
             together = search_all(TransformersStepper(model, packed=packed), PROMPTS, **ahead)
-            assert [of_one.token_ids for of_one in together] == alone
+            assert [result.token_ids for result in together] == alone
     assert found[0] == found[-1]
 
 

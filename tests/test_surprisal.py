@@ -203,10 +203,10 @@ def test_the_least_float64_is_a_banned_id(backend: str, temperature: float) -> N
     torch.testing.assert_close(torch.stack(tuple(found)).detach().cpu(), shown)
     (gradient,) = torch.autograd.grad(found.surprisal.sum() + found.entropy.sum(), logits)
     p = (weights.squeeze()).softmax(0)
-    of_first = torch.stack(
+    grad_first = torch.stack(
         (torch.zeros((), dtype=torch.float64), *(p - torch.tensor([1.0, 0.0]) - p * (p.log() + shown[1, 0])))
     )
-    torch.testing.assert_close(gradient[0].cpu(), of_first / temperature)
+    torch.testing.assert_close(gradient[0].cpu(), grad_first / temperature)
     assert not gradient[1].any()
     assert gradient.isfinite().all()
 
@@ -324,17 +324,17 @@ def test_the_gradient_of_a_confident_token_is_not_rounded_away(backend: str, lea
     others = (x - lead).exp()
     others[:, 50] = 0
     r = others.sum(1, keepdim=True)
-    of_surprisal = torch.cat((others, torch.zeros_like(r)), 1)[:, :75] / (1 + r)
-    of_surprisal[:, 50] = (1 / (1 + r)).squeeze(1)
-    of_surprisal[0, 50] = -(r / (1 + r))[0, 0]
-    of_surprisal[1, 3] -= 1
+    surprisal_slope = torch.cat((others, torch.zeros_like(r)), 1)[:, :75] / (1 + r)
+    surprisal_slope[:, 50] = (1 / (1 + r)).squeeze(1)
+    surprisal_slope[0, 50] = -(r / (1 + r))[0, 0]
+    surprisal_slope[1, 3] -= 1
     log_p = x - lead - r.log1p()
     p = log_p.exp()
     h = r.log1p() - (others * (x - lead)).sum(1, keepdim=True) / (1 + r)
-    of_entropy = -p * (log_p + h)
+    entropy_slope = -p * (log_p + h)
     leaf = logits.clone().requires_grad_()
     found = leafkernels.surprisal_entropy(leaf, ids, backend=backend)
-    for output, want in zip(found, (of_surprisal, of_entropy), strict=True):
+    for output, want in zip(found, (surprisal_slope, entropy_slope), strict=True):
         (gradient,) = torch.autograd.grad(output.sum(), leaf, retain_graph=True)
         bar = tolerance(torch.float32, 75, lead)
         # p (a + b d) is the difference of two numbers of the size of p (log p + H) each.
@@ -408,8 +408,8 @@ def test_states_of_slices_merge_in_any_order(backend: str, slices: list[list[flo
 def merged(states: torch.Tensor, temperature: float) -> torch.Tensor:
     """One state of several, two at a time and in float64, by the rule of the kernels' docstring."""
     m, r, t = states[..., 0].double()
-    for of_slice in states[..., 1:].double().unbind(2):
-        (m, r, t), (low, beside, moment) = ((m, r, t), of_slice) if m >= of_slice[0] else (of_slice, (m, r, t))
+    for slice_state in states[..., 1:].double().unbind(2):
+        (m, r, t), (low, beside, moment) = ((m, r, t), slice_state) if m >= slice_state[0] else (slice_state, (m, r, t))
         if low == m:
             r, t = r + beside + 1, t + moment
         elif beside > -1:
@@ -453,9 +453,9 @@ def test_gradient_in_place_of_the_logits(backend: str, masked: bool, small_block
         found = leafkernels.surprisal_entropy(
             logits, ids, response_mask=mask, inplace_backward=in_place, backend=backend
         )
-        (of_logits,) = torch.autograd.grad(found.surprisal.sum() + found.entropy.sum(), logits, retain_graph=True)
-        assert (of_logits.data_ptr() == storage) == in_place
-        gradients.append(of_logits)
+        (grad_logits,) = torch.autograd.grad(found.surprisal.sum() + found.entropy.sum(), logits, retain_graph=True)
+        assert (grad_logits.data_ptr() == storage) == in_place
+        gradients.append(grad_logits)
         if in_place:
             with pytest.raises(RuntimeError, match="gave its gradient away in a first backward pass"):
                 found.surprisal.sum().backward()

@@ -278,7 +278,7 @@ def test_activations_that_are_computed_again(kind: str, tmp_path: Path) -> None:
         ({"prompt": []}, {}, r"prompt must be a text or a list of messages, got \[\]"),
         ({"prompt": [{"role": "user"}]}, {}, "prompt must be a text or a list of messages"),
         ({"prompt": [{"role": "user", "content": "a"}]}, {}, "chosen and rejected must be messages where prompt is"),
-        ({"audio": "a.wav"}, {}, "processing_class must be the processor of a model that hears"),
+        ({"audio": "a.wav"}, {}, "processing_class must be the processor of an audio model"),
     ],
 )
 def test_a_bad_row_is_told_before_training(
@@ -683,7 +683,7 @@ def test_refuses_rows_with_audio(
 
 def test_refuses_who_does_not_hear(tiny: Any, tmp_path: Path) -> None:
     row = {"prompt": "ab", "audio": tiny.wave(tiny.tone(1)), "chosen": "c", "rejected": "d"}
-    message = "^processing_class must be the processor of a model that hears where rows have audio, got Tok"
+    message = "^processing_class must be the processor of an audio model where rows have audio, got Tok"
     with pytest.raises(TypeError, match=message):
         trainer(tmp_path)._collate([row])
     _, processor = tiny.qwen2_audio()
@@ -700,7 +700,7 @@ def test_refuses_who_does_not_hear(tiny: Any, tmp_path: Path) -> None:
 
 
 def test_the_page_teaches_a_model_that_hears(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function of docs/lookahead.md, on a model that hears tones."""
+    """The function of docs/lookahead.md, on an audio model."""
     monkeypatch.chdir(tmp_path)
     (block,) = (block.text for block in pages.blocks(pages.read("lookahead.md"), "python") if "audio=" in block.text)
     names: dict[str, Any] = {}

@@ -28,12 +28,12 @@ def test_behind_an_image(name: str, packed: bool) -> None:
     for prompt in [*prompts, tiny_viewers.join(prompts)]:
         expected = model.generate(**prompt, do_sample=False, max_new_tokens=12)
         found = wrapped.generate_all(inputs=prompt, max_new_tokens=12, packed=packed, **GREEDY)
-        for of_one, row in zip(found, expected[:, prompt["input_ids"].shape[1] :].tolist(), strict=True):
-            assert row[: len(of_one.token_ids)] == of_one.token_ids
+        for result, row in zip(found, expected[:, prompt["input_ids"].shape[1] :].tolist(), strict=True):
+            assert row[: len(result.token_ids)] == result.token_ids
         assert torch.equal(model.generate(**prompt, **custom, max_new_tokens=12, **GREEDY), expected)
         alone += wrapped.generate_all(inputs=prompt, packed=packed, **AHEAD)
     # Two prompts, and both in one batch.
-    assert [of_one.token_ids for of_one in alone[:2]] == [of_one.token_ids for of_one in alone[2:]]
+    assert [result.token_ids for result in alone[:2]] == [result.token_ids for result in alone[2:]]
 
 
 def config_of(model: Any, **changes: Any) -> Any:
@@ -89,7 +89,7 @@ def test_by_token_beside_padding() -> None:
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     found = wrapped.generate_all(inputs=inputs, eos_token_ids=(), max_new_tokens=6, **GREEDY)
     expected = model.generate(**inputs, do_sample=False, max_new_tokens=6, eos_token_id=None, pad_token_id=0)
-    assert [of_one.token_ids for of_one in found] == expected[:, 10:].tolist()
+    assert [result.token_ids for result in found] == expected[:, 10:].tolist()
     with pytest.raises(ValueError, match="inputs must hold nothing by token, as position_ids does, where attention_m"):
         wrapped.generate_all(inputs={**inputs, "attention_mask": mask.flip(1)})
 
@@ -163,7 +163,7 @@ def test_rounding_is_no_difference(kind: str) -> None:
         model.to(getattr(torch, kind))
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         found = RewardTransformer(model).generate_all([IDS[0], IDS[1, :3]], eos_token_ids=(), **AHEAD)
-    assert [len(of_one.token_ids) for of_one in found] == [9, 9]
+    assert [len(result.token_ids) for result in found] == [9, 9]
 
 
 def test_a_channel_looks_at_a_few_tokens_and_leaves_no_trace() -> None:

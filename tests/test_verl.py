@@ -234,10 +234,10 @@ def test_a_session_of_several_rows_is_one_rollout(plug: types.ModuleType, case: 
         for column, value in zip(("token_ids", "logprobs", "mask", "rewards", "groups"),
                                  (ids, logprobs, mask, whole.rewards[i], whole.groups[i]), strict=True):  # fmt: skip
             getattr(joined, column).append(value)
-    of_session = expected(joined)
+    session_advantages = expected(joined)
     for row, (i, begin, end), number in zip(cut.rows_of(actual), rows, numbers, strict=True):
         session, start = places[i, number]
-        padded = of_session[session][start:] + [0.0] * (end - begin)
+        padded = session_advantages[session][start:] + [0.0] * (end - begin)
         mask = whole.mask[i][begin:end]
         assert_rows_close([row], [[v if m else 0.0 for v, m in zip(padded, mask, strict=False)]])
 
@@ -372,8 +372,8 @@ def test_the_mixin_over_the_trainer_of_verl(plug: types.ModuleType, monkeypatch:
             return 5
 
     assert trainer._compute_advantage(Meta(), {}) == "written"
-    for row, of_reference in zip(store["advantages"].unbind(), case.expected(), strict=True):
-        assert_rows_close([row.tolist()], [of_reference])
+    for row, want in zip(store["advantages"].unbind(), case.expected(), strict=True):
+        assert_rows_close([row.tolist()], [want])
 
 
 @pytest.mark.slow

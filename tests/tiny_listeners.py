@@ -1,4 +1,4 @@
-"""Models that hear, of a few thousand random weights, with the real processor classes, and tones for them."""
+"""Audio models, of a few thousand random weights, with the real processor classes, and tones for them."""
 
 import base64
 import io

@@ -90,12 +90,12 @@ def reach(batch: Batch, num_boundaries: int) -> Reach:
         for k, position in enumerate(boundaries.tolist()):
             if position < 0:
                 continue
-            of_rows = names[:, k].tolist()
-            present = {name for name in of_rows if name >= 0}
+            row_names = names[:, k].tolist()
+            present = {name for name in row_names if name >= 0}
             # A rollout that has ended goes on with "nothing", which is another way than any token.
             after = [
                 (name, int(row[position]) if position < size else -1)
-                for name, row, size in zip(of_rows, rows, lengths.tolist(), strict=True)
+                for name, row, size in zip(row_names, rows, lengths.tolist(), strict=True)
                 if name >= 0
             ]
             nodes += len(present)

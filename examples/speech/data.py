@@ -96,7 +96,7 @@ class SpokenSums:
                 f"held-out voices must be some, but not all, of {', '.join(sorted(clips))}, got "
                 f"{', '.join(held_out) or 'none'}"
             )
-        missing = sorted({d for of_voice in clips.values() for d in range(10) if not of_voice.get(d)})
+        missing = sorted({d for digits in clips.values() for d in range(10) if not digits.get(d)})
         if missing:
             raise ValueError(f"every voice must have a recording of each digit, missing {missing}")
         if digits < 2:
@@ -146,7 +146,7 @@ def read_fsdd(path: Path) -> dict[str, dict[int, list[np.ndarray]]]:
                 continue
             digit, speaker, _ = name.stem.split("_")
             clips[speaker][int(digit)].append(read_audio(io.BytesIO(archive.extractfile(member).read())))
-    return {voice: dict(of_voice) for voice, of_voice in clips.items()}
+    return {voice: dict(digits) for voice, digits in clips.items()}
 
 
 def speak_digits(voices: Sequence[str] = ESPEAK_VOICES) -> dict[str, dict[int, list[np.ndarray]]]:
@@ -165,7 +165,7 @@ def speak_digits(voices: Sequence[str] = ESPEAK_VOICES) -> dict[str, dict[int, l
                     command = [program, "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", str(digit)]
                     said = subprocess.run(command, capture_output=True, check=True).stdout
                     clips[voice][digit].append(read_audio(io.BytesIO(said)))
-    return {voice: dict(of_voice) for voice, of_voice in clips.items()}
+    return {voice: dict(digits) for voice, digits in clips.items()}
 
 
 class Manifest:

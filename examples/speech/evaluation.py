@@ -35,18 +35,18 @@ def measure(answers: Sequence[str], references: Sequence[str], *, draws: int = 1
         words.append(len(reference.split()))
     exact = np.array(exact_match(answers, references))
 
-    def of_bleu(chosen: Any) -> float:
+    def bleu_score(chosen: Any) -> float:
         return float(bleu._compute_score_from_stats(statistics[chosen].sum(0).tolist()).score)
 
-    def of_words(chosen: Any) -> float:
+    def word_error_rate(chosen: Any) -> float:
         return 100 * float(np.array(errors)[chosen].sum() / max(np.array(words)[chosen].sum(), 1))
 
-    def of_exact(chosen: Any) -> float:
+    def exact_share(chosen: Any) -> float:
         return 100 * float(exact[chosen].mean())
 
     everyone = np.arange(len(answers))
     found = {}
-    for name, score in (("bleu", of_bleu), ("wer", of_words), ("exact", of_exact)):
+    for name, score in (("bleu", bleu_score), ("wer", word_error_rate), ("exact", exact_share)):
         low, high = np.quantile([score(pick) for pick in picks], [0.025, 0.975])
         found[name] = (score(everyone), float(low), float(high))
     return found

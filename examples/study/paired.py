@@ -51,7 +51,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 def cheapest(cost: float, peers: dict[str, float]) -> str | None:
     """The name of the cheapest of ``peers`` that costs at least ``cost``, so that it is never the poorer for it."""
-    found = [(of_one, name) for name, of_one in peers.items() if of_one >= cost]
+    found = [(peer_cost, name) for name, peer_cost in peers.items() if peer_cost >= cost]
     return min(found)[1] if found else None
 
 

@@ -25,7 +25,7 @@ def operation(
 
     Its signature is that of the operation; its body is the fake: results of the right shapes, dtypes and device. The
     implementations are the functions NAME of ``leafkernels/kernels/STEM.py`` and ``leafkernels/eager/STEM.py``, which
-    have the same parameters, or ``run``, which is told the backend before them. A ``NamedTuple`` is one argument or the
+    have the same parameters, or ``run``, which takes the backend before them. A ``NamedTuple`` is one argument or the
     result; PyTorch, which knows none, sees its fields. The first argument is a tensor, or begins with one.
 
     The result is called with a resolved backend and the arguments, by position:
@@ -96,7 +96,7 @@ def _schema(kinds: dict[str, Any], returned: Any, mutates: tuple[str, ...]) -> s
     flat: dict[str, Any] = {}
     for parameter, kind in kinds.items():
         if hasattr(kind, "_fields"):
-            flat |= {f"{parameter}_{field}": of_field for field, of_field in get_type_hints(kind).items()}
+            flat |= {f"{parameter}_{field}": field_kind for field, field_kind in get_type_hints(kind).items()}
         else:
             flat[parameter] = kind
     parameters = [

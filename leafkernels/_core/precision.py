@@ -1,17 +1,17 @@
-"""In what precision numbers are computed, and what of a reward is rounding."""
+"""The precision in which numbers are computed, and which differences of rewards are rounding."""
 
 import torch
 from torch import Tensor
 
-# Of the largest reward of a prompt: rewards that lie within that of each other are one, known to float32, in which most
-# are summed. It is four units of float32's last place at 1. A power of 2, so that no bound is rounded.
+# Relative to a prompt's largest reward: rewards that lie this near to each other count as equal, because most are
+# summed in float32. Four units of float32's last place at 1; a power of 2, so that no bound is rounded.
 ROUNDING = 2.0**-21
 # Up to here float32 holds every whole number.
 EXACT = 2.0**24
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of a dtype are computed in: float64 for float64, float32 for all others."""
+    """The dtype to compute in: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -27,11 +27,11 @@ class _Reference(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, *of_results: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_results: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.once:
             refuse_second_pass(ctx, ctx.once)
         tensors = ctx.saved_tensors
-        found = ctx.gradient(*of_results, *tensors)
+        found = ctx.gradient(*grad_results, *tensors)
         gradients = (None if g is None else g.to(x) for g, x in zip(found, tensors, strict=True))
         return None, None, None, None, *gradients
 
@@ -58,12 +58,12 @@ def gradient_by(function: Callable[..., Any]) -> Callable[..., Sequence[Tensor |
     """The gradient of a function of one tensor as PyTorch finds it, where ``python_ref`` has none of its own."""
 
     def gradient(*everything: Tensor) -> tuple[Tensor, ...]:
-        *of_results, tensor = everything
+        *grad_results, tensor = everything
         with torch.enable_grad():
             tensor = tensor.detach().requires_grad_()
             found = function(tensor)
             results = found if isinstance(found, tuple) else (found,)
-            pairs = [(r, g) for r, g in zip(results, of_results, strict=True) if r.requires_grad]
+            pairs = [(r, g) for r, g in zip(results, grad_results, strict=True) if r.requires_grad]
             outputs, weights = zip(*pairs, strict=True)
             return torch.autograd.grad(outputs, tensor, weights)
 

@@ -18,7 +18,7 @@ from leafkernels._core.precision import is_rounding
 from leafkernels.command.reading import Failure, Prompt
 
 DEFAULT = "leaf"
-# Every scheme with a tree of boundaries has the tree of these, whoever is chosen.
+# The report shows the tree of boundaries of these options, whichever scheme is chosen.
 BOUNDARY_OPTIONS = ("num_boundaries", "min_separation", "boundary_scores")
 
 
@@ -143,7 +143,7 @@ def credit_prompt(
         # LEAF's in float64, as the tree has them.
         flat = None if name == DEFAULT else advantages_of(call, [name], name, options)[name]
     except (OverflowError, ValueError) as error:
-        # What math.fsum of the reference raises where a sum leaves the range of a float.
+        # math.fsum of the reference raises where a sum leaves the range of a float.
         raise _too_large(prompt) from error
     boundaries = [p for p in tree.boundaries.tolist() if p >= 0]
     if flat is None:
@@ -157,7 +157,7 @@ def credit_prompt(
         advantages = [row.tolist() for row in flat.double().cpu().split(lengths)]
     if not all(math.isfinite(value) for row in advantages for value in row):
         raise _too_large(prompt)
-    # Adding 0.0 turns -0.0 into 0.0, which nobody wants to see with a sign.
+    # Adding 0.0 turns -0.0 into 0.0, which is shown without a sign.
     advantages = [[value + 0.0 for value in row] for row in advantages]
     return Credit(boundaries, tree.nodes.tolist(), advantages, "num_boundaries" in options_of(name))
 

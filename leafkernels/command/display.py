@@ -20,7 +20,7 @@ _NO_CREDIT = "·"
 _GROUND, _RED, _GREEN = (58, 58, 58), (150, 24, 24), (16, 112, 48)
 
 
-# Lines of a tree where the height of no terminal says how many.
+# Lines of a tree where no terminal height is known.
 _LINES = 60
 
 
@@ -29,7 +29,7 @@ def draw_prompt(console: Console, prompt: Prompt, credit: Credit, most: int | No
     tree = lines_of(prompt, credit)
     if most is None:
         most = max(10, console.height - 8) if console.is_terminal else _LINES
-    # A line that says that one is left out is no shorter than the line.
+    # A note that one line is left out would be no shorter than the line.
     shown = tree if len(tree) <= most + 1 else tree[:most]
     lines = [(line, *_advantage(line, prompt, credit)) for line in shown]
     width = console.width - len(INDENT)

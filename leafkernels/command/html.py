@@ -38,7 +38,7 @@ from leafkernels.command.writing import replacing
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-# A float32 holds no more; what has overflowed is shown as this.
+# The largest float32; overflowed numbers are shown as this.
 _LARGEST = torch.finfo(torch.float32).max
 
 

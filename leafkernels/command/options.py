@@ -77,7 +77,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in CREDIT_OPTIONS:
         typed = getattr(arguments, name)
         value = preset.get(name) if typed is None else typed
-        # The report has the tree of boundaries whoever is chosen.
+        # The report has the tree of boundaries, whichever scheme is chosen.
         if value is not None and name not in taken and (arguments.html is None or name not in BOUNDARY_OPTIONS):
             known = ", ".join(_flag(option) for option in taken if option in CREDIT_OPTIONS) or "none"
             parser.error(f"{_flag(name)} is not an option of --estimator {arguments.estimator} (its options: {known})")
@@ -178,12 +178,12 @@ def _build_parser() -> argparse.ArgumentParser:
         "--group-weight",
         type=_finite,
         metavar="X",
-        help="tree_td: weight of the reward less the group's mean (default: 0.5)",
+        help="tree_td: weight of the reward minus the group's mean (default: 0.5)",
     )
     return parser
 
 
-# Left out where nobody asks for them: with one number a rollout, they differ from grpo by a factor for each prompt,
+# Left out unless asked for: with one number a rollout, they differ from grpo by a factor for each prompt,
 # which no cosine sees.
 _AS_GRPO = tuple(name for name, scheme in ESTIMATORS.items() if scheme.per == "row" and name != "grpo")
 

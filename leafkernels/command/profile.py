@@ -87,8 +87,8 @@ class Profile:
         credit, trained = {}, self._alive - self._holes
         for name, sums in self._credit.items():
             overall = sums.sum() / trained.sum().clamp_min(1)
-            of_bins = _binned(trained[:length], width).clamp_min(1)
-            relative = _binned(sums[:length], width) / of_bins / (overall if overall > 0 else 1)
+            tokens_per_bin = _binned(trained[:length], width).clamp_min(1)
+            relative = _binned(sums[:length], width) / tokens_per_bin / (overall if overall > 0 else 1)
             credit[name] = _short(relative)
         shared = _binned(self._shared[:length], width) / alive
         return {

@@ -53,7 +53,7 @@ def sample() -> Iterator[Path]:
 
 
 _SAMPLE = "sample_rollouts.jsonl.gz"
-# By their first bytes, how else files are packed.
+# Other packings, by the first bytes of a file.
 _PACKED = {
     b"\xfd7zXZ": ("xz", "unxz"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),

@@ -50,7 +50,7 @@ class NamedTexts:
                 f"--tokenizer needs transformers, which cannot be imported here ({error}); pip install transformers"
             ) from error
         verbosity = logging.get_verbosity()
-        # What it warns of concerns models; an error is raised below.
+        # Its warnings concern models; an error is raised below.
         logging.set_verbosity(logging.CRITICAL)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

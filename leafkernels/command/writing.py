@@ -21,11 +21,11 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from leafkernels.command.reading import Failure
 
-# What ends a process from outside and lets it clean up; Windows has no hang-up.
+# Signals that end a process and let it clean up; Windows has no hang-up.
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-# What a name ends in that says it is packed, and is not written here.
+# Endings of names of packed files, which are not written here.
 PACKED = (".xz", ".zst", ".bz2", ".lz4", ".zip")
 
 
@@ -118,7 +118,7 @@ def _exit_at_signals() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    # Only the main thread may; and who ignores a signal (nohup), or has a handler, knows why.
+    # Only the main thread may; a signal that is ignored (nohup) or has a handler is left alone.
     if threading.current_thread() is threading.main_thread():
         caught = [number for number in _ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
     for number in caught:

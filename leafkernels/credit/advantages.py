@@ -16,8 +16,8 @@ from leafkernels.rows.layout import as_rows
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
 
-class Credit(NamedTuple):
-    """Spans of the rows of a call, and what they were made from."""
+class CreditedSpans(NamedTuple):
+    """Spans of the rows of a call, with the boundaries and nodes they follow from."""
 
     boundaries: Tensor
     nodes: Tensor
@@ -42,18 +42,18 @@ def credit_spans(
     boundary_scores: Tensor | None,
     options: CreditOptions,
     gathered: GatheredGroups | None = None,
-) -> Credit:
+) -> CreditedSpans:
     """Boundaries, nodes and span values, by "triton" or "torch"; the arguments have been checked."""
     token_ids, layout, backend = rollouts.token_ids, rollouts.layout, rollouts.backend
     scores = as_rows(rollouts.logprobs if boundary_scores is None else boundary_scores)
     boundaries = boundaries_of_groups(scores, rollouts.rows, options, boundary_scores is None, backend)
     nodes = nodes_of_groups(as_rows(token_ids), layout, boundaries, backend)
     spans = values_of_groups(rollouts.rewards, nodes, boundaries, layout, options, backend, gathered)
-    return Credit(boundaries, nodes, spans)
+    return CreditedSpans(boundaries, nodes, spans)
 
 
 def refuse_batch_of_ranks(options: CreditOptions, gathered: GatheredGroups | None) -> None:
-    """Raise where the spans of other ranks would have to be known, which the reference does not ask for."""
+    """Raise for normalize="batch" over ranks: the reference sees the spans of its own rank only."""
     if gathered is not None and options.normalize == "batch":
         raise NotImplementedError(
             "backend must be 'torch' or 'triton' where gathered is given with normalize='batch', got 'reference'"
@@ -88,6 +88,9 @@ def span_advantages(
     backend: str = "auto",
 ) -> Tensor:
     """One advantage for every token, from the prefix tree that the rollouts of a prompt already form.
+
+    2-D tensors without ``groups`` or ``group_size`` are the rollouts of one prompt; several prompts are (P, G, T), or
+    (N, T) with either.
 
     The positions of highest surprisal become boundaries; rollouts that share the exact prefix at a boundary form a
     node; each span between boundaries is credited with the mean reward of its node against the group's and the parent

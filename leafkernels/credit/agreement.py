@@ -1,4 +1,4 @@
-"""Which credit fits these rollouts: how well a scheme's gradient agrees with that of rollouts it has not seen.
+"""Which credit fits these rollouts: agreement of a scheme's gradient with that of held-out rollouts.
 
 A scheme sees K of a prompt's rollouts, and its policy gradient is held against RLOO's on all others, which is unbiased
 for any policy: noise in it lowers every cosine and favours none. A gradient needs parameters that rollouts share; those
@@ -21,21 +21,22 @@ from leafkernels.rows.rollouts import Rollouts, read_rollouts
 Scheme = Callable[..., Tensor]
 Gradients = Callable[[Tensor, Tensor], Tensor]
 
-# Of the rollouts that a scheme does not see, there are as many as it sees and these.
+# Held-out rollouts beyond as many as a scheme sees.
 SPARE = 8
-# Rollouts whose reward is not the commonest one: the truth must not be the gradient of a handful.
+# Rollouts whose reward is not the commonest: a handful must not decide the gradient that counts as truth.
 LEAST_COMMON = 8
-# Held-out rollouts that share a prefix, and those of them that go on with the token, for the token to have a truth.
+# A token has a truth where so many held-out rollouts share its prefix, and so many of these continue with it.
 _SHARING, _CHOOSING = 8, 4
-# Prompts that an interval needs, and from which on its ends are percentiles of the bootstrap. Of 95% these cover 84%
-# with 5 differences that are normal and 94% with 41; what is done between, 95% or more, and 92% or more of skewed ones.
+# Least number of prompts for an interval, and the number above which its ends are percentiles of the bootstrap: a 95%
+# interval of percentiles covers 84% with 5 normal differences and 94% with 41. The method between covers 95% or more,
+# and 92% or more where differences are skewed.
 FEWEST, _MANY = 5, 40
-# Credit is float32: what a scheme makes of larger rewards may not be.
+# Credit is float32, and a scheme's credit of larger rewards may overflow it.
 _LARGEST_REWARD = 1e37
 
 
 class Difference(NamedTuple):
-    """Mean over prompts of a scheme's agreement less another's, and the interval that holds it, NaN for a few."""
+    """Mean over prompts of a scheme's agreement minus another's, with its interval; NaN for too few prompts."""
 
     mean: float
     low: float
@@ -67,7 +68,7 @@ class GradientAgreement(NamedTuple):
         return dict(zip(self.names, means, strict=True))
 
     def difference(self, name: str, to: str, *, resamples: int = 4000, coverage: float = 0.95) -> Difference:
-        """Agreement of ``name`` less that of ``to``, paired by split, with an interval by bootstrap.
+        """Agreement of ``name`` minus that of ``to``, paired by split, with an interval by bootstrap.
 
         Prompts are drawn with replacement, not splits: the splits of a prompt share rollouts. The draws are the same in
         every call. From 40 measured prompts on the ends are percentiles of the drawn means; below, where these are too
@@ -81,22 +82,22 @@ class GradientAgreement(NamedTuple):
         if not 0 < coverage < 1:
             raise ValueError(f"coverage must lie between 0 and 1, got {coverage}")
         first, second = (self.cosines[:, :, self.names.index(scheme)] for scheme in (name, to))
-        of_prompts = (first - second).nanmean(1)
-        of_prompts = of_prompts[~of_prompts.isnan()]
-        count, mean = len(of_prompts), float(of_prompts.mean())
+        mean_per_prompt = (first - second).nanmean(1)
+        mean_per_prompt = mean_per_prompt[~mean_per_prompt.isnan()]
+        count, mean = len(mean_per_prompt), float(mean_per_prompt.mean())
         if count < FEWEST:
             return Difference(mean, float("nan"), float("nan"))
         draws = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(count))
-        drawn = of_prompts[draws]
+        drawn = mean_per_prompt[draws]
         tail = (1.0 - coverage) / 2
         tails = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
         if count >= _MANY:
             return Difference(mean, *drawn.mean(1).quantile(tails).tolist())
-        deviation = float(of_prompts.std())
+        deviation = float(mean_per_prompt.std())
         if deviation == 0.0:
             return Difference(mean, mean, mean)
-        # Draws of few prompts may all be one, and then have no deviation: it counts for a quarter of the prompts' own.
-        # A draw deviates less than what it is drawn from, by the root below.
+        # Draws of few prompts may all be equal, with deviation 0: its floor is a quarter of the prompts' own.
+        # A draw deviates less than the prompts that it is drawn from, by the root below.
         ratios = (drawn.mean(1) - mean) / drawn.std(1).clamp_min(deviation / 4)
         low, high = (ratios.quantile(tails) * deviation * (count / (count - 1)) ** 0.5).tolist()
         return Difference(mean, mean - high, mean - low)
@@ -118,14 +119,14 @@ def gradient_agreement(
     gradients: Gradients | None = None,
     seed: int = 0,
 ) -> GradientAgreement:
-    """Let each scheme see ``num_rollouts`` of a prompt's rollouts, and hold its gradient against that of all others.
+    """Cosine of each scheme's gradient on ``num_rollouts`` rollouts of a prompt with RLOO's on all other rollouts.
 
         g(A) = sum over rollouts and tokens of A_t grad log pi(token t)
         agreement = cosine of g(scheme, seen rollouts) and g(RLOO, all others)
 
     One prompt is worked on at a time, on the CPU, and two runs give the same bits. Rollouts whose reward is NaN are
-    left out; rewards beyond 1e37 are refused. A prompt needs 2 * num_rollouts + 8 scored ones, and 8 of them must have
-    another reward than the commonest: else the gradient to agree with would be that of a handful.
+    left out; rewards beyond 1e37 are refused. A prompt needs 2 * num_rollouts + 8 scored rollouts, of which 8 must have
+    another reward than the commonest: else a handful would decide the gradient to agree with.
 
     Args:
         schemes: functions by name, called as ``grpo`` is with tensors (splits, K, T): ``leafkernels.ESTIMATORS``, or
@@ -178,8 +179,8 @@ def gradient_agreement(
     starts = layout.group_starts.tolist()
     for number in range(len(starts) - 1):
         rows = layout.rows_by_group[starts[number] : starts[number + 1]]
-        prompt = _Prompt(rollouts, logprobs, response_mask, rows[~rollouts.rewards[rows].isnan()])
-        policy = _NGrams(prompt, context) if gradients is None else _OfCaller(prompt, gradients, rollouts)
+        prompt = _ScoredRollouts(rollouts, logprobs, response_mask, rows[~rollouts.rewards[rows].isnan()])
+        policy = _NGrams(prompt, context) if gradients is None else _CallerGradients(prompt, gradients, rollouts)
         results.append(_measure(prompt, policy, schemes, num_rollouts, num_splits, seed + number))
     if not results:
         return GradientAgreement(tuple(schemes), *torch.zeros((3, 0, num_splits, len(schemes)), dtype=torch.float64))
@@ -204,7 +205,7 @@ def _check_all_finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {float(value[is_wrong][0])}")
 
 
-class _Prompt:
+class _ScoredRollouts:
     """The scored rollouts of one prompt on the CPU, (n, T) from the first token of each row on."""
 
     def __init__(self, rollouts: Rollouts, logprobs: Tensor, response_mask: Tensor | None, rows: Tensor) -> None:
@@ -242,7 +243,7 @@ def _taken(tensor: Tensor, places: Tensor) -> Tensor:
 class _NGrams:
     """A softmax over the next token after each context of C tokens, its probabilities counted on all rollouts."""
 
-    def __init__(self, prompt: _Prompt, context: int) -> None:
+    def __init__(self, prompt: _ScoredRollouts, context: int) -> None:
         # Numbered from 0, so that a name and a token are one number.
         known, ids = prompt.token_ids.masked_fill(~prompt.is_token, 0).unique(return_inverse=True)
         names = torch.zeros_like(ids)
@@ -254,37 +255,37 @@ class _NGrams:
         pairs, pair_of_token = (names[live] * len(known) + ids[live]).unique(return_inverse=True)
         contexts, context_of_pair = (pairs // max(len(known), 1)).unique(return_inverse=True)
         counts = torch.bincount(pair_of_token, minlength=len(pairs)).to(torch.float64)
-        of_context = torch.zeros(len(contexts), dtype=torch.float64).index_add_(0, context_of_pair, counts)
+        count_per_context = torch.zeros(len(contexts), dtype=torch.float64).index_add_(0, context_of_pair, counts)
         self._num_contexts = len(contexts)
-        self._context_of_pair, self._chances = context_of_pair, counts / of_context[context_of_pair]
-        # The last number is that of no choice.
+        self._context_of_pair, self._chances = context_of_pair, counts / count_per_context[context_of_pair]
+        # The last number stands for tokens that do not count.
         self._pair_of_token = torch.full(live.shape, len(pairs))
         self._pair_of_token[live] = pair_of_token
 
     def gradients(self, credit: Tensor, members: Tensor) -> Tensor:
         """(splits, D): the sum of credit * (one at the token - probabilities) over the logits of each context."""
         num_pairs = len(self._chances)
-        of_pairs = credit.new_zeros((len(members), num_pairs + 1))
-        of_pairs.scatter_add_(1, self._pair_of_token[members].flatten(1), credit.flatten(1))
-        of_pairs = of_pairs[:, :num_pairs]
-        of_contexts = credit.new_zeros((len(members), self._num_contexts))
-        of_contexts.scatter_add_(1, self._context_of_pair.expand_as(of_pairs), of_pairs)
-        return of_pairs - of_contexts[:, self._context_of_pair] * self._chances
+        credit_per_pair = credit.new_zeros((len(members), num_pairs + 1))
+        credit_per_pair.scatter_add_(1, self._pair_of_token[members].flatten(1), credit.flatten(1))
+        credit_per_pair = credit_per_pair[:, :num_pairs]
+        credit_per_context = credit.new_zeros((len(members), self._num_contexts))
+        credit_per_context.scatter_add_(1, self._context_of_pair.expand_as(credit_per_pair), credit_per_pair)
+        return credit_per_pair - credit_per_context[:, self._context_of_pair] * self._chances
 
 
-class _OfCaller:
+class _CallerGradients:
     """The gradients that ``gradients=`` computes, a split at a time."""
 
-    def __init__(self, prompt: _Prompt, gradients: Gradients, rollouts: Rollouts) -> None:
+    def __init__(self, prompt: _ScoredRollouts, gradients: Gradients, rollouts: Rollouts) -> None:
         self._prompt, self._function, self._rollouts, self._size = prompt, gradients, rollouts, 0
 
     def gradients(self, credit: Tensor, members: Tensor) -> Tensor:
         prompt, token_ids, name = self._prompt, self._rollouts.token_ids, "what gradients returns"
         found = []
-        for of_split, chosen in zip(credit, members, strict=True):
+        for split_credit, chosen in zip(credit, members, strict=True):
             flat = torch.zeros(token_ids.numel(), dtype=torch.float32, device=token_ids.device)
             taken = prompt.is_token[chosen]
-            flat[prompt.places[chosen][taken]] = of_split[taken].to(flat)
+            flat[prompt.places[chosen][taken]] = split_credit[taken].to(flat)
             vector = check_real(name, self._function(flat.reshape(token_ids.shape), prompt.rows[chosen]))
             if vector.dim() != 1 or not len(vector):
                 raise ValueError(f"{name} must be a vector (D,), got shape {tuple(vector.shape)}")
@@ -297,9 +298,14 @@ class _OfCaller:
 
 
 def _measure(
-    prompt: _Prompt, policy: _NGrams | _OfCaller, schemes: Mapping[str, Scheme], seen: int, splits: int, seed: int
+    prompt: _ScoredRollouts,
+    policy: _NGrams | _CallerGradients,
+    schemes: Mapping[str, Scheme],
+    seen: int,
+    splits: int,
+    seed: int,
 ) -> Tensor:
-    """(3, splits, S): cosines, token accuracy and share of differing tokens, NaN where a split says nothing."""
+    """(3, splits, S): cosines, token accuracy and share of differing tokens, NaN for splits that were not measured."""
     found = torch.full((3, splits, len(schemes)), torch.nan, dtype=torch.float64)
     if not prompt.mask.any() or not can_be_measured(prompt.rewards, seen):
         return found
@@ -308,18 +314,22 @@ def _measure(
     members, others = order[:, :seen], order[:, seen:]
     is_mixed = torch.ones(splits, dtype=torch.bool)
     for part in (members, others):
-        of_part = prompt.rewards[part]
-        is_mixed &= ~is_rounding(of_part.amin(1), of_part.amax(1))
+        part_rewards = prompt.rewards[part]
+        is_mixed &= ~is_rounding(part_rewards.amin(1), part_rewards.amax(1))
     if is_mixed.any():
         found[:, is_mixed] = _hold_against(prompt, policy, schemes, members[is_mixed], others[is_mixed])
     return found
 
 
 def _hold_against(
-    prompt: _Prompt, policy: _NGrams | _OfCaller, schemes: Mapping[str, Scheme], members: Tensor, others: Tensor
+    prompt: _ScoredRollouts,
+    policy: _NGrams | _CallerGradients,
+    schemes: Mapping[str, Scheme],
+    members: Tensor,
+    others: Tensor,
 ) -> Tensor:
-    """(3, splits, S): what the schemes make of ``members`` (splits, K) against what RLOO makes of ``others``."""
-    # RLOO is Dr. GRPO times G / (G - 1), and a cosine does not see that.
+    """(3, splits, S): credit of the schemes on ``members`` (splits, K) against that of RLOO on ``others``."""
+    # RLOO is Dr. GRPO times G / (G - 1), a factor that no cosine depends on.
     truth = policy.gradients(prompt.credit(dr_grpo, others), others)
     token_truth, is_known = _token_truth(prompt, members, others)
     flat, live = prompt.credit(dr_grpo, members), prompt.mask[members]
@@ -336,7 +346,7 @@ def can_be_measured(rewards: Tensor, num_rollouts: int) -> bool:
     """Whether the scored rewards (n,) of a prompt are enough, and differ enough, to be split."""
     if len(rewards) < 2 * num_rollouts + SPARE:
         return False
-    # What differs by rounding alone is one reward.
+    # Rewards that differ by rounding alone count as one.
     ordered = rewards.double().sort().values
     ends = torch.searchsorted(ordered, ordered + ROUNDING * ordered.abs().max(), right=True)
     commonest = int((ends - torch.arange(len(ordered))).max())
@@ -344,11 +354,11 @@ def can_be_measured(rewards: Tensor, num_rollouts: int) -> bool:
 
 
 def _cosine(first: Tensor, second: Tensor) -> Tensor:
-    """(splits,) cosines of the rows of two matrices; 0 where one of them is 0: it agrees with nothing."""
+    """(splits,) cosines of the rows of two matrices; 0 where either row is 0: it agrees with nothing."""
     cosines = []
     # A row at a time: with gradients of a whole model there is no room for a second matrix.
     for pair in zip(first, second, strict=True):
-        # By the largest number of each first, so that no square leaves the range of float64.
+        # Divided by the largest number of each first, so that no square leaves the range of float64.
         largest = [row.abs().amax() for row in pair]
         one, other = (row / size.where(size > 0, 1.0) for row, size in zip(pair, largest, strict=True))
         sizes = one.square().sum().sqrt() * other.square().sum().sqrt()
@@ -356,8 +366,8 @@ def _cosine(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack(cosines)
 
 
-def _token_truth(prompt: _Prompt, members: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """(splits, k, T): mean reward of the held-out rollouts that share prefix and token less that of those that share
+def _token_truth(prompt: _ScoredRollouts, members: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """(splits, k, T): mean reward of the held-out rollouts that share prefix and token minus that of those that share
     the prefix, and where enough of them do."""
     shared = common_prefix_lengths(prompt.token_ids, response_mask=prompt.is_token).long()
     lengths = shared[members[:, :, None], others[:, None, :]]

@@ -1,4 +1,4 @@
-"""Where the rows of a group may fork: at most B columns of high surprisal, far enough apart."""
+"""Boundaries of a group: at most B columns of high surprisal, at least a separation apart."""
 
 import torch
 from torch import Tensor
@@ -29,10 +29,10 @@ def boundaries_of_groups(scores: Tensor, rows: Rows, options: CreditOptions, neg
 def _by_reference(scores: Tensor, rows: Rows, options: CreditOptions) -> Tensor:
     import python_ref
 
-    of_rows, masks, found = to_lists(scores, rows), to_lists(rows.mask, rows), []
+    score_rows, masks, found = to_lists(scores, rows), to_lists(rows.mask, rows), []
     for members in rows_of_groups(rows.layout):
         boundaries = python_ref.select_boundaries(
-            [of_rows[i] for i in members],
+            [score_rows[i] for i in members],
             response_mask=None if masks is None else [masks[i] for i in members],
             num_boundaries=options.num_boundaries,
             min_separation=options.min_separation,

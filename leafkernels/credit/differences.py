@@ -1,4 +1,4 @@
-"""Credit from what a token changed: TEMPO, its shrunk kin and TreeRL, called as ``span_advantages`` is."""
+"""Credit from what a token changed: TEMPO, its variant with shrinkage and TreeRL, called as ``span_advantages`` is."""
 
 from typing import Any, NamedTuple
 
@@ -15,12 +15,12 @@ from leafkernels.credit.scatter import scatter_to_tokens
 from leafkernels.rows.layout import Layout, as_rows
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
-# Pairs of rows whose lines are worked on together.
+# Pairs of rows in one chunk.
 _CHUNK = 1 << 18
 
 
 class _Weights(NamedTuple):
-    """How ``tree_td`` weighs: prior rollouts of each node, r - mean, and whether all is divided by the deviation."""
+    """Weights of ``tree_td``: prior rollouts a node, weight of r - mean, and whether the deviation divides all."""
 
     shrinkage: float
     group_weight: float
@@ -41,20 +41,19 @@ def tempo(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """GRPO plus, at every token where rollouts part, what the token changed (TEMPO, arXiv 2509.18314).
+    """GRPO plus, at every token where rollouts diverge, what the token changed (TEMPO, arXiv 2509.18314).
 
         A_t = (r - mean + V(s_{t+1}) - V(s_t)) / (std + 1e-6)
 
     s_t is the prefix of a row's first t tokens and V(s_t) the mean reward of all rows that begin with it, the row
-    itself included. The difference is 0 but at the tokens where a row with the same prefix goes another way or has
-    ended, at most G - 1 of them; at the last one, V becomes the row's own reward. Over a row the differences sum to
-    r - mean, unless another row is identical or goes on where it ends: then to V of the whole row, less the mean.
+    itself included. The difference is nonzero only where a row with the same prefix diverges or has ended, at most at
+    G - 1 tokens; at the last one, V becomes the row's own reward. Over a row the differences sum to r - mean, or, where
+    another row is identical or continues it, to V of the whole row minus the mean.
 
-    The values of ``logprobs`` do not matter. The arguments are those of ``span_advantages`` but for the options of its
-    tree (rollouts part where they part, and no boundary is selected), and so are layouts and errors; holes of the mask
-    count in a prefix, and what differs at a hole is credited to no token. A row has up to 2 G spans, G the size of a
-    prompt (of the whole call where ``groups`` is a CUDA tensor): beside its prefix lengths, values and ends of that
-    size are float64 and int32.
+    Arguments, layouts and errors are those of ``span_advantages`` without the options of its tree: no boundary is
+    selected, and the values of ``logprobs`` do not matter. Holes of the mask count in a prefix; a difference at a hole
+    is credited to no token. A row has up to 2 G spans, G the size of a prompt (of the whole call where ``groups`` is a
+    CUDA tensor): their values are float64, their ends int32, beside the prefix lengths.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
@@ -84,22 +83,22 @@ def tree_td(
     normalize: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    """What a token changed in the mean reward of those who share its prefix, plus a part of GRPO's credit.
+    """The change in mean reward of the rollouts that share the prefix, at each token, plus a share of GRPO's credit.
 
         A_t = V(s_{t+1}) - V(s_t) + group_weight * (r - mean)
         V_0 = mean        V_k = (n_k mean_k + shrinkage V_{k-1}) / (n_k + shrinkage)
 
-    V_k is the value of a row's prefixes from the k-th token on at which rows that shared its prefix go another way or
-    have ended; n_k rows remain, itself included, and mean_k is their mean reward. A difference of values in a tree is
-    an error of temporal difference, hence the name. With ``shrinkage=0``, ``group_weight=1`` and
+    V_k is the value of a row's prefixes from the k-th token on at which rows that shared its prefix diverge or have
+    ended; n_k rows remain, itself included, and mean_k is their mean reward. A difference of values in a tree is a
+    temporal-difference error, hence the name. With ``shrinkage=0``, ``group_weight=1`` and
     ``normalize="reward_std"`` this is ``tempo``; with ``shrinkage=math.inf`` and ``group_weight=1``, ``dr_grpo``.
 
     The other arguments, layouts, memory and errors are those of ``tempo``.
 
     Args:
-        shrinkage: how many rollouts' worth the parent's value counts at a node, at least 0. inf: no node differs from
-            its prompt, and what remains is ``group_weight * (r - mean)``.
-        group_weight: weight of r - mean, which every token of a row gets. 0: a token where no rollout leaves gets 0.
+        shrinkage: how many rollouts the parent's value counts as at a node, at least 0. inf: every node has the value
+            of its prompt, which leaves ``group_weight * (r - mean)``.
+        group_weight: weight of r - mean, which every token of a row gets. 0: a token where no rollout diverges gets 0.
         normalize: "none", or "reward_std" to divide by std + 1e-6 of the prompt's rewards (ddof 1).
 
     Returns:
@@ -142,17 +141,17 @@ def _credit_differences(rollouts: Rollouts, weights: _Weights) -> Tensor:
 
 def _spans_of_leaving(rollouts: Rollouts, weights: _Weights) -> tuple[Tensor, Tensor]:
     """Values (N, 2 G) float64 and ends (N, 2 G) int32: for each member of a group the stretch up to the token at which
-    it leaves the row, and that token. Members that leave together, or not at all, have empty spans.
+    it diverges from the row, and that token. Members that diverge together, or never, have empty spans.
 
-    One number for each pair of rows, and so PyTorch on every backend, without a synchronisation.
+    One number for each pair of rows: PyTorch on every backend, without a synchronisation.
     """
     layout, is_out, rewards = rollouts.layout, rollouts.rewards.isnan(), rollouts.rewards.to(torch.float64)
     shared = prefix_lengths_of_groups(as_rows(rollouts.token_ids), rollouts.rows, None, rollouts.backend)
     num_rows, group = shared.shape
     values = rollouts.rewards.new_empty((num_rows, 2 * group), dtype=torch.float64)
     ends = shared.new_empty((num_rows, 2 * group))
-    # A row needs the table's line of no other, so that what is made of a line need not lie there for all. A compiler
-    # would unroll the loop.
+    # Each row needs its own line of the table alone, so a chunk of lines bounds the memory. A compiler would unroll
+    # the loop.
     step = num_rows if torch.compiler.is_compiling() else max(1, _CHUNK // group)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
@@ -167,25 +166,25 @@ def _spans_of_rows(
     itself = torch.arange(shared.shape[0], device=shared.device)[rows, None]
     members, is_member = layout.members(rows)
     is_other = ~is_member | is_out[members]
-    # In place of what takes no part stands the row: nothing of another prompt is read.
+    # Places without a scored member hold the row itself: nothing of another prompt is read.
     members = torch.where(is_other, itself, members)
-    # Above the least of the prompt, so that equal rewards are exactly 0.
-    of_members, own = rewards[members], rewards[rows, None]
-    constants = of_members.detach()
+    # Minus the least reward of the prompt, so that equal rewards are exactly 0.
+    member_rewards, own = rewards[members], rewards[rows, None]
+    constants = member_rewards.detach()
     least = constants.masked_fill(is_other, torch.inf).amin(1, keepdim=True)
     most = constants.masked_fill(is_other, -torch.inf).amax(1, keepdim=True)
-    # And above itself where all differ by rounding alone: exactly 0, and with a slope all the same.
+    # Minus itself where all differ by rounding alone: exactly 0, and differentiable all the same.
     is_flat = is_rounding(least, most)
-    of_members = (of_members - torch.where(is_flat, constants, least)).masked_fill(is_out[rows, None], 0.0)
+    member_rewards = (member_rewards - torch.where(is_flat, constants, least)).masked_fill(is_out[rows, None], 0.0)
     own = (own - torch.where(is_flat, own.detach(), least)).masked_fill(is_out[rows, None], 0.0)
 
-    # Members in the order in which they leave the row; what takes no part comes first.
+    # Members in the order in which they diverge from the row; places without one come first.
     shared, order = shared[rows].masked_fill(is_other, -1).sort(dim=1, stable=True)
-    of_members = of_members.gather(1, order)
+    member_rewards = member_rewards.gather(1, order)
     first = is_other.sum(1, keepdim=True).clamp_max(group - 1)
 
-    # Mean of a member and those that leave no sooner, less that of those that leave later (ties leave together).
-    means = _sums_from(of_members) / torch.arange(group, 0, -1, device=shared.device)
+    # Mean of a member and those that diverge no sooner, minus that of those that diverge later (ties diverge together).
+    means = _sums_from(member_rewards) / torch.arange(group, 0, -1, device=shared.device)
     later = torch.searchsorted(shared, shared, right=True).clamp_max(group - 1)
     node_values = means if weights.shrinkage == 0 else _shrink(means, shared, first, weights.shrinkage)
     difference = node_values.gather(1, later) - node_values
@@ -194,7 +193,7 @@ def _spans_of_rows(
     own = ((own - mean) * weights.group_weight).expand_as(difference)
     values = torch.stack([own, own + difference], dim=2).flatten(1)
     if weights.is_divided:
-        values = values / (_deviation(of_members, mean, first) + 1e-6)
+        values = values / (_deviation(member_rewards, mean, first) + 1e-6)
 
     lengths = layout.row_lengths[rows, None].to(torch.int32)
     ends = torch.stack([shared, shared + 1], dim=2).flatten(1).clamp_min(0).minimum(lengths)
@@ -210,7 +209,7 @@ def _shrink(means: Tensor, shared: Tensor, first: Tensor, shrinkage: float) -> T
     group = means.shape[1]
     rank = torch.arange(group, device=means.device)
     count = torch.arange(group, 0, -1, device=means.device, dtype=means.dtype)
-    # Members that leave with the one before them make no node of their own.
+    # Members that diverge with the one before make no node of their own.
     is_node = shared != pad(shared[:, :-1], (1, 0), value=-2)
     is_root = rank == first
     own = torch.where(is_root, 1.0, torch.where(is_node, count / (count + shrinkage), 0.0))
@@ -223,11 +222,11 @@ def _shrink(means: Tensor, shared: Tensor, first: Tensor, shrinkage: float) -> T
     return values
 
 
-def _deviation(of_members: Tensor, mean: Tensor, first: Tensor) -> Tensor:
+def _deviation(member_rewards: Tensor, mean: Tensor, first: Tensor) -> Tensor:
     """(N, 1): of the rewards of each row's prompt, ddof 1."""
-    variance = _sums_from((of_members - mean).square()).gather(1, first)
-    variance = variance / (of_members.shape[1] - first - 1).clamp_min(1)
-    # The slope of the root is infinite at 0, and would make NaN of gradients that are 0.
+    variance = _sums_from((member_rewards - mean).square()).gather(1, first)
+    variance = variance / (member_rewards.shape[1] - first - 1).clamp_min(1)
+    # The derivative of the root is infinite at 0, and would turn gradients of 0 into NaN.
     is_flat = variance == 0.0
     return variance.masked_fill(is_flat, 1.0).sqrt().masked_fill(is_flat, 0.0)
 
@@ -258,7 +257,7 @@ def treerl(
     boundary_scores: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """TreeRL's process reward (arXiv 2506.11902) on the tree of ``span_advantages``, in place of a tree search's.
+    """TreeRL's process reward (arXiv 2506.11902) on the prefix tree of ``span_advantages``, without a tree search.
 
     Rewards are centred leave-one-out, c_i = r_i - mean of the prompt's others. V_k is the mean of c over the n_k rows
     of the row's node at boundary k; V_0, that of the whole prompt, is 0. Each value is divided by the root of its own
@@ -269,8 +268,8 @@ def treerl(
 
     Where no two rows share a boundary prefix this is twice ``rloo``.
 
-    The arguments are those of ``span_advantages`` but for ``terms``, ``multiplicity_power``, ``leave_one_out`` and
-    ``normalize``, which the formula settles, and so are layouts and errors.
+    Arguments, layouts and errors are those of ``span_advantages`` without ``terms``, ``multiplicity_power``,
+    ``leave_one_out`` and ``normalize``, which the formula settles.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Linear in ``rewards``.

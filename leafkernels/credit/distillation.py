@@ -28,14 +28,14 @@ from leafkernels.rows.groups import read_names
 SCOPES = ("batch", "trajectory", "kept")
 # Floor of the largest entropy, which is a divisor.
 _LEAST_MAX = 1e-6
-# Of scores, -inf alone is below it: the teacher bans a token, and the row is never kept.
+# Only a score of -inf is below it: the teacher bans a token, and the row is never kept.
 _LOWEST = torch.finfo(torch.float32).min
 # A rank this near to an integer is one: 0.29 * 100 is not 29 in float64.
 _RANK_ROUNDING = 1e-9
 
 
 class FireStatistics(NamedTuple):
-    """What the filter and the weights need of each row, and so of all rows together."""
+    """The numbers of each row that the filter and the weights are computed from."""
 
     rows: Tensor
     """(N, 7) float64, over the tokens that count: their number, the sum of the teacher's log-probabilities, the largest
@@ -69,7 +69,7 @@ class FireStatistics(NamedTuple):
         return cls(torch.cat(rows))
 
     def gather(self, process_group: "dist.ProcessGroup | None" = None) -> "FireStatistics":
-        """The rows of all ranks of a group, in the order of the ranks, on each of them; every rank calls.
+        """The rows of all ranks of a group, in the order of the ranks, on every rank; every rank calls.
 
         Ranks may hold different numbers of rows. Those are exchanged first, which synchronises with the device.
         """
@@ -90,9 +90,9 @@ class FireOPD(NamedTuple):
     """bool: the mask without the dropped rows, which ``policy_loss`` averages over, and without tokens of probability 0
     under the student."""
     weights: Tensor
-    """Like ``advantages``: what each token that counts weighs, also on dropped rows."""
+    """Like ``advantages``: the weight of each token that counts, also on dropped rows."""
     keep: Tensor
-    """(N,) bool: which rows have passed the filter; False for a row without a token, or with one the teacher bans."""
+    """(N,) bool: rows that passed the filter; False for a row without a token, or with one that the teacher bans."""
     scores: Tensor
     """(N,) float32: mean log-probability under the teacher; NaN for a row without a token, -inf where it bans one."""
     threshold: Tensor
@@ -139,7 +139,7 @@ def _fire_weights(
 
 
 class _Scope(NamedTuple):
-    """What all rows in scope say together, float64."""
+    """What is computed over all rows in scope, float64."""
 
     threshold: Tensor
     least: Tensor  # score that a kept row may have
@@ -147,10 +147,10 @@ class _Scope(NamedTuple):
     mean: Tensor  # weight
 
 
-def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, of_kept: bool) -> _Scope:
-    """Without a synchronisation. The mean is over all rows, or over those that are kept."""
+def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, only_kept: bool) -> _Scope:
+    """Quantile, maxima and mean weight, without a synchronisation; the mean over all rows or over kept rows."""
     rows, scores = statistics.rows, statistics.scores
-    # NaN goes last, and one more to be there.
+    # NaN goes last, and one NaN more so that there is an entry.
     ranked = pad(scores, (0, 1), value=math.nan).sort().values.to(torch.float64)
     rank = drop * (~scores.isnan()).sum().sub(1).clamp_min(0).to(torch.float64)
     low, high = rank.add(_RANK_ROUNDING).floor(), rank.sub(_RANK_ROUNDING).ceil()
@@ -159,14 +159,14 @@ def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, o
     share = (rank - low).clamp(0, 1)
     quantile = torch.where((below == least) | (high <= low), below, below * (1 - share) + least * share)
     least = least.clamp_min(_LOWEST)
-    counting = ~(scores < least)[:, None] if of_kept else torch.ones_like(scores, dtype=torch.bool)[:, None]
+    counting = ~(scores < least)[:, None] if only_kept else torch.ones_like(scores, dtype=torch.bool)[:, None]
     sums = torch.where(counting, rows, 0.0).sum(0)
     maxima = torch.stack([statistics.teacher_entropy_max, statistics.student_entropy_max])
     return _Scope(quantile, least, maxima, _mean_weight(sums, maxima, options))
 
 
 def _mean_weight(sums: Tensor, maxima: Tensor, options: FireOptions) -> Tensor:
-    """Of (1 + alpha (1 - H_T / M_T)) (1 + beta H_S / M_S), from sums (..., 7) over rows; 1 of no token."""
+    """Mean of (1 + alpha (1 - H_T / M_T)) (1 + beta H_S / M_S), from sums (..., 7) over rows; 1 for no token."""
     counts, _, _, _, teacher, student, products = sums.unbind(-1)
     teacher_max, student_max = maxima.unbind()
     alpha, beta, _ = options
@@ -189,12 +189,12 @@ def fire_statistics(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> FireStatistics:
-    """Seven numbers of each row, from which ``fire_opd`` filters and weights: the first of its two steps.
+    """Seven numbers for each row, from which ``fire_opd`` filters and weights: the first of its two steps.
 
     Whichever rows the statistics hold are the scope of the quantile, the maxima and the mean weight. Those of
     micro-batches are put together by ``FireStatistics.concatenate``, and those of data-parallel ranks by ``gather``:
 
-        parts = [fire_statistics(*of_micro_batch) for of_micro_batch in micro_batches]
+        parts = [fire_statistics(*micro_batch) for micro_batch in micro_batches]
         statistics = FireStatistics.concatenate(parts).gather(process_group)
 
     Example:
@@ -317,25 +317,26 @@ def fire_opd(
         "teacher_entropy": teacher_entropy,
     }
     tensors, mask, backend = _checked(tokens, response_mask, cu_seqlens, backend)
-    old, teacher, base, of_student, of_teacher = tensors
-    # What has no weight is not read: 0 * NaN would be NaN.
+    old, teacher, base, student_entropy, teacher_entropy = tensors
+    # An entropy of weight 0 is not read: 0 * NaN would be NaN.
     base = None if extrapolation == 1 else base
-    of_student, of_teacher = (None if beta == 0 else of_student), (None if alpha == 0 else of_teacher)
+    student_entropy = None if beta == 0 else student_entropy
+    teacher_entropy = None if alpha == 0 else teacher_entropy
 
-    of_tokens = FireTokens(cast(Tensor, teacher), of_student, of_teacher, mask, cu_seqlens)
-    own = _statistics_of(of_tokens, backend)
+    fire_tokens = FireTokens(cast(Tensor, teacher), student_entropy, teacher_entropy, mask, cu_seqlens)
+    own = _statistics_of(fire_tokens, backend)
     scope = own if statistics is None else _check_statistics(statistics, own)
     dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
     if backend == "reference":
         words = {"drop": drop, "alpha": alpha, "beta": beta, "normalize": normalize, "extrapolation": extrapolation}
-        return _opd_by_reference(cast(Tensor, old), base, of_tokens, scope, words, dtype)
+        return _opd_by_reference(cast(Tensor, old), base, fire_tokens, scope, words, dtype)
     options = FireOptions(float(alpha), float(beta), float(extrapolation))
     threshold, least, maxima, mean = _read_scope(scope, float(drop), options, normalize == "kept")
     scores = own.scores
     keep = (own.rows[:, 0] > 0) & ~(scores < least)
-    of_rows = _mean_weight(own.rows, maxima, options) if normalize == "trajectory" else mean.expand_as(keep)
+    mean_per_row = _mean_weight(own.rows, maxima, options) if normalize == "trajectory" else mean.expand_as(keep)
     advantages, weights, kept = _fire_weights(
-        backend, cast(Tensor, old), base, of_tokens, keep, of_rows.contiguous(), maxima, options, dtype
+        backend, cast(Tensor, old), base, fire_tokens, keep, mean_per_row.contiguous(), maxima, options, dtype
     )
     return FireOPD(advantages, kept, weights, keep, scores, threshold.to(torch.float32))
 
@@ -364,20 +365,20 @@ def _opd_by_reference(
     old, base, *others = (_rows(tensor, cu_seqlens) for tensor in (old_logprobs, base_logprobs, *tokens[:4]))
     found = python_ref.fire_opd(old, *others, base_logprobs=base, statistics=scope.rows.tolist(), **words)
 
-    def of_tokens(name: str, kind: torch.dtype) -> Tensor:
+    def token_tensor(name: str, kind: torch.dtype) -> Tensor:
         flat = [value for row in found[name] for value in row]
         return torch.tensor(flat, dtype=kind, device=mask.device).reshape(mask.shape)
 
-    def of_rows(name: str, kind: torch.dtype) -> Tensor:
+    def row_tensor(name: str, kind: torch.dtype) -> Tensor:
         return torch.tensor(found[name], dtype=kind, device=mask.device)
 
     return FireOPD(
-        of_tokens("advantages", dtype),
-        of_tokens("response_mask", torch.bool),
-        of_tokens("weights", dtype),
-        of_rows("keep", torch.bool),
-        of_rows("scores", torch.float32),
-        of_rows("threshold", torch.float32)[0],
+        token_tensor("advantages", dtype),
+        token_tensor("response_mask", torch.bool),
+        token_tensor("weights", dtype),
+        row_tensor("keep", torch.bool),
+        row_tensor("scores", torch.float32),
+        row_tensor("threshold", torch.float32)[0],
     )
 
 
@@ -394,7 +395,7 @@ def fire_teachers(
     *,
     device: torch.device | str | None = None,
 ) -> Any:
-    """Have each row scored by its own teacher, and no other, and put the results back in the order of the rows.
+    """The results of each row's own teacher, in the order of the rows; no other teacher scores the row.
 
         models = {"math": math_model, "code": code_model}
         teachers = {label: lambda rows, model=model: score(model, ids[rows]) for label, model in models.items()}
@@ -411,11 +412,11 @@ def fire_teachers(
     Args:
         labels: one for each row: strings, ints, tuples, in a list, an array or a tensor; those of tensors are read.
         teachers: by label, what takes the indices (n,) int64 of its rows, ascending, and returns a tensor, or a tuple
-            of them, whose first dimension is those rows. All return as many, of one shape and dtype.
+            of tensors, whose first dimension is those rows. All return as many, of one shape and dtype.
         device: of the indices; None: the CPU.
 
     Returns:
-        What the teachers return, for all rows: a tensor, or a tuple of them.
+        What the teachers return, for all rows: a tensor, or a tuple of tensors.
 
     Raises:
         TypeError, ValueError: a label is missing (None) or has no teacher, there is no row, or a teacher's result is
@@ -525,6 +526,6 @@ def _check_statistics(statistics: Any, own: FireStatistics) -> FireStatistics:
     return statistics
 
 
-def _largest(of_rows: Tensor) -> Tensor:
-    # One more, so that there is a largest of no rows too.
-    return pad(of_rows, (0, 1)).amax(0).clamp_min(_LEAST_MAX)
+def _largest(per_row: Tensor) -> Tensor:
+    # One entry more, so that no rows have a maximum too.
+    return pad(per_row, (0, 1)).amax(0).clamp_min(_LEAST_MAX)

@@ -63,8 +63,8 @@ def grpo(
 ) -> Tensor:
     """(r - mean) / (std + 1e-6) at every token of a rollout, std with ddof 1 (GRPO, arXiv 2402.03300).
 
-    Of ``logprobs`` and ``token_ids`` only the shape matters. The arguments are those of ``span_advantages`` but for the
-    options of its tree, and so are layouts and errors.
+    Only the shape of ``logprobs`` and ``token_ids`` matters. Arguments, layouts and errors are those of
+    ``span_advantages`` without the options of its tree.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.

@@ -41,8 +41,8 @@ def _by_reference(token_ids: Tensor, rows: Rows, limit: Tensor | None, start: Te
             limit=None if limit is None else max(int(limit[group]), 0),
             start=0 if start is None else max(int(start[group]), 0),
         )
-        for i, of_row in zip(members, table, strict=True):
-            found[i, : len(members)] = torch.tensor(of_row, dtype=torch.int32)
+        for i, row_lengths in zip(members, table, strict=True):
+            found[i, : len(members)] = torch.tensor(row_lengths, dtype=torch.int32)
     return found.to(token_ids.device)
 
 
@@ -71,9 +71,8 @@ def common_prefix_lengths(
         limit: how many tokens of a row count, at least 0: the result is that of rows cut there, and no later token
             is compared. An int for all prompts, or integers: () for one prompt, (P,) for a batch or with
             ``group_size``, (N,), the same for all rows of a prompt, with ``groups``. None: all tokens.
-        start: tokens at the front of every row that are known to be equal to the other rows' of its prompt, at least
-            0: they are not compared. Rows that are shorter share all they have, and what is in fact different there
-            counts as equal. In the same forms as ``limit``; None: 0.
+        start: number of leading tokens that the rows of a prompt are known to share, at least 0: they are not compared
+            and count as equal. A shorter row shares all its tokens. In the same forms as ``limit``; None: 0.
         backend: "auto", "triton", "torch" or "reference".
 
     Returns:
@@ -127,17 +126,17 @@ def _of_groups(name: str, value: Tensor | int | None, rows: Rows) -> Tensor | No
         return value.new_zeros(num_groups)
     if rows.prompt_shape is not None:
         return value.reshape(num_groups)
-    # Groups after the last real one are empty, and what they are given does not matter.
-    of_groups = value[layout.rows_by_group[layout.group_starts[:-1].clamp_max(value.shape[0] - 1)]]
+    # Groups after the last real one are empty, and their entry does not matter.
+    value_per_group = value[layout.rows_by_group[layout.group_starts[:-1].clamp_max(value.shape[0] - 1)]]
     if values_readable(value):
-        differs = (value != of_groups[layout.group_of_row]).nonzero()
+        differs = (value != value_per_group[layout.group_of_row]).nonzero()
         if differs.shape[0]:
             row = int(differs[0])
             raise ValueError(
                 f"{name} must be the same for all rows of a prompt, got {int(value[row])} for row {row} and "
-                f"{int(of_groups[layout.group_of_row[row]])} for the first row of its prompt"
+                f"{int(value_per_group[layout.group_of_row[row]])} for the first row of its prompt"
             )
-    return of_groups
+    return value_per_group
 
 
 def _between_all_rows(lengths: Tensor, layout: Layout) -> Tensor:

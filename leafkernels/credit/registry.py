@@ -24,14 +24,14 @@ class Estimator:
     rows that share the first t tokens, V_k and n_k mean and number of the rows of a node."""
     source: str = ""
     per: str = "token"
-    """What gets a number of its own: "row", "span" or "token"."""
+    """Unit of credit: "row", "span" or "token"."""
     reads_logprobs: bool = False
-    """Whether more of ``logprobs`` matters than the shape."""
+    """Whether the values of ``logprobs`` matter, not their shape alone."""
     normalization: str = "none"
     """"reward_std" or "none", with which the credit is linear in the rewards; "option": the function's ``normalize``,
     whose default is in its signature."""
     is_shift_invariant: bool = True
-    """Whether one number more for all rewards of a prompt changes nothing."""
+    """Whether adding one number to all rewards of a prompt changes nothing."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.function(*args, **kwargs)

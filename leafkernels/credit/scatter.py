@@ -109,7 +109,7 @@ def scatter_spans(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Give every token of a span the span's value; 0 where the mask is False and after the last span.
+    """Per-token values: each token has its span's value; 0 where the mask is False and after the last span.
 
     Differentiable in ``values``, in reverse mode any number of times: the adjoint sums the token gradients of each
     span, in a fixed order.

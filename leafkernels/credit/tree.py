@@ -85,16 +85,16 @@ def _by_reference(
     for tree in trees:
         group = lists["groups"][tree.rows[0]]
         boundaries[group, : len(tree.boundaries)] = torch.tensor(tree.boundaries, dtype=torch.int32)
-        for k, of_rows in enumerate(tree.nodes):
-            for i, members in zip(tree.rows, of_rows, strict=True):
+        for k, members_per_row in enumerate(tree.nodes):
+            for i, members in zip(tree.rows, members_per_row, strict=True):
                 nodes[i, k] = min((tree.rows[j] for j in members), default=i)
 
     def compute(rewards: Tensor) -> SpanValues:
         return spans_of_trees(trees, rewards, num_boundaries, rows.row_shape)
 
     def twin(rewards: Tensor) -> SpanValues:
-        of_torch = rollouts._replace(rewards=rewards, backend="torch")
-        found = credit_spans(of_torch, boundary_scores, options)
+        torch_rollouts = rollouts._replace(rewards=rewards, backend="torch")
+        found = credit_spans(torch_rollouts, boundary_scores, options)
         return finish(found.spans, found.boundaries[layout.group_of_row], rows.row_shape)
 
     spans = SpanValues(*from_reference("span_tree", compute, gradient_by(twin), rollouts.rewards, constants=(2, 3, 4)))

@@ -1,4 +1,4 @@
-"""What each span earned: the mean reward of the rows that share it, against the group's and the parent node's."""
+"""Credit of spans: the mean reward of the rows that share a span, against the group's and the parent node's."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,7 +53,7 @@ def _span_values(
     return SpanValues(*(rewards.new_empty(shape, dtype=dtype) for dtype in dtypes))
 
 
-# Rewards are constants in training: this gradient serves research, and has one form, in PyTorch, on every device.
+# Rewards are constants in training. This gradient serves research, and is PyTorch on every device.
 @operation("values")
 def _span_values_backward(
     gradients: Tensor,
@@ -154,7 +154,7 @@ def _values_of_all_ranks(
 
 
 def finish(spans: SpanValues, boundaries_of_rows: Tensor, row_shape: tuple[int, ...]) -> SpanValues:
-    """What users see: nothing where a row retains no node, and the caller's leading dimensions."""
+    """The public result: cleared where a row retains no node, in the caller's leading dimensions."""
     is_group = torch.ones_like(spans.node_sizes[:, :1], dtype=torch.bool)
     is_node = torch.cat([is_group, (spans.node_sizes[:, 1:] >= 2) & (boundaries_of_rows >= 0)], dim=1)
     node_sizes = spans.node_sizes.masked_fill(~is_node, 0)
@@ -175,7 +175,7 @@ def span_values(
     normalize: str = "span",
     backend: str = "auto",
 ) -> SpanValues:
-    """Credit of every span, from what the rows of a prompt share and earned.
+    """Credit of every span, from the shared prefixes and the rewards of a prompt's rows.
 
     At boundary p two rows share a node when their longest common prefix is at least p, or when they are identical. A
     node needs two rows; V is the mean reward of its n rows, V_0 that of the group, R the last boundary the row retains:
@@ -198,9 +198,9 @@ def span_values(
         normalize: "span" z-scores over the spans of a prompt (ddof 1, floor 1e-6 under the deviation), "batch" over
             those of the call, "reward_std" divides by the deviation of the prompt's rewards + 1e-6, "none". A prompt
             whose rewards are all equal gives exactly 0.0 in every mode; so does one whose rewards lie within 2 ** -21
-            of the largest of them in size (four units of float32's last place), which is what rounding leaves: they
-            count as the least of them. Whole numbers up to 2 ** 24 are exact, and none of them are equal
-            by this rule.
+            of each other, relative to the largest in size (four units of float32's last place), which is what
+            rounding leaves: they count as the least. Whole numbers up to 2 ** 24 are exact, and this rule makes none
+            of them equal.
         backend: "auto", "triton", "torch" or "reference".
 
     Example:
@@ -239,14 +239,14 @@ def span_values(
     backend = resolve_backend(backend, device)
 
     group, num_boundaries = row_shape[-1], boundaries.shape[-1]
-    of_rows = to_int32(prefix_lengths.reshape(rewards.shape[0], group))
-    layout = with_prompts(build_layout(of_rows, None, group, None), row_shape)
+    table = to_int32(prefix_lengths.reshape(rewards.shape[0], group))
+    layout = with_prompts(build_layout(table, None, group, None), row_shape)
     boundaries = to_int32(boundaries.reshape(layout.group_starts.shape[0] - 1, num_boundaries))
-    # A row without a reward takes part in nothing, as if it were empty.
+    # A row without a reward counts nowhere, as if it were empty.
     layout = layout._replace(row_lengths=lengths.reshape(-1).to(torch.int64)).without(rewards.isnan())
 
     def credited(rewards: Tensor, backend: str) -> SpanValues:
-        nodes = nodes_of_table(of_rows, layout, boundaries, backend)
+        nodes = nodes_of_table(table, layout, boundaries, backend)
         spans = values_of_groups(rewards, nodes, boundaries, layout, options, backend)
         return finish(spans, boundaries[layout.group_of_row], row_shape)
 
@@ -254,7 +254,7 @@ def span_values(
         return credited(rewards, backend)
 
     def compute(rewards: Tensor) -> SpanValues:
-        trees = _trees_of_table(of_rows.tolist(), boundaries.tolist(), rewards.tolist(), layout, options)
+        trees = _trees_of_table(table.tolist(), boundaries.tolist(), rewards.tolist(), layout, options)
         return spans_of_trees(trees, rewards, num_boundaries, row_shape)
 
     gradient = gradient_by(lambda rewards: credited(rewards, "torch"))
@@ -271,42 +271,44 @@ def _trees_of_table(
     lengths, trees = layout.row_lengths.tolist(), []
     for group, rows in enumerate(rows_of_groups(layout)):
         shared, positions = [prefix_lengths[i] for i in rows], [p for p in boundaries[group] if p >= 0]
-        of_rows = [lengths[i] for i in rows]
-        has_tokens = [length > 0 for length in of_rows]
-        nodes = [nodes_from_prefix_lengths(shared, of_rows, p, has_tokens) for p in positions]
+        row_lengths = [lengths[i] for i in rows]
+        has_tokens = [length > 0 for length in row_lengths]
+        nodes = [nodes_from_prefix_lengths(shared, row_lengths, p, has_tokens) for p in positions]
         raw = python_ref.span_values(
             shared,
             positions,
             [rewards[i] for i in rows],
-            of_rows,
+            row_lengths,
             terms=options.terms,
             multiplicity_power=options.multiplicity_power,
             leave_one_out=options.leave_one_out,
         )
         trees.append(python_ref.SpanTree(rows, positions, nodes, raw, raw))
-    of_prompts = [[rewards[i] for i in tree.rows] for tree in trees]
-    normalized = python_ref.normalize_spans([tree.raw for tree in trees], of_prompts, options.normalize)
+    rewards_per_prompt = [[rewards[i] for i in tree.rows] for tree in trees]
+    normalized = python_ref.normalize_spans([tree.raw for tree in trees], rewards_per_prompt, options.normalize)
     return [replace(tree, spans=spans) for tree, spans in zip(trees, normalized, strict=True)]
 
 
 def spans_of_trees(
     trees: "list[python_ref.SpanTree]", rewards: Tensor, num_boundaries: int, row_shape: tuple[int, ...]
 ) -> SpanValues:
-    """What ``python_ref`` says of the rows of some prompts, as ``span_values`` returns it."""
+    """The result of ``python_ref`` for the rows of some prompts, as ``span_values`` returns it."""
     from python_ref.values import mean, settled
 
     shape, all_rewards = (rewards.shape[0], num_boundaries + 1), rewards.tolist()
     values, raw, node_values = (torch.full(shape, fill, dtype=torch.float64) for fill in (0.0, 0.0, torch.nan))
     ends, sizes = (torch.zeros(shape, dtype=torch.int32) for _ in range(2))
     for tree in trees:
-        of_tree = settled([all_rewards[i] for i in tree.rows])
-        scored = [r for r in of_tree if r == r]
+        tree_rewards = settled([all_rewards[i] for i in tree.rows])
+        scored = [r for r in tree_rewards if r == r]
         for rank, i in enumerate(tree.rows):
             sizes[i, 0], node_values[i, 0] = len(scored), mean(scored) if scored else torch.nan
             for k, nodes in enumerate(tree.nodes, 1):
                 if len(nodes[rank]) >= 2:
-                    sizes[i, k], node_values[i, k] = len(nodes[rank]), mean([of_tree[j] for j in nodes[rank]])
-            for s, ((_, end, value), (_, _, of_raw)) in enumerate(zip(tree.spans[rank], tree.raw[rank], strict=True)):
-                values[i, s], raw[i, s], ends[i, s:] = value, of_raw, end
+                    sizes[i, k], node_values[i, k] = len(nodes[rank]), mean([tree_rewards[j] for j in nodes[rank]])
+            for s, ((_, end, value), (_, _, raw_value)) in enumerate(
+                zip(tree.spans[rank], tree.raw[rank], strict=True)
+            ):
+                values[i, s], raw[i, s], ends[i, s:] = value, raw_value, end
     fields = (values, raw, ends, sizes, node_values)
     return SpanValues(*(field.to(rewards.device).reshape(*row_shape, shape[1]) for field in fields))

@@ -15,13 +15,13 @@ from leafkernels.rows.layout import Layout
 if TYPE_CHECKING:
     from leafkernels.credit.options import CreditOptions
 
-# Scores ranked at a time, and columns at least: what is computed of them stays in a cache.
+# Scores ranked at a time, and columns at least, so that intermediate results stay in a cache.
 _CHUNK = 1 << 17
 _COLUMNS = 64
 
-# Sorts after every score, so that it marks what can be no boundary.
+# Sorts after every score: marks positions that can be no boundary.
 _NEVER = torch.iinfo(torch.int64).max
-# Infinity among float64, where another infinity marks what can be no boundary: more than any float32.
+# Stands for infinity in float64, where infinity itself marks positions that can be no boundary: above any float32.
 _FAR = 1e300
 
 
@@ -43,8 +43,8 @@ def select_boundaries(
         separation = max(shortest // (num_boundaries + 1), 2)
     else:
         lengths = torch.where(row_lengths > 0, row_lengths, width)
-        of_groups = lengths.new_full((num_groups,), width).scatter_reduce_(0, group_of_row, lengths, "amin")
-        separation = (of_groups // (num_boundaries + 1)).clamp_min_(2).unsqueeze(1)
+        shortest_per_group = lengths.new_full((num_groups,), width).scatter_reduce_(0, group_of_row, lengths, "amin")
+        separation = (shortest_per_group // (num_boundaries + 1)).clamp_min_(2).unsqueeze(1)
     positions = torch.arange(width, device=scores.device)
     found = []
     for k in range(num_boundaries):
@@ -70,7 +70,7 @@ def _columns(scores: Tensor, mask: Tensor | None, layout: Layout, shortest: int,
         least = aligned_rows(scores, row_starts, end, start).to(torch.float32)
         if not negate:
             least = -least
-        # One sum tells that nothing is NaN; where it is itself, infinities of both signs may be the reason.
+        # One sum shows that nothing is NaN; where it is itself, infinities of both signs may be the reason.
         has_excluded = shortest < end or mask is not None or bool(least.sum().isnan())
         if has_excluded:
             excluded = least.isnan()

@@ -13,7 +13,7 @@ from leafkernels._core.precision import compute_dtype
 if TYPE_CHECKING:
     from leafkernels.credit.distillation import FireOptions, FireTokens
 
-# Tokens at a time, in whole rows, so that what is made of them stays in a cache.
+# Tokens at a time, in whole rows, so that intermediate results stay in a cache.
 _CHUNK = 1 << 16
 
 
@@ -24,20 +24,20 @@ def fire_statistics(tokens: "FireTokens") -> Tensor:
     found = torch.full((num_rows, 7), math.nan, dtype=torch.float64, device=mask.device)
     lengths = None if cu_seqlens is None else _lengths(cu_seqlens, mask.shape[0])
     for part, rows in _chunks(mask, lengths):
-        of_rows, live = found[rows], mask[part]
-        of_rows[:, 0] = _sums(live.view(torch.uint8), lengths)
-        of_rows[:, 1] = _sums(_live(teacher_logprobs[part], live), lengths)
-        # Below 0 there is rounding only, and the weights are those of 0.
+        row_statistics, live = found[rows], mask[part]
+        row_statistics[:, 0] = _sums(live.view(torch.uint8), lengths)
+        row_statistics[:, 1] = _sums(_live(teacher_logprobs[part], live), lengths)
+        # An entropy below 0 is rounding, and weighs as 0.
         teacher, student = (
             None if entropy is None else _live(entropy[part], live).clamp_min_(0.0)
             for entropy in (teacher_entropy, student_entropy)
         )
         for column, entropy in ((2, teacher), (3, student)):
             if entropy is not None:
-                of_rows[:, column] = _maxima(entropy, lengths)
-                of_rows[:, column + 2] = _sums(entropy, lengths)
+                row_statistics[:, column] = _maxima(entropy, lengths)
+                row_statistics[:, column + 2] = _sums(entropy, lengths)
         if teacher is not None and student is not None:
-            of_rows[:, 6] = _sums(teacher.mul_(student), lengths)
+            row_statistics[:, 6] = _sums(teacher.mul_(student), lengths)
     return found
 
 
@@ -89,9 +89,9 @@ def fire_weights(
     lengths = None if cu_seqlens is None else _lengths(cu_seqlens, mask.shape[0])
     advantages, weights = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
     kept = torch.empty_like(mask)
-    for part, of_rows in _chunks(mask, lengths):
+    for part, rows in _chunks(mask, lengths):
         weight, counting = weights[part], kept[part]
-        weight.copy_(_spread(scale[of_rows], lengths, mask.shape[0]))
+        weight.copy_(_spread(scale[rows], lengths, mask.shape[0]))
         if teacher_entropy is not None:
             sure = teacher_entropy[part].to(dtype).div(teacher_max).neg_().add_(1).clamp_(0, 1)
             weight.mul_(sure.mul_(options.alpha).add_(1))
@@ -103,8 +103,8 @@ def fire_weights(
             share = options.extrapolation
             advantage = share * advantage + (1 - share) * base_logprobs[part].to(dtype)
         advantage = torch.sub(advantage, old_logprobs[part].to(dtype), out=advantages[part]).mul_(weight)
-        torch.logical_and(mask[part], _spread(keep[of_rows], lengths, mask.shape[0]), out=counting)
-        # What cannot be sampled has no ratio to be compared by.
+        torch.logical_and(mask[part], _spread(keep[rows], lengths, mask.shape[0]), out=counting)
+        # A token of probability 0 has no ratio.
         for needed in (old_logprobs, base_logprobs):
             if needed is not None:
                 counting.logical_and_(needed[part] != -math.inf)
@@ -113,9 +113,9 @@ def fire_weights(
     return advantages, weights, kept
 
 
-def _spread(of_rows: Tensor, lengths: Tensor | None, total: int) -> Tensor:
+def _spread(per_row: Tensor, lengths: Tensor | None, total: int) -> Tensor:
     """What each token's row has."""
-    return of_rows[:, None] if lengths is None else of_rows.repeat_interleave(lengths, output_size=total)
+    return per_row[:, None] if lengths is None else per_row.repeat_interleave(lengths, output_size=total)
 
 
 def _lengths(cu_seqlens: Tensor, total: int) -> Tensor:

@@ -11,7 +11,7 @@ from leafkernels.eager import prefix_lengths as pairs
 from leafkernels.eager._rows import aligned_rows, are_in_runs
 from leafkernels.rows.layout import Layout
 
-# A boundary that there is not is beyond what identical rows share, and that is beyond every boundary.
+# A missing boundary lies beyond the shared length of identical rows, which lies beyond every boundary.
 _NOWHERE = torch.iinfo(torch.int32).max
 _IDENTICAL = _NOWHERE - 1
 

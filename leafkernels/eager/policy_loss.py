@@ -36,7 +36,7 @@ def token_loss(
 def surrogate(log_ratio: Tensor, advantage: Tensor, options: "LossOptions") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each token: what its ratio loses, the derivative of that in the log-ratio, the ratio, and if it is clipped."""
     ratio = log_ratio.clamp(-options.max_log_ratio, options.max_log_ratio).exp()
-    # An advantage of 0 gains nothing, also of a ratio that has overflowed.
+    # An advantage of 0 contributes 0, also where the ratio has overflowed.
     gain = (ratio * advantage).masked_fill((advantage == 0.0) & ratio.isinf(), 0.0)
     bounded = ratio.clamp(1 - options.clip_low, 1 + options.clip_high) * advantage
     is_bounded = bounded < gain
@@ -68,13 +68,13 @@ def policy_loss(
     policy = live(logprobs)
     token_log_ratio = log_ratio = policy - live(old_logprobs)
     counts = mask.sum(1).to(dtype)
-    if options.of_sequence:
+    if options.per_sequence:
         log_ratio = (log_ratio.sum(1) / counts.clamp_min(1))[:, None].expand_as(policy)
     reference = None if ref_logprobs is None else live(ref_logprobs)
     bonus = None if entropy is None else live(entropy)
     loss, slope, ratio, is_clipped, kl = token_loss(policy, log_ratio, live(advantages), reference, bonus, options)
     moved = token_log_ratio.expm1() - token_log_ratio
     bonus = torch.zeros_like(policy) if bonus is None else bonus
-    # Of inputs that are 0 where the mask is False, all else is 0 too; a slope may be 0 * NaN, of its row's ratio.
+    # Inputs are 0 where the mask is False, and so are all results; but a slope may be 0 * NaN, with its row's ratio.
     sums = [term.sum(1).to(dtype) for term in (loss, is_clipped, moved, live(ratio), kl, bonus)]
     return torch.stack((*sums, counts)), live(slope) if with_gradient else policy.new_empty(0)

@@ -29,7 +29,7 @@ _FEW_BYTES = 1 << 14
 _BLOCK = 8192
 _STEP = 1 << 18
 
-# Pairs whose lines of the table are made together.
+# Pairs in one chunk of lines of the table.
 _CHUNK = 1 << 16
 
 _FAR = torch.iinfo(torch.int32).max
@@ -62,12 +62,12 @@ def are_few(num_pairs: int, width: int) -> bool:
 
 
 def head_width(num_pairs: int, width: int) -> int:
-    """How many columns all pairs are compared in first: most of them part there, and few need the others."""
+    """How many columns all pairs are compared in first: most pairs diverge there, and few need the others."""
     return width if num_pairs * width <= _HARDLY_ANY_TOKENS else min(_HEAD, width)
 
 
 def all_pairs(tokens: Tensor, caps: Tensor, members: Tensor, is_member: Tensor) -> Tensor:
-    """Compare every row (N, width) with every row of its group: first where most pairs part, then the rest."""
+    """Compare every row (N, width) with every row of its group: first where most pairs diverge, then the rest."""
     num_pairs, width = members.numel(), tokens.shape[1]
     head = head_width(num_pairs, width)
     start = tokens[:, :head]
@@ -130,7 +130,7 @@ def _least_between(order: Tensor, left_at: Tensor, caps: Tensor, layout: Layout)
     places[order] = torch.arange(num_rows, device=order.device)
     left_at, caps = left_at.to(torch.int32), caps.to(torch.int32)
     lengths = left_at.new_empty((num_rows, max_group))
-    # A line of the table needs no other, so that what is beside it stays small.
+    # Each line of the table is independent, so a chunk of lines bounds the memory.
     step = max(1, _CHUNK // max_group)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)

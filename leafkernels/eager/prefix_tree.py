@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from leafkernels.eager.prefix_lengths import refine
 from leafkernels.rows.layout import Layout
 
-# Entries of a table of rows and columns that are looked at together: what is made of them stays in a cache.
+# Entries of a table that are worked on together, so that intermediate results stay in a cache.
 _CHUNK = 1 << 17
 
 

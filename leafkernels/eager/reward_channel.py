@@ -26,6 +26,6 @@ def channel_state(
     for layer in range(1, len(wide)):
         # The norm is over both parts; the wide one was divided by its own root.
         root = ((squares[layer] + state.square().sum(-1, keepdim=True)) / (size + width) + eps).sqrt()
-        of_state = (state * norm_narrow[layer - 1].to(dtype) / root) @ narrow[layer - 1].to(dtype).T
-        state = silu(projected[layer] * (roots[layer] / root) + of_state) + state
+        state_term = (state * norm_narrow[layer - 1].to(dtype) / root) @ narrow[layer - 1].to(dtype).T
+        state = silu(projected[layer] * (roots[layer] / root) + state_term) + state
     return state.to(wide.dtype)

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from leafkernels.eager._rows import add_by
 from leafkernels.rows.layout import Layout
 
-# Tokens written at a time, in whole rows: what says which number each takes stays in a cache.
+# Tokens written at a time, in whole rows, so that their indices stay in a cache.
 _CHUNK = 1 << 16
 
 

@@ -39,8 +39,8 @@ def chunks(logits: Tensor, mask: Tensor | None) -> Iterator[tuple[slice | Tensor
         live = (_run(rows) for rows in mask.nonzero().squeeze(1).split(step) if rows.numel())
     for rows in live if vocab_size else ():
         x = logits[rows]
-        of_chunk = room[:, : x.shape[0]]
-        yield rows, x if x.dtype == dtype else of_chunk[2].copy_(x), of_chunk[:2]
+        chunk_room = room[:, : x.shape[0]]
+        yield rows, x if x.dtype == dtype else chunk_room[2].copy_(x), chunk_room[:2]
 
 
 def _run(rows: Tensor) -> slice | Tensor:

@@ -39,7 +39,7 @@ def _sum_by(names: Tensor, entries: Tensor, num_names: int) -> Tensor:
 def _nodes(rewards: Tensor, nodes: Tensor, boundaries: Tensor, layout: Layout) -> _Nodes:
     num_rows, num_columns = nodes.shape[0], nodes.shape[1] + 2
     every_row = torch.arange(num_rows, device=nodes.device).unsqueeze(1)
-    # A group has no more names than rows, so that its own is one of them.
+    # A group has no more names than rows, so its own name is among its rows'.
     names = torch.cat([layout.group_of_row.unsqueeze(1), nodes, every_row], dim=1)
     names = torch.add(torch.arange(num_columns, device=nodes.device), names, alpha=num_columns).view(-1)
     is_out = rewards.isnan()
@@ -76,27 +76,27 @@ def _by_node(entries: Tensor, nodes: _Nodes) -> Tensor:
 
 def _by_group(entries: Tensor, nodes: _Nodes, normalize: str) -> Tensor:
     """(N, 1) sums over the entries (N, C) of each row's group, or of the whole call for "batch"."""
-    of_rows = entries.sum(1, dtype=torch.float64)
+    sum_per_row = entries.sum(1, dtype=torch.float64)
     if normalize == "batch":
-        return of_rows.sum().expand(entries.shape[0], 1)
-    return _sum_by(nodes.group_of_row, of_rows, nodes.num_groups).unsqueeze(1)
+        return sum_per_row.sum().expand(entries.shape[0], 1)
+    return _sum_by(nodes.group_of_row, sum_per_row, nodes.num_groups).unsqueeze(1)
 
 
 def _weights(nodes: _Nodes, options: "CreditOptions") -> tuple[Tensor | float, Tensor | float]:
-    """What each slot's global and local term is multiplied by, (N, S)."""
+    """Factors of each slot's global and local term, (N, S)."""
     sizes = nodes.sizes[:, 1:]
-    # By a table of whole vectors, because the last few numbers of a tensor are raised to a power by another code, which
-    # rounds otherwise: what a row gets must not depend on how many rows a call has.
+    # Looked up in a table of whole vectors: PyTorch raises the last few numbers of a tensor to a power by other code,
+    # which rounds differently, and a row's result must not depend on the number of rows in the call.
     powers = torch.arange(-(-(sizes.shape[0] + 1) // 64) * 64, dtype=torch.float64, device=sizes.device)
     powers = powers.clamp_min_(1.0).pow_(-options.multiplicity_power)
     weight = powers[sizes.long()].masked_fill_(nodes.is_missing, 0.0)
-    of_global = weight if options.terms != "local" else 0.0
-    of_local = weight if options.terms != "global" else 0.0
+    global_weight = weight if options.terms != "local" else 0.0
+    local_weight = weight if options.terms != "global" else 0.0
     if options.leave_one_out:
         # Of the parent node: the group for the first span, the node before for the others. A group of one gives 0.
         unbiased = nodes.sizes[:, :-1] / (nodes.sizes[:, :-1] - 1.0).clamp_min(1.0)
-        return of_global * unbiased[:, :1], of_local * unbiased
-    return of_global, of_local
+        return global_weight * unbiased[:, :1], local_weight * unbiased
+    return global_weight, local_weight
 
 
 def _statistics(raw: Tensor, nodes: _Nodes, normalize: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,8 +126,8 @@ def span_values(
     sums = _by_node(centred, tree)
     values = sums / tree.sizes.clamp_min(1.0)
     mean, own = values[:, :1], values[:, 1:]
-    of_global, of_local = _weights(tree, options)
-    raw = ((own - mean) * of_global + (own - values[:, :-1]) * of_local).masked_fill_(tree.is_missing, 0.0)
+    global_weight, local_weight = _weights(tree, options)
+    raw = ((own - mean) * global_weight + (own - values[:, :-1]) * local_weight).masked_fill_(tree.is_missing, 0.0)
     if normalize == "none":
         normalized = raw.clone()
     elif normalize == "reward_std":
@@ -156,15 +156,15 @@ def span_values_backward(
     tree, normalize = _nodes(rewards, nodes, boundaries, layout), options.normalize
     centred, _ = _centred(rewards, tree)
     size, total = tree.sizes[:, :1], _by_group(centred, tree, "reward_std")
-    of_raw = gradients = gradients.to(torch.float64).masked_fill(tree.is_missing, 0.0)
-    of_rewards = torch.zeros_like(size)
+    grad_raw = gradients = gradients.to(torch.float64).masked_fill(tree.is_missing, 0.0)
+    grad_rewards = torch.zeros_like(size)
     if normalize == "reward_std":
         mean = total / size.clamp_min(1.0)
         std = _reward_std(centred, mean, tree)
-        of_raw = gradients / (std + 1e-6)
-        of_std = -_by_group(of_raw * raw, tree, normalize) / (std + 1e-6)
+        grad_raw = gradients / (std + 1e-6)
+        grad_std = -_by_group(grad_raw * raw, tree, normalize) / (std + 1e-6)
         # d std / d r_j = (r_j - mean) / ((G - 1) std)
-        of_rewards = (of_std * (centred - mean) / ((size - 1.0) * std)).masked_fill(std == 0.0, 0.0)
+        grad_rewards = (grad_std * (centred - mean) / ((size - 1.0) * std)).masked_fill(std == 0.0, 0.0)
     elif normalize != "none":
         number, shift, std = _statistics(raw, tree, normalize)
         gradients = gradients.masked_fill(total == 0.0, 0.0)
@@ -173,14 +173,14 @@ def span_values_backward(
         # Below its floor the scale is a constant, and only the mean passes gradients on.
         along = _by_group(gradients * scores, tree, normalize) / (number - 1.0).clamp_min(1.0)
         along = along.masked_fill(std <= 1e-6, 0.0)
-        of_mean = _by_group(gradients, tree, normalize) / number.clamp_min(1.0)
-        of_raw = (gradients - of_mean - scores * along) / scale
-    of_raw = (of_raw + raw_gradients).masked_fill(tree.is_missing, 0.0)
+        mean_gradient = _by_group(gradients, tree, normalize) / number.clamp_min(1.0)
+        grad_raw = (gradients - mean_gradient - scores * along) / scale
+    grad_raw = (grad_raw + raw_gradients).masked_fill(tree.is_missing, 0.0)
 
-    of_global, of_local = _weights(tree, options)
-    of_values = pad(of_raw * (of_global + of_local), (1, 0))
-    of_values[:, :-1] -= of_raw * of_local
-    of_values[:, 0] -= (of_raw * of_global).sum(1)
-    of_values /= tree.sizes.clamp_min(1.0)
-    of_members = _by_node(of_values, tree).sum(1, keepdim=True)
-    return (of_rewards + of_members).masked_fill(tree.is_out[:, None], 0.0).squeeze(1)
+    global_weight, local_weight = _weights(tree, options)
+    grad_values = pad(grad_raw * (global_weight + local_weight), (1, 0))
+    grad_values[:, :-1] -= grad_raw * local_weight
+    grad_values[:, 0] -= (grad_raw * global_weight).sum(1)
+    grad_values /= tree.sizes.clamp_min(1.0)
+    grad_through_nodes = _by_node(grad_values, tree).sum(1, keepdim=True)
+    return (grad_rewards + grad_through_nodes).masked_fill(tree.is_out[:, None], 0.0).squeeze(1)

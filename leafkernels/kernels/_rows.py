@@ -11,7 +11,7 @@ FP_FUSION = True
 def aligned_row(ptr, base):
     """Pointer to the 16-byte word in which the row at ``ptr + base`` begins, and the elements before the row in it.
 
-    Only the division tells the compiler that the pointer is aligned: it knows nothing of a number read from memory.
+    The division shows the compiler that the pointer is aligned: of a number read from memory it knows nothing.
     """
     WORD: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     return ptr + base // WORD * WORD, (base % WORD).to(tl.int32)

@@ -182,13 +182,13 @@ def _fire_weights_kernel(
             weight *= 1.0 + beta * _clip(student * per_student)
         target = _load(teacher_logprobs_ptr, row * stride_teacher_row + first, start, size, live, BLOCK)
         if HAS_BASE:
-            of_base = _load(base_logprobs_ptr, row * stride_base_row + first, start, size, live, BLOCK)
-            target = extrapolation * target + (1.0 - extrapolation) * of_base
+            base_logprob = _load(base_logprobs_ptr, row * stride_base_row + first, start, size, live, BLOCK)
+            target = extrapolation * target + (1.0 - extrapolation) * base_logprob
         old = _load(old_logprobs_ptr, row * stride_old_row + first, start, size, live, BLOCK)
         # What cannot be sampled has no ratio to be compared by.
         kept = live & (keep != 0) & (old != float("-inf"))
         if HAS_BASE:
-            kept = kept & (of_base != float("-inf"))
+            kept = kept & (base_logprob != float("-inf"))
         out = row * stride_out_row + first
         store_block(advantages_ptr, out, start, size, tl.where(kept, weight * (target - old), 0.0), BLOCK)
         store_block(weights_ptr, out, start, size, tl.where(live, weight, 0.0), BLOCK)
@@ -237,8 +237,8 @@ def fire_weights(
     teacher_logprobs, student_entropy, teacher_entropy, mask, cu_seqlens = tokens
     advantages, weights = (torch.empty(mask.shape, dtype=dtype, device=mask.device) for _ in range(2))
     kept = torch.empty(mask.shape, dtype=torch.bool, device=mask.device)
-    of_tokens = (old_logprobs, teacher_logprobs, base_logprobs, student_entropy, teacher_entropy, mask)
-    inputs = [_readable(tensor) for tensor in of_tokens]
+    token_tensors = (old_logprobs, teacher_logprobs, base_logprobs, student_entropy, teacher_entropy, mask)
+    inputs = [_readable(tensor) for tensor in token_tensors]
     num_rows = keep.shape[0]
     if num_rows:
         _fire_weights_kernel[(num_rows, num_splits(mask.shape[-1], BLOCK, num_rows))](

@@ -115,32 +115,32 @@ def _policy_loss_kernel(
     num_rows,
     HAS_REF: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
-    OF_SEQUENCE: tl.constexpr,
+    PER_SEQUENCE: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    of_logprobs, of_old, of_mask = row * stride_logprobs_row, row * stride_old_row, row * stride_mask_row
+    logprobs_row, old_row, mask_row = row * stride_logprobs_row, row * stride_old_row, row * stride_mask_row
     zeros = tl.zeros([BLOCK], tl.float32)
     mean_log_ratio = 0.0
-    if OF_SEQUENCE:
+    if PER_SEQUENCE:
         total, count = zeros, zeros
         for block in range(0, tl.cdiv(size, BLOCK)):
             start = block * BLOCK
-            live = load_block(mask_ptr, of_mask, start, size, 0, BLOCK) != 0
-            policy = _load(logprobs_ptr, of_logprobs, start, size, live, BLOCK)
-            total += policy - _load(old_logprobs_ptr, of_old, start, size, live, BLOCK)
+            live = load_block(mask_ptr, mask_row, start, size, 0, BLOCK) != 0
+            policy = _load(logprobs_ptr, logprobs_row, start, size, live, BLOCK)
+            total += policy - _load(old_logprobs_ptr, old_row, start, size, live, BLOCK)
             count += live.to(tl.float32)
         mean_log_ratio = tl.sum(total, axis=0) / tl.maximum(tl.sum(count, axis=0), 1.0)
     losses, clips, moves, ratios, kls, entropies, tokens = zeros, zeros, zeros, zeros, zeros, zeros, zeros
     for block in range(0, tl.cdiv(size, BLOCK)):
         start = block * BLOCK
-        live = load_block(mask_ptr, of_mask, start, size, 0, BLOCK) != 0
-        policy = _load(logprobs_ptr, of_logprobs, start, size, live, BLOCK)
-        token_log_ratio = policy - _load(old_logprobs_ptr, of_old, start, size, live, BLOCK)
+        live = load_block(mask_ptr, mask_row, start, size, 0, BLOCK) != 0
+        policy = _load(logprobs_ptr, logprobs_row, start, size, live, BLOCK)
+        token_log_ratio = policy - _load(old_logprobs_ptr, old_row, start, size, live, BLOCK)
         advantage = _load(advantages_ptr, row * stride_advantages_row, start, size, live, BLOCK)
         log_ratio = token_log_ratio
-        if OF_SEQUENCE:
+        if PER_SEQUENCE:
             log_ratio = zeros + mean_log_ratio
         ref_logprob, entropy = zeros, zeros
         if HAS_REF:
@@ -213,7 +213,7 @@ def policy_loss(
             num_rows,
             HAS_REF=ref_logprobs is not None,
             HAS_ENTROPY=entropy is not None,
-            OF_SEQUENCE=options.of_sequence,
+            PER_SEQUENCE=options.per_sequence,
             GRADIENT=with_gradient,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,

@@ -1,16 +1,16 @@
 """Longest common prefixes by refinement (docs/prefix_lengths.md): ids are read about twice, whatever the rows share.
 
     represent       the first row of a group represents all others
-    first_mismatch  a program for each row and share of its blocks: where does the row leave its representative?
-    refine_ties     a program for each group: rows that left one representative at one place with the same token tie,
-                    and the smallest of them represents the others from there on; all others are settled
+    first_mismatch  a program for each row and share of its blocks: where does the row diverge from its representative?
+    refine_ties     a program for each group: rows that diverge from one representative at one place with the same token
+                    tie, and the smallest tied row represents the others from there on; all others are settled
     prefix_table    a program for each row: two rows share the least number on the way from one to the other, over
                     their representatives
 
-A settled row keeps its representative and what it shares with it. The two in the middle take turns a fixed number of
-times, with the whole GPU, and what ties then is left to the last refine_ties, which goes on by itself until nothing
-does: nobody asks the device how far it is, and the number of turns changes the time only. The minimum of atomics does
-not depend on their order, so every run is the same.
+A settled row keeps its representative and the length of their shared prefix. The two in the middle alternate a fixed
+number of times, with the whole GPU; the last refine_ties then runs until nothing ties. The host never reads how far the
+device is, and the number of rounds changes the time only. The minimum of atomics does not depend on their order, so
+every run is the same.
 
 Small problems compare every pair of rows in one launch instead.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Pairs are compared one by one where that reads at most so many ids: one launch takes less time than six.
 FEW_TOKENS = 1 << 24
 ROUNDS = 2  # comparisons by the whole GPU, before every group goes on by itself
-BLOCK_PAIRS = 512  # tokens of a pair at a time: most pairs part early
+BLOCK_PAIRS = 512  # tokens of a pair at a time: most pairs diverge early
 BLOCK = 1024  # tokens that first_mismatch compares at a time
 BLOCK_ROWS = 16  # rows that refine_ties compares at a time, and
 BLOCK_TOKENS = 128  # how many tokens of each
@@ -322,8 +322,8 @@ def _represent_ties(
                     # (BLOCK_TIES, BLOCK_TIES). Rows that are settled hold -1 and -2, which are never equal.
                     ties = (parent[:, None] == other_parent[None, :]) & (shared[:, None] == other_shared[None, :])
                     ties = ties & (next_id[:, None] == other_id[None, :])
-                    of_tile = tl.min(tl.where(ties, other.to(tl.int32)[None, :], FAR), axis=1)
-                    smallest = tl.minimum(smallest, of_tile)
+                    tile_least = tl.min(tl.where(ties, other.to(tl.int32)[None, :], FAR), axis=1)
+                    smallest = tl.minimum(smallest, tile_least)
             tl.debug_barrier()
             ties = is_tied & (smallest < row)
             # They agree on the token where they left, so up to one after it.

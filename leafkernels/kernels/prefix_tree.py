@@ -118,7 +118,7 @@ def _tree_nodes_kernel(
         column = at + tl.arange(0, BLOCK)
         node = tl.zeros([BLOCK], tl.int64)
         left = tl.full([BLOCK], -1, tl.int64)
-        owner = tl.zeros([BLOCK], tl.int64)
+        began_at = tl.zeros([BLOCK], tl.int64)
         last_length = begin * 0
         for place in range(begin, end):
             row = tl.load(order_ptr + place)
@@ -128,10 +128,10 @@ def _tree_nodes_kernel(
             is_new = column >= shared
             is_over = is_new & (column < last_length) & (node < num_nodes)
             tl.store(ends_ptr + node, tl.zeros([BLOCK], tl.int64) + first, mask=is_over)
-            tl.store(counts_ptr + node, place - owner, mask=is_over)
+            tl.store(counts_ptr + node, place - began_at, mask=is_over)
             node = tl.where(is_new, first + column - shared, node)
             left = tl.where(column - 1 >= shared, first + column - 1 - shared, left)
-            owner = tl.where(is_new, place, owner)
+            began_at = tl.where(is_new, place, began_at)
             is_token = column < length
             row_start = tl.load(row_starts_ptr + row)
             tl.store(nodes_ptr + row * stride_nodes_row + row_start + column, node, mask=is_token)
@@ -143,7 +143,7 @@ def _tree_nodes_kernel(
             last_length = length
         is_over = (column < last_length) & (node < num_nodes)
         tl.store(ends_ptr + node, tl.zeros([BLOCK], tl.int64) + tl.load(firsts_ptr + end), mask=is_over)
-        tl.store(counts_ptr + node, end - owner, mask=is_over)
+        tl.store(counts_ptr + node, end - began_at, mask=is_over)
         at += tl.num_programs(1).to(tl.int64) * BLOCK
 
 

@@ -26,7 +26,7 @@ MOST_COLUMNS = 32  # of them; 128 bytes in float32
 @triton.jit(do_not_specialize=["num_tokens", "size"])
 def _normalize_hidden_kernel(normal_ptr, squares_ptr, hidden_ptr, norm_ptr, eps, num_tokens, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    base, of_norm = row * size, row // num_tokens * size
+    base, norm_base = row * size, row // num_tokens * size
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(0, tl.cdiv(size, BLOCK)):
         hidden = load_block(hidden_ptr, base, block * BLOCK, size, 0.0, BLOCK).to(tl.float32)
@@ -37,7 +37,7 @@ def _normalize_hidden_kernel(normal_ptr, squares_ptr, hidden_ptr, norm_ptr, eps,
     for block in range(0, tl.cdiv(size, BLOCK)):
         start = block * BLOCK
         hidden = load_block(hidden_ptr, base, start, size, 0.0, BLOCK).to(tl.float32)
-        weight = load_block(norm_ptr, of_norm, start, size, 0.0, BLOCK).to(tl.float32)
+        weight = load_block(norm_ptr, norm_base, start, size, 0.0, BLOCK).to(tl.float32)
         store_block(normal_ptr, base, start, size, (hidden * scale * weight).to(normal_ptr.dtype.element_ty), BLOCK)
 
 

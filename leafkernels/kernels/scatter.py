@@ -49,8 +49,8 @@ def _scatter_spans_kernel(
         previous = lead * 0
         for span in range(num_spans):
             end = tl.load(span_ends_ptr + row * num_spans + span).to(tl.int64)
-            of_span = tl.load(values_ptr + row * num_spans + span).to(tokens_ptr.dtype.element_ty)
-            value = tl.where((position >= previous) & (position < end), of_span, value)
+            span_value = tl.load(values_ptr + row * num_spans + span).to(tokens_ptr.dtype.element_ty)
+            value = tl.where((position >= previous) & (position < end), span_value, value)
             previous = tl.maximum(previous, end)
         if HAS_MASK:
             live = load_block(mask_ptr, row * stride_mask_row + slot_start, start, size, 0, BLOCK)

@@ -60,7 +60,7 @@ LEAST = tl.constexpr(-3.4028234663852886e38)
 FLOOR = tl.constexpr(-1e4)
 
 # Threads of a warp, at most. A block of fewer ids has several threads read each, and none may write a gradient over a
-# logit before all of them have read it.
+# logit before all have read it.
 WARP = tl.constexpr(64)
 
 
@@ -186,8 +186,8 @@ def write_gradient(
     entropy,
     top,
     log_total,
-    of_surprisal,
-    of_entropy,
+    grad_surprisal,
+    grad_entropy,
     inv_temperature,
     inv_softcap,
     ENTROPY: tl.constexpr,
@@ -199,12 +199,12 @@ def write_gradient(
     The last block comes first: after a fold it is the likeliest to be in a cache still.
     """
     # An id outside of the vocabulary has no surprisal, and a loss that counts it no gradient.
-    of_surprisal = tl.where((surprisal != surprisal) & (of_surprisal != 0.0), surprisal, of_surprisal)
-    of_surprisal *= inv_temperature
-    of_entropy *= inv_temperature
+    grad_surprisal = tl.where((surprisal != surprisal) & (grad_surprisal != 0.0), surprisal, grad_surprisal)
+    grad_surprisal *= inv_temperature
+    grad_entropy *= inv_temperature
     # The two numbers of the row: its gradient is p (a + b d), d in logits below the top.
-    a = of_surprisal + of_entropy * (log_total - entropy)
-    b = -of_entropy * inv_temperature
+    a = grad_surprisal + grad_entropy * (log_total - entropy)
+    b = -grad_entropy * inv_temperature
     log2_total = log_total * LOG2_E
     log2_scale = inv_temperature * LOG2_E
     floor = FLOOR / inv_temperature
@@ -233,9 +233,9 @@ def write_gradient(
     if (token >= 0) & (token < length) & (token + before >= first * BLOCK) & (token + before < last * BLOCK):
         p = tl.exp(-surprisal)
         # p - 1, which the formula of the other ids would round away where p is near 1.
-        gradient = of_surprisal * expm1(-surprisal)
+        gradient = grad_surprisal * expm1(-surprisal)
         if ENTROPY:
-            gradient += tl.where(p == 0.0, 0.0, of_entropy * p * (surprisal - entropy))
+            gradient += tl.where(p == 0.0, 0.0, grad_entropy * p * (surprisal - entropy))
         if SOFTCAP:
             capped = (top + (log_total - surprisal) / inv_temperature) * inv_softcap
             gradient *= 1.0 - capped * capped
@@ -360,10 +360,10 @@ def _surprisal_entropy_backward_kernel(
     if HAS_MASK:
         is_live = tl.load(mask_ptr + row) != 0
     if is_live:
-        of_entropy = 0.0
+        grad_entropy = 0.0
         entropy = 0.0
         if HAS_ENTROPY:
-            of_entropy = tl.load(entropy_gradients_ptr + row).to(tl.float32)
+            grad_entropy = tl.load(entropy_gradients_ptr + row).to(tl.float32)
             entropy = tl.load(entropy_ptr + row)
         write_gradient(
             gradients_ptr,
@@ -379,7 +379,7 @@ def _surprisal_entropy_backward_kernel(
             tl.load(tops_ptr + row),
             tl.load(log_totals_ptr + row),
             tl.load(surprisal_gradients_ptr + row).to(tl.float32),
-            of_entropy,
+            grad_entropy,
             1.0 / tl.load(temperature_ptr + row).to(tl.float32),
             inv_softcap,
             HAS_ENTROPY,
@@ -399,7 +399,7 @@ def num_warps() -> int:
 
 
 def _splits(num_rows: int, vocab_size: int) -> tuple[int, int]:
-    """Programs for each row, and blocks for each of them: several where there are too few rows to fill a device."""
+    """Programs for each row, several where there are too few rows to fill a device, and blocks for each program."""
     # Blocks are counted from the word in which a row begins, which may be 7 elements before it.
     most = vocab_size + 7
     splits = min(MAX_SPLITS, num_splits(most, BLOCK, num_rows))

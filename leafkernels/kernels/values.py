@@ -63,7 +63,7 @@ def _span_values_kernel(
     node = tl.load(nodes_ptr + row * (NUM_SLOTS - 1) + slot, mask=has_node, other=-1)
     parent = tl.load(nodes_ptr + row * (NUM_SLOTS - 1) + slot - 1, mask=has_parent, other=-1)
 
-    # Counted from the least reward, equal rewards are exactly 0, and so is what is made of them.
+    # Counted from the least reward, equal rewards are exactly 0, and so are all sums over them.
     least = tl.full([BLOCK], float("inf"), tl.float64)
     most = tl.full([BLOCK], float("-inf"), tl.float64)
     for block in range(0, tl.cdiv(size, BLOCK)):
@@ -74,7 +74,7 @@ def _span_values_kernel(
         most = tl.maximum(most, tl.where(reward == reward, reward, float("-inf")))
     lowest = tl.min(least, axis=0)
     highest = tl.max(most, axis=0)
-    # Rewards that differ by rounding alone are the least of them; infinite ones do not, nor exact whole numbers.
+    # Rewards that differ by rounding alone count as the least; infinite ones do not, nor exact whole numbers.
     largest = tl.maximum(tl.abs(lowest), tl.abs(highest))
     is_flat = highest - lowest <= ROUNDING * largest
     are_whole = (lowest == tl.floor(lowest)) & (highest == tl.floor(highest))

@@ -81,7 +81,7 @@ def check_base(folder: str | Path, base: dict[str, Any], model: Any) -> None:
 
 
 def load_base(name: str, **kwargs: Any) -> Any:
-    """A model by name; those that hear are no models for ``AutoModelForCausalLM``.
+    """A model by name; ``AutoModelForCausalLM`` does not load audio models.
 
     Code that comes with a model runs where ``trust_remote_code=True`` says so; nobody is asked.
     """

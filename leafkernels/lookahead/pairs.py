@@ -17,27 +17,27 @@ SIDES = ("chosen", "rejected")
 
 @dataclass(eq=False)
 class Pair:
-    """A row: token ids (prompt, answer) of chosen and of rejected, and what is heard of the prompt."""
+    """A row: token ids (prompt, answer) of chosen and of rejected, and the inputs of an audio model for the prompt."""
 
     answers: list[tuple[list[int], list[int]]]
     heard: Heard | None
 
 
 class PairReader:
-    """Reads rows with ``prompt``, ``chosen`` and ``rejected``, and ``audio`` for a model that hears.
+    """Reads rows with ``prompt``, ``chosen`` and ``rejected``, and ``audio`` for an audio model.
 
     Args:
-        processing_class: the tokenizer, or the processor of a model that hears.
+        processing_class: the tokenizer, or the processor of an audio model.
         max_length: tokens of prompt and answer, whose end is cut off; None: all.
         positions: how many tokens the model takes; None: any number.
 
-    Attributes: ``tokenizer``, and ``prompts``, a ``PromptReader`` for a model that hears, else None.
+    Attributes: ``tokenizer``, and ``prompts``, a ``PromptReader`` for an audio model, else None.
     """
 
     def __init__(self, processing_class: Any, max_length: int | None = None, positions: int | None = None) -> None:
-        hears = isinstance(processing_class, ProcessorMixin)
-        self.prompts = PromptReader(processing_class) if hears else None
-        self.tokenizer: Any = processing_class.tokenizer if hears else processing_class
+        has_audio = isinstance(processing_class, ProcessorMixin)
+        self.prompts = PromptReader(processing_class) if has_audio else None
+        self.tokenizer: Any = processing_class.tokenizer if has_audio else processing_class
         if getattr(self.tokenizer, "pad_token_id", None) is None:
             raise ValueError(
                 "processing_class must be a tokenizer with a padding token, or the processor around one, got "
@@ -66,7 +66,7 @@ class PairReader:
                 raise TypeError(f"{name} must be a text or a list of messages, got {row[name]!r:.80}")
         if row["chosen"] == row["rejected"]:
             raise ValueError(f"chosen and rejected must differ, got {row['chosen']!r:.80} twice")
-        heard, most, answers = self._hear(row), self._max_length, []
+        heard, most, answers = self._read_audio(row), self._max_length, []
         for side in SIDES:
             prompt, answer = self._tokens(row["prompt"], row[side], heard)
             if not prompt:
@@ -90,13 +90,13 @@ class PairReader:
             )
         return Pair(answers, heard)
 
-    def _hear(self, row: dict[str, Any]) -> Heard | None:
-        """What a model that hears reads of the prompt of a row; None: the model does not hear."""
+    def _read_audio(self, row: dict[str, Any]) -> Heard | None:
+        """What an audio model reads of the prompt of a row; None for a model without audio."""
         prompt, audio = row["prompt"], row.get("audio")
         if self.prompts is None:
             if audio is not None:
                 raise TypeError(
-                    "processing_class must be the processor of a model that hears where rows have audio, got "
+                    "processing_class must be the processor of an audio model where rows have audio, got "
                     f"{type(self.tokenizer).__name__}"
                 )
             return None
@@ -138,7 +138,7 @@ class PairReader:
         return first, [token for at, token in enumerate(after) if not (at and token == after[at - 1] == end)]
 
     def readable(self, dataset: Any, name: str, drop: bool, accelerator: Any) -> Any:
-        """The dataset, or each of a dict of them, without the rows that cannot be trained on.
+        """The dataset, or each dataset of a dict, without the rows that cannot be trained on.
 
         Rows of a dataset with a length are read here, by each process its share; rows of a stream as they come.
 

@@ -89,9 +89,9 @@ class RewardChannel(nn.Module):
                 (self.narrow, hidden_size + width),
             ):
                 parts.uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
-        of_head = [hidden_size + width, *[head_width] * (head_layers - 1), 1]
+        head_sizes = [hidden_size + width, *[head_width] * (head_layers - 1), 1]
         self.head = nn.ModuleList(
-            nn.Linear(size, out, bias=False) for size, out in zip(of_head[:-1], of_head[1:], strict=True)
+            nn.Linear(size, out, bias=False) for size, out in zip(head_sizes[:-1], head_sizes[1:], strict=True)
         )
         if head_layers == 1:
             nn.init.normal_(next(self.head.parameters()), std=0.02)
@@ -176,8 +176,8 @@ class RewardChannel(nn.Module):
         if narrow is None or state is None:
             return silu(linear(rms_norm(hidden, norm.shape, norm, self.eps), wide))
         normal = rms_norm(torch.cat([hidden, state], -1), norm.shape, norm, self.eps)
-        of_hidden, of_state = normal.split([self.hidden_size, self.width], -1)
-        return silu(linear(of_hidden, wide) + linear(of_state, narrow)) + state
+        normal_hidden, normal_state = normal.split([self.hidden_size, self.width], -1)
+        return silu(linear(normal_hidden, wide) + linear(normal_state, narrow)) + state
 
     def reward(self, hidden: Tensor, state: Tensor) -> Tensor:
         """Rewards (B, T) from the output (B, T, D) after the final norm and u_{n-1}."""

@@ -125,9 +125,9 @@ def search(
     branches have completed ``depth`` chunks more than the oldest chunk that is not committed, the candidate for that
     chunk is committed whose best leaf has the highest score, ties to the token that the model prefers; its rivals go
     with all that is below them. The score of a branch is the mean reward of the last prompt token and of its tokens,
-    less the last token of a finished branch, which no forward sees. What is committed is never retracted, and is greedy
-    decoding where ``width`` is 1. When no branch runs any more, the finished branch of the highest score is the answer
-    (ties: one that ended by length, then the one that began earlier, then the model's preference).
+    without the last token of a finished branch, which no forward sees. What is committed is never retracted, and is
+    greedy decoding where ``width`` is 1. When no branch runs any more, the finished branch of the highest score is the
+    answer (ties: one that ended by length, then the one that began earlier, then the model's preference).
 
     Chunk c is committed at forward (c + depth) chunk + 1; live branches are width ** (depth + 1) at most, and width
     times as many with ``with_end``, where candidates that all end at once fork before one is chosen.
@@ -140,7 +140,7 @@ def search(
         depth: d, chunks to look ahead, at least 0.
         max_new_tokens: length of the longest answer, at least 1; a branch that reaches it ends by "length", also with
             an end token.
-        eos_token_ids: one id or several; a branch that takes one of them ends by "stop". They stay in the answer.
+        eos_token_ids: one id or several; a branch that takes such an id ends by "stop". The id stays in the answer.
         on_commit: called with each chunk when it is committed, and at the end with what remains.
         is_stop: called with the tokens of a branch after each; True ends it by "stop", also at ``max_new_tokens``.
         with_end: run the last token of a branch too and count its reward, so that an answer can be worth less for where
@@ -221,9 +221,9 @@ def search_all(
             first += count
         counts = {number: len(token_ids) for number, (_, token_ids) in asked.items()}
         if counts:
-            parents, token_ids = ([i for of_one in asked.values() for i in of_one[side]] for side in (0, 1))
+            parents, token_ids = ([i for lists in asked.values() for i in lists[side]] for side in (0, 1))
             logits, rewards = stepper.extend(torch.tensor(parents), torch.tensor(token_ids))
-    return [of_one for of_one in found if of_one is not None]
+    return [result for result in found if result is not None]
 
 
 def as_ids(name: str, value: Any) -> tuple[int, ...]:
@@ -250,7 +250,7 @@ def check_options(
         raise ValueError(f"min_p must lie between 0 and 1, got {min_p}")
     # With the end counted, candidates that all end at once fork once more before one is chosen.
     forks = depth + 1 + bool(with_end)
-    # A power of two that is too large already tells, without the digits of a huge one.
+    # A power of two that is too large decides it, without the digits of a huge one.
     is_huge = width > 1 and forks > max_branches.bit_length()
     if is_huge or width**forks > max_branches:
         raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from leafkernels.models.asking import evaluating, plain_ids
 from leafkernels.models.turns import turns_change
 
-# Of each model: what was found, by what was asked.
+# For each model the results of trials, by their arguments.
 _FOUND: "WeakKeyDictionary[Any, dict[Any, Any]]" = WeakKeyDictionary()
 
 
@@ -90,7 +90,7 @@ def check_inputs(stepper: Any, prompts: Sequence[Tensor]) -> None:
     found = _FOUND.setdefault(stepper._model, {})
     if key in found:
         return
-    # What is raised here is about these prompts, and the model's own.
+    # Errors raised here concern these prompts, and are the model's own.
     with _quietly(base):
         wrong = _compare_inputs(_plain(stepper), prompts)
     if wrong:
@@ -144,7 +144,7 @@ def _wrong(compare: Any, stepper: Any, *args: Any) -> str:
     except Exception as failure:  # whatever a model raises is the answer
         return f"{type(failure).__name__}: {failure}"
     finally:
-        # What _keep_apart leaves is a circle, which would hold the model until Python looks for circles.
+        # _keep_apart leaves a reference cycle, which would hold the model until the cycle collector runs.
         vars(mine).clear()
     return wrong
 
@@ -160,7 +160,7 @@ def _compare_branches(mine: Any, packed: bool, padded: bool) -> str:
     mine._packed, mine._inputs = packed, {}
     base, steps = mine._base, 3
     ids = plain_ids(base).to(next(base.parameters()).device)
-    # Of each prompt: its branches, the first of which goes on as generate goes on with its cache.
+    # For each prompt its branches, the first of which continues as generate does with its cache.
     branches = [[ids], [ids[2:5]]] if padded else [[ids]]
     greedy = [_generate(base, prompt[None], steps + 1) for (prompt,) in branches]
     differences = _Differences(base)
@@ -171,19 +171,21 @@ def _compare_branches(mine: Any, packed: bool, padded: bool) -> str:
     # Three branches, of which one ends and one forks.
     for step, parents in enumerate(([0, 0, 0], [0, 2, 2], [0, 1, 2])):
         grown, named, first = [], [], 0
-        for number, of_one in enumerate(branches):
+        for number, prompt_branches in enumerate(branches):
             others = [ids[(step + 2 * place) % len(ids)] for place in (1, 2)]
-            taken = [greedy[number].sequences[0, len(of_one[0])], *others]
-            grown.append([torch.cat([of_one[p], token[None]]) for p, token in zip(parents, taken, strict=True)])
+            taken = [greedy[number].sequences[0, len(prompt_branches[0])], *others]
+            grown.append(
+                [torch.cat([prompt_branches[p], token[None]]) for p, token in zip(parents, taken, strict=True)]
+            )
             named += [first + parent for parent in parents]
-            first += len(of_one)
+            first += len(prompt_branches)
         branches = grown
-        tokens = torch.stack([branch[-1] for of_one in branches for branch in of_one])
+        tokens = torch.stack([branch[-1] for prompt_branches in branches for branch in prompt_branches])
         logits, _ = mine._extend(torch.tensor(named), tokens)
         for number in range(len(branches)):
             differences.add(logits[3 * number, None], greedy[number].logits[step + 1])
-    for number, of_one in enumerate(branches):
-        alone = _generate(base, torch.stack(of_one[1:]), 1).logits[0]
+    for number, prompt_branches in enumerate(branches):
+        alone = _generate(base, torch.stack(prompt_branches[1:]), 1).logits[0]
         differences.add(logits[3 * number + 1 : 3 * number + 3], alone)
     return differences.text()
 
@@ -221,7 +223,7 @@ def _generate(
 ) -> Any:
     from transformers import GenerationConfig
 
-    # Without what the model's own config asks of sampling, processors and ends.
+    # Without the sampling, processors and end tokens of the model's own config.
     known = vars(GenerationConfig())
     unasked = {name: None for name in base.generation_config.to_diff_dict() if name in known}
     unasked.pop("transformers_version", None)
@@ -255,7 +257,7 @@ class _Differences:
         self.bound = 4 * max(precision, *(torch.finfo(dtype).eps for dtype in computed)) ** (2 / 3)
 
     def add(self, found: Tensor, truth: Tensor) -> None:
-        # What is no number: a banned token, or a broken model, of which the search has a sentence of its own.
+        # NaN and infinity: a banned token, or a broken model, which the search itself reports.
         is_number = truth.isfinite()
         is_same = (found.isfinite() == is_number).all(-1)
         found, truth = (logits.double().where(is_number, 0.0) for logits in (found, truth))

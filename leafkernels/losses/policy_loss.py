@@ -1,4 +1,4 @@
-"""The clipped policy loss with one advantage for each token, and the statistics that people watch."""
+"""The clipped policy loss with one advantage for each token, and its usual statistics."""
 
 import math
 from typing import Any, NamedTuple, cast
@@ -54,13 +54,13 @@ class LossOptions(NamedTuple):
     max_log_ratio: float  # likewise
     kl_coef: float
     entropy_coef: float
-    of_sequence: bool
+    per_sequence: bool
     aggregate: str
     constant: float | None
 
     def in_words(self) -> dict[str, Any]:
         """As ``python_ref`` takes them."""
-        clip, importance = (self.clip_low, self.clip_high), "sequence" if self.of_sequence else "token"
+        clip, importance = (self.clip_low, self.clip_high), "sequence" if self.per_sequence else "token"
         names = ("dual_clip", "max_log_ratio", "kl_coef", "entropy_coef", "aggregate", "constant")
         return {"clip": clip, "importance": importance, **{name: getattr(self, name) for name in names}}
 
@@ -82,7 +82,7 @@ def _policy_loss(
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """The sum of each row's losses, and all sums; what a row weighs is left to PyTorch."""
+    """The sum of each row's losses, and all sums; PyTorch applies the weights of rows."""
 
     @staticmethod
     def forward(
@@ -170,9 +170,8 @@ def policy_loss(
         k3 = exp(ref - logprobs) - (ref - logprobs) - 1
 
     (PPO, arXiv 1707.06347; k3: DeepSeekMath, arXiv 2402.03300; two clip sides: DAPO, arXiv 2503.14476). Where the mask
-    is False nothing is read into any sum, and the gradient is exactly 0, also where NaN stands there. No value is read
-    back to the host. The gradient is written in the same pass, one number for each token, and kept until the loss is
-    forgotten.
+    is False, values enter no sum and the gradient is exactly 0, also where they are NaN. No value is read back to the
+    host. The gradient is written in the same pass, one number for each token, and kept as long as the loss.
 
     Example:
         >>> old, advantages = torch.tensor([[-1.0, -2.0]]), torch.tensor([[1.0, -1.0]])
@@ -188,7 +187,7 @@ def policy_loss(
         clip: how far the ratio may fall below, and rise above, 1; the second may be ``math.inf``.
         dual_clip: above 1; where the advantage is negative, the clipped term loses at most -dual_clip * A, and there it
             has no gradient (arXiv 1912.09729; 3 is usual). None: no such bound.
-        max_log_ratio: positive; the log-ratio, or a row's mean of them with importance="sequence", is clamped to
+        max_log_ratio: positive; the log-ratio, or a row's mean log-ratio with importance="sequence", is clamped to
             [-max_log_ratio, max_log_ratio] before the exponential, and has no gradient where it is (verl: 20). None: no
             bound. k3 is not clamped.
         ref_logprobs: (N, T) under a reference policy; needed where ``kl_coef`` is not 0.
@@ -292,5 +291,5 @@ def check_loss_options(
         check_positive("constant", constant)
     most, bound = (math.inf if option is None else float(option) for option in (dual_clip, max_log_ratio))
     low, high, kl_coef, entropy_coef = (float(option) for option in (low, high, kl_coef, entropy_coef))
-    of_sequence = importance == "sequence"
-    return LossOptions(low, high, most, bound, kl_coef, entropy_coef, of_sequence, aggregate, constant)
+    per_sequence = importance == "sequence"
+    return LossOptions(low, high, most, bound, kl_coef, entropy_coef, per_sequence, aggregate, constant)

@@ -122,12 +122,12 @@ def policy_loss_from_logits(
 ) -> PolicyLoss:
     """``policy_loss`` of the log-probabilities and entropies of ``surprisal_entropy``, in one pass over the logits.
 
-    The loss of a token and its gradient need nothing but the token's own logits, so the gradient is written in the same
-    launch, while the row is still in the cache: a third less traffic than a forward and a backward pass. It is kept
-    until ``backward``, as large as the logits, and given away there: a second backward pass raises. The factor that
-    comes from above (1 from ``loss.backward()``, which costs nothing; a loss scale; one over accumulation steps)
-    multiplies it after it was rounded to the dtype of the logits: float16 logits with a loss scale are better served by
-    ``surprisal_entropy`` and ``policy_loss``. So is importance="sequence", which needs all tokens of a row first.
+    The loss and the gradient of a token need its own logits only, so the gradient is written in the same launch, while
+    the row is still in the cache: a third less traffic than a forward and a backward pass. The gradient, as large as
+    the logits, is kept until ``backward`` and given away there: a second backward pass raises. The upstream gradient (1
+    from ``loss.backward()``, which costs nothing; a loss scale; one over accumulation steps) multiplies it after it was
+    rounded to the dtype of the logits: for float16 logits with a loss scale use ``surprisal_entropy`` and
+    ``policy_loss``. So is importance="sequence", which needs all tokens of a row first.
 
     Args:
         logits: (N, T, V), float32, bfloat16, float16 or float64 (not with Triton).
@@ -136,12 +136,12 @@ def policy_loss_from_logits(
         advantages: (N, T), as from ``span_advantages``; a constant.
         response_mask: (N, T), nonzero where a token counts; the logits of others are not read.
         temperature: positive; a float, or one for each token, (N, T).
-        clip, dual_clip, max_log_ratio, ref_logprobs, kl_coef, entropy_coef, aggregate, constant: as ``policy_loss`` has
-            them.
+        clip, dual_clip, max_log_ratio, ref_logprobs, kl_coef, entropy_coef, aggregate, constant: as in
+            ``policy_loss``.
         vocab_group: the tensor-parallel ranks, if each has a slice of the vocabulary, as ``surprisal_entropy`` takes
-            it. The gradient then waits for what the other ranks hold, so this is ``surprisal_entropy`` followed by
-            ``policy_loss``: the logits are read twice, and what is said above of one pass does not hold. The results
-            are the same on every rank, and each gets the gradient of its slice.
+            it. The gradient then needs the results of the other ranks, so this is ``surprisal_entropy`` followed by
+            ``policy_loss``, and reads the logits twice. The results are the same on every rank, and each gets the
+            gradient of its slice.
         backend: "auto", "triton", "torch" or "reference".
 
     Example:

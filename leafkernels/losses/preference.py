@@ -31,7 +31,7 @@ def token_reward_loss(
     scale: float = 1.0,
     margin: float = 0.0,
 ) -> Tensor:
-    """Teach the rewards of tokens which of two answers is better. B pairs; chosen and rejected may differ in width.
+    """Preference loss on a reward for each token, a scalar. B pairs; chosen and rejected may differ in width.
 
     With r the rewards of an answer's tokens and L their number, chosen before rejected, averaged over the pairs:
 
@@ -94,13 +94,13 @@ def token_reward_sums(
         return pad(torch.stack([0.5 * torch.where(mask, x, 0.0).sum() for x, mask in sides]), (1, 0))
     if kind == "sequence_bt":
         difference = _mean(chosen, chosen_mask) - _mean(rejected, rejected_mask)
-        of_pairs = softplus(-scale * (difference - margin))
+        loss_per_pair = softplus(-scale * (difference - margin))
     elif kind == "token_bt":
         difference, is_token = _aligned(chosen, chosen_mask, rejected, rejected_mask)
-        of_pairs = _mean(softplus(-scale * (difference - margin)), is_token)
+        loss_per_pair = _mean(softplus(-scale * (difference - margin)), is_token)
     else:
-        of_pairs = -0.5 * (_log_mean_sigmoid(chosen, chosen_mask) + _log_mean_sigmoid(-rejected, rejected_mask))
-    return pad(of_pairs.sum()[None], (0, 2))
+        loss_per_pair = -0.5 * (_log_mean_sigmoid(chosen, chosen_mask) + _log_mean_sigmoid(-rejected, rejected_mask))
+    return pad(loss_per_pair.sum()[None], (0, 2))
 
 
 def answer_counts(chosen_mask: Tensor, rejected_mask: Tensor) -> Tensor:
@@ -120,9 +120,9 @@ def simpo_loss(
     margin: float = 0.5,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """SimPO (arXiv 2405.14734): teach the model itself which of two answers is better, without a reference model.
+    """SimPO loss (arXiv 2405.14734), a scalar: preference learning on log-probabilities, without a reference model.
 
-    With x the mean log-probability of the chosen answer's tokens less that of the rejected one's, less the margin,
+    With x the mean log-probability of the chosen answer's tokens minus that of the rejected one's minus the margin,
     averaged over the pairs:
 
         sigmoid    (1 - label_smoothing) -log sigmoid(beta x) + label_smoothing -log sigmoid(-beta x)
@@ -173,7 +173,7 @@ def simpo_metrics(
     *,
     beta: float = 2.0,
 ) -> dict[str, Tensor]:
-    """How well the model itself tells two answers apart. Arguments as in ``simpo_loss``.
+    """Metrics of preference on log-probabilities, by name. Arguments as in ``simpo_loss``.
 
     Each is a mean over the pairs, under the name that preference trainers log: ``logps/chosen`` and ``logps/rejected``,
     an answer's mean log-probability a token; ``rewards/chosen`` and ``rewards/rejected``, ``beta`` times that;
@@ -206,13 +206,13 @@ def simpo_metrics(
 def token_reward_metrics(
     chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_mask: Tensor, rejected_mask: Tensor
 ) -> dict[str, Tensor]:
-    """How well rewards tell two answers apart, also early in them. Arguments as in ``token_reward_loss``.
+    """Metrics of preference on rewards, by name, also early in the answers. Arguments as in ``token_reward_loss``.
 
     Each is a mean over the pairs, under the name that the authors log:
 
     - ``chosen_value_50%``, ``rejected_value_50%`` (100%, 50%, 25%): mean reward of the first half of an answer, at
       least of one token; ``[-1]``: of its last token;
-    - ``diff_value_50%``: mean of chosen less rejected, token by token, over that part of the shorter answer;
+    - ``diff_value_50%``: mean of chosen minus rejected, token by token, over that part of the shorter answer;
       ``diff_value_acc_50%``, ``diff_value_acc>=_50%``: share of these above 0, and not below 0;
     - ``diff_value_seq_mean``, ``diff_value_[-1]`` and their ``acc``: of the answers' mean, and last, rewards.
 
@@ -290,7 +290,7 @@ def _packed(rewards: Tensor, mask: Tensor) -> Tensor:
 
 
 def _aligned(chosen: Tensor, chosen_mask: Tensor, rejected: Tensor, rejected_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, width): chosen less rejected at the j-th token of each, the last repeated; and where the longer has one."""
+    """(B, width): chosen minus rejected at the j-th token of each, the last repeated; and where the longer has one."""
     sides, lengths = [], []
     at = torch.arange(max(chosen.shape[1], rejected.shape[1]), device=chosen.device)
     for rewards, mask in ((chosen, chosen_mask), (rejected, rejected_mask)):

@@ -35,13 +35,13 @@ class Rows(NamedTuple):
     prompt_shape: tuple[int, ...] | None
     """Shape of one entry for each prompt; None: prompts are named by a tensor, and each row holds its prompt's."""
     is_cut: bool = False
-    """Whether there was a mask of which only the layout is left: what lies after a row's length is masked."""
+    """Whether the mask is in the layout alone: tokens after a row's length are masked."""
 
-    def per_prompt(self, of_groups: Tensor) -> Tensor:
-        """What holds a line for each group, as the caller counts prompts."""
+    def per_prompt(self, per_group: Tensor) -> Tensor:
+        """An entry for each group, in the shape of the caller's prompts."""
         if self.prompt_shape is None:
-            return of_groups[self.layout.group_of_row]
-        return of_groups.reshape(*self.prompt_shape, *of_groups.shape[1:])
+            return per_group[self.layout.group_of_row]
+        return per_group.reshape(*self.prompt_shape, *per_group.shape[1:])
 
 
 def check_named_groups(groups: Any, num_rows: int, name: str, device: torch.device) -> Tensor:
@@ -64,7 +64,7 @@ def check_named_groups(groups: Any, num_rows: int, name: str, device: torch.devi
 
 
 def check_one_grouping(groups: Any, group_size: Any) -> None:
-    """Raise where prompts are named and counted at once, or ``group_size`` is no count."""
+    """Raise where both ``groups`` and ``group_size`` are given, or ``group_size`` is no count."""
     if group_size is None:
         return
     if groups is not None:
@@ -135,7 +135,7 @@ def _has_no_hole(mask: Tensor, layout: Layout) -> bool:
 
 
 def with_prompts(layout: Layout, row_shape: tuple[int, ...]) -> Layout:
-    """The layout of one prompt or of a batch of them, counted also where no prompt has a row."""
+    """The layout of one prompt or of a batch of prompts, also where no prompt has a row."""
     if row_shape[-1]:
         return layout
     num_prompts = row_shape[0] if len(row_shape) == 2 else 1
@@ -187,14 +187,14 @@ def build_layout(
     num_rows = rows.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     width = rows.shape[-1]
     group = max(groups, 1) if isinstance(groups, int) else 1
-    # What does not hold for packed rows, or groups that are named, is replaced below.
+    # Replaced below for packed rows and for named groups.
     sizes = num_rows, width, group
     regular = _regular_layout("triton", rows, *sizes) if backend == "triton" else _regular_in_steps(rows, *sizes)
     slot_starts, slot_ends, rows_by_group, group_starts, group_of_row = regular
     max_length, max_group = width, groups if isinstance(groups, int) else num_rows
     if cu_seqlens is not None:
-        # A cu_seqlens that breaks its rules on a GPU, where nobody looks at it, must still stay inside the tensors, and
-        # its rows must not overlap: what is allotted by the sum of their lengths holds no more than all tokens.
+        # A cu_seqlens that breaks its rules on a GPU is not checked, but must stay inside the tensors, and rows must
+        # not overlap: memory allotted by the sum of their lengths holds no more than all tokens.
         bounds = cu_seqlens.to(torch.int64).clamp(0, width).cummax(0).values
         slot_starts, slot_ends = bounds[:-1], bounds[1:]
         if num_rows and values_readable(slot_starts):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def group_index(names: Iterable[Hashable] | Tensor, device: torch.device | str | None = None) -> Tensor:
-    """Number the prompts that ``names`` mentions, in order of appearance.
+    """An integer for each row that names its prompt: prompts are numbered in order of appearance.
 
     Args:
         names: one for each row: strings, ints, tuples, in a list, a tensor or an array. Elements of tensors and arrays

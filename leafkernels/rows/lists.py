@@ -20,9 +20,9 @@ def to_lists(tensor: Tensor | None, rows: Rows) -> Any:
     return [row[start:end].tolist() for row, (start, end) in zip(tensor, slots, strict=True)]
 
 
-def to_tokens(of_rows: list[list[Any]], like: Tensor, dtype: torch.dtype) -> Tensor:
+def to_tokens(row_values: list[list[Any]], like: Tensor, dtype: torch.dtype) -> Tensor:
     """What each row has for what is stored of it, shaped like the per-token tensor ``like``."""
-    flat = [value for of_row in of_rows for value in of_row]
+    flat = [value for values in row_values for value in values]
     return torch.tensor(flat, dtype=dtype, device=like.device).reshape(like.shape)
 
 

@@ -136,24 +136,24 @@ def prefix_tree(
 ) -> PrefixTree:
     """The prefix tree that the rows of each prompt form: one node for each different prefix, in depth-first order.
 
-    What a model computes for a token depends on the tokens before it and no others, so that one node serves all rows
-    that share it: a batch of ``token_ids`` at ``positions``, in which token q sees token k where ``k <= q < ends[k]``,
-    is a forward pass of all rows; ``result[nodes]`` spreads it over them again. Every id is read about three times,
-    and memory grows with the tokens, however many rows there are.
+    A model's result at a token depends on the tokens before it alone, so one node serves all rows that share it: a
+    batch of ``token_ids`` at ``positions``, in which token q sees token k where ``k <= q < ends[k]``, is a forward pass
+    of all rows; ``result[nodes]`` spreads it over the rows again. Every id is read about three times, and memory grows
+    with the tokens, however many rows there are.
 
-    Of the children of a node comes first the one that its smallest row goes on in, then the others by token id.
+    The first child of a node is the one in which its smallest row continues; the others follow by token id.
 
     Args:
         token_ids: (G, T), (P, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; any integer dtype.
         response_mask: shaped like ``token_ids``; a row is the stretch from its first to its last nonzero entry, and
             tokens inside count also where the mask has a hole. An attention mask is one.
         groups, group_size: rows of each prompt; see ``span_advantages``. Without them all rows of a 2-D tensor are one
-            prompt; they may differ in their first token, so that nobody has to know which of them belong together.
+            prompt; they may differ in their first token, so rows need no grouping.
         cu_seqlens: (N + 1,) int32, the offsets of packed rows.
-        max_nodes: size of the result, for who cannot wait for the device. Nodes beyond those that there are have token,
-            position and count 0, parent -1, and see themselves alone. None: as many as there are, which is read back
-            from the device, the one synchronisation. More nodes than that are an error on a CPU; on a GPU
-            ``starts[-1]`` tells their number, and those beyond are in ``nodes`` only.
+        max_nodes: size of the result, for callers that cannot wait for the device. Entries after the last node have
+            token, position and count 0, parent -1, and see themselves alone. None: the number of nodes, which is read
+            back from the device, the one synchronisation. More nodes than that are an error on a CPU; on a GPU
+            ``starts[-1]`` is their number, and those beyond are in ``nodes`` only.
         backend: "auto", "triton", "torch" or "reference".
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a row of a dataset, a prompt about recordings, to what a model that hears reads: token ids and features.
+"""From a row of a dataset, a prompt about recordings, to what an audio model reads: token ids and features.
 
 Which inputs a model reads is what its processor returns; no model is named. Trainers use it, and the public names do
 not load it.
@@ -28,7 +28,7 @@ class Heard:
 
 
 class PromptReader:
-    """Reads prompts about recordings by the processor of a model that hears.
+    """Reads prompts about recordings by the processor of an audio model.
 
     Attributes: ``rate``, of samples that the processor takes; ``audio_token``, which stands for a recording in a text.
 
@@ -61,7 +61,7 @@ class PromptReader:
                 the first user message), or text with the audio token in it.
             audio: a recording, or a list of them: datasets' ``Audio`` (undecoded or decoded), the path or the bytes of
                 a file that soundfile reads, or ``{"array": ..., "sampling_rate": int}`` with an array (samples,),
-                (samples, channels) or (channels, samples), which are told apart by their sizes: at most 32 channels.
+                (samples, channels) or (channels, samples), distinguished by their sizes: at most 32 channels.
                 Integers are scaled by the range of their dtype, as those of files. Of several channels the mean is
                 taken; other rates are resampled.
 
@@ -72,7 +72,7 @@ class PromptReader:
         """
         try:
             clips = _read_clips(audio, self.rate)
-            inputs = self._hear(prompt, clips)
+            inputs = self._process_clips(prompt, clips)
             features = {
                 name: values
                 for name, values in inputs.items()
@@ -83,8 +83,8 @@ class PromptReader:
             raise ValueError(f"{error}, with the prompt {_shorten(repr(prompt))}") from error
         return Heard(torch.as_tensor(inputs["input_ids"])[0].tolist(), features)
 
-    def _hear(self, prompt: Any, clips: list[np.ndarray]) -> Any:
-        """The processor's inputs, with an audio token for every clip at least: without one it is not heard."""
+    def _process_clips(self, prompt: Any, clips: list[np.ndarray]) -> Any:
+        """The processor's inputs, with at least one audio token for every clip, which else is not read."""
         shortest = min(clips, key=len)
         too_short = (
             f"audio must be long enough for one audio token, got {len(shortest) / self.rate:g} s "
@@ -150,7 +150,7 @@ class PromptReader:
 
         has_audio = any(part["type"] == "audio" for message in messages for part in message["content"])
         try:
-            # Whether it takes parts is seen by what it makes of one that is audio.
+            # Whether the template takes parts shows in its output for an audio part.
             text = render(_in_parts(messages if has_audio else _placed(messages, 1)))
             if self.audio_token in text:
                 return text if has_audio else render(_in_parts(messages))
@@ -190,7 +190,7 @@ def join(parts: Sequence[Tensor]) -> Tensor:
 
 
 def undecoded(dataset: Any) -> Any:
-    """The dataset, or each of a dict of them, with its recordings as files, which the reader decodes."""
+    """The dataset, or each dataset of a dict, with its recordings as files, which the reader decodes."""
     if isinstance(dataset, dict):
         return type(dataset)({name: undecoded(part) for name, part in dataset.items()})
     if not hasattr(dataset, "cast_column"):
@@ -204,7 +204,7 @@ def undecoded(dataset: Any) -> Any:
 
 
 def find_encoder(model: Any) -> Any:
-    """The audio encoder of a model that hears; raises TypeError where there is none."""
+    """The audio encoder of an audio model; raises TypeError where there is none."""
     for module in model.modules():
         if getattr(module, "input_modalities", None) in ("audio", ("audio",)):
             return module
@@ -325,12 +325,12 @@ def _check_length(features: dict[str, Tensor], clips: list[np.ndarray], extracto
     hop, frames = getattr(extractor, "hop_length", None), features.get("input_features")
     if hop is None or frames is None:
         return
-    heard = frames.shape[-1] * hop * (1 if len(frames) == len(clips) else len(frames))
+    taken = frames.shape[-1] * hop * (1 if len(frames) == len(clips) else len(frames))
     longest = max(len(clip) for clip in clips)
     # The last frame may be cut short.
-    if longest > heard + hop:
+    if longest > taken + hop:
         raise ValueError(
-            f"audio must be no longer than the {heard / rate:g} s that the encoder takes, got {longest / rate:.2f} s"
+            f"audio must be no longer than the {taken / rate:g} s that the encoder takes, got {longest / rate:.2f} s"
         )
 
 

@@ -1,4 +1,4 @@
-"""What every estimator of advantages begins with: its arguments, checked, and where their rows lie."""
+"""The arguments of every estimator, checked, and where their rows lie."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from leafkernels.rows.lists import to_lists, to_tokens
 
 
 class Rollouts(NamedTuple):
-    """The rollouts of a call. A row without a reward has no token in ``layout``: it takes no part in anything."""
+    """The rollouts of a call. A row without a reward has no token in ``layout`` and counts nowhere."""
 
     logprobs: Tensor  # as the caller shaped them
     token_ids: Tensor

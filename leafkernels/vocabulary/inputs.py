@@ -37,10 +37,10 @@ def check_temperature(
         if logit_scale != 1:
             temperature = temperature.double() / logit_scale
         if values_readable(temperature):
-            of_live = temperature if mask is None else temperature[mask]
-            is_bad = ~((of_live >= FLOAT32.tiny) & (of_live <= FLOAT32.max))
+            live_values = temperature if mask is None else temperature[mask]
+            is_bad = ~((live_values >= FLOAT32.tiny) & (live_values <= FLOAT32.max))
             if bool(is_bad.any()):
-                found = float(of_live[is_bad][0])
+                found = float(live_values[is_bad][0])
                 where = " in float32" if 0 < found < torch.inf else ""
                 raise ValueError(f"{name} must be positive and finite{where}, got {found}")
         return temperature

@@ -154,8 +154,8 @@ def _statistics_of_slices(
         head = _Head(hidden, weight, bias, mask, options)
         for rows in head.chunks():
             logits = head.logits(head.states(rows))
-            of_chunk, picked[rows] = fold(logits, ids[rows], temperatures[rows], None)
-            states[:, rows] = join_states(of_chunk, temperatures[rows])
+            chunk_states, picked[rows] = fold(logits, ids[rows], temperatures[rows], None)
+            states[:, rows] = join_states(chunk_states, temperatures[rows])
         return merge_slices(states[:, :-1], picked[:-1], temperature, mask, backend, vocab_group)
 
 
@@ -316,8 +316,8 @@ def _by_reference(
         return whole.tolist(), own, {"bias": whole_bias, "temperature": temperatures, "logit_softcap": options.softcap}
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        of_ids, _, others = head(weight, bias)
-        found = python_ref.linear_surprisal_entropy(hidden[rows].tolist(), of_ids, ids, **others)
+        whole_weight, _, others = head(weight, bias)
+        found = python_ref.linear_surprisal_entropy(hidden[rows].tolist(), whole_weight, ids, **others)
         results = hidden.new_zeros((2, hidden.shape[0]), dtype=compute_dtype(hidden.dtype))
         results[:, rows] = torch.tensor(found, dtype=results.dtype, device=hidden.device)
         return results[0].clone(), results[1].clone()
@@ -326,15 +326,15 @@ def _by_reference(
         grad_surprisal: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_surprisal_entropy")
-        of_ids, own, others = head(weight, bias)
-        of_surprisal, of_entropy = (grad[rows].tolist() for grad in (grad_surprisal, grad_entropy))
+        whole_weight, own, others = head(weight, bias)
+        surprisal_grads, entropy_grads = (grad[rows].tolist() for grad in (grad_surprisal, grad_entropy))
         found = python_ref.linear_surprisal_entropy_backward(
-            of_surprisal, of_entropy, hidden[rows].tolist(), of_ids, ids, **others
+            surprisal_grads, entropy_grads, hidden[rows].tolist(), whole_weight, ids, **others
         )
-        of_rows, of_weight, of_bias = (torch.tensor(numbers, dtype=torch.float64) for numbers in found)
+        grad_states, grad_weight, grad_bias = (torch.tensor(numbers, dtype=torch.float64) for numbers in found)
         grad_hidden = torch.zeros_like(hidden)
-        grad_hidden[rows] = of_rows.reshape(len(rows), hidden.shape[1]).to(hidden)
-        return grad_hidden, of_weight.reshape(-1, weight.shape[1])[own], None if bias is None else of_bias[own]
+        grad_hidden[rows] = grad_states.reshape(len(rows), hidden.shape[1]).to(hidden)
+        return grad_hidden, grad_weight.reshape(-1, weight.shape[1])[own], None if bias is None else grad_bias[own]
 
     return from_reference("linear_surprisal_entropy", compute, gradient, hidden, weight, bias)
 
@@ -363,9 +363,9 @@ def linear_surprisal_entropy(
 ) -> SurprisalEntropy:
     """``surprisal_entropy`` of ``hidden @ lm_head_weight.T + bias``, without ever holding those logits.
 
-    A chunk of tokens at a time: their logits go into one buffer, are folded, and are forgotten; the backward pass
-    computes them again, writes their gradient over them, and adds it to the gradients of weight and bias, which are
-    summed in float32. Masked tokens are left out before any product. Where the weight is frozen, as with LoRA, its
+    Works on a chunk of tokens at a time: their logits go into one buffer and are reduced; the backward pass recomputes
+    them, writes their gradient over them, and adds it to the gradients of weight and bias, which are summed in
+    float32. Masked tokens are left out before any product. Where the weight is frozen, as with LoRA, its
     gradient is not computed. Gradients flow to hidden, weight and bias, once and in reverse mode, for any weights
     on both outputs.
 
@@ -382,8 +382,8 @@ def linear_surprisal_entropy(
             ``logits_scaling``.
         logit_softcap: c: the logits are c tanh(logits / c) (Gemma 2, arXiv 2408.00118), before the temperature.
         response_mask: (...); tokens where it is False are not read, give 0, and get zero gradient.
-        num_live: tokens that are unmasked, or a bound of them; more than that give NaN. None counts them, which on a
-            GPU waits for the device once a pass; a loop that builds its masks on the host knows the number.
+        num_live: number of unmasked tokens, or an upper bound; with more, the results are NaN. None counts them, which
+            on a GPU waits for the device once a pass; a loop that builds its masks on the host has the number.
         chunk_tokens: tokens at a time; None: as many as take 960 MiB.
         vocab_group: the tensor-parallel ranks, if each has a slice of the head's rows: V is then the number of ids of
             this rank's; the slices follow each other in the order of the ranks and may differ in size, as
@@ -444,8 +444,8 @@ def linear_surprisal_entropy(
     num_rows = token_ids.numel()
     ids = token_ids.reshape(num_rows).contiguous()
     if vocab_group is not None:
-        of_slice = ids_in_slice(ids, lm_head_weight.shape[0], vocab_group)
-        ids = ids if backend == "reference" else of_slice
+        slice_ids = ids_in_slice(ids, lm_head_weight.shape[0], vocab_group)
+        ids = ids if backend == "reference" else slice_ids
     row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
     tokens = (ids, temperatures.reshape(num_rows).contiguous(), row_mask)
     softcap = None if logit_softcap is None else float(logit_softcap)

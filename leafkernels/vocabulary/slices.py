@@ -13,7 +13,7 @@ from leafkernels.vocabulary.inputs import RowStatistics
 def ids_in_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessGroup") -> Tensor:
     """Ids (N,) counted from the first of this rank's slice of the vocabulary, so that all others lie outside of it.
 
-    Collective: the ranks tell each other the sizes of their slices, which stay on the device.
+    Collective: the ranks exchange the sizes of their slices, which stay on the device.
     """
     rank, world_size = place("vocab_group", vocab_group)
     # Filled in two steps: a tensor made from a list would be copied to the device, and waited for.
@@ -24,7 +24,7 @@ def ids_in_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessG
     num_rows, sizes = torch.stack(gathered).unbind(1)
     if values_readable(num_rows) and bool((num_rows != num_rows[0]).any()):
         raise ValueError(
-            f"token_ids must be the same on every rank of vocab_group, got {num_rows.tolist()} of them by rank"
+            f"token_ids must be the same on every rank of vocab_group, got {num_rows.tolist()} rows by rank"
         )
     return token_ids.to(torch.int64) - sizes[:rank].sum()
 
@@ -61,15 +61,15 @@ def merge_slices(
         )
     )
     dist.all_reduce(sums, dist.ReduceOp.SUM, group=vocab_group)
-    ones, r, t, picked, owners = sums
+    ones, r, t, picked, num_found = sums
     whole = torch.stack((tops, ones - 1.0 + r, t)).unsqueeze(2)
     # 0 / 0 where no rank has the id.
     merge = implementation(backend, "surprisal").merge_surprisal_states
-    return RowStatistics(*merge(whole, picked / owners, temperature, mask))
+    return RowStatistics(*merge(whole, picked / num_found, temperature, mask))
 
 
 def whole_vocabulary(tensor: Tensor, dim: int, vocab_group: "dist.ProcessGroup | None") -> tuple[Tensor, slice]:
-    """The slices of all ranks side by side along ``dim``, and which of them is this rank's; for the reference.
+    """The slices of all ranks side by side along ``dim``, and which slice is this rank's; for the reference.
 
     Collective, and by way of the host.
     """

@@ -121,7 +121,7 @@ class _SurprisalEntropy(torch.autograd.Function):
         if ctx.given is None or ctx.given() is not logits:
             return _surprisal_entropy_backward(ctx.backend, *everything), None, None, None, None, None, None
         _surprisal_entropy_backward_(ctx.backend, *everything)
-        # Whoever else kept the logits for a backward pass is told by autograd.
+        # Autograd then refuses every other backward pass that kept the logits.
         torch.autograd.graph.increment_version(logits)
         return logits, None, None, None, None, None, None
 
@@ -149,9 +149,9 @@ def _by_reference(
     def gradient(grad_surprisal: Tensor, grad_entropy: Tensor, logits: Tensor) -> tuple[Tensor]:
         refuse_second_derivative("surprisal_entropy")
         whole, own = whole_vocabulary(logits, 1, vocab_group)
-        of_surprisal, of_entropy = (grad[rows].tolist() for grad in (grad_surprisal, grad_entropy))
+        surprisal_grads, entropy_grads = (grad[rows].tolist() for grad in (grad_surprisal, grad_entropy))
         found = python_ref.surprisal_entropy_backward(
-            of_surprisal, of_entropy, whole[rows].tolist(), ids, temperature=temperatures
+            surprisal_grads, entropy_grads, whole[rows].tolist(), ids, temperature=temperatures
         )
         gradients = logits if in_place else torch.empty_like(logits)
         gradients.zero_()
@@ -176,7 +176,8 @@ def surprisal_entropy(
 
     With x = logits / temperature and p = softmax(x): surprisal = -log p[token], entropy = -sum p log p, in nats.
     Differentiable in the logits, once and in reverse mode, for any weights on both outputs; the gradient is a new
-    tensor in their dtype, and the entropy's part of the work is left out where only the surprisal's is asked for.
+    tensor in their dtype, and the entropy's share of the work is skipped where only the surprisal's gradient is asked
+    for.
 
     Nothing cancels: rows shifted by 1e4 lose no digit, and a row whose top logit leads by 60 has its entropy of 1e-25
     with a relative error of about 1e-6, where ``lse - E[x]`` gives 0 or noise. A banned id (-inf) adds nothing; sampled
@@ -195,9 +196,9 @@ def surprisal_entropy(
             every rank computes from them. No value is read back; not for ``torch.compile(fullgraph=True)``.
         inplace_backward: write the gradient over the logits, which saves their size in memory. They must be the result
             of a computation, or a view of such a result, with memory of its own for each entry: a leaf, a view of one
-            and an expanded tensor are refused. What shares their memory (``logits.detach()``, the tensor they are a
-            view of) holds the gradient afterwards; what autograd kept of them for another backward pass makes that one
-            raise, and a second backward pass raises. Under saved-tensor hooks (checkpointing, offloading) and
+            and an expanded tensor are refused. Tensors that share their memory (``logits.detach()``, the tensor they
+            are a view of) hold the gradient afterwards; another backward pass for which autograd saved them raises,
+            and so does a second backward pass. Under saved-tensor hooks (checkpointing, offloading) and
             ``torch.compile`` the gradient is a new tensor.
         backend: "auto", "triton", "torch" or "reference".
 
@@ -230,8 +231,8 @@ def surprisal_entropy(
     if inplace_backward and logits.requires_grad:
         check_own_memory("logits", logits)
     if vocab_group is not None:
-        of_slice = ids_in_slice(ids, vocab_size, vocab_group)
-        ids = ids if backend == "reference" else of_slice
+        slice_ids = ids_in_slice(ids, vocab_size, vocab_group)
+        ids = ids if backend == "reference" else slice_ids
     if backend == "reference":
         surprisal, entropy = _by_reference(rows, ids, temperatures, row_mask, vocab_group, inplace_backward)
     elif logits.requires_grad:

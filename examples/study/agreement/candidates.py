@@ -36,8 +36,8 @@ def grow(token_ids: Tensor, rewards: Tensor, response_mask: Tensor) -> Tree:
         table = torch.zeros(shape, dtype=torch.float64).scatter_add_(2, shared, entries)
         return table.flip(2).cumsum(2).flip(2)
 
-    of_others = rewards.double()[:, None, :].expand(shared.shape)
-    count, total = from_here_on(torch.ones_like(of_others)), from_here_on(of_others)
+    other_rewards = rewards.double()[:, None, :].expand(shared.shape)
+    count, total = from_here_on(torch.ones_like(other_rewards)), from_here_on(other_rewards)
     leaves = (count[..., 1:] != count[..., :-1]) & response_mask
     return Tree(count, total / count.clamp_min(1), leaves, shared, response_mask)
 

@@ -40,8 +40,8 @@ def exact_gradient(logits: Tensor, target: Tensor, reward: str) -> Tensor:
 def policy_gradient(credit: Tensor, token_ids: Tensor, chances: Tensor) -> Tensor:
     """Sum over rollouts of credit * grad log pi: (..., K, T), (..., K, T) and (..., T, V) to (..., T, V)."""
     credit = credit.to(chances.dtype)
-    of_tokens = torch.zeros_like(chances).scatter_add_(-1, token_ids.mT, credit.mT)
-    return of_tokens - credit.sum(-2)[..., None] * chances
+    credit_per_choice = torch.zeros_like(chances).scatter_add_(-1, token_ids.mT, credit.mT)
+    return credit_per_choice - credit.sum(-2)[..., None] * chances
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(sizes > 0, (first * second).sum(-1) / sizes, 0.0)
 
 
-def of_decisions(gradients: Tensor, truth: Tensor, options: int) -> Tensor:
+def decision_cosines(gradients: Tensor, truth: Tensor, options: int) -> Tensor:
     """Mean over the decisions of the cosine of each decision's own logits."""
-    apart, of_truth = (of.unflatten(-1, (-1, options)) for of in (gradients, truth))
+    apart, truth_parts = (of.unflatten(-1, (-1, options)) for of in (gradients, truth))
     # Where all rollouts choose alike, float32 credit that sums to 0 leaves a rounding: no direction.
     is_rounding = apart.norm(dim=-1) <= 1e-5 * gradients.norm(dim=-1)[..., None]
-    return cosines(apart, of_truth).masked_fill(is_rounding, 0.0).mean(-1)
+    return cosines(apart, truth_parts).masked_fill(is_rounding, 0.0).mean(-1)
 
 
 def mean_where(values: Tensor, counted: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def hold_against_exact(
         # (groups of batches are a dimension of their own): schemes, batches, seeds, parameters.
         gradients = torch.stack(found).reshape(len(schemes), GROUP, num_seeds, size)
         if not one:
-            decision = of_decisions(gradients, truth, setting.options)
+            decision = decision_cosines(gradients, truth, setting.options)
         one.append(cosines(gradients, truth))
         eight.append(cosines(gradients.sum(1), truth))
         mixed.append(is_mixed.reshape(GROUP, num_seeds))
@@ -106,11 +106,11 @@ def hold_against_exact(
     is_clear &= is_mixed.sum((0, 1)) >= batches // 2
     length = ((signal - squares) / (batches * (batches - 1))).clamp_min(0).sqrt()
     bias = (total * truth).sum(2) / batches / (truth.norm(dim=1) * length)
-    of_batches = (is_mixed.flatten(0, 1) & has_truth)[:, None]
+    in_batch = (is_mixed.flatten(0, 1) & has_truth)[:, None]
     measures = {
-        "one": mean_where(torch.cat(one, 1).transpose(0, 1), of_batches),
+        "one": mean_where(torch.cat(one, 1).transpose(0, 1), in_batch),
         # The first batches are enough for a mean over seeds.
-        "decision": mean_where(decision.transpose(0, 1), of_batches[:GROUP]),
+        "decision": mean_where(decision.transpose(0, 1), in_batch[:GROUP]),
         "eight": mean_where(torch.stack(eight), (is_mixed.any(1) & has_truth)[:, None]),
         "bias": torch.where(is_clear, bias, torch.nan),
     }
@@ -149,7 +149,7 @@ def measure(setting: tabular.Setting, schemes: Mapping[str, Scheme]) -> Row:
 # What is printed
 
 
-def of_setting(row: Row, measure: str, scheme: str, column: int = 1, step: int | None = None) -> float:
+def setting_mean(row: Row, measure: str, scheme: str, column: int = 1, step: int | None = None) -> float:
     """A setting's mean over its policies (or one of them); NaN where none says anything."""
     found = [p[measure][scheme][column] for p in row["policies"] if p[measure] and step in (None, p["step"])]
     return fmean(found) if found else float("nan")
@@ -188,28 +188,28 @@ def counted(rows: list[Row], measure: str) -> float:
 def report(rows: list[Row], trained: list[Row]) -> str:
     """The tables of README.md."""
     gains: dict[tuple[str, str], float] = {(str(row["setting"]), row["scheme"]): row["gain"] for row in trained}
-    of_kind = kinds(rows)
+    rows_per_kind = kinds(rows)
 
     def gain(row: Row, scheme: str) -> float:
         return gains[str(row["setting"]), scheme]
 
     def less_grpo(chosen: list[Row], measure: str, scheme: str, step: int | None = None) -> str:
-        return f"{mean_of(of_setting(row, measure, scheme, 1, step) for row in chosen):+.3f}"
+        return f"{mean_of(setting_mean(row, measure, scheme, 1, step) for row in chosen):+.3f}"
 
-    def of_grpo(chosen: list[Row], measure: str, step: int | None = None) -> str:
-        return f"{mean_of(of_setting(row, measure, 'grpo', 0, step) for row in chosen):.3f}"
+    def grpo_mean(chosen: list[Row], measure: str, step: int | None = None) -> str:
+        return f"{mean_of(setting_mean(row, measure, 'grpo', 0, step) for row in chosen):.3f}"
 
     parts = []
     lines = []
-    for kind, chosen in of_kind.items():
+    for kind, chosen in rows_per_kind.items():
         cells = [f"{less_grpo(chosen, 'one', s)} ({mean_of(gain(r, s) for r in chosen):+.3f})" for s in TRAINED]
-        lines.append([f"{kind}, {len(chosen)}", of_grpo(chosen, "one"), *cells])
+        lines.append([f"{kind}, {len(chosen)}", grpo_mean(chosen, "one"), *cells])
     parts.append(paired.table(["one batch (gain in training)", "grpo", *TRAINED], lines))
 
     lines = []
     for measure in list(MEASURES)[1:]:
-        for kind, chosen in list(of_kind.items())[:4]:
-            line = [f"{MEASURES[measure]}, {kind}", f"{counted(chosen, measure):.0%}", of_grpo(chosen, measure)]
+        for kind, chosen in list(rows_per_kind.items())[:4]:
+            line = [f"{MEASURES[measure]}, {kind}", f"{counted(chosen, measure):.0%}", grpo_mean(chosen, measure)]
             lines.append(line + [less_grpo(chosen, measure, scheme) for scheme in ("dr_grpo", *TRAINED)])
     parts.append(paired.table(["measure", "counted", "grpo", "dr_grpo", *TRAINED], lines))
 
@@ -217,25 +217,25 @@ def report(rows: list[Row], trained: list[Row]) -> str:
     for step in STEPS:
         policies = [p for row in rows for p in row["policies"] if p["step"] == step]
         line = [str(step), f"{fmean(p['reward'] for p in policies):.3f}", f"{fmean(p['mixed'] for p in policies):.0%}"]
-        lines.append([*line, of_grpo(rows, "one", step), *(less_grpo(rows, "one", s, step) for s in TRAINED)])
+        lines.append([*line, grpo_mean(rows, "one", step), *(less_grpo(rows, "one", s, step) for s in TRAINED)])
     parts.append(paired.table(["one batch, step", "reward", "mixed", "grpo", *TRAINED], lines))
 
     def over(chosen: list[Row], measure: str, step: int | None = None) -> str:
-        pairs = ((of_setting(r, measure, s, 1, step), gain(r, s)) for r in chosen for s in TRAINED)
+        pairs = ((setting_mean(r, measure, s, 1, step), gain(r, s)) for r in chosen for s in TRAINED)
         return f"{correlation(pairs):+.2f}"
 
     def within(chosen: list[Row], measure: str, step: int | None = None) -> str:
-        found = (correlation((of_setting(r, measure, s, 1, step), gain(r, s)) for s in TRAINED) for r in chosen)
+        found = (correlation((setting_mean(r, measure, s, 1, step), gain(r, s)) for s in TRAINED) for r in chosen)
         return f"{mean_of(found):+.2f}"
 
     def within_schemes(measure: str) -> str:
-        return f"{mean_of(correlation((of_setting(r, measure, s), gain(r, s)) for r in rows) for s in TRAINED):+.2f}"
+        return f"{mean_of(correlation((setting_mean(r, measure, s), gain(r, s)) for r in rows) for s in TRAINED):+.2f}"
 
     lines = [[f"all pairs, {len(rows) * len(TRAINED)}", *(over(rows, measure) for measure in MEASURES)]]
-    for kind, chosen in list(of_kind.items())[:4]:
+    for kind, chosen in list(rows_per_kind.items())[:4]:
         lines.append([f"{kind}, {len(chosen) * len(TRAINED)}", *(over(chosen, measure) for measure in MEASURES)])
-    for kind in ("all", *list(of_kind)[:3]):
-        lines.append([f"within settings, {kind}", *(within(of_kind[kind], measure) for measure in MEASURES)])
+    for kind in ("all", *list(rows_per_kind)[:3]):
+        lines.append([f"within settings, {kind}", *(within(rows_per_kind[kind], measure) for measure in MEASURES)])
     lines.append(["within schemes", *map(within_schemes, MEASURES)])
     for step in STEPS:
         cells = [f"{over(rows, measure, step)}, {within(rows, measure, step)}" for measure in MEASURES]
@@ -244,7 +244,7 @@ def report(rows: list[Row], trained: list[Row]) -> str:
 
     def chosen_by(row: Row, measure: str) -> float:
         # GRPO is at 0; where nothing could be measured it is taken.
-        agreements = {s: of_setting(row, measure, s) for s in TRAINED}
+        agreements = {s: setting_mean(row, measure, s) for s in TRAINED}
         best = max(TRAINED, key=lambda scheme: agreements[scheme])
         return gain(row, best) if agreements[best] > 0 else 0.0
 
@@ -272,7 +272,7 @@ def draw(rows: list[Row], trained: list[Row], path: Path) -> None:
         panel.axhline(0.0, color="grey", linewidth=0.8)
         panel.axvline(0.0, color="grey", linewidth=0.8)
         for scheme in ("tree_td 0, 0.5", "tree_td 1, 0.3", "tree_td 4, 0.2", "tempo", "leaf"):
-            at = [of_setting(row, "one", scheme) for row in chosen]
+            at = [setting_mean(row, "one", scheme) for row in chosen]
             panel.plot(
                 at, [gains[str(row["setting"]), scheme] for row in chosen], "o", markersize=4, alpha=0.7, label=scheme
             )

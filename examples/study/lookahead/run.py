@@ -86,8 +86,8 @@ def run_seed(seed: int, warmup_steps: int, num_problems: int, num_prompts: int) 
     peers = {name: system for name, system in systems([], PEERS).items() if name != "greedy"}
     results["sequence_bt"] |= {name: measure(system, first, held_out) for name, system in peers.items()}
     greedy = results["sequence_bt"]["greedy"]["judged"]
-    for of_loss in results.values():
-        for result in of_loss.values():
+    for loss_results in results.values():
+        for result in loss_results.values():
             result["wins"] = win_rate(result.pop("judged"), greedy)
     return {
         "seed": seed,
@@ -129,7 +129,7 @@ def boundaries(wrapped: RewardTransformer, prompts: list[str]) -> dict[str, floa
 
 def report(folder: Path) -> None:
     lines = Runs(folder).of("sums")
-    of_main = [line["results"]["sequence_bt"] for line in lines]
+    main_results = [line["results"]["sequence_bt"] for line in lines]
 
     def over_seeds(key: str, name: str, loss: str = "sequence_bt") -> list[float]:
         return [line["results"][loss][name][key] for line in lines]
@@ -140,7 +140,7 @@ def report(folder: Path) -> None:
     def less(values: list[float], base: list[float]) -> str:
         return paired.less(np.array(values), np.array(base))
 
-    tokens = {name: mean(over_seeds("tokens", name)) for name in of_main[0]}
+    tokens = {name: mean(over_seeds("tokens", name)) for name in main_results[0]}
 
     def less_peer(name: str, belongs: Callable[[str], bool]) -> str:
         """Less the cheapest of the others that runs at least as many tokens."""
@@ -158,7 +158,7 @@ def report(folder: Path) -> None:
         "| less best of n | less beams |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in of_main[0]:
+    for name in main_results[0]:
         right = over_seeds("accuracy", name)
         text.append(
             f"| {name} | {mean(over_seeds('tokens', name)):.1f} | {mean(right):.3f} | {less(right, greedy)} | "
@@ -190,7 +190,7 @@ def report(folder: Path) -> None:
     (folder / "tables.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     means = {
         name: {key: mean(over_seeds(key, name)) for key in ("tokens", "accuracy")}
-        for name in of_main[0]
+        for name in main_results[0]
         if name != "with end"
     }
     draw(means, folder / "accuracy.png")

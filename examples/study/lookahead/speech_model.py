@@ -45,7 +45,7 @@ VOICES = ("voices of training", "unheard voice")
 def settings_of(min_p: float) -> list[Settings]:
     """The paper's forks, those where the model is in doubt, and the main one first."""
     in_doubt = [(2, 1, 3), (2, 1, 0), (2, 1, 1), (2, 1, 6), (3, 1, 3), (2, 4, 2), (2, 10, 2)]
-    return [*((*of_one, min_p) for of_one in in_doubt), (2, 10, 2, 0.0), (2, 4, 2, 0.0), (2, 1, 3, 0.0)]
+    return [*((*triple, min_p) for triple in in_doubt), (2, 10, 2, 0.0), (2, 4, 2, 0.0), (2, 1, 3, 0.0)]
 
 
 class Listener:
@@ -82,7 +82,9 @@ class Listener:
             joined([one.mask for one, _ in found]),
             [text for one, _ in found for text in one.texts],
         )
-        return answers, [joined(list(of_layer)) for of_layer in zip(*(states for _, states in found), strict=True)]
+        return answers, [
+            joined(list(layer_states)) for layer_states in zip(*(states for _, states in found), strict=True)
+        ]
 
     def _hidden(self, prompts: Prompts, answers: Sampled) -> list[Tensor]:
         inner, length = self.speaker.inner, answers.token_ids.shape[1]
@@ -110,8 +112,8 @@ class Listener:
                 suppress_tokens=[self.speaker.audio_id],
                 **options,
             )
-            texts += [self.spell(of_one.token_ids) for of_one in found]
-            tokens += [of_one.num_tokens for of_one in found]
+            texts += [self.spell(answer.token_ids) for answer in found]
+            tokens += [answer.num_tokens for answer in found]
         return Answers(texts, tokens)
 
     @torch.no_grad()
@@ -136,9 +138,9 @@ class Listener:
 
 def judge(source: SpokenSums, pool: Pool, answers: Answers) -> dict[str, Any]:
     """What the task rewards; the right prefix of the answer tells apart two answers with a wrong last number."""
-    scores = [source.scores(*of_one) for of_one in zip(pool.utterances, answers.texts, strict=True)]
-    judged = [(of_one[source.reward], of_one["prefix"]) for of_one in scores]
-    means = {name: sum(of_one[name] for of_one in scores) / len(scores) for name in ("final", "prefix")}
+    scores = [source.scores(*pair) for pair in zip(pool.utterances, answers.texts, strict=True)]
+    judged = [(score[source.reward], score["prefix"]) for score in scores]
+    means = {name: sum(score[name] for score in scores) / len(scores) for name in ("final", "prefix")}
     return {**means, "tokens": sum(answers.tokens) / len(scores), "judged": judged}
 
 
@@ -182,8 +184,8 @@ def run_one(
         answers["greedy"] = ahead(first, (1, 1, 0, 0.0))
         for kind, model in models.items():
             with torch.no_grad():
-                of_tokens = model.channel(states)
-            best = partial(pick_best, drawn.texts, of_tokens, drawn.mask, max(COUNTS))
+                token_rewards = model.channel(states)
+            best = partial(pick_best, drawn.texts, token_rewards, drawn.mask, max(COUNTS))
             if kind == "sequence_bt":
                 answers |= {"a sample" if count == 1 else f"best of {count}": best(count) for count in COUNTS}
                 answers |= {name_of(settings): ahead(model, settings) for settings in (main, *others)}
@@ -193,7 +195,7 @@ def run_one(
                 answers[f"best of 8, {kind}"] = best(8)
         answers["main, nothing learnt"] = ahead(untaught, main)
         answers |= {f"{count} beams": listener.beams(problems, count=count) for count in BEAMS}
-        results = {name: judge(source, problems, of_one) for name, of_one in answers.items()}
+        results = {name: judge(source, problems, chosen) for name, chosen in answers.items()}
         greedy = results["greedy"]["judged"]
         for result in results.values():
             result["wins"] = win_rate(result.pop("judged"), greedy)
@@ -214,11 +216,11 @@ class Found:
     """The results of a task and of voices, over the seeds."""
 
     def __init__(self, lines: list[dict[str, Any]], reward: str, voice: str) -> None:
-        self.of_seeds, self.reward = [line["voices"][voice] for line in lines], reward
-        self.names = list(self.of_seeds[0])
+        self.results_per_seed, self.reward = [line["voices"][voice] for line in lines], reward
+        self.names = list(self.results_per_seed[0])
 
     def values(self, name: str, key: str = "") -> np.ndarray:
-        return np.array([results[name][key or self.reward] for results in self.of_seeds])
+        return np.array([results[name][key or self.reward] for results in self.results_per_seed])
 
     def tokens(self, name: str) -> float:
         return float(self.values(name, "tokens").mean())
@@ -228,9 +230,9 @@ class Found:
 
     def peer(self, name: str, kind: str) -> str | None:
         """The cheapest best-of-n, or beam search, that runs at least as many tokens."""
-        peers = {"best": [of_one for of_one in self.names if of_one in {f"best of {count}" for count in COUNTS}]}
-        peers["beams"] = [of_one for of_one in self.names if of_one.endswith("beams")]
-        return cheapest(self.tokens(name), {of_one: self.tokens(of_one) for of_one in peers[kind]})
+        peers = {"best": [peer for peer in self.names if peer in {f"best of {count}" for count in COUNTS}]}
+        peers["beams"] = [peer for peer in self.names if peer.endswith("beams")]
+        return cheapest(self.tokens(name), {peer: self.tokens(peer) for peer in peers[kind]})
 
 
 def report(folder: Path) -> None:
@@ -238,13 +240,13 @@ def report(folder: Path) -> None:
     text, primary, pictures = [], [], {}
     for task, min_p in TASKS.items():
         reward, slip = task
-        of_task = [line for line in lines if (line["reward"], line["slip"]) == task]
+        chosen = [line for line in lines if (line["reward"], line["slip"]) == task]
         main = name_of(settings_of(min_p)[0])
         for voice in VOICES:
-            found = Found(of_task, reward, voice)
+            found = Found(chosen, reward, voice)
             title = f"{DIGITS} {reward} {slip}, {voice}"
             text += [
-                f"**{title}**, {len(of_task)} seeds, {np.mean([line['pairs'] for line in of_task]):.0f} pairs a seed",
+                f"**{title}**, {len(chosen)} seeds, {np.mean([line['pairs'] for line in chosen]):.0f} pairs a seed",
                 "",
                 f"| system (look ahead: width, chunk, depth) | tokens | {reward} | less greedy | wins | less best of n "
                 "| less beams |",
