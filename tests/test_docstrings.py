@@ -60,6 +60,12 @@ def test_every_argument_is_described(name: str) -> None:
     assert named - described(name) == set()
 
 
+def test_the_first_lines_of_span_advantages_say_what_is_one_prompt() -> None:
+    """Who passes (N, T) of several prompts without a grouping gets numbers and no error."""
+    first_lines = " ".join((inspect.getdoc(leafkernels.span_advantages) or "").splitlines()[:4])
+    assert re.search(r"2-D tensors without ``groups`` or ``group_size`` are the rollouts of one prompt", first_lines)
+
+
 def test_every_public_name_is_on_one_page_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mkdocstrings_handlers.python", reason="needs mkdocstrings: pip install -e '.[docs]'")
     monkeypatch.syspath_prepend(str(pages.ROOT / "docs"))

@@ -535,7 +535,7 @@ def test_page_shared_prefixes() -> None:
     pytest.importorskip("transformers", minversion="5.23")
     from tiny_decoders import build_model
 
-    step = of_page("Shared prefixes")["shared_step"]
+    step = snippets("Shared prefixes")["shared_step"]
     torch.manual_seed(0)
     ids = torch.randint(1, 20, (4, 14), device=DEVICE)
     ids[1:, :9] = ids[0, :9].clone()

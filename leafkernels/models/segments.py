@@ -27,7 +27,9 @@ class TreeSegments(NamedTuple):
 
 
 def tree_segments(tree: PrefixTree) -> TreeSegments:
-    """What flash attention's varlen form takes for a ``tree``: ``keys.index_select(0, tree_kv_index)``, and the lengths.
+    """What flash attention's varlen form takes for a ``tree``: an index of keys and values, and the lengths.
+
+    Keys are ``keys.index_select(0, tree_kv_index)``.
 
     TRL's ``TreeRow.pack`` (AsyncGRPO) gives the same of a tree that has a node for each token *and* the token after it,
     one more for every branch beyond the first. The numbers of segments and of keys are read back from the device.
