@@ -1,5 +1,5 @@
 # What .ci/run does, in the environment that is active.
-.PHONY: check quick lint test
+.PHONY: check quick lint test hub
 
 check: lint test
 
@@ -12,3 +12,7 @@ lint:
 
 test:
 	pytest
+
+# A build for the Kernel Hub below hub/, for kernels.get_local_kernel(Path("hub")).
+hub:
+	python .ci/hub.py hub
