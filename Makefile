@@ -7,8 +7,12 @@ check: lint test
 quick: lint
 	pytest -m "not slow"
 
+# The linters and the docs site, with the versions of the environment that is active.
 lint:
-	.ci/lint
+	ruff check .
+	ruff format --check .
+	mypy
+	NO_MKDOCS_2_WARNING=1 python3 -m mkdocs build --strict --quiet --site-dir "$$(mktemp -d)"
 
 test:
 	pytest

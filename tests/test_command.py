@@ -31,8 +31,8 @@ import python_ref
 from leafkernels import ESTIMATORS
 from leafkernels.__main__ import main
 from leafkernels.command.credit import credit_prompt
-from leafkernels.command.display import draw_prompt
 from leafkernels.command.reading import Failure, RolloutFile
+from leafkernels.command.show import draw_prompt
 from leafkernels.command.text import line_of_numbers, line_of_tokens, shorten, visible
 from leafkernels.command.tree import lines_of
 from leafkernels.command.writing import replacing
@@ -165,7 +165,7 @@ def test_advantages_of_one_prompt_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sample = importlib.resources.files("leafkernels.data").joinpath("sample_rollouts.jsonl.gz")
+    sample = importlib.resources.files("leafkernels.command").joinpath("sample_rollouts.jsonl.gz")
     if not sample.is_file():
         pytest.skip("the sample has not been made (examples/sample_rollouts.py writes it)")
     out = tmp_path / "out.jsonl"
