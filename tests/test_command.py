@@ -26,6 +26,7 @@ import pytest
 import torch
 from rich.cells import cell_len
 from rich.console import Console
+from support import run_python
 
 import python_ref
 from leafkernels import ESTIMATORS
@@ -961,3 +962,9 @@ def test_shows_a_prompt_before_the_next_is_there_and_leaves_nothing_behind_when_
     assert err == said
     assert out.read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "pipe.jsonl"]
+
+
+def test_nothing_is_said_of_a_numpy_that_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text("raise ImportError(\"No module named 'numpy'\")\n", encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    assert run_python("-m", "leafkernels", "--limit", "1", cwd=tmp_path, PYTHONPATH=path).stderr == ""
