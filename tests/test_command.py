@@ -965,6 +965,6 @@ def test_shows_a_prompt_before_the_next_is_there_and_leaves_nothing_behind_when_
 
 
 def test_nothing_is_said_of_a_numpy_that_is_not_installed(tmp_path: Path) -> None:
-    (tmp_path / "numpy.py").write_text("raise ImportError(\"No module named 'numpy'\")\n", encoding="utf-8")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['numpy'] = None\n", encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     assert run_python("-m", "leafkernels", "--limit", "1", cwd=tmp_path, PYTHONPATH=path).stderr == ""
