@@ -1,5 +1,5 @@
 # What .ci/run does, in the environment that is active.
-.PHONY: check quick lint test
+.PHONY: check quick lint test hub
 
 check: lint test
 
@@ -7,8 +7,16 @@ check: lint test
 quick: lint
 	pytest -m "not slow"
 
+# The linters and the docs site, with the versions of the environment that is active.
 lint:
-	.ci/lint
+	ruff check .
+	ruff format --check .
+	mypy
+	NO_MKDOCS_2_WARNING=1 python3 -m mkdocs build --strict --quiet --site-dir "$$(mktemp -d)"
 
 test:
 	pytest
+
+# A build for the Kernel Hub below hub/, for kernels.get_local_kernel(Path("hub")).
+hub:
+	python .ci/hub.py hub

@@ -25,8 +25,7 @@ setup(
     packages=find_packages(include=["leafkernels", "leafkernels.*", "python_ref", "python_ref.*"]),
     package_data={
         "leafkernels": ["py.typed"],
-        "leafkernels.command": ["page/*"],
-        "leafkernels.data": ["*.jsonl.gz"],
+        "leafkernels.command": ["page/*", "*.jsonl.gz"],
         "python_ref": ["py.typed"],
     },
     entry_points={"console_scripts": ["leafkernels = leafkernels.__main__:main"]},
@@ -57,7 +56,6 @@ setup(
             "trl>=1.16; platform_system == 'Linux' and python_version >= '3.11'",
             "liger-kernel>=0.8.5; platform_system == 'Linux'",
             "cut-cross-entropy>=25.1.1; platform_system == 'Linux'",
-            "matplotlib>=3.8",
         ],
     },
     zip_safe=False,

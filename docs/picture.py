@@ -12,7 +12,7 @@ HIDDEN = (
     "body > header, .tiles, main > section:not(.bar), .prompts, footer, .steps-between { display: none !important }"
 )
 STYLE = f"<style>{HIDDEN} * {{ content-visibility: visible !important }} .panes {{ display: block !important }}</style>"
-WIDTH, HEIGHT = 560, 622
+WIDTH, HEIGHT = 640, 812
 
 with tempfile.TemporaryDirectory() as folder:
     report, page = Path(folder, "report.html"), Path(folder, "page.html")
@@ -20,7 +20,7 @@ with tempfile.TemporaryDirectory() as folder:
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', STYLE, report.read_text(encoding="utf-8"))
     report.write_text(text, encoding="utf-8")
     frames = "".join(
-        f'<iframe src="report.html#prompt=1&scheme={scheme}&theme=light" width={WIDTH} height={HEIGHT} '
+        f'<iframe src="report.html#prompt=0&scheme={scheme}&theme=light" width={WIDTH} height={HEIGHT} '
         'style="border: 0" scrolling=no></iframe>'
         for scheme in ("leaf", "grpo")
     )

@@ -30,12 +30,11 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel
 from rich.console import Console
 from rich.progress import Progress
-from speech.data import Source, make_source
+from speech.data import REWARDS as SUMS
+from speech.data import Source, make_source, scores
 from speech.evaluation import measure, table_of
 from speech.model import LORA_TARGETS, Speaker
 from speech.rows import drawn, read_table
-from speech.sums import REWARDS as SUMS
-from speech.sums import scores
 from speech.training import Settings, save, warm_start
 from transformers import AutoProcessor
 from transformers.trainer_utils import get_last_checkpoint

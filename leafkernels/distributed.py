@@ -19,8 +19,8 @@ from leafkernels._core.checks import (
     check_real,
     check_rewards,
     check_tensor,
+    place,
 )
-from leafkernels._core.ranks import place
 from leafkernels.rows.find import build_layout, check_cu_seqlens, check_named_groups, check_one_grouping
 from leafkernels.rows.groups import read_names
 from leafkernels.rows.layout import as_rows

@@ -1,4 +1,4 @@
-"""Every kernel as it is compiled for a GPU, executed thread by thread on a CPU; test_ptx.py runs this as a program.
+"""Every kernel as it is compiled for a GPU, executed thread by thread on a CPU; test_aot.py runs this as a program.
 
     python tests/compiled_kernels.py FOLDER [SEED]      where the executor of PTX is, with TRITON_INTERPRET=0
 

@@ -34,7 +34,6 @@ SLOW_FILES = (
     "test_bench",
     "test_command",
     "test_distributed",
-    "test_engines",
     "test_examples",
     "test_html",
     "test_launches",
@@ -47,7 +46,6 @@ SLOW_FILES = (
     "test_trl_distillation",
     "test_trl_engines",
     "test_trl_options",
-    "test_unequal_prompts",
     "test_wheel",
 )
 

@@ -12,7 +12,6 @@ from support import ROOT, run_python
 
 from bench import memory, peers
 from bench.harness import Session
-from bench.plot import draw, panels
 from bench.report import markdown
 from leafkernels import ESTIMATORS
 
@@ -100,24 +99,6 @@ def test_markdown_says_what_spoils_its_numbers(results: Path) -> None:
     found["machine"]["load_average"][0] = 2.1
     found["all_passed"] = False
     assert busy in markdown(found) and failed in markdown(found)
-
-
-def test_the_picture_shows_the_largest_shape(results: Path, tmp_path: Path) -> None:
-    def case(shape: str, tokens: int, backend: str, **seconds: float) -> dict:
-        return {"op": "surprisal_entropy", "shape": shape, "tokens": tokens, "backend": backend, **seconds}
-
-    cases = [
-        case("small", 1, "usual", median_seconds=1.0),
-        case("small", 1, "torch", median_seconds=8.0),
-        case("large", 2, "triton", median_seconds=3.0, device_seconds=0.5),
-        case("large", 2, "usual", median_seconds=3.0, device_seconds=2.0),
-        {**case("large", 2, "torch", median_seconds=3.0), "op": "scatter_spans"},
-    ]
-    assert panels(cases) == {("surprisal_entropy", "large"): {"usual": 1.0, "triton": 4.0}}
-    pytest.importorskip("matplotlib")
-    (path,) = results.glob("*.json")
-    draw(json.loads(path.read_text()), tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_interpreter_is_refused() -> None:

@@ -26,13 +26,14 @@ import pytest
 import torch
 from rich.cells import cell_len
 from rich.console import Console
+from support import run_python
 
 import python_ref
 from leafkernels import ESTIMATORS
 from leafkernels.__main__ import main
 from leafkernels.command.credit import credit_prompt
-from leafkernels.command.display import draw_prompt
 from leafkernels.command.reading import Failure, RolloutFile
+from leafkernels.command.show import draw_prompt
 from leafkernels.command.text import line_of_numbers, line_of_tokens, shorten, visible
 from leafkernels.command.tree import lines_of
 from leafkernels.command.writing import replacing
@@ -165,7 +166,7 @@ def test_advantages_of_one_prompt_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sample = importlib.resources.files("leafkernels.data").joinpath("sample_rollouts.jsonl.gz")
+    sample = importlib.resources.files("leafkernels.command").joinpath("sample_rollouts.jsonl.gz")
     if not sample.is_file():
         pytest.skip("the sample has not been made (examples/sample_rollouts.py writes it)")
     out = tmp_path / "out.jsonl"
@@ -961,3 +962,9 @@ def test_shows_a_prompt_before_the_next_is_there_and_leaves_nothing_behind_when_
     assert err == said
     assert out.read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "pipe.jsonl"]
+
+
+def test_nothing_is_said_of_a_numpy_that_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['numpy'] = None\n", encoding="utf-8")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    assert run_python("-m", "leafkernels", "--limit", "1", cwd=tmp_path, PYTHONPATH=path).stderr == ""

@@ -143,7 +143,7 @@ def test_a_prompt_of_empty_completions_is_counted_apart(
 
 def test_it_measures_what_ships(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The sample, named or not: an order with intervals, and no refusal."""
-    sample = Path(leafkernels.__file__).parent / "data" / "sample_rollouts.jsonl.gz"
+    sample = Path(leafkernels.__file__).parent / "command" / "sample_rollouts.jsonl.gz"
     tables = []
     for words in ([], [str(sample)]):
         out = tmp_path / f"{len(words)}.json"

@@ -183,7 +183,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_the_bundled_sample() -> None:
-    check_sample(ROOT / "leafkernels" / "data" / "sample_rollouts.jsonl.gz", prompts=24, rollouts=40)
+    check_sample(ROOT / "leafkernels" / "command" / "sample_rollouts.jsonl.gz", prompts=24, rollouts=40)
 
 
 def check_sample(path: Path, prompts: int, rollouts: int) -> None:

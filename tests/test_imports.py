@@ -3,14 +3,23 @@
 import ast
 import importlib
 import inspect
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pages
 import pytest
+import torch
 from support import run_python
 
+import leafkernels
+import leafkernels.distributed
+import leafkernels.integrations.layouts
 import leafkernels.lookahead  # noqa: F401 - for its operations
+import leafkernels.models
+from leafkernels._core.backend import ROOMS
 from leafkernels._core.operation import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +66,7 @@ def statements(module: str) -> Iterator[ast.AST]:
 
 
 def imports(module: str) -> set[str]:
-    """Modules that a module imports, of ours by their full names, and those of ours that it holds the names of."""
+    """Modules that a module imports, of ours by their full names."""
     found = set()
     for node in statements(module):
         if isinstance(node, ast.Import):
@@ -67,12 +76,11 @@ def imports(module: str) -> set[str]:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             modules = names & set(SOURCES)
             found |= modules | ({node.module} if names - modules else set())
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
-            found |= {node.value} & set(SOURCES)
     return found
 
 
 IMPORTS = {module: imports(module) for module in SOURCES}
+IMPORTS["leafkernels._core.backend"] |= {f"leafkernels.{name}" for name in ROOMS.values()}
 
 
 def room(module: str) -> str:
@@ -105,9 +113,9 @@ def test_imports_point_one_way() -> None:
     for module, imported in IMPORTS.items():
         if not is_below(module, "leafkernels") or room(module) in BACKENDS:
             continue
-        floor = floor_of[room(module)] if room(module) != "data" else 0
+        floor = floor_of[room(module)]
         for other in imported:
-            if not is_below(other, "leafkernels") or room(other) in ("data", room(module)):
+            if not is_below(other, "leafkernels") or room(other) == room(module):
                 continue
             if room(other) in BACKENDS:
                 assert module == "leafkernels._core.backend", f"{module} imports {other}: backends are loaded by name"
@@ -136,7 +144,7 @@ def test_no_import_circle() -> None:
 
     for module in SOURCES:
         visit(module, ())
-    assert {f"leafkernels.{name}" for name in BACKENDS} <= IMPORTS["leafkernels._core.backend"]
+    assert set(BACKENDS) == set(ROOMS.values())
 
 
 @pytest.mark.parametrize("package", ["kernels", "eager"])
@@ -173,3 +181,97 @@ mask = torch.ones(2, 2)
 print(leafkernels.policy_loss(found.logprobs, found.logprobs, advantages, mask).loss.item())
 """
     assert float(run_python("-W", "ignore", "-c", code).stdout) == 0.0
+
+
+# ---- what every plug has in common
+
+
+@pytest.mark.parametrize("name", ["trl", "verl"])
+def test_without_its_trainer_a_plug_says_what_to_install(name: str) -> None:
+    code = f"import sys; sys.modules['{name}'] = None; import leafkernels.integrations.{name}"
+    run = run_python("-c", code, check=False)
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: leafkernels.integrations.{name} needs ")
+    assert last.endswith(f"pip install 'leafkernels[{name}]'")
+
+
+@pytest.mark.parametrize("name", ["trl", "trl_audio", "trl_distillation"])
+def test_a_trl_whose_lazy_import_fails_is_told_of_as_well(name: str) -> None:
+    """TRL loads its modules when they are asked for, and raises a RuntimeError of several lines where one fails."""
+    code = f"""
+import sys, types
+class Lazy(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError("Failed to import trl.trainer:\\nNo module named 'requests'")
+sys.modules["trl"] = Lazy("trl")
+import leafkernels.integrations.{name}
+"""
+    last = run_python("-c", code, check=False).stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: leafkernels.integrations.{name} needs TRL"), last
+    assert last.endswith("(Failed to import trl.trainer: No module named 'requests'); pip install 'leafkernels[trl]'")
+
+
+# ---- the API reference is the docstrings: they describe every argument, and their examples print what they show
+
+
+PUBLIC: dict[str, Any] = {
+    name: getattr(module, name)
+    for module in (
+        leafkernels,
+        leafkernels.distributed,
+        leafkernels.integrations.layouts,
+        leafkernels.lookahead,
+        leafkernels.models,
+    )
+    for name in module.__all__
+}
+FOLDERS = ("leafkernels.credit.", "leafkernels.vocabulary.", "leafkernels.losses.")
+FUNCTIONS = [
+    value
+    for name, value in vars(leafkernels).items()
+    if name in leafkernels.__all__ and inspect.isfunction(value) and value.__module__.startswith(FOLDERS)
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_the_example_of_a_docstring(function: Callable[..., Any]) -> None:
+    names: dict[str, Any] = {"torch": torch, "leafkernels": leafkernels}
+    assert pages.check_examples(inspect.getdoc(function) or "", names, function.__name__) >= 1
+
+
+def described(name: str, seen: tuple[str, ...] = ()) -> set[str]:
+    """Arguments that a docstring describes: in its ``Args:``, in its text, or by the name of another function."""
+    text = inspect.getdoc(PUBLIC[name]) or ""
+    section = re.split(r"^\S", text.partition("\nArgs:\n")[2], maxsplit=1, flags=re.M)[0]
+    found = {key for keys in re.findall(r"^    (\w+(?:, \w+)*): ", section, re.M) for key in keys.split(", ")}
+    quoted = set(re.findall(r"``(\w+)\b", text))
+    for other in quoted & set(PUBLIC) - {name, *seen}:
+        found |= described(other, (*seen, name))
+    return found | quoted
+
+
+@pytest.mark.parametrize("name", [name for name, value in PUBLIC.items() if inspect.isfunction(value)])
+def test_every_argument_is_described(name: str) -> None:
+    arguments = inspect.signature(PUBLIC[name]).parameters.values()
+    named = {argument.name for argument in arguments if argument.kind is not argument.VAR_KEYWORD}
+    assert named - described(name) == set()
+
+
+def test_every_public_name_is_on_one_page_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mkdocstrings_handlers.python", reason="needs mkdocstrings: pip install -e '.[docs]'")
+    monkeypatch.syspath_prepend(str(pages.ROOT / "docs"))
+    hooks = importlib.import_module("hooks")
+    monkeypatch.delitem(sys.modules, "hooks")
+    texts = hooks.api_pages()
+    on_pages = re.findall(r"^::: ([\w.]+)$", "\n".join(texts.values()), re.M)
+    plugs = {"trl", "trl_audio", "trl_distillation", "speech_rewards", "verl"}
+    names = []
+    for path in on_pages:
+        shown_whole = path in ("leafkernels.distributed", "leafkernels.integrations.layouts")
+        names += sys.modules[path].__all__ if shown_whole else [path.rpartition(".")[2]]
+    names = [name for name in names if name not in plugs]
+    assert sorted(names) == sorted(PUBLIC)
+    navigation = (pages.ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert all(f"api/{re.sub('[^a-z]+', '_', title.lower())}.md" in navigation for title in texts)

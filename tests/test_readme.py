@@ -94,20 +94,24 @@ def test_the_python_of_other_pages_is_run_by_their_tests(page: str, test: str) -
 
 def test_what_is_said_of_the_picture_is_what_the_command_writes(tmp_path: Path) -> None:
     """The prompt of docs/tree.png: the rollout that failed late, in the credit of GRPO and of LEAF."""
-    (prompt,) = re.findall(r"Eight answers to `(.+?)`", README)
+    (prompt,) = re.findall(r"Forty answers to `(.+?)`", README)
+    number, beginning, count = re.findall(r"#(\d+) begins with `(.+?)`, as (\d+) right ones do", README)[0]
     written = tmp_path / "advantages.jsonl"
     run_python("-m", "leafkernels", "--out", str(written))
     lines = map(json.loads, written.read_text(encoding="utf-8").splitlines())
     rollouts = next(line["completions"] for line in lines if line["prompt"] == prompt)
     rewards = torch.tensor([rollout["reward"] for rollout in rollouts])
     flat = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-    leaf = [rollout["advantages"] for rollout in rollouts]
+    late, shared = int(number), len(beginning)
+    others = [i for i, of in enumerate(rollouts) if "".join(of["tokens"]).startswith(beginning) and i != late]
+    assert len(rollouts) == 40 and len(others) == int(count)
+    assert rewards[late] == 0 and bool((rewards[others] == 1).all())
+    leaf = rollouts[late]["advantages"]
     said = re.search(r"gives all of its tokens (-[\d.]+)\. LEAF gives it (-[\d.]+) where it went wrong", README)
-    assert len(rollouts) == 8 and said is not None
-    assert said.groups() == (f"{flat[0]:.3f}", f"{min(leaf[0]):.3f}")
-    shared = len("9+1=10,10+2=12,12+7=19,19+")
-    assert min(leaf[0][:shared]) > 0 and leaf[0][:shared] == leaf[4][:shared] == leaf[5][:shared]
-    assert set(leaf[0][shared:]) == {min(leaf[0])}
+    assert said is not None and said.groups() == (f"{flat[late]:.3f}", f"{min(leaf):.3f}")
+    assert min(leaf[:shared]) > 0 and max(leaf[:shared]) < 0.2
+    assert all(rollouts[other]["advantages"][:shared] == leaf[:shared] for other in others)
+    assert set(leaf[shared:]) == {min(leaf)}
 
 
 def test_exactly_two_commands_set_up_a_machine() -> None:

@@ -23,9 +23,10 @@ import soundfile
 
 from leafkernels.rows.recordings import resample
 
-from . import sums
-
 SAMPLING_RATE = 16_000
+# Of the running sums of spoken digits, and what an answer with them can be rewarded for.
+ALPHABET = "0123456789+= "
+REWARDS = ("final", "prefix", "fraction")
 INSTRUCTION = "Write the running sums of the digits that you hear, for instance 3+5=8 8+9=17, and nothing else."
 # Of the recordings and voices that espeak-ng always has; those with a + are variants of one speaker.
 ESPEAK_VOICES = ("en-gb", "en-us", "en-gb+f2", "en-us+m3", "en-gb+f4", "en-us+m7")
@@ -72,7 +73,7 @@ class SpokenSums:
     the language model could not repair.
     """
 
-    alphabet = sums.ALPHABET
+    alphabet = ALPHABET
     CLIP_SECONDS = 0.6
     PAUSE_SECONDS = 0.08
     # Clips of training voices are played up to a third faster or a quarter slower, which also shifts their pitch: the
@@ -88,8 +89,8 @@ class SpokenSums:
         instruction: str,
         slip_rate: float = 0.5,
     ) -> None:
-        if reward not in sums.REWARDS:
-            raise ValueError(f"reward must be one of {', '.join(sums.REWARDS)}, got {reward!r}")
+        if reward not in REWARDS:
+            raise ValueError(f"reward must be one of {', '.join(REWARDS)}, got {reward!r}")
         unknown = [voice for voice in held_out if voice not in clips]
         if unknown or not held_out or len(set(held_out)) == len(clips):
             raise ValueError(
@@ -106,7 +107,7 @@ class SpokenSums:
         self.trained = sorted(set(clips) - set(held_out))
         self.digits, self.reward, self.instruction, self.slip_rate = digits, reward, instruction, slip_rate
         self.seconds = -(-round(100 * digits * (self.CLIP_SECONDS + self.PAUSE_SECONDS)) // 100)
-        self.answer_length = len(sums.worked_answer([9] * digits))
+        self.answer_length = len(worked_answer([9] * digits))
 
     def draw(self, rng: random.Random, *, held_out: bool, level: float = 1.0) -> Utterance:
         voice = rng.choice(self.held_out if held_out else self.trained)
@@ -122,13 +123,13 @@ class SpokenSums:
         return Utterance(
             audio=np.concatenate(parts),
             prompt=self.instruction,
-            reference=sums.worked_answer(digits),
+            reference=worked_answer(digits),
             voice=voice,
-            taught=sums.worked_answer(digits, rng, self.slip_rate),
+            taught=worked_answer(digits, rng, self.slip_rate),
         )
 
     def scores(self, utterance: Utterance, text: str) -> dict[str, float]:
-        return sums.scores(utterance.reference, text)
+        return scores(utterance.reference, text)
 
 
 def read_fsdd(path: Path) -> dict[str, dict[int, list[np.ndarray]]]:
@@ -234,3 +235,36 @@ def make_source(data: str, held_out: Sequence[str], digits: int, reward: str, *,
     if kind == "manifest" and path:
         return Manifest(Path(path), held_out)
     raise ValueError(f"--data must be fsdd:PATH, espeak or manifest:FILE.jsonl, got {data!r}")
+
+
+# ---- the task: write down spoken digits and their running sums; ``3 5 9`` is answered by ``3+5=8 8+9=17``
+
+
+def worked_answer(digits: Sequence[int], rng: random.Random | None = None, slip_rate: float = 0.0) -> str:
+    """Write the sums one after the other; a single digit is answered by itself.
+
+    With ``slip_rate``, a sum comes out one too large that often, and the next goes on from there.
+    """
+    if len(digits) == 1:
+        return str(digits[0])
+    steps, total = [], digits[0]
+    for digit in digits[1:]:
+        result = total + digit + (rng is not None and rng.random() < slip_rate)
+        steps.append(f"{total}+{digit}={result}")
+        total = result
+    return " ".join(steps)
+
+
+def scores(reference: str, text: str) -> dict[str, float]:
+    """Score an answer in three ways, from 0 to 1.
+
+    ``final``: 1 if what stands behind the last equals sign is the sum, and nothing before it counts. ``prefix``: the
+    share of the reference's characters before the first wrong one. ``fraction``: the share of its characters that the
+    answer has in the same place.
+    """
+    right = [a == b for a, b in zip(text, reference, strict=False)]
+    return {
+        "final": float(text.rpartition("=")[2] == reference.rpartition("=")[2]),
+        "prefix": (right.index(False) if False in right else len(right)) / len(reference),
+        "fraction": sum(right) / len(reference),
+    }

@@ -14,8 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from paired import compare, holm, interval, table
-from rounds import ROUNDS, TASKS, Task
-from runs import Runs
+from runs import ROUNDS, TASKS, Runs, Task
 from tabular import BASES, VARIANTS
 
 HERE = Path(__file__).resolve().parent

@@ -23,8 +23,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from rounds import ROUNDS, TASKS  # noqa: E402
-from runs import Runs  # noqa: E402
+from runs import (  # noqa: E402
+    ROUNDS,
+    TASKS,
+    Runs,  # noqa: E402
+)
 from speech.data import SpokenSums, read_fsdd  # noqa: E402
 from speech.model import Speaker, build_small  # noqa: E402
 from speech.training import PolicyRun, Settings, save, warm_start  # noqa: E402

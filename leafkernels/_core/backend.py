@@ -15,7 +15,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 # Triton reads the variable when its kernels are imported, so a later change has no effect there either.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
-_PACKAGES = {"triton": "leafkernels.kernels", "torch": "leafkernels.eager"}
+ROOMS = {"triton": "kernels", "torch": "eager"}
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -46,4 +46,4 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 @cache
 def implementation(backend: str, stem: str) -> ModuleType:
     """The module of an operation in a resolved backend, "triton" or "torch"; imported when it is first needed."""
-    return importlib.import_module(f"{_PACKAGES[backend]}.{stem}")
+    return importlib.import_module(f"{__name__.split('.')[0]}.{ROOMS[backend]}.{stem}")

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -155,3 +156,15 @@ def check_rewards(
     check_device("rewards", rewards, name, device)
     rewards = rewards.reshape(-1)
     return rewards if rewards.dtype.is_floating_point else rewards.to(torch.float64)
+
+
+def place(name: str, process_group: "dist.ProcessGroup | None") -> tuple[int, int]:
+    """Rank in, and size of, the group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "torch.distributed must be initialised: call torch.distributed.init_process_group on every rank first"
+        )
+    rank = dist.get_rank(process_group)
+    if rank < 0:
+        raise ValueError(f"{name} must contain the calling rank, got one without rank {dist.get_rank()}")
+    return rank, dist.get_world_size(process_group)

@@ -12,7 +12,9 @@ from leafkernels._core.backend import implementation
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_LIBRARY = torch.library.Library("leafkernels", "DEF")
+# The name of the package, so that a copy of it under another name has operations of its own.
+_NAMESPACE = __name__.split(".")[0]
+_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 
 OPERATIONS: dict[str, tuple[str, Callable[..., Any]]] = {}
 """Of each operation the stem of its implementations, and its declaration."""
@@ -75,8 +77,8 @@ def operation(
         _LIBRARY.define(name + _schema(kinds, returned, mutates))
         _LIBRARY.impl(name, implement, "CompositeExplicitAutograd")
         shapes: Callable[..., Any] = fake
-        torch.library.register_fake(f"leafkernels::{name}", lambda *flat: shapes(*bundled([*flat[:-1]])), lib=_LIBRARY)
-        registered = getattr(torch.ops.leafkernels, name).default
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda *flat: shapes(*bundled([*flat[:-1]])), lib=_LIBRARY)
+        registered = getattr(getattr(torch.ops, _NAMESPACE), name).default
         result = returned if hasattr(returned, "_fields") else None
 
         def call(backend: str, /, *arguments: Any) -> Any:

@@ -138,7 +138,7 @@ class Report:
         text = json.dumps(data, separators=(",", ":"), allow_nan=False)
         style = self._environment.get_template("report.css.j2").render()
         # As it is: braces of JavaScript are no template's.
-        script = files("leafkernels.command").joinpath("page", "report.js").read_text(encoding="utf-8")
+        script = files(__package__).joinpath("page", "report.js").read_text(encoding="utf-8")
         return self._environment.get_template("report.html.j2").render(
             title=visible(self._title, spaces=False),
             note=self._note,
@@ -203,7 +203,7 @@ def _environment() -> "Environment":
             f"the report needs jinja2, which cannot be imported here ({error}); pip install 'leafkernels[html]'"
         ) from error
     environment = Environment(
-        loader=PackageLoader("leafkernels.command", "page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader(__package__, "page"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["verbatim"] = Markup
     return environment

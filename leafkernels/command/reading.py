@@ -45,7 +45,7 @@ class Prompt:
 @contextmanager
 def sample() -> Iterator[Path]:
     """The rollouts that come with the package."""
-    resource = importlib.resources.files("leafkernels.data").joinpath(_SAMPLE)
+    resource = importlib.resources.files(__package__).joinpath(_SAMPLE)
     if not resource.is_file():
         raise Failure(f"the sample {_SAMPLE} is missing from this installation: name a file of rollouts")
     with importlib.resources.as_file(resource) as path:

@@ -12,7 +12,7 @@ from leafkernels import ESTIMATORS
 from leafkernels.command.credit import BOUNDARY_OPTIONS, DEFAULT, Credit, advantages_of, options_of, tree_of
 from leafkernels.command.html import Report
 from leafkernels.command.reading import Failure, Prompt
-from leafkernels.command.tokens import Texts, Tokenizer
+from leafkernels.command.text import Texts, Tokenizer
 from leafkernels.command.writing import PACKED, line_of, writing
 from leafkernels.rows.find import find_rows
 from leafkernels.rows.rollouts import read_rollouts

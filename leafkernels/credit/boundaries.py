@@ -7,9 +7,8 @@ from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_real
 from leafkernels._core.operation import operation
 from leafkernels.credit.options import CreditOptions
-from leafkernels.rows.find import Rows, find_rows
+from leafkernels.rows.find import Rows, find_rows, rows_of_groups, to_lists
 from leafkernels.rows.layout import Layout, as_rows
-from leafkernels.rows.lists import rows_of_groups, to_lists
 
 
 @operation("boundaries")

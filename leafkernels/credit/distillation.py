@@ -18,9 +18,9 @@ from leafkernels._core.checks import (
     check_mask,
     check_real,
     check_tensor,
+    place,
 )
 from leafkernels._core.operation import operation
-from leafkernels._core.ranks import place
 from leafkernels.distributed import gather_section
 from leafkernels.rows.find import check_cu_seqlens
 from leafkernels.rows.groups import read_names

@@ -6,9 +6,8 @@ from torch import Tensor
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_device, check_integer, values_readable
 from leafkernels._core.operation import operation
-from leafkernels.rows.find import Rows, find_rows
+from leafkernels.rows.find import Rows, find_rows, rows_of_groups, to_lists
 from leafkernels.rows.layout import Layout, as_rows
-from leafkernels.rows.lists import rows_of_groups, to_lists
 
 
 @operation("prefix_lengths")
@@ -60,7 +59,7 @@ def common_prefix_lengths(
     """Length of the longest common prefix of every two rows of a prompt, exact; the diagonal holds the row lengths.
 
     On a GPU and for large problems on a CPU every id is read about twice, however much the rows share: once for its
-    own row, once as what others are compared with (docs/prefix_lengths.md).
+    own row, once as what others are compared with (docs/design.md).
 
     Args:
         token_ids: (G, T), (P, G, T), (N, T) with ``groups``, or (total,) with ``cu_seqlens``; any integer dtype, read

@@ -10,9 +10,8 @@ from leafkernels._core.checks import check_count, check_device, check_integer, c
 from leafkernels._core.derivatives import refuse_forward_mode
 from leafkernels._core.operation import operation
 from leafkernels._core.reference import from_reference
-from leafkernels.rows.find import Rows, find_rows
+from leafkernels.rows.find import Rows, find_rows, to_lists, to_tokens
 from leafkernels.rows.layout import Layout, to_int32
-from leafkernels.rows.lists import to_lists, to_tokens
 
 
 @operation("scatter")

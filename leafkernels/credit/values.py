@@ -16,9 +16,8 @@ from leafkernels._core.reference import from_reference, gradient_by
 from leafkernels.credit.nodes import nodes_of_table
 from leafkernels.credit.options import CreditOptions
 from leafkernels.distributed import GatheredGroups
-from leafkernels.rows.find import build_layout, with_prompts
+from leafkernels.rows.find import build_layout, rows_of_groups, with_prompts
 from leafkernels.rows.layout import Layout, to_int32
-from leafkernels.rows.lists import rows_of_groups
 
 if TYPE_CHECKING:
     import python_ref

@@ -1,6 +1,6 @@
 """Longest common prefixes: small problems compare all pairs at once, all others refine.
 
-Refinement (docs/prefix_lengths.md) compares all rows of a group with one representative. Rows that left it at
+Refinement (docs/design.md) compares all rows of a group with one representative. Rows that left it at
 different places i, j share exactly min(i, j) tokens, and rows that left it at the same place with different tokens
 share exactly that many. Only rows that left it at the same place with the same token go on, with a representative of
 their own and from that place on: every row is read about once, however many rows share its prefix. Exact; nothing is

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import FP_FUSION, load_block, row_stride
+from leafkernels.kernels._shared import FP_FUSION, load_block, row_stride
 
 BLOCK = 2048  # tokens looked at at a time
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import FP_FUSION
+from leafkernels.kernels._shared import FP_FUSION
 from leafkernels.kernels.prefix_lengths import common_prefix_lengths
 
 if TYPE_CHECKING:

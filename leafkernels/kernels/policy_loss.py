@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._math import exp_tail, expm1
-from leafkernels.kernels._rows import FP_FUSION, load_block, store_block
+from leafkernels.kernels._shared import FP_FUSION, exp_tail, expm1, load_block, store_block
 
 if TYPE_CHECKING:
     from leafkernels.losses.policy_loss import LossOptions

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leafkernels.kernels import surprisal
-from leafkernels.kernels._math import exp_tail
-from leafkernels.kernels._rows import FP_FUSION, load_block, store_block
+from leafkernels.kernels._shared import FP_FUSION, exp_tail, load_block, store_block
 from leafkernels.kernels.policy_loss import NUMBERS, token_loss
 from leafkernels.kernels.surprisal import blocks_of, log_total_entropy, pick, row_state, write_gradient
 

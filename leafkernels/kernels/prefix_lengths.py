@@ -1,4 +1,4 @@
-"""Longest common prefixes by refinement (docs/prefix_lengths.md): ids are read about twice, whatever the rows share.
+"""Longest common prefixes by refinement (docs/design.md): ids are read about twice, whatever the rows share.
 
     represent       the first row of a group represents all others
     first_mismatch  a program for each row and share of its blocks: where does the row diverge from its representative?
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import FP_FUSION, load_block, num_splits, row_stride
+from leafkernels.kernels._shared import FP_FUSION, load_block, num_splits, row_stride
 
 if TYPE_CHECKING:
     from leafkernels.rows.layout import Layout

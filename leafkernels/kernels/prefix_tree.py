@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import FP_FUSION, num_splits, row_stride
+from leafkernels.kernels._shared import FP_FUSION, num_splits, row_stride
 from leafkernels.kernels.prefix_lengths import refine
 
 if TYPE_CHECKING:

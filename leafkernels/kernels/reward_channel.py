@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._math import rounded_product
-from leafkernels.kernels._rows import FP_FUSION, load_block, store_block
+from leafkernels.kernels._shared import FP_FUSION, load_block, rounded_product, store_block
 
 BLOCK = 2048  # 16 bytes a thread, of bfloat16
 NUM_WARPS = 8

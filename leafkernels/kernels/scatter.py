@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import FP_FUSION, load_block, num_splits, row_stride, store_block
+from leafkernels.kernels._shared import FP_FUSION, load_block, num_splits, row_stride, store_block
 
 if TYPE_CHECKING:
     from leafkernels.rows.layout import Layout

@@ -41,8 +41,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._math import LOG2_E, expm1, log1p, rounded_product
-from leafkernels.kernels._rows import FP_FUSION, aligned_row, num_splits, store_block, whole_blocks
+from leafkernels.kernels._shared import (
+    FP_FUSION,
+    LOG2_E,
+    aligned_row,
+    expm1,
+    log1p,
+    num_splits,
+    rounded_product,
+    store_block,
+    whole_blocks,
+)
 
 if TYPE_CHECKING:
     from leafkernels.vocabulary.inputs import RowStatistics

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._rows import FP_FUSION
+from leafkernels.kernels._shared import FP_FUSION
 
 if TYPE_CHECKING:
     from leafkernels.credit.options import CreditOptions

@@ -9,9 +9,8 @@ from torch.nn.functional import pad
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_count, check_integer, values_readable
 from leafkernels._core.operation import operation
-from leafkernels.rows.find import Rows, find_rows
+from leafkernels.rows.find import Rows, find_rows, to_lists, to_tokens
 from leafkernels.rows.layout import Layout, as_rows
-from leafkernels.rows.lists import to_lists, to_tokens
 
 
 class PrefixTree(NamedTuple):

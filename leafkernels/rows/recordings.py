@@ -5,8 +5,10 @@ not load it.
 """
 
 import base64
+import importlib
 import inspect
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -296,13 +298,7 @@ def _read_file(clip: Any) -> tuple[np.ndarray, int]:
             "audio must be a path, bytes, datasets' Audio or {'array', 'sampling_rate'}, got "
             + (f"a dict of {', '.join(clip)}" if isinstance(clip, dict) else type(clip).__name__)
         )
-    try:
-        import soundfile
-    except ImportError as error:
-        raise ImportError(
-            f"reading files of audio needs soundfile, which cannot be imported here ({error}); "
-            "pip install 'leafkernels[speech]'"
-        ) from error
+    soundfile = _needed("soundfile", "reading files of audio")
     try:
         return soundfile.read(io.BytesIO(content) if isinstance(content, bytes) else content, dtype="float32")
     except (soundfile.LibsndfileError, OSError) as error:
@@ -312,12 +308,22 @@ def _read_file(clip: Any) -> tuple[np.ndarray, int]:
 
 
 def resample(samples: np.ndarray, rate: int, to: int) -> np.ndarray:
-    """Bring (samples,) from ``rate`` to ``to`` Hz by cutting or padding its spectrum; float32."""
-    length = round(len(samples) * to / rate)
-    if rate == to or length == 0:
+    """Bring (samples,) from ``rate`` to ``to`` Hz by scipy's polyphase filter; float32, silence around the clip."""
+    if rate == to:
         return samples.astype(np.float32)
-    spectrum = np.fft.rfft(samples)
-    return (np.fft.irfft(spectrum[: length // 2 + 1], length) * (length / len(samples))).astype(np.float32)
+    common = math.gcd(rate, to)
+    signal = _needed("scipy.signal", "resampling audio")
+    return signal.resample_poly(samples, to // common, rate // common).astype(np.float32)
+
+
+def _needed(module: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs {module.split('.')[0]}, which cannot be imported here ({error}); "
+            "pip install 'leafkernels[speech]'"
+        ) from error
 
 
 def _check_length(features: dict[str, Tensor], clips: list[np.ndarray], extractor: Any, rate: int) -> None:

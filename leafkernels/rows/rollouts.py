@@ -9,9 +9,8 @@ from torch import Tensor
 from leafkernels._core.backend import resolve_backend
 from leafkernels._core.checks import check_integer, check_like, check_real, check_rewards
 from leafkernels._core.reference import from_reference, gradient_by
-from leafkernels.rows.find import Rows, find_rows
+from leafkernels.rows.find import Rows, find_rows, to_lists, to_tokens
 from leafkernels.rows.layout import Layout
-from leafkernels.rows.lists import to_lists, to_tokens
 
 
 class Rollouts(NamedTuple):

@@ -5,8 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leafkernels._core.backend import implementation
-from leafkernels._core.checks import values_readable
-from leafkernels._core.ranks import place
+from leafkernels._core.checks import place, values_readable
 from leafkernels.vocabulary.inputs import RowStatistics
 
 

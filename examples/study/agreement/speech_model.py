@@ -21,10 +21,14 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
-from rounds import ROUNDS, TASKS, Task  # noqa: E402
 from run import RUNS as STUDY  # noqa: E402
 from run import Run, warm_speaker  # noqa: E402
-from runs import Runs  # noqa: E402
+from runs import (  # noqa: E402
+    ROUNDS,
+    TASKS,
+    Runs,  # noqa: E402
+    Task,
+)
 from speech.data import SpokenSums, read_fsdd  # noqa: E402
 from speech.model import Answers, Prompts  # noqa: E402
 from speech.training import add_adapter, draw_pool  # noqa: E402
