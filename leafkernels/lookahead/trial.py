@@ -12,8 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from leafkernels.models.asking import evaluating, plain_ids
-from leafkernels.models.turns import turns_change
+from leafkernels.models.asking import evaluating, plain_ids, turns_change
 
 # For each model the results of trials, by their arguments.
 _FOUND: "WeakKeyDictionary[Any, dict[Any, Any]]" = WeakKeyDictionary()

@@ -25,6 +25,7 @@ from leafkernels.models.asking import (
     parameters_of,
     plain_ids,
     text_config,
+    turns_change,
 )
 from leafkernels.models.heads import Head, head_of
 from leafkernels.models.masks import attention_of, why_no_masks
@@ -43,9 +44,7 @@ from leafkernels.models.plan import (
     count_nodes,
     plans,
 )
-from leafkernels.models.ranks import groups_in_step, largest, why_alone
-from leafkernels.models.run import Rows, Run, run_piece
-from leafkernels.models.turns import turns_change
+from leafkernels.models.run import Rows, Run, groups_in_step, largest, run_piece, why_alone
 from leafkernels.rows.find import find_rows
 from leafkernels.rows.layout import as_rows
 from leafkernels.rows.prefix_tree import order_of_rows
