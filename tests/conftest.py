@@ -45,7 +45,6 @@ SLOW_FILES = (
     "test_trl_audio",
     "test_trl_distillation",
     "test_trl_engines",
-    "test_trl_options",
     "test_wheel",
 )
 
