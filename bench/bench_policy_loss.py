@@ -32,7 +32,7 @@ def literal(batch: Batch) -> Call:
 
     def call() -> tuple[float, list[list[float]]]:
         loss = python_ref.policy_loss(*lists, **BOUNDS, aggregate="sum")["loss"]
-        return loss, python_ref.policy_loss_slopes(*lists, **BOUNDS)
+        return loss, python_ref.policy_loss_backward(*lists, **BOUNDS, aggregate="sum")[0]
 
     return call
 

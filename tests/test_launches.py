@@ -117,7 +117,7 @@ def test_number_of_launches_of_a_loss(importance: str, monkeypatch: pytest.Monke
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what Triton's interpreter launches")
 @pytest.mark.parametrize("packed", [False, True])
 def test_number_of_launches_of_distillation(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two kernels over the tokens, one over the rows; PyTorch divides sums of rows, and rounds, and no more."""
+    """Two kernels over the tokens; between them PyTorch reads a few numbers a row, without a synchronisation."""
     tokens = [torch.rand(160 if packed else (4, 40)) for _ in range(4)]
     mask = torch.ones_like(tokens[0], dtype=torch.bool)
     offsets = torch.tensor([0, 40, 80, 160], dtype=torch.int32) if packed else None
@@ -125,8 +125,9 @@ def test_number_of_launches_of_distillation(packed: bool, monkeypatch: pytest.Mo
     kernels = kernels_launched(monkeypatch)
     with _Launches() as launches:
         leafkernels.fire_opd(*tokens, mask, cu_seqlens=offsets, backend="triton")
-    assert kernels == ["fire_statistics", "fire_scope", "fire_weights"]
-    assert launches.names == ["div", "_to_copy", "_to_copy"]
+    assert kernels == ["fire_statistics", "fire_weights"]
+    assert len(launches.names) <= 68, launches.names
+    assert not {"_local_scalar_dense", "nonzero"} & set(launches.names)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="counts what Triton's interpreter launches")

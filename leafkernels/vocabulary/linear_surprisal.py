@@ -334,7 +334,11 @@ def _by_reference(
         grad_states, grad_weight, grad_bias = (torch.tensor(numbers, dtype=torch.float64) for numbers in found)
         grad_hidden = torch.zeros_like(hidden)
         grad_hidden[rows] = grad_states.reshape(len(rows), hidden.shape[1]).to(hidden)
-        return grad_hidden, grad_weight.reshape(-1, weight.shape[1])[own], None if bias is None else grad_bias[own]
+        return (
+            grad_hidden,
+            grad_weight.reshape(len(whole_weight), weight.shape[1])[own],
+            None if bias is None else grad_bias[own],
+        )
 
     return from_reference("linear_surprisal_entropy", compute, gradient, hidden, weight, bias)
 

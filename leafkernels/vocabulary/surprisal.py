@@ -155,7 +155,7 @@ def _by_reference(
         )
         gradients = logits if in_place else torch.empty_like(logits)
         gradients.zero_()
-        gradients[rows] = torch.tensor(found, dtype=torch.float64).reshape(len(rows), -1)[:, own].to(logits)
+        gradients[rows] = torch.tensor(found, dtype=torch.float64).reshape(len(rows), whole.shape[1])[:, own].to(logits)
         return (gradients,)
 
     once = "surprisal_entropy with inplace_backward=True" if in_place else ""
