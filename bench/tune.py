@@ -29,7 +29,7 @@ from bench.harness import DEVICE, best_of, copy_bandwidth, describe_machine, gra
 from leafkernels.kernels import policy_loss_from_logits, surprisal  # noqa: E402
 from leafkernels.losses.policy_loss import LossOptions  # noqa: E402
 from leafkernels.losses.policy_loss_from_logits import LossConstants  # noqa: E402
-from leafkernels.vocabulary.inputs import RowStatistics  # noqa: E402
+from leafkernels.vocabulary.inputs import RowStatistics, SampledTokens  # noqa: E402
 
 SHAPES = tuple(itertools.product((64, 8192), (151_936, 128_256)))
 TINY_SHAPES = ((2, 300),)
@@ -76,7 +76,7 @@ class Case:
 
     def backward(self) -> tuple[Tensor, ...]:
         surprisal.write_gradients(
-            self.gradients, self.ones, self.ones, self.statistics, self.logits, self.ids, self.ones, None
+            self.gradients, self.logits, self.ones, self.ones, self.statistics, SampledTokens(self.ids, self.ones, None)
         )
         return (self.gradients,)
 

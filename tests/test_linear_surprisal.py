@@ -14,6 +14,7 @@ from tiny_decoders import SIZES
 import leafkernels
 import python_ref
 from leafkernels.vocabulary import linear_surprisal
+from leafkernels.vocabulary.inputs import SampledTokens
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -269,9 +270,7 @@ def test_the_logits_of_all_tokens_never_exist() -> None:
             tensors["hidden"],
             tensors["lm_head_weight"],
             None,
-            tensors["token_ids"],
-            tensors["temperature"],
-            None,
+            SampledTokens(tensors["token_ids"], tensors["temperature"], None),
             linear_surprisal.HeadOptions(softcap=None, num_live=40, chunk=2, dtype=torch.float32),
         )
     assert seen.elements <= 8000  # the room of the PyTorch backend for 2 rows; all logits would be 40,000

@@ -13,7 +13,7 @@ from torch import Tensor
 from leafkernels._core.precision import compute_dtype
 
 if TYPE_CHECKING:
-    from leafkernels.vocabulary.inputs import RowStatistics
+    from leafkernels.vocabulary.inputs import RowStatistics, SampledTokens
 
 # Logits of a chunk: large enough that a step costs more than its call, small enough for the cache.
 _CHUNK = 1 << 18
@@ -132,46 +132,20 @@ def surprisal_sums(states: Tensor, tops: Tensor, temperature: Tensor) -> Tensor:
     return torch.stack((is_top.to(r.dtype), beside, fade * (t + drop / scale * (1.0 + r)))).sum(2)
 
 
-def surprisal_entropy_backward(
-    grad_surprisal: Tensor,
-    grad_entropy: Tensor | None,
-    statistics: "RowStatistics",
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """The gradient of the logits (N, V), 0 in masked rows."""
-    gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    write_gradients(gradients, grad_surprisal, grad_entropy, statistics, logits, token_ids, temperature, mask)
-    return gradients
-
-
-def surprisal_entropy_backward_(
-    grad_surprisal: Tensor,
-    grad_entropy: Tensor | None,
-    statistics: "RowStatistics",
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-) -> None:
-    """The same, written over the logits."""
-    write_gradients(logits, grad_surprisal, grad_entropy, statistics, logits, token_ids, temperature, mask)
-
-
 def write_gradients(
     gradients: Tensor,
+    logits: Tensor,
     grad_surprisal: Tensor,
     grad_entropy: Tensor | None,
     statistics: "RowStatistics",
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
+    tokens: "SampledTokens",
     softcap: float | None = None,
 ) -> None:
-    """The same into ``gradients``, which may be ``logits``; with ``softcap`` that of what was capped to the logits."""
+    """Write the gradient of the logits, 0 in masked rows, into ``gradients`` (N, V), which may be ``logits``.
+
+    With ``softcap`` the logits were capped, and it is the gradient of what they were before.
+    """
+    token_ids, temperature, mask = tokens
     dtype = compute_dtype(logits.dtype)
     scale = temperature.to(dtype).reciprocal()
     grad_surprisal = grad_surprisal.to(dtype)

@@ -54,7 +54,7 @@ from leafkernels.kernels._shared import (
 )
 
 if TYPE_CHECKING:
-    from leafkernels.vocabulary.inputs import RowStatistics
+    from leafkernels.vocabulary.inputs import RowStatistics, SampledTokens
 
 BLOCK = 4096  # ids at a time; tests shrink it to cross blocks with small vocabularies
 THREADS = 256  # that share a block; bench/tune.py tries others
@@ -477,46 +477,19 @@ def surprisal_entropy(
     return merge_surprisal_states(states, picked, temperature, mask)
 
 
-def surprisal_entropy_backward(
-    grad_surprisal: Tensor,
-    grad_entropy: Tensor | None,
-    statistics: "RowStatistics",
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """The gradient of the logits (N, V), 0 in masked rows."""
-    gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    write_gradients(gradients, grad_surprisal, grad_entropy, statistics, logits, token_ids, temperature, mask)
-    return gradients
-
-
-def surprisal_entropy_backward_(
-    grad_surprisal: Tensor,
-    grad_entropy: Tensor | None,
-    statistics: "RowStatistics",
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-) -> None:
-    """The same, written over the logits."""
-    write_gradients(logits, grad_surprisal, grad_entropy, statistics, logits, token_ids, temperature, mask)
-
-
 def write_gradients(
     gradients: Tensor,
+    logits: Tensor,
     grad_surprisal: Tensor,
     grad_entropy: Tensor | None,
     statistics: "RowStatistics",
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
+    tokens: "SampledTokens",
     softcap: float | None = None,
 ) -> None:
-    """The same into ``gradients``, which may be ``logits``; with ``softcap`` that of what was capped to the logits."""
+    """Write the gradient of the logits, 0 in masked rows, into ``gradients`` (N, V), which may be ``logits``.
+
+    With ``softcap`` the logits were capped, and it is the gradient of what they were before.
+    """
     num_rows, vocab_size = logits.shape
     if not logits.numel():
         return
@@ -527,16 +500,14 @@ def write_gradients(
         None if grad_entropy is None else grad_entropy.contiguous(),
         *statistics,
         logits,
-        token_ids,
-        temperature,
-        mask,
+        *tokens,
         1.0 / (softcap or 1.0),
         logits.stride(0),
         gradients.stride(0),
         vocab_size,
         split_blocks,
         HAS_ENTROPY=grad_entropy is not None,
-        HAS_MASK=mask is not None,
+        HAS_MASK=tokens.mask is not None,
         HAS_SOFTCAP=softcap is not None,
         BLOCK=BLOCK,
         num_warps=num_warps(),

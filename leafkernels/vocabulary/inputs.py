@@ -1,11 +1,35 @@
 """What the functions of a vocabulary have in common: numbers of a row, and checks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from leafkernels._core.checks import FLOAT32, check_device, check_positive, check_real, values_readable
+from leafkernels._core.precision import compute_dtype
+
+
+class SampledTokens(NamedTuple):
+    """What a row of logits is looked at for."""
+
+    token_ids: Tensor  # (N,)
+    temperature: Tensor  # (N,)
+    mask: Tensor | None  # (N,) bool; None: every row counts
+
+    def with_one_more(self) -> "SampledTokens":
+        """With a last row that stands for none, for chunks whose rows may be fewer than was said."""
+        return self._replace(
+            token_ids=pad(self.token_ids, (0, 1)), temperature=pad(self.temperature, (0, 1), value=1.0)
+        )
+
+    def chunk(self, rows: slice | Tensor) -> "SampledTokens":
+        """Those of some rows, all of which count."""
+        return SampledTokens(self.token_ids[rows], self.temperature[rows], None)
+
+    def live(self) -> list[int]:
+        """The rows that count."""
+        return list(range(len(self.token_ids))) if self.mask is None else self.mask.nonzero().flatten().tolist()
 
 
 class RowStatistics(NamedTuple):
@@ -15,6 +39,13 @@ class RowStatistics(NamedTuple):
     entropy: Tensor
     top: Tensor  # the largest logit
     log_total: Tensor  # log sum e^((x - top) / temperature)
+
+
+def for_live_rows(found: Any, rows: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Surprisals and entropies that ``python_ref`` found for some rows, as tensors of all rows of ``like``; else 0."""
+    results = like.new_zeros((2, like.shape[0]), dtype=compute_dtype(like.dtype))
+    results[:, rows] = torch.tensor(found, dtype=results.dtype, device=like.device)
+    return results[0].clone(), results[1].clone()
 
 
 def check_temperature(

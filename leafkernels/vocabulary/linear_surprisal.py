@@ -22,7 +22,7 @@ from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_der
 from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
 from leafkernels._core.reference import from_reference
-from leafkernels.vocabulary.inputs import RowStatistics, check_temperature
+from leafkernels.vocabulary.inputs import RowStatistics, SampledTokens, check_temperature, for_live_rows
 from leafkernels.vocabulary.slices import ids_in_slice, join_states, merge_slices, whole_vocabulary
 from leafkernels.vocabulary.surprisal import SurprisalEntropy
 
@@ -98,22 +98,20 @@ def _fold_chunks(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
+    tokens: SampledTokens,
     options: HeadOptions,
 ) -> RowStatistics:
     fold = implementation(backend, "surprisal").surprisal_entropy
     # A live row that no chunk reaches stays NaN.
     results = hidden.new_full((4, hidden.shape[0] + 1), torch.nan, dtype=compute_dtype(options.dtype))
-    if mask is not None:
-        results[:, :-1].masked_fill_(~mask, 0.0)
-    ids, temperatures = pad(token_ids, (0, 1)), pad(temperature, (0, 1), value=1.0)
+    if tokens.mask is not None:
+        results[:, :-1].masked_fill_(~tokens.mask, 0.0)
+    more = tokens.with_one_more()
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, mask, options)
+        head = _Head(hidden, weight, bias, tokens.mask, options)
         for rows in head.chunks():
             logits = head.logits(head.states(rows))
-            results[:, rows] = torch.stack(fold(logits, ids[rows], temperatures[rows], None))
+            results[:, rows] = torch.stack(fold(logits, *more.chunk(rows)))
     return RowStatistics(*(result.clone() for result in results[:, :-1]))
 
 
@@ -122,9 +120,7 @@ def _linear_surprisal_entropy(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
+    tokens: SampledTokens,
     options: HeadOptions,
 ) -> RowStatistics:
     dtype = compute_dtype(options.dtype)
@@ -136,9 +132,7 @@ def _statistics_of_slices(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
+    tokens: SampledTokens,
     options: HeadOptions,
     vocab_group: "dist.ProcessGroup",
 ) -> RowStatistics:
@@ -149,14 +143,14 @@ def _statistics_of_slices(
     states = hidden.new_zeros((3, size, 1), dtype=widest)
     states[0], states[1] = torch.finfo(widest).min, -1.0
     picked = hidden.new_full((size,), torch.nan, dtype=widest)
-    ids, temperatures = pad(token_ids, (0, 1)), pad(temperature, (0, 1), value=1.0)
+    more = tokens.with_one_more()
     with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, mask, options)
+        head = _Head(hidden, weight, bias, tokens.mask, options)
         for rows in head.chunks():
-            logits = head.logits(head.states(rows))
-            chunk_states, picked[rows] = fold(logits, ids[rows], temperatures[rows], None)
-            states[:, rows] = join_states(chunk_states, temperatures[rows])
-        return merge_slices(states[:, :-1], picked[:-1], temperature, mask, backend, vocab_group)
+            chunk = more.chunk(rows)
+            chunk_states, picked[rows] = fold(head.logits(head.states(rows)), *chunk)
+            states[:, rows] = join_states(chunk_states, chunk.temperature)
+        return merge_slices(states[:, :-1], picked[:-1], tokens.temperature, tokens.mask, backend, vocab_group)
 
 
 def _backward_in_chunks(
@@ -167,33 +161,28 @@ def _backward_in_chunks(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
+    tokens: SampledTokens,
     options: HeadOptions,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     write_gradients = implementation(backend, "surprisal").write_gradients
     widest = compute_dtype(options.dtype)
     grad_hidden, grad_weight, grad_bias = _new_gradients(hidden, weight, bias, needs, widest)
-    grad_surprisal, ids = pad(grad_surprisal, (0, 1)), pad(token_ids, (0, 1))
+    grad_surprisal, more = pad(grad_surprisal, (0, 1)), tokens.with_one_more()
     grad_entropy = None if grad_entropy is None else pad(grad_entropy, (0, 1))
     statistics = RowStatistics(*(pad(numbers, (0, 1)) for numbers in statistics))
-    temperatures = pad(temperature, (0, 1), value=1.0)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, mask, options)
+        head = _Head(hidden, weight, bias, tokens.mask, options)
         for rows in head.chunks():
             states = head.states(rows)
             logits = head.logits(states)
             write_gradients(
                 logits,
+                logits,
                 grad_surprisal[rows],
                 None if grad_entropy is None else grad_entropy[rows],
                 RowStatistics(*(numbers[rows] for numbers in statistics)),
-                logits,
-                ids[rows],
-                temperatures[rows],
-                None,
+                more.chunk(rows),
                 options.softcap,
             )
             if needs[0]:
@@ -240,9 +229,7 @@ def _linear_surprisal_entropy_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
+    tokens: SampledTokens,
     options: HeadOptions,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,12 +248,12 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        tokens: tuple[Tensor, Tensor, Tensor | None],
+        tokens: SampledTokens,
         options: HeadOptions,
         backend: str,
         vocab_group: "dist.ProcessGroup | None",
     ) -> tuple[Tensor, Tensor]:
-        arguments = (backend, hidden, weight, bias, *tokens, options)
+        arguments = (backend, hidden, weight, bias, tokens, options)
         if vocab_group is None:
             statistics = _linear_surprisal_entropy(*arguments)
         else:
@@ -279,12 +266,13 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_surprisal: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_surprisal_entropy")
-        surprisal, entropy, top, log_total, *inputs = ctx.saved_tensors
-        statistics = RowStatistics(surprisal, entropy, top, log_total)
+        surprisal, entropy, top, log_total, hidden, weight, bias, *rest = ctx.saved_tensors
+        statistics, tokens = RowStatistics(surprisal, entropy, top, log_total), SampledTokens(*rest)
         if grad_surprisal is None:
             grad_surprisal = torch.zeros_like(surprisal)
         needs = list(ctx.needs_input_grad[:3])
-        arguments = (ctx.backend, grad_surprisal, grad_entropy, statistics, *inputs, ctx.options, needs)
+        head = (hidden, weight, bias, tokens, ctx.options)
+        arguments = (ctx.backend, grad_surprisal, grad_entropy, statistics, *head, needs)
         if ctx.vocab_group is None:
             gradients = _linear_surprisal_entropy_backward(*arguments)
         else:
@@ -300,15 +288,14 @@ def _by_reference(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    tokens: tuple[Tensor, Tensor, Tensor | None],
+    tokens: SampledTokens,
     options: HeadOptions,
     vocab_group: "dist.ProcessGroup | None",
 ) -> tuple[Tensor, Tensor]:
     import python_ref
 
-    token_ids, temperature, mask = tokens
-    rows = list(range(len(token_ids))) if mask is None else mask.nonzero().flatten().tolist()
-    ids, temperatures = (tensor[rows].tolist() for tensor in (token_ids, temperature))
+    rows = tokens.live()
+    ids, temperatures = tokens.token_ids[rows].tolist(), tokens.temperature[rows].tolist()
 
     def head(weight: Tensor, bias: Tensor | None) -> tuple[Any, slice, dict[str, Any]]:
         whole, own = whole_vocabulary(weight, 0, vocab_group)
@@ -318,9 +305,7 @@ def _by_reference(
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         whole_weight, _, others = head(weight, bias)
         found = python_ref.linear_surprisal_entropy(hidden[rows].tolist(), whole_weight, ids, **others)
-        results = hidden.new_zeros((2, hidden.shape[0]), dtype=compute_dtype(hidden.dtype))
-        results[:, rows] = torch.tensor(found, dtype=results.dtype, device=hidden.device)
-        return results[0].clone(), results[1].clone()
+        return for_live_rows(found, rows, hidden)
 
     def gradient(
         grad_surprisal: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
@@ -451,7 +436,7 @@ def linear_surprisal_entropy(
         slice_ids = ids_in_slice(ids, lm_head_weight.shape[0], vocab_group)
         ids = ids if backend == "reference" else slice_ids
     row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
-    tokens = (ids, temperatures.reshape(num_rows).contiguous(), row_mask)
+    tokens = SampledTokens(ids, temperatures.reshape(num_rows).contiguous(), row_mask)
     softcap = None if logit_softcap is None else float(logit_softcap)
     options = HeadOptions(softcap, num_rows if mask is None else num_live, chunk_tokens, dtype)
     rows = hidden.reshape(num_rows, hidden.shape[-1])

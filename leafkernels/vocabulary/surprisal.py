@@ -19,7 +19,13 @@ from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_der
 from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
 from leafkernels._core.reference import from_reference
-from leafkernels.vocabulary.inputs import RowStatistics, check_own_memory, check_temperature
+from leafkernels.vocabulary.inputs import (
+    RowStatistics,
+    SampledTokens,
+    check_own_memory,
+    check_temperature,
+    for_live_rows,
+)
 from leafkernels.vocabulary.slices import ids_in_slice, merge_slices, whole_vocabulary
 
 
@@ -43,46 +49,46 @@ def _surprisal_entropy(logits: Tensor, token_ids: Tensor, temperature: Tensor, m
     return RowStatistics(*(logits.new_empty((logits.shape[0],), dtype=dtype) for _ in RowStatistics._fields))
 
 
-@operation("surprisal")
+def _written_anew(backend: str, logits: Tensor, *others: Any) -> Tensor:
+    gradients = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    implementation(backend, "surprisal").write_gradients(gradients, logits, *others)
+    return gradients
+
+
+def _written_over(backend: str, logits: Tensor, *others: Any) -> None:
+    implementation(backend, "surprisal").write_gradients(logits, logits, *others)
+
+
+@operation(run=_written_anew)
 def _surprisal_entropy_backward(
+    logits: Tensor,
     grad_surprisal: Tensor,
     grad_entropy: Tensor | None,
     statistics: RowStatistics,
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
+    tokens: SampledTokens,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@operation("surprisal", mutates=("logits",))
+@operation(run=_written_over, mutates=("logits",))
 def _surprisal_entropy_backward_(
+    logits: Tensor,
     grad_surprisal: Tensor,
     grad_entropy: Tensor | None,
     statistics: RowStatistics,
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
+    tokens: SampledTokens,
 ) -> None: ...
 
 
 def _statistics(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    backend: str,
-    vocab_group: "dist.ProcessGroup | None",
+    logits: Tensor, tokens: SampledTokens, backend: str, vocab_group: "dist.ProcessGroup | None"
 ) -> RowStatistics:
     """Of rows of which the logits may be a slice."""
     if vocab_group is None:
-        return _surprisal_entropy(backend, logits, token_ids, temperature, mask)
+        return _surprisal_entropy(backend, logits, *tokens)
     with torch.cuda.device_of(logits):
-        fold = implementation(backend, "surprisal").surprisal_states
-        states, picked = fold(logits, token_ids, temperature, mask)
-        return merge_slices(states, picked, temperature, mask, backend, vocab_group)
+        states, picked = implementation(backend, "surprisal").surprisal_states(logits, *tokens)
+        return merge_slices(states, picked, tokens.temperature, tokens.mask, backend, vocab_group)
 
 
 class _SurprisalEntropy(torch.autograd.Function):
@@ -90,15 +96,13 @@ class _SurprisalEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        token_ids: Tensor,
-        temperature: Tensor,
-        mask: Tensor | None,
+        tokens: SampledTokens,
         backend: str,
         vocab_group: "dist.ProcessGroup | None",
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
-        statistics = _statistics(logits, token_ids, temperature, mask, backend, vocab_group)
-        ctx.save_for_backward(*statistics, logits, token_ids, temperature, mask)
+        statistics = _statistics(logits, tokens, backend, vocab_group)
+        ctx.save_for_backward(logits, *statistics, *tokens)
         ctx.backend = backend
         # torch.compile plans the memory of what it compiles itself.
         ctx.given = weakref.ref(logits) if in_place and not torch.compiler.is_compiling() else None
@@ -111,40 +115,33 @@ class _SurprisalEntropy(torch.autograd.Function):
         refuse_second_derivative("surprisal_entropy")
         if ctx.given is not None:
             refuse_second_pass(ctx, "surprisal_entropy with inplace_backward=True")
-        *numbers, logits, token_ids, temperature, mask = ctx.saved_tensors
-        statistics = RowStatistics(*numbers)
+        logits, surprisal, entropy, top, log_total, *rest = ctx.saved_tensors
         if grad_surprisal is None:
-            grad_surprisal = torch.zeros_like(statistics.surprisal)
-        everything = (grad_surprisal, grad_entropy, statistics, logits, token_ids, temperature, mask)
+            grad_surprisal = torch.zeros_like(surprisal)
+        statistics, tokens = RowStatistics(surprisal, entropy, top, log_total), SampledTokens(*rest)
+        arguments = (ctx.backend, logits, grad_surprisal, grad_entropy, statistics, tokens)
         # What a saved-tensor hook unpacked (offloaded, or computed again by a checkpoint) may be another's as well, and
         # autograd checks no version of it.
         if ctx.given is None or ctx.given() is not logits:
-            return _surprisal_entropy_backward(ctx.backend, *everything), None, None, None, None, None, None
-        _surprisal_entropy_backward_(ctx.backend, *everything)
+            return _surprisal_entropy_backward(*arguments), None, None, None, None
+        _surprisal_entropy_backward_(*arguments)
         # Autograd then refuses every other backward pass that kept the logits.
         torch.autograd.graph.increment_version(logits)
-        return logits, None, None, None, None, None, None
+        return logits, None, None, None, None
 
 
 def _by_reference(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    mask: Tensor | None,
-    vocab_group: "dist.ProcessGroup | None",
-    in_place: bool,
+    logits: Tensor, tokens: SampledTokens, vocab_group: "dist.ProcessGroup | None", in_place: bool
 ) -> tuple[Tensor, Tensor]:
     import python_ref
 
-    rows = list(range(len(token_ids))) if mask is None else mask.nonzero().flatten().tolist()
-    ids, temperatures = (tensor[rows].tolist() for tensor in (token_ids, temperature))
+    rows = tokens.live()
+    ids, temperatures = tokens.token_ids[rows].tolist(), tokens.temperature[rows].tolist()
 
     def compute(logits: Tensor) -> tuple[Tensor, Tensor]:
         whole, _ = whole_vocabulary(logits, 1, vocab_group)
         found = python_ref.surprisal_entropy(whole[rows].tolist(), ids, temperature=temperatures)
-        results = logits.new_zeros((2, logits.shape[0]), dtype=compute_dtype(logits.dtype))
-        results[:, rows] = torch.tensor(found, dtype=results.dtype, device=logits.device)
-        return results[0].clone(), results[1].clone()
+        return for_live_rows(found, rows, logits)
 
     def gradient(grad_surprisal: Tensor, grad_entropy: Tensor, logits: Tensor) -> tuple[Tensor]:
         refuse_second_derivative("surprisal_entropy")
@@ -225,20 +222,18 @@ def surprisal_entropy(
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
     ids = token_ids.reshape(num_rows).contiguous()  # reshape leaves the strides of what is 1-D
-    temperatures = temperatures.reshape(num_rows).contiguous()
-    row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
     refuse_forward_mode("surprisal_entropy", logits)
     if inplace_backward and logits.requires_grad:
         check_own_memory("logits", logits)
     if vocab_group is not None:
         slice_ids = ids_in_slice(ids, vocab_size, vocab_group)
         ids = ids if backend == "reference" else slice_ids
+    row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
+    tokens = SampledTokens(ids, temperatures.reshape(num_rows).contiguous(), row_mask)
     if backend == "reference":
-        surprisal, entropy = _by_reference(rows, ids, temperatures, row_mask, vocab_group, inplace_backward)
+        surprisal, entropy = _by_reference(rows, tokens, vocab_group, inplace_backward)
     elif logits.requires_grad:
-        surprisal, entropy = _SurprisalEntropy.apply(
-            rows, ids, temperatures, row_mask, backend, vocab_group, inplace_backward
-        )
+        surprisal, entropy = _SurprisalEntropy.apply(rows, tokens, backend, vocab_group, inplace_backward)
     else:
-        surprisal, entropy, _, _ = _statistics(rows, ids, temperatures, row_mask, backend, vocab_group)
+        surprisal, entropy, _, _ = _statistics(rows, tokens, backend, vocab_group)
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))
