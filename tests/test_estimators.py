@@ -1,17 +1,38 @@
 """GRPO, Dr. GRPO and RLOO: what is special to schemes of whole rollouts; tests/test_laws.py has the laws of all."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import ROOT
 from rollouts import BACKENDS, DEVICE, Rollouts, random_group, rollouts
 from support import examples
 
 import leafkernels
+from leafkernels import ESTIMATORS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_the_page_lists_every_scheme_as_the_registry_has_it(name: str) -> None:
+    scheme, text = ESTIMATORS[name], (ROOT / "docs/credit.md").read_text(encoding="utf-8")
+    (line,) = re.findall(rf"^\| .*\| `{scheme.__name__}` \| (?:row|span|token) \|.*$", text, re.M)
+    address = scheme.source.replace("arXiv ", "https://arxiv.org/abs/")
+    title = f"[{scheme.title}]({address})" if address else scheme.title
+    formula = "[on one page](leaf.md)" if name == "leaf" else scheme.formula
+    assert line == f"| {title} | `{scheme.__name__}` | {scheme.per} | {formula} |"
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_log_probabilities_are_read_where_the_registry_says_so(name: str) -> None:
+    group = random_group(5, 12, seed=1, vocabulary=2)
+    changed = {**group, "logprobs": group["logprobs"].flip(1)}
+    is_equal = torch.equal(ESTIMATORS[name](**group), ESTIMATORS[name](**changed))
+    assert is_equal != ESTIMATORS[name].reads_logprobs
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])

@@ -141,6 +141,7 @@ def _fire_weights(
 class _Scope(NamedTuple):
     """What is computed over all rows in scope, float64."""
 
+    scores: Tensor  # (N,) float32
     threshold: Tensor
     least: Tensor  # score that a kept row may have
     maxima: Tensor  # (2,) the largest teacher's and student's entropy
@@ -159,10 +160,9 @@ def _read_scope(statistics: FireStatistics, drop: float, options: FireOptions, o
     share = (rank - low).clamp(0, 1)
     quantile = torch.where((below == least) | (high <= low), below, below * (1 - share) + least * share)
     least = least.clamp_min(_LOWEST)
-    counting = ~(scores < least)[:, None] if only_kept else torch.ones_like(scores, dtype=torch.bool)[:, None]
-    sums = torch.where(counting, rows, 0.0).sum(0)
-    maxima = torch.stack([statistics.teacher_entropy_max, statistics.student_entropy_max])
-    return _Scope(quantile, least, maxima, _mean_weight(sums, maxima, options))
+    counting = rows.masked_fill((scores < least)[:, None], 0.0) if only_kept else rows
+    maxima = _largest(rows[:, 2:4].T)
+    return _Scope(scores, quantile, least, maxima, _mean_weight(counting.sum(0), maxima, options))
 
 
 def _mean_weight(sums: Tensor, maxima: Tensor, options: FireOptions) -> Tensor:
@@ -331,8 +331,9 @@ def fire_opd(
         words = {"drop": drop, "alpha": alpha, "beta": beta, "normalize": normalize, "extrapolation": extrapolation}
         return _opd_by_reference(cast(Tensor, old), base, fire_tokens, scope, words, dtype)
     options = FireOptions(float(alpha), float(beta), float(extrapolation))
-    threshold, least, maxima, mean = _read_scope(scope, float(drop), options, normalize == "kept")
-    scores = own.scores
+    scores, threshold, least, maxima, mean = _read_scope(scope, float(drop), options, normalize == "kept")
+    if scope is not own:
+        scores = own.scores
     keep = (own.rows[:, 0] > 0) & ~(scores < least)
     mean_per_row = _mean_weight(own.rows, maxima, options) if normalize == "trajectory" else mean.expand_as(keep)
     advantages, weights, kept = _fire_weights(
@@ -528,4 +529,4 @@ def _check_statistics(statistics: Any, own: FireStatistics) -> FireStatistics:
 
 def _largest(per_row: Tensor) -> Tensor:
     # One entry more, so that no rows have a maximum too.
-    return pad(per_row, (0, 1)).amax(0).clamp_min(_LEAST_MAX)
+    return pad(per_row, (0, 1)).amax(-1).clamp_min(_LEAST_MAX)

@@ -20,13 +20,13 @@ class Estimator:
     """Takes the arguments of ``grpo``, and options of its own by keyword; one advantage for each token."""
     title: str = ""
     formula: str = ""
-    """Of a token's advantage; r, mean and std are a row's reward and those of its prompt, V(t) the mean reward of the
-    rows that share the first t tokens, V_k and n_k mean and number of the rows of a node."""
+    """Of a token's advantage, as docs/credit.md writes it: r is a row's reward, mean and std those of its prompt, V the
+    mean reward of the n rows that share a prefix."""
     source: str = ""
     per: str = "token"
     """Unit of credit: "row", "span" or "token"."""
-    reads_logprobs: bool = False
-    """Whether the values of ``logprobs`` matter, not their shape alone."""
+    reads_logprobs: bool = True
+    """Whether the values of ``logprobs`` matter, not their shape alone: a trainer may have to compute them."""
     normalization: str = "none"
     """"reward_std" or "none", with which the credit is linear in the rewards; "option": the function's ``normalize``,
     whose default is in its signature."""
@@ -74,25 +74,40 @@ ESTIMATORS: dict[str, Estimator] = _Estimators(
         "[(V_k - mean) + (V_k - V_(k-1))] / sqrt(n_k), z-scored over the spans of a prompt",
         "arXiv 2606.07610",
         per="span",
-        reads_logprobs=True,
         normalization="option",
     ),
     grpo=Estimator(
-        grpo, "GRPO", "(r - mean) / (std + 1e-6)", "arXiv 2402.03300", per="row", normalization="reward_std"
+        grpo,
+        "GRPO",
+        "(r - mean) / (std + 1e-6)",
+        "arXiv 2402.03300",
+        per="row",
+        reads_logprobs=False,
+        normalization="reward_std",
     ),
-    dr_grpo=Estimator(dr_grpo, "Dr. GRPO", "r - mean", "arXiv 2503.20783", per="row"),
-    rloo=Estimator(rloo, "RLOO", "G / (G - 1) * (r - mean)", "arXiv 2402.14740", per="row"),
+    dr_grpo=Estimator(dr_grpo, "Dr. GRPO", "r - mean", "arXiv 2503.20783", per="row", reads_logprobs=False),
+    rloo=Estimator(rloo, "RLOO", "G / (G - 1) * (r - mean)", "arXiv 2402.14740", per="row", reads_logprobs=False),
     tempo=Estimator(
-        tempo, "TEMPO", "(r - mean + V(t+1) - V(t)) / (std + 1e-6)", "arXiv 2509.18314", normalization="reward_std"
+        tempo,
+        "TEMPO",
+        "(r - mean + V(after it) - V(before it)) / (std + 1e-6)",
+        "arXiv 2509.18314",
+        reads_logprobs=False,
+        normalization="reward_std",
     ),
-    tree_td=Estimator(tree_td, "TD on the tree", "V(t+1) - V(t) + group_weight * (r - mean)", normalization="option"),
+    tree_td=Estimator(
+        tree_td,
+        "TD on the tree",
+        "V(after it) - V(before it) + 0.5 (r - mean)",
+        reads_logprobs=False,
+        normalization="option",
+    ),
     treerl=Estimator(
         treerl,
         "TreeRL",
         "2 V_k / sqrt(n_k) - V_(k-1) / sqrt(n_(k-1))",
         "arXiv 2506.11902",
         per="span",
-        reads_logprobs=True,
     ),
 )
 """Every credit scheme by its name; all take the arguments of ``grpo``. Put in your own to see it everywhere."""

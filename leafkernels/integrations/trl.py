@@ -5,7 +5,6 @@ batch: the rows of a group that straddles ranks are brought together on one of t
 credit of this rank's rows takes the place of TRL's advantages. Sampling, rewards, loss and everything else stay TRL's.
 """
 
-import inspect
 import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -47,11 +46,6 @@ _MODEL_INPUTS = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-_NORMALIZE_OF_SCALE = {
-    "leaf": {"group": "span", "batch": "batch", "none": "none"},
-    # It has no scale of a batch: its own check refuses that name.
-    "tree_td": {"group": "reward_std", "batch": "batch", "none": "none"},
-}
 
 
 @dataclass
@@ -224,7 +218,8 @@ class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
         if args.normalize is None and "normalize" in options:
             # As TRL has it: what is normalised before the sum is scaled over the batch after it.
             scale = "batch" if self._sums_normalized() else args.scale_rewards
-            options["normalize"] = _NORMALIZE_OF_SCALE[args.estimator][scale]
+            # A scheme that has no scale of a batch refuses that name itself.
+            options["normalize"] = ESTIMATORS[args.estimator].normalized if scale == "group" else scale
         return options
 
     def _sums_normalized(self) -> bool:
@@ -267,7 +262,7 @@ class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
 
     def _ranking_logprobs(self, batch: dict[str, Any]) -> Tensor:
         """(rows, tokens) log-probabilities of the sampled tokens, by which boundaries are ranked."""
-        if not _takes(self.args.estimator, "num_boundaries"):
+        if not ESTIMATORS[self.args.estimator].reads_logprobs:
             return torch.zeros_like(batch["completion_ids"], dtype=torch.float32)
         for name in ("old_per_token_logps", "sampling_per_token_logps"):
             if batch.get(name) is not None:
@@ -312,7 +307,7 @@ class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
 
 
 def _takes(estimator: str, option: str) -> bool:
-    return option in inspect.signature(ESTIMATORS[estimator]).parameters
+    return option in ESTIMATORS[estimator].options
 
 
 def _normalize_functions(rewards: Tensor) -> Tensor:

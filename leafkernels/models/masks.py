@@ -15,6 +15,7 @@ _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_atte
 
 
 def attention_of(config: Any) -> str:
+    """The name of the attention implementation that a model's config asks for."""
     return getattr(config, "_attn_implementation", None) or "eager"
 
 

@@ -65,6 +65,8 @@ class Piece(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """How all rows are run: one of ``KINDS``, and pieces that follow each other."""
+
     kind: str
     pieces: list[Piece]
 
