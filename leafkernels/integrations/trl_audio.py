@@ -200,13 +200,13 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
         counts = Counter(self._rows[rows])
         return "a prompt has one row in a micro-batch" if 1 in counts.values() else None
 
-    def _shared(self, rows: slice, model: Any, ids: Tensor, mask: Tensor, keep: int, **features: Any) -> Any:
+    def _shared(self, rows: slice, model: Any, ids: Tensor, mask: Tensor, keep: int, **more: Any) -> Any:
         prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(self._rows[rows]))}
         groups = torch.tensor([prompts[prompt] for prompt in self._rows[rows]], device=ids.device)
-        features = {"groups": groups, "inputs": join_features(list(prompts))}
+        more |= {"groups": groups, "inputs": join_features(list(prompts))}
         try:
             with self._ear(model).hearing_once(list(prompts)):
-                return super()._shared(rows, model, ids, mask, keep, **features)
+                return super()._shared(rows, model, ids, mask, keep, **more)
         except RuntimeError as error:
             # tree_logprobs says so of a model that cannot hear once for several rows.
             if not str(error).startswith("inputs must be None"):
