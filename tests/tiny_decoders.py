@@ -40,11 +40,15 @@ MODELS = {
 
 # Of other decoders, weights that make context and positions matter; and where their branches can be run.
 BOTH, ROWS, ALONE, NONE = "packed and in rows", "in rows", "in rows, of one prompt", "not"
+STATE = "in rows, with a state"
 _BART = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
 _BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64, "vocab_size": 29}
 _BERT = {**SIZES, "is_decoder": True}
 _SPECIAL = {f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep"))}
 _EXPERTS = {**SIZES, "num_experts_per_tok": 2}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_LINEAR |= {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "linear_conv_kernel_dim": 3}
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_d_conv": 3}
 OTHERS = {
     "Roberta": (_BERT, BOTH),  # positions from 2 on where it is not told them
     "OPT": ({**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}, BOTH),
@@ -63,6 +67,18 @@ OTHERS = {
     "Bloom": ({"vocab_size": 29, "hidden_size": 16, "n_layer": 2, "n_head": 2}, ROWS),
     "Mpt": ({"vocab_size": 29, "d_model": 16, "n_layers": 2, "n_heads": 2}, ROWS),
     "OpenAIGPT": ({"vocab_size": 29, "n_embd": 16, "n_layer": 2, "n_head": 2}, NONE),
+    "Llama4Text": (
+        {**_EXPERTS, "num_local_experts": 2, "attention_chunk_size": 6, "no_rope_layers": [1, 1, 0]}
+        | {"layer_types": ["chunked_attention", "chunked_attention", "full_attention"]},
+        BOTH,
+    ),
+    "Qwen3Next": ({**_EXPERTS, **_LINEAR, "num_experts": 3, "moe_intermediate_size": 8}, STATE),
+    "Qwen3_5Text": ({**SIZES, **_LINEAR}, STATE),
+    "FalconH1": ({**SIZES, **_MAMBA, "mamba_d_ssm": 32, "mamba_chunk_size": 4}, STATE),
+    "Lfm2": ({**SIZES, "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3}, STATE),
+    "Mamba": ({"vocab_size": 29, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2}, ALONE),
+    "RecurrentGemma": ({**SIZES, "lru_width": 16}, NONE),  # keeps its state in itself, where it cannot be copied
+    "MiniMax": ({**_EXPERTS, "num_local_experts": 2, "block_size": 4}, NONE),  # takes a cache of its own alone
     "Rwkv": ({"vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}, NONE),
     "XLNet": ({"vocab_size": 29, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16}, NONE),
 }

@@ -11,9 +11,6 @@ from leafkernels.lookahead import trial
 from leafkernels.models.asking import name_of_cache
 from leafkernels.models.masks import attention_masks, attention_of
 
-# Decoder layers of these kinds read and write keys and values alone.
-_KINDS_OF_ATTENTION = {"full_attention", "sliding_attention"}
-
 
 class TransformersStepper:
     """The two methods that ``search`` calls, ``prefill`` and ``extend``, on a transformers model with rewards.
@@ -29,8 +26,9 @@ class TransformersStepper:
 
     Args:
         model: a ``RewardTransformer``, or another causal language model whose output has ``rewards`` beside ``logits``.
-        packed: False for a row a branch, where a model's attention takes no mask of four dimensions (flash attention).
-            Every row then holds the prefix again.
+        packed: False for a row a branch: where a model's attention takes no mask of four dimensions (flash attention),
+            or layers keep a state beside keys and values or in their place (Qwen3-Next, Falcon-H1, Mamba). Every row
+            then holds the prefix again.
         inputs: what the model reads of the prompts beside their ids, by the names of its forward: the features of their
             audio or images, a row or rows for each prompt, in their order.
         suppress_tokens: ids that no branch takes: their logits are -inf.
@@ -38,9 +36,9 @@ class TransformersStepper:
             reached.
 
     Raises:
-        ValueError: the model has layers that are no attention (a state-space model, for instance); packed branches are
-            asked of an attention that takes no such mask, or that counts positions in columns (ALiBi; the local
-            layers of GPT-Neo); or the logits are not those of the model's ``generate`` for another reason.
+        ValueError: packed branches are asked of layers that keep a state (linear attention, state spaces,
+            convolutions), or of an attention that takes no such mask, or that counts positions in columns (ALiBi; the
+            local layers of GPT-Neo); or the logits are not those of the model's ``generate`` for another reason.
     """
 
     def __init__(
@@ -53,10 +51,11 @@ class TransformersStepper:
         max_new_tokens: int = 0,
     ) -> None:
         config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if kinds - _KINDS_OF_ATTENTION:
-            other = ", ".join(sorted(kinds - _KINDS_OF_ATTENTION))
-            raise ValueError(f"model must have layers of attention only, got layers of the kind {other}")
+        if packed and (other := _keeps_more(config)):
+            raise ValueError(
+                "packed branches need layers that keep keys and values alone, which is not so of "
+                f"{', '.join(other)}: ask for packed=False"
+            )
         attention = attention_of(config)
         if packed and attention not in ("eager", "sdpa"):
             raise ValueError(
@@ -153,12 +152,19 @@ class TransformersStepper:
         return found
 
     def _check_cache(self, count: int) -> None:
-        """Raise ValueError unless the model has kept keys and values of so many tokens."""
-        held = sorted({layer.get_seq_length() for layer in self._cache.layers})
-        if held != [count]:
+        """Raise ValueError unless the model has kept keys and values of so many tokens, or a state."""
+        layers = self._cache.layers
+        held = sorted({layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")})
+        states = [all(layer.has_previous_state.values()) for layer in layers if hasattr(layer, "has_previous_state")]
+        if held != [count] and (held or not states):
             raise ValueError(
                 f"model must keep the keys and values of all {count} tokens of a prompt in the cache that it is given, "
                 f"got {' and '.join(map(str, held)) or 'none'}"
+            )
+        if not all(states):
+            raise ValueError(
+                "model must keep the states of its layers in the cache that it is given, where branches are copied, "
+                f"got {sum(states)} of {len(states)}"
             )
 
     @torch.no_grad()
@@ -234,7 +240,7 @@ class TransformersStepper:
 
     def _extend_rows(self, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         if not torch.equal(parents, torch.arange(len(self._seen), device=parents.device)):
-            self._cache.batch_select_indices(parents)  # a copy
+            self._cache.reorder_cache(parents)  # a copy, of states too
         self._seen = nn.functional.pad(self._seen[parents], (0, 1), value=True)
         self._last = self._last[..., parents]
         places = {} if self._counts_itself else {"position_ids": (self._last + self._grown)[..., None]}
@@ -247,6 +253,14 @@ class TransformersStepper:
             **{self._cache_name: self._cache},
         )
         return output.logits[:, -1], output.rewards[:, -1]
+
+
+def _keeps_more(config: Any) -> list[str]:
+    """Kinds of layers that keep something beside keys and values: a state, which has no columns to pack."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=config).layers
+    return sorted({type(layer).__name__ for layer in layers if any(name.startswith("update_") for name in dir(layer))})
 
 
 def _take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
