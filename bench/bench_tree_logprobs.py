@@ -108,7 +108,7 @@ def saved_bytes(function: Function, model: Any, ids: Tensor, prompt: int) -> int
     def keep(tensor: Tensor) -> Tensor:
         where = tensor.untyped_storage().data_ptr()
         if where not in weights:
-            kept[where] = tensor  # so that no other takes its place
+            kept[where] = tensor.detach()  # so that no other takes its place; without the graph, which holds this dict
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
