@@ -106,9 +106,10 @@ def saved_bytes(function: Function, model: Any, ids: Tensor, prompt: int) -> int
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # the graph would hold itself by what it saved
         where = tensor.untyped_storage().data_ptr()
         if where not in weights:
-            kept[where] = tensor.detach()  # so that no other takes its place; without the graph, which holds this dict
+            kept[where] = tensor  # so that no other takes its place
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -163,12 +163,12 @@ def test_refuses_what_takes_no_mask() -> None:
     model = build("llama")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="packed branches need .* 'flash_attention_2' .* packed=False"):
-        TransformersStepper(model)
+        TransformersStepper(model, packed=True)
 
 
 def test_refuses_to_pack_layers_that_keep_a_state() -> None:
-    with pytest.raises(ValueError, match="keep keys and values alone, .* LinearAttentionLayer: ask for packed=False"):
-        TransformersStepper(WithRewards(build_other("Qwen3Next")))
+    with pytest.raises(ValueError, match="keep keys and values alone, .* LinearAttentionLayer .* packed=False"):
+        TransformersStepper(WithRewards(build_other("Qwen3Next")), packed=True)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,8 @@ def test_refuses_to_pack_where_attention_counts_columns(kind: str, sizes: dict[s
     config = getattr(transformers, f"{kind}Config")(vocab_size=29, bos_token_id=0, eos_token_id=1, **sizes)
     model = WithRewards(getattr(transformers, f"{kind}ForCausalLM")(config).eval())
     with pytest.raises(ValueError, match=f"attention of '{config.model_type}' counts them .* packed=False"):
-        TransformersStepper(model)
-    stepper, branches = TransformersStepper(model, packed=False), [[3, 1, 4, 1, 5]]
+        TransformersStepper(model, packed=True)
+    stepper, branches = TransformersStepper(model), [[3, 1, 4, 1, 5]]
     logits, _ = stepper.prefill(torch.tensor(branches[0]))
     for parents, tokens in (([0, 0, 0], [2, 7, 1]), ([0, 2], [8, 2]), ([1, 1, 1], [3, 4, 5]), ([0, 1, 2], [6, 7, 8])):
         branches = [[*branches[parent], token] for parent, token in zip(parents, tokens, strict=True)]
@@ -232,10 +232,11 @@ def test_what_is_taken_goes_on_as_generate_does(name: str) -> None:
     if taken != BOTH:
         match = "must give with a cache, token by token|packed branches need .*packed=False"
         with pytest.raises(ValueError, match=match):
-            TransformersStepper(model)
+            TransformersStepper(model, packed=True)
+    assert taken == NONE or TransformersStepper(model)._packed == (taken == BOTH)
     if taken == NONE:
         with pytest.raises(ValueError, match="model must give with a cache, token by token, what its own generate"):
-            TransformersStepper(model, packed=False)
+            TransformersStepper(model)
         return
     found = []
     for packed in (False, True) if taken == BOTH else (False,):
@@ -265,8 +266,8 @@ def test_a_model_that_swallows_positions() -> None:
     torch.manual_seed(0)
     model = WithRewards(Deaf(transformers.LlamaConfig(**SIZES, initializer_range=0.3)).eval())
     with pytest.raises(ValueError, match=r"'llama' counts them in columns .*logits differ by .* packed=False"):
-        TransformersStepper(model)
-    stepper = TransformersStepper(model, packed=False)
+        TransformersStepper(model, packed=True)
+    stepper = TransformersStepper(model)
     assert search(stepper, PROMPTS[0], width=1, chunk=3, depth=1, max_new_tokens=8).token_ids == greedy(
         model.model, PROMPTS[0], eos_token_id=None
     )

@@ -26,9 +26,9 @@ class TransformersStepper:
 
     Args:
         model: a ``RewardTransformer``, or another causal language model whose output has ``rewards`` beside ``logits``.
-        packed: False for a row a branch: where a model's attention takes no mask of four dimensions (flash attention),
-            or layers keep a state beside keys and values or in their place (Qwen3-Next, Falcon-H1, Mamba). Every row
-            then holds the prefix again.
+        packed: False for a row a branch, each of which holds the prefix again: where a model's attention takes no mask
+            of four dimensions (flash attention), or layers keep a state beside keys and values or in their place
+            (Qwen3-Next, Falcon-H1, Mamba). None: packed where the model can be.
         inputs: what the model reads of the prompts beside their ids, by the names of its forward: the features of their
             audio or images, a row or rows for each prompt, in their order.
         suppress_tokens: ids that no branch takes: their logits are -inf.
@@ -45,24 +45,13 @@ class TransformersStepper:
         self,
         model: Any,
         *,
-        packed: bool = True,
+        packed: bool | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         suppress_tokens: Sequence[int] = (),
         max_new_tokens: int = 0,
     ) -> None:
         config = model.config.get_text_config()
-        if packed and (other := _keeps_more(config)):
-            raise ValueError(
-                "packed branches need layers that keep keys and values alone, which is not so of "
-                f"{', '.join(other)}: ask for packed=False"
-            )
-        attention = attention_of(config)
-        if packed and attention not in ("eager", "sdpa"):
-            raise ValueError(
-                f"packed branches need a mask of four dimensions, which the attention {attention!r} does not take: "
-                "load the model with attn_implementation='sdpa', or ask for packed=False"
-            )
-        self._model, self._packed, self._inputs = model, packed, dict(inputs or {})
+        self._model, self._inputs = model, dict(inputs or {})
         self._suppressed = torch.tensor(list(suppress_tokens), dtype=torch.int64)
         self._room = max_new_tokens
         self._config = config
@@ -72,7 +61,11 @@ class TransformersStepper:
         if self._base is not None:
             self._counts_itself = "position_ids" not in inspect.signature(self._base.forward).parameters
             self._cache_name = name_of_cache(self._base)
-        trial.check_model(self, packed)
+        cannot_pack = _cannot_pack(config, is_own=self._base is None)
+        if packed and cannot_pack:
+            raise ValueError(f"packed branches need {cannot_pack}, or ask for packed=False")
+        self._packed = not cannot_pack and trial.packs(self) if packed is None else packed
+        trial.check_model(self, self._packed)
 
     @property
     def cache_columns(self) -> int:
@@ -255,12 +248,22 @@ class TransformersStepper:
         return output.logits[:, -1], output.rewards[:, -1]
 
 
-def _keeps_more(config: Any) -> list[str]:
-    """Kinds of layers that keep something beside keys and values: a state, which has no columns to pack."""
+def _cannot_pack(config: Any, *, is_own: bool) -> str:
+    """What packed branches would need of this model; empty: nothing that its config tells."""
     from transformers import DynamicCache
 
-    layers = DynamicCache(config=config).layers
-    return sorted({type(layer).__name__ for layer in layers if any(name.startswith("update_") for name in dir(layer))})
+    # What a layer of the cache keeps beside keys and values it takes by another "update".
+    layers = [] if is_own else DynamicCache(config=config).layers
+    more = sorted({type(layer).__name__ for layer in layers if any(name.startswith("update_") for name in dir(layer))})
+    if more:
+        return f"layers that keep keys and values alone, got {', '.join(more)} in its cache: choose another model"
+    attention = attention_of(config)
+    if attention in ("eager", "sdpa"):
+        return ""
+    return (
+        f"a mask of four dimensions, which the attention {attention!r} does not take: load the model with "
+        "attn_implementation='sdpa'"
+    )
 
 
 def _take(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class RewardTransformer(nn.Module):
         streamer: Any = None,
         with_end: bool = False,
         min_p: float = 0.0,
-        packed: bool = True,
+        packed: bool | None = None,
         max_branches: int = 256,
     ) -> Search:
         """Look ahead from one prompt as ``search`` does; ``width=1`` is greedy.
@@ -206,7 +206,7 @@ class RewardTransformer(nn.Module):
         on_commit: Callable[[int, list[int]], None] | None = None,
         with_end: bool = False,
         min_p: float = 0.0,
-        packed: bool = True,
+        packed: bool | None = None,
         max_branches: int = 256,
     ) -> list[Search]:
         """``generate`` for several prompts in the same forwards, each with its own tree (``search_all``).
@@ -255,7 +255,7 @@ class RewardTransformer(nn.Module):
         suppress_tokens: Any,
         stop_strings: Any,
         tokenizer: Any,
-        packed: bool,
+        packed: bool | None,
         *,
         eos_token_ids: Any,
         streamer: Any = None,
@@ -304,7 +304,7 @@ class RewardTransformer(nn.Module):
         chunk: int = 10,
         depth: int = 2,
         with_end: bool = False,
-        packed: bool = True,
+        packed: bool | None = None,
         max_branches: int = 256,
         **inputs: Any,
     ) -> Tensor:

@@ -48,6 +48,11 @@ def check_layers(model: Any) -> None:
         return
 
 
+def packs(stepper: Any) -> bool:
+    """Whether packed branches of one prompt are what ``generate`` gives."""
+    return stepper._base is None or not (stepper._counts_itself or _tried(stepper, True, False))
+
+
 def check_model(stepper: Any, packed: bool) -> None:
     """Raise ValueError unless branches of one prompt are what ``generate`` gives."""
     base = stepper._base
