@@ -33,7 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("python_ref", "torch", "compile", "triton")
 
 # What a table gives ratios to, where the case has been timed before the others.
-BASELINES = ("python_ref", "torch", "plain", "usual", "products", "composed", "trl")
+BASELINES = ("python_ref", "torch", "plain", "usual", "products", "composed", "trl", "masked")
 
 # Whose calls a CUDA graph can hold: the others read sizes back from the device. Worth it for short calls only, where
 # the gaps between kernels count; eight long ones would take seconds a round.

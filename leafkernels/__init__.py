@@ -23,6 +23,7 @@ from leafkernels.losses.preference import simpo_loss, simpo_metrics, token_rewar
 from leafkernels.rows.groups import group_index
 from leafkernels.rows.prefix_tree import PrefixTree, prefix_tree
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
+from leafkernels.vocabulary.sampling_mask import SamplingMask
 from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ __all__ = [
     "span_tree",
     "span_values",
     # Vocabulary
+    "SamplingMask",
     "SurprisalEntropy",
     "linear_surprisal_entropy",
     "surprisal_entropy",

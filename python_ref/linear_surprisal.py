@@ -17,10 +17,11 @@ def linear_surprisal_entropy(
     temperature: float | Sequence[float] = 1.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    sampling_mask: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Surprisal and entropy of each row's logits s (hidden . weight of an id + bias), capped at c as c tanh(x / c)."""
     logits = _logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
-    return surprisal_entropy(logits, token_ids, temperature=temperature)
+    return surprisal_entropy(logits, token_ids, temperature=temperature, sampling_mask=sampling_mask)
 
 
 def linear_surprisal_entropy_backward(
@@ -34,11 +35,17 @@ def linear_surprisal_entropy_backward(
     temperature: float | Sequence[float] = 1.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    sampling_mask: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[list[float]], list[list[float]], list[float]]:
     """Gradients of the hidden states, the weight and the bias, from that of the logits: d tanh = 1 - tanh^2."""
     logits = _logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
     grad_logits = surprisal_entropy_backward(
-        surprisal_gradients, entropy_gradients, logits, token_ids, temperature=temperature
+        surprisal_gradients,
+        entropy_gradients,
+        logits,
+        token_ids,
+        temperature=temperature,
+        sampling_mask=sampling_mask,
     )
     if logit_softcap is not None:
         grad_logits = [

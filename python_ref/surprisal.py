@@ -3,16 +3,23 @@
 import math
 from collections.abc import Sequence
 
+from python_ref.sampling_mask import mask_logits, possible_ids
+
 
 def surprisal_entropy(
-    logits: Sequence[Sequence[float]], token_ids: Sequence[int], *, temperature: float | Sequence[float] = 1.0
+    logits: Sequence[Sequence[float]],
+    token_ids: Sequence[int],
+    *,
+    temperature: float | Sequence[float] = 1.0,
+    sampling_mask: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Surprisal of the sampled id and entropy of the distribution, in nats, for each row of logits.
 
     With x = logits / temperature and p = softmax(x): surprisal = -log p[id], entropy = -sum p log p, where a banned id
     (-inf) adds nothing. A row with NaN or +inf, or with -inf only, gives NaN; an id outside the row gives a surprisal
-    of NaN, a banned one inf.
+    of NaN, a banned one inf. All ids are banned that a row of ``sampling_mask`` has not, beside the sampled one.
     """
+    logits = mask_logits(logits, token_ids, sampling_mask)
     temperatures = [temperature] * len(logits) if isinstance(temperature, int | float) else temperature
     surprisals, entropies = [], []
     for row, token, t in zip(logits, token_ids, temperatures, strict=True):
@@ -40,12 +47,14 @@ def surprisal_entropy_backward(
     token_ids: Sequence[int],
     *,
     temperature: float | Sequence[float] = 1.0,
+    sampling_mask: Sequence[Sequence[int]] | None = None,
 ) -> list[list[float]]:
     """Gradient of sum(surprisal * surprisal_gradients + entropy * entropy_gradients) with respect to the logits.
 
     d surprisal / d x_j = p_j - [j = id], d entropy / d x_j = -p_j (log p_j + entropy), each over the temperature. NaN
-    where a surprisal counts that is NaN, as that of an id outside of the row.
+    where a surprisal counts that is NaN, as that of an id outside of the row. 0 where ``sampling_mask`` bans an id.
     """
+    logits = mask_logits(logits, token_ids, sampling_mask)
     temperatures = [temperature] * len(logits) if isinstance(temperature, int | float) else temperature
     surprisals, entropies = surprisal_entropy(logits, token_ids, temperature=temperatures)
     # The surprisal of an id at the top is log sum e^(x - top).
@@ -63,5 +72,8 @@ def surprisal_entropy_backward(
             p = math.exp(log_p)
             entropy_slope = -p * (log_p + entropy) if p > 0 or math.isnan(p) else 0.0
             gradient.append((grad_surprisal * (math.expm1(log_p) if j == token else p) + b * entropy_slope) / t)
+        if sampling_mask is not None:
+            possible = possible_ids(sampling_mask[i], token, len(row))
+            gradient = [g if j in possible else 0.0 for j, g in enumerate(gradient)]
         result.append(gradient)
     return result

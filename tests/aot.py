@@ -39,6 +39,7 @@ from leafkernels.kernels import (
     prefix_lengths,
     prefix_tree,
     reward_channel,
+    sampling_mask,
     scatter,
     surprisal,
     values,
@@ -87,6 +88,7 @@ class Case(NamedTuple):
 
 _COLUMNS = "*i64 *i64 {scores} {mask} *i64 *i64 *i64 *i64 i32 i32"
 _SCATTER = "*fp32 *fp64 *i32 {mask} *i64 *i64 *i64 i32 i32 i32"
+_TILES = {"ENTRIES": sampling_mask.ENTRIES, "COLUMNS": sampling_mask.COLUMNS, "UNIT": 16}
 
 CASES = [
     Case("regular_layout", find._regular_layout_kernel, "*i64 *i64 *i64 *i64 *i64 i32 i32 i32", {"BLOCK": 256}, False),
@@ -376,6 +378,37 @@ CASES = [
             False,
         )
         for weights, width in (("*fp32", 256), ("*bf16", 256), ("*fp32", 64), ("*fp32", 1024))
+    ),
+    Case(
+        "kept_statistics",
+        sampling_mask._kept_statistics_kernel,
+        "*fp32 *fp32 *i64 *i64 *fp64 i32",
+        {"BLOCK": sampling_mask.BLOCK, "num_warps": 1},
+        False,
+    ),
+    Case(
+        "kept_statistics_backward",
+        sampling_mask._kept_statistics_backward_kernel,
+        "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *i64 *i64 *fp64",
+        {"HAS_ENTROPY": True, "BLOCK": sampling_mask.BLOCK, "num_warps": 1},
+        False,
+    ),
+    *(
+        Case(f"{name} {states}", kernel, types.format(x=states), {**_TILES, "num_warps": 4}, False)
+        for name, kernel, types in (
+            ("kept_products", sampling_mask._kept_products_kernel, "*fp32 {x} {x} *i64 *i64 *i64 i32 i32 i32 i32"),
+            (
+                "add_hidden_gradient",
+                sampling_mask._add_hidden_gradient_kernel,
+                "{x} *fp32 {x} {x} *i64 *i64 i32 i32",
+            ),
+            (
+                "add_weight_gradient",
+                sampling_mask._add_weight_gradient_kernel,
+                "*fp32 *fp32 {x} *i64 *i64 *i64 *i64 i32 i32",
+            ),
+        )
+        for states in ("*fp32", "*bf16")
     ),
     Case(
         "gather_spans",

@@ -173,6 +173,32 @@ def clipped_loss_from_logits(backend: str, dtype: torch.dtype, unaligned: bool) 
     return *found, *torch.autograd.grad(found.loss * 3, leaf)
 
 
+@case(2e-5, dtype=torch.float32, width=160, block=128, entries=16)
+@case(2e-5, dtype=torch.float32, width=150, block=32, entries=4)
+@case(2e-2, dtype=torch.bfloat16, width=160, block=128, entries=16)
+def kept_ids(backend: str, dtype: torch.dtype, width: int, block: int, entries: int) -> Any:
+    """Lists that blocks cut, ids that rows share, a sampled id outside, none that are kept; from both, both passes."""
+    import leafkernels
+
+    hidden, weight, bias = ((random(*size) - 0.5).to(dtype) for size in ((5, width), (90, width), (90,)))
+    lists = [list(range(0, 90, 2)), [3, 3, 99, -1], [], list(range(40)), [7]]
+    ids, mask = torch.tensor([30, 5, 2, 39, 7]), leafkernels.SamplingMask.from_lists(lists)
+    options = {"temperature": torch.tensor([0.7, 1.0, 2.5, 1.0, 0.3]), "sampling_mask": mask, "backend": backend}
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    logits = (random(5, 90, seed=3) * 9).to(dtype).requires_grad_()
+    with sizes("sampling_mask", BLOCK=block, ENTRIES=entries):
+        rows = leafkernels.surprisal_entropy(logits, ids, **options)
+        head = leafkernels.linear_surprisal_entropy(hidden, weight, ids, bias=bias, **options)
+        loss = (rows.surprisal - 0.3 * rows.entropy + head.surprisal - 0.3 * head.entropy).sum()
+        # The entropy's gradient alone is left out where nobody asks for it.
+        return (
+            *rows,
+            *head,
+            *torch.autograd.grad(loss, [logits, *leaves]),
+            *torch.autograd.grad(leafkernels.surprisal_entropy(logits, ids, **options).surprisal.sum(), logits),
+        )
+
+
 @case(1e-5, importance="token", dtype=torch.float32)
 @case(1e-5, importance="sequence", dtype=torch.float32)
 @case(1e-5, importance="token", dtype=torch.bfloat16)

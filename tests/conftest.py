@@ -87,6 +87,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from leafkernels.eager import nodes as eager_nodes
     from leafkernels.eager import prefix_lengths as eager_prefix_lengths
     from leafkernels.eager import prefix_tree as eager_prefix_tree
+    from leafkernels.eager import sampling_mask as eager_sampling_mask
     from leafkernels.eager import surprisal as eager_surprisal
     from leafkernels.kernels import (
         boundaries,
@@ -96,6 +97,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         prefix_lengths,
         prefix_tree,
         reward_channel,
+        sampling_mask,
         scatter,
         surprisal,
         values,
@@ -126,6 +128,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager_prefix_lengths, "_CHUNK", 4)
     monkeypatch.setattr(eager_nodes, "_CHUNK", 4)
     monkeypatch.setattr(eager_surprisal, "_CHUNK", 64)
+    monkeypatch.setattr(eager_sampling_mask, "_CHUNK", 64)
+    for name, size in {"BLOCK": 16, "ENTRIES": 8, "COLUMNS": 4}.items():
+        monkeypatch.setattr(sampling_mask, name, size)
 
 
 @pytest.fixture(scope="session")

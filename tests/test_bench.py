@@ -23,17 +23,23 @@ NOT_LITERAL = {
     "linear_surprisal_entropy with gradient",
     "policy_loss_from_logits with gradient",
 }
-OPERATIONS = NOT_LITERAL | {
-    "select_boundaries",
-    "common_prefix_lengths",
-    "span_values",
-    "scatter_spans",
-    "fire_opd",
-    "reward_channel",
-    "policy_loss with gradient",
-    "surprisal_entropy",
-    *(estimator.__name__ for estimator in ESTIMATORS.values()),
-}
+# Beside the whole vocabulary, masked: nobody else computes the kept ids alone.
+OF_KEPT = {"linear_surprisal_entropy of kept ids", "linear_surprisal_entropy of kept ids, trained head"}
+OPERATIONS = (
+    NOT_LITERAL
+    | OF_KEPT
+    | {
+        "select_boundaries",
+        "common_prefix_lengths",
+        "span_values",
+        "scatter_spans",
+        "fire_opd",
+        "reward_channel",
+        "policy_loss with gradient",
+        "surprisal_entropy",
+        *(estimator.__name__ for estimator in ESTIMATORS.values()),
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,8 @@ def test_json_holds_every_operation_on_every_backend(results: Path) -> None:
     timed = {(case["op"], case["backend"]) for case in report["cases"]}
     every = {(op, backend) for op in OPERATIONS for backend in backends}
     ours = {(op, backend) for op, backend in timed if backend in ("python_ref", "torch", "triton")}
-    assert ours == every - {(op, "python_ref") for op in NOT_LITERAL}
+    assert ours == every - {(op, "python_ref") for op in NOT_LITERAL | OF_KEPT}
+    assert {(op, "masked") for op in OF_KEPT} <= timed
     usual = {op for op, backend in timed if backend == "usual"}
     assert usual == NOT_LITERAL | {"surprisal_entropy"}
     assert ("linear_surprisal_entropy with gradient", "products") in timed
@@ -71,8 +78,9 @@ def test_json_holds_every_operation_on_every_backend(results: Path) -> None:
                 rtol = 1e-5 if case["backend"] in ("torch", "triton", "usual", "composed") else 2e-2
                 assert error["relative"] < rtol, (case["op"], case["backend"], name)
         assert case["min_seconds"] > 0 and case["bytes"] > 0
+        assert case["op"] not in OF_KEPT or case["ratio_masked"] > 0
         literal_or_peer = case["backend"] not in ("torch", "triton")
-        assert literal_or_peer or case["op"] in NOT_LITERAL or case["ratio_python_ref"] > 0
+        assert literal_or_peer or case["op"] in NOT_LITERAL | OF_KEPT or case["ratio_python_ref"] > 0
     advantage_promises = [promise["least"] for promise in report["promises"] if promise["op"] == "span_advantages"]
     assert advantage_promises == [1.0, 22.0, 50.0]
     surprisal_promises = [promise["least"] for promise in report["promises"] if promise["op"].startswith("surprisal")]

@@ -66,6 +66,15 @@ def call_everything(backend: str) -> None:
     for options in ({}, {"bias": bias, "response_mask": mask, "logit_softcap": 3.0, "chunk_tokens": 16}):
         found = leafkernels.linear_surprisal_entropy(hidden, weight, ids, **options, backend=backend)
         (found.surprisal + 2 * found.entropy).sum().backward()
+    some = leafkernels.SamplingMask.from_lists([[0, 3, 3, 8], [], [9, 7]] * 13 + [[1]], device=DEVICE)
+    for options in ({}, {"response_mask": mask, "temperature": temperature, "inplace_backward": True}):
+        found = leafkernels.surprisal_entropy(logits * 1, ids, sampling_mask=some, **options, backend=backend)
+        (found.surprisal + 2 * found.entropy).sum().backward()
+    for options in ({}, {"bias": bias, "response_mask": mask, "logit_softcap": 3.0, "chunk_tokens": 16}):
+        found = leafkernels.linear_surprisal_entropy(
+            hidden, weight, ids, sampling_mask=some, **options, backend=backend
+        )
+        found.surprisal.sum().backward()
     policy, entropy, clip = logprobs.clone().requires_grad_(), -logprobs, {"clip": (0.2, 0.3), "dual_clip": 3.0}
     full = {"ref_logprobs": logprobs, "kl_coef": 0.1, "entropy_coef": 0.1, "max_log_ratio": 20.0, **clip}
     for options in ({}, {**full, "entropy": entropy}):
@@ -131,11 +140,16 @@ def test_torch_compile_of_every_layout(backend: str, layout: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("function", ["surprisal_entropy", "in place", "linear_surprisal_entropy", "policy_loss"])
-def test_vocabulary_functions_compile_with_gradients(function: str, backend: str) -> None:
+def test_vocabulary_functions_compile_with_gradients(function: str, masked: bool, backend: str) -> None:
+    if masked and function == "policy_loss":
+        pytest.skip("takes no sampling mask")
     ids, weight = torch.tensor([3, 0, 8, 2], device=DEVICE), torch.randn(9, 5, device=DEVICE)
     mask = torch.tensor([1, 1, 0, 1], device=DEVICE)
     options: dict[str, Any] = {"response_mask": mask, "backend": backend}
+    if masked:
+        options["sampling_mask"] = leafkernels.SamplingMask.from_lists([[3, 4], [], [1], [5]], device=DEVICE)
 
     def loss(hidden: torch.Tensor) -> torch.Tensor:
         if function == "policy_loss":

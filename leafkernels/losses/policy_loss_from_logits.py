@@ -21,6 +21,7 @@ from leafkernels._core.precision import compute_dtype
 from leafkernels._core.reference import from_reference
 from leafkernels.losses.policy_loss import LossOptions, PolicyLoss, check_loss_options, policy_loss, token_weights
 from leafkernels.vocabulary.inputs import check_temperature
+from leafkernels.vocabulary.sampling_mask import SamplingMask
 from leafkernels.vocabulary.surprisal import surprisal_entropy
 
 
@@ -117,6 +118,7 @@ def policy_loss_from_logits(
     entropy_coef: float = 0.0,
     aggregate: str = "token_mean",
     constant: float | None = None,
+    sampling_mask: SamplingMask | None = None,
     vocab_group: "dist.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> PolicyLoss:
@@ -138,6 +140,9 @@ def policy_loss_from_logits(
         temperature: positive; a float, or one for each token, (N, T).
         clip, dual_clip, max_log_ratio, ref_logprobs, kl_coef, entropy_coef, aggregate, constant: as in
             ``policy_loss``.
+        sampling_mask: the ids that each token could have been, as ``surprisal_entropy`` takes it. Of such rows only the
+            kept logits are read, by ``surprisal_entropy`` followed by ``policy_loss``: what is said above of one pass
+            does not hold. Not with ``vocab_group``.
         vocab_group: the tensor-parallel ranks, if each has a slice of the vocabulary, as ``surprisal_entropy`` takes
             it. The gradient then needs the results of the other ranks, so this is ``surprisal_entropy`` followed by
             ``policy_loss``, and reads the logits twice. The results are the same on every rank, and each gets the
@@ -177,12 +182,13 @@ def policy_loss_from_logits(
     check_kernel_dtype("logits", logits.dtype, backend)
 
     refuse_forward_mode("policy_loss_from_logits", logits)
-    if vocab_group is not None:
+    if vocab_group is not None or sampling_mask is not None:
         found = surprisal_entropy(
             logits,
             token_ids,
             temperature=temperature,
             response_mask=mask,
+            sampling_mask=sampling_mask,
             vocab_group=vocab_group,
             backend=backend,
         )

@@ -23,6 +23,8 @@ from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
 from leafkernels._core.reference import from_reference
 from leafkernels.vocabulary.inputs import RowStatistics, SampledTokens, check_temperature, for_live_rows
+from leafkernels.vocabulary.kept import add_head_gradients, gradient_of, head_logits, joined, statistics_of
+from leafkernels.vocabulary.sampling_mask import Kept, SamplingMask, check_sampling_mask, kept_ids, lists_of
 from leafkernels.vocabulary.slices import ids_in_slice, join_states, merge_slices, whole_vocabulary
 from leafkernels.vocabulary.surprisal import SurprisalEntropy
 
@@ -56,11 +58,13 @@ class _Head:
     ) -> None:
         self.hidden, self.mask = hidden, mask
         self.softcap, num_live, self.chunk, self.dtype = options
-        self.weight, self.bias = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
         self.num_rows = hidden.shape[0]
         if num_live is None:
             num_live = self.num_rows if mask is None else int(mask.sum())  # reads one number back from a device
         self.num_live = min(num_live, self.num_rows)
+        # Of another dtype for the products, and as large: not for none.
+        self.weight = weight.to(self.dtype) if self.num_live else weight
+        self.bias = None if bias is None else bias.to(self.dtype)
         self.buffer = hidden.new_empty((min(self.chunk, self.num_live), weight.shape[0]), dtype=self.dtype)
 
     def chunks(self) -> Iterator[slice | Tensor]:
@@ -252,13 +256,19 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
         options: HeadOptions,
         backend: str,
         vocab_group: "dist.ProcessGroup | None",
+        kept: Kept | None,
     ) -> tuple[Tensor, Tensor]:
         arguments = (backend, hidden, weight, bias, tokens, options)
         if vocab_group is None:
             statistics = _linear_surprisal_entropy(*arguments)
         else:
             statistics = _statistics_of_slices(*arguments, vocab_group)
-        ctx.save_for_backward(*statistics, hidden, weight, bias, *tokens)
+        saved: tuple[Tensor, ...] = ()
+        if kept is not None:
+            values = head_logits(backend, hidden.to(options.dtype), weight, bias, kept, options.softcap)
+            statistics = joined(statistics, statistics_of(backend, values, kept, tokens.temperature))
+            saved = (values, *kept)
+        ctx.save_for_backward(*statistics, hidden, weight, bias, *tokens, *saved)
         ctx.options, ctx.backend, ctx.vocab_group = options, backend, vocab_group
         ctx.set_materialize_grads(False)
         return statistics.surprisal, statistics.entropy
@@ -267,7 +277,11 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_surprisal: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_surprisal_entropy")
         surprisal, entropy, top, log_total, hidden, weight, bias, *rest = ctx.saved_tensors
-        statistics, tokens = RowStatistics(surprisal, entropy, top, log_total), SampledTokens(*rest)
+        statistics, tokens, saved = (
+            RowStatistics(surprisal, entropy, top, log_total),
+            SampledTokens(*rest[:3]),
+            rest[3:],
+        )
         if grad_surprisal is None:
             grad_surprisal = torch.zeros_like(surprisal)
         needs = list(ctx.needs_input_grad[:3])
@@ -275,13 +289,19 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
         arguments = (ctx.backend, grad_surprisal, grad_entropy, statistics, *head, needs)
         if ctx.vocab_group is None:
             gradients = _linear_surprisal_entropy_backward(*arguments)
+            if saved:
+                values, kept = saved[0], Kept(*saved[1:])
+                grads = grad_surprisal, grad_entropy
+                grad_values = gradient_of(ctx.backend, *grads, statistics, values, kept, tokens.temperature)
+                states, softcap = hidden.to(ctx.options.dtype), ctx.options.softcap
+                add_head_gradients(ctx.backend, gradients, grad_values, values, states, weight, kept, softcap, needs)
         else:
             with torch.cuda.device_of(grad_surprisal):
                 gradients = _backward_in_chunks(*arguments)
                 if needs[0]:
                     dist.all_reduce(gradients[0], group=ctx.vocab_group)
         needed = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return *needed, None, None, None, None
+        return *needed, None, None, None, None, None
 
 
 def _by_reference(
@@ -291,16 +311,19 @@ def _by_reference(
     tokens: SampledTokens,
     options: HeadOptions,
     vocab_group: "dist.ProcessGroup | None",
+    sampling_mask: SamplingMask | None,
 ) -> tuple[Tensor, Tensor]:
     import python_ref
 
     rows = tokens.live()
     ids, temperatures = tokens.token_ids[rows].tolist(), tokens.temperature[rows].tolist()
+    constants: dict[str, Any] = {"temperature": temperatures, "logit_softcap": options.softcap}
+    constants["sampling_mask"] = lists_of(sampling_mask, rows)
 
     def head(weight: Tensor, bias: Tensor | None) -> tuple[Any, slice, dict[str, Any]]:
         whole, own = whole_vocabulary(weight, 0, vocab_group)
         whole_bias = None if bias is None else whole_vocabulary(bias, 0, vocab_group)[0].tolist()
-        return whole.tolist(), own, {"bias": whole_bias, "temperature": temperatures, "logit_softcap": options.softcap}
+        return whole.tolist(), own, {"bias": whole_bias, **constants}
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         whole_weight, _, others = head(weight, bias)
@@ -347,6 +370,7 @@ def linear_surprisal_entropy(
     response_mask: Tensor | None = None,
     num_live: int | None = None,
     chunk_tokens: int | None = None,
+    sampling_mask: SamplingMask | None = None,
     vocab_group: "dist.ProcessGroup | None" = None,
     backend: str = "auto",
 ) -> SurprisalEntropy:
@@ -374,6 +398,10 @@ def linear_surprisal_entropy(
         num_live: number of unmasked tokens, or an upper bound; with more, the results are NaN. None counts them, which
             on a GPU waits for the device once a pass; a loop that builds its masks on the host has the number.
         chunk_tokens: tokens at a time; None: as many as take 960 MiB.
+        sampling_mask: the ids that each token could have been, as in ``surprisal_entropy``. Of such tokens only the
+            products with the kept rows of the head are made, both passes, summed in float32; nothing of the size of
+            the vocabulary is, unless its gradient is. Tokens without kept ids take the whole vocabulary, and are
+            counted once a pass, as None of ``num_live`` counts. Not with ``vocab_group``.
         vocab_group: the tensor-parallel ranks, if each has a slice of the head's rows: V is then the number of ids of
             this rank's; the slices follow each other in the order of the ranks and may differ in size, as
             ``chunk_tokens`` may, and all else is the same on every rank. So are the results. For one loss that every
@@ -432,18 +460,24 @@ def linear_surprisal_entropy(
     refuse_forward_mode("linear_surprisal_entropy", hidden, lm_head_weight, bias)
     num_rows = token_ids.numel()
     ids = token_ids.reshape(num_rows).contiguous()
+    if sampling_mask is not None:
+        sampling_mask = check_sampling_mask(sampling_mask, num_rows, device, vocab_group)
     if vocab_group is not None:
         slice_ids = ids_in_slice(ids, lm_head_weight.shape[0], vocab_group)
         ids = ids if backend == "reference" else slice_ids
     row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
+    kept = None
+    if sampling_mask is not None and backend != "reference" and num_rows and lm_head_weight.shape[0]:
+        kept, row_mask = kept_ids(sampling_mask, ids, lm_head_weight.shape[0], row_mask)
+        num_live = None  # of those that are left
     tokens = SampledTokens(ids, temperatures.reshape(num_rows).contiguous(), row_mask)
     softcap = None if logit_softcap is None else float(logit_softcap)
-    options = HeadOptions(softcap, num_rows if mask is None else num_live, chunk_tokens, dtype)
+    options = HeadOptions(softcap, num_rows if row_mask is None else num_live, chunk_tokens, dtype)
     rows = hidden.reshape(num_rows, hidden.shape[-1])
     if backend == "reference":
-        surprisal, entropy = _by_reference(rows, lm_head_weight, bias, tokens, options, vocab_group)
+        surprisal, entropy = _by_reference(rows, lm_head_weight, bias, tokens, options, vocab_group, sampling_mask)
     else:
         surprisal, entropy = _LinearSurprisalEntropy.apply(
-            rows, lm_head_weight, bias, tokens, options, backend, vocab_group
+            rows, lm_head_weight, bias, tokens, options, backend, vocab_group, kept
         )
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))

@@ -26,6 +26,8 @@ from leafkernels.vocabulary.inputs import (
     check_temperature,
     for_live_rows,
 )
+from leafkernels.vocabulary.kept import add_logit_gradient, gradient_of, joined, kept_logits, statistics_of
+from leafkernels.vocabulary.sampling_mask import Kept, SamplingMask, check_sampling_mask, kept_ids, lists_of
 from leafkernels.vocabulary.slices import ids_in_slice, merge_slices, whole_vocabulary
 
 
@@ -81,11 +83,14 @@ def _surprisal_entropy_backward_(
 
 
 def _statistics(
-    logits: Tensor, tokens: SampledTokens, backend: str, vocab_group: "dist.ProcessGroup | None"
+    logits: Tensor, tokens: SampledTokens, kept: Kept | None, backend: str, vocab_group: "dist.ProcessGroup | None"
 ) -> RowStatistics:
-    """Of rows of which the logits may be a slice."""
+    """Of rows of which the logits may be a slice; or of those of ``kept``, and beside them the rows of the mask."""
     if vocab_group is None:
-        return _surprisal_entropy(backend, logits, *tokens)
+        statistics = _surprisal_entropy(backend, logits, *tokens)
+        if kept is None:
+            return statistics
+        return joined(statistics, statistics_of(backend, kept_logits(logits, kept), kept, tokens.temperature))
     with torch.cuda.device_of(logits):
         states, picked = implementation(backend, "surprisal").surprisal_states(logits, *tokens)
         return merge_slices(states, picked, tokens.temperature, tokens.mask, backend, vocab_group)
@@ -100,9 +105,10 @@ class _SurprisalEntropy(torch.autograd.Function):
         backend: str,
         vocab_group: "dist.ProcessGroup | None",
         in_place: bool,
+        kept: Kept | None,
     ) -> tuple[Tensor, Tensor]:
-        statistics = _statistics(logits, tokens, backend, vocab_group)
-        ctx.save_for_backward(logits, *statistics, *tokens)
+        statistics = _statistics(logits, tokens, kept, backend, vocab_group)
+        ctx.save_for_backward(logits, *statistics, *tokens, *(kept or ()))
         ctx.backend = backend
         # torch.compile plans the memory of what it compiles itself.
         ctx.given = weakref.ref(logits) if in_place and not torch.compiler.is_compiling() else None
@@ -118,29 +124,49 @@ class _SurprisalEntropy(torch.autograd.Function):
         logits, surprisal, entropy, top, log_total, *rest = ctx.saved_tensors
         if grad_surprisal is None:
             grad_surprisal = torch.zeros_like(surprisal)
-        statistics, tokens = RowStatistics(surprisal, entropy, top, log_total), SampledTokens(*rest)
+        statistics, tokens = RowStatistics(surprisal, entropy, top, log_total), SampledTokens(*rest[:3])
+        kept = Kept(*rest[3:]) if rest[3:] else None
         arguments = (ctx.backend, logits, grad_surprisal, grad_entropy, statistics, tokens)
+        if kept is not None:
+            # Before the gradient of the other rows is written, with zeros in these, perhaps over the logits.
+            values = kept_logits(logits, kept)
+            gradients = (grad_surprisal, grad_entropy)
+            grad_values = gradient_of(ctx.backend, *gradients, statistics, values, kept, tokens.temperature)
         # What a saved-tensor hook unpacked (offloaded, or computed again by a checkpoint) may be another's as well, and
         # autograd checks no version of it.
         if ctx.given is None or ctx.given() is not logits:
-            return _surprisal_entropy_backward(*arguments), None, None, None, None
+            grad_logits = _surprisal_entropy_backward(*arguments)
+            if kept is not None:
+                add_logit_gradient(grad_logits, grad_values, kept)
+            return grad_logits, None, None, None, None, None
         _surprisal_entropy_backward_(*arguments)
+        if kept is not None:
+            with torch.no_grad():
+                add_logit_gradient(logits.detach(), grad_values, kept)
         # Autograd then refuses every other backward pass that kept the logits.
         torch.autograd.graph.increment_version(logits)
-        return logits, None, None, None, None
+        return logits, None, None, None, None, None
 
 
 def _by_reference(
-    logits: Tensor, tokens: SampledTokens, vocab_group: "dist.ProcessGroup | None", in_place: bool
+    logits: Tensor,
+    tokens: SampledTokens,
+    vocab_group: "dist.ProcessGroup | None",
+    in_place: bool,
+    sampling_mask: SamplingMask | None,
 ) -> tuple[Tensor, Tensor]:
     import python_ref
 
     rows = tokens.live()
-    ids, temperatures = tokens.token_ids[rows].tolist(), tokens.temperature[rows].tolist()
+    ids = tokens.token_ids[rows].tolist()
+    options: dict[str, Any] = {
+        "temperature": tokens.temperature[rows].tolist(),
+        "sampling_mask": lists_of(sampling_mask, rows),
+    }
 
     def compute(logits: Tensor) -> tuple[Tensor, Tensor]:
         whole, _ = whole_vocabulary(logits, 1, vocab_group)
-        found = python_ref.surprisal_entropy(whole[rows].tolist(), ids, temperature=temperatures)
+        found = python_ref.surprisal_entropy(whole[rows].tolist(), ids, **options)
         return for_live_rows(found, rows, logits)
 
     def gradient(grad_surprisal: Tensor, grad_entropy: Tensor, logits: Tensor) -> tuple[Tensor]:
@@ -148,7 +174,7 @@ def _by_reference(
         whole, own = whole_vocabulary(logits, 1, vocab_group)
         surprisal_grads, entropy_grads = (grad[rows].tolist() for grad in (grad_surprisal, grad_entropy))
         found = python_ref.surprisal_entropy_backward(
-            surprisal_grads, entropy_grads, whole[rows].tolist(), ids, temperature=temperatures
+            surprisal_grads, entropy_grads, whole[rows].tolist(), ids, **options
         )
         gradients = logits if in_place else torch.empty_like(logits)
         gradients.zero_()
@@ -165,6 +191,7 @@ def surprisal_entropy(
     *,
     temperature: float | Tensor = 1.0,
     response_mask: Tensor | None = None,
+    sampling_mask: SamplingMask | None = None,
     vocab_group: "dist.ProcessGroup | None" = None,
     inplace_backward: bool = False,
     backend: str = "auto",
@@ -187,6 +214,10 @@ def surprisal_entropy(
         token_ids: (...) integers of any dtype.
         temperature: positive; a float, or one for each row, shaped like ``token_ids``.
         response_mask: (...); rows where it is False are not read, give 0, and get zero gradient.
+        sampling_mask: the ids that each token could have been, where top-p, top-k or min-p truncated what it was drawn
+            from: the distribution is that over these, as if all other logits were -inf, whose gradient is 0. Of such
+            rows only the kept logits are read. The rows are those of ``token_ids``, flattened. Not with
+            ``vocab_group``.
         vocab_group: the tensor-parallel ranks, if each has a slice of the vocabulary: V is then the number of ids of
             this rank's, the slices follow each other in the order of the ranks and may differ in size, and all else is
             the same on every rank. So are the results, and each rank gets the gradient of its slice, for one loss that
@@ -225,15 +256,20 @@ def surprisal_entropy(
     refuse_forward_mode("surprisal_entropy", logits)
     if inplace_backward and logits.requires_grad:
         check_own_memory("logits", logits)
+    if sampling_mask is not None:
+        sampling_mask = check_sampling_mask(sampling_mask, num_rows, logits.device, vocab_group)
     if vocab_group is not None:
         slice_ids = ids_in_slice(ids, vocab_size, vocab_group)
         ids = ids if backend == "reference" else slice_ids
     row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
+    kept = None
+    if sampling_mask is not None and backend != "reference" and logits.numel():
+        kept, row_mask = kept_ids(sampling_mask, ids, vocab_size, row_mask)
     tokens = SampledTokens(ids, temperatures.reshape(num_rows).contiguous(), row_mask)
     if backend == "reference":
-        surprisal, entropy = _by_reference(rows, tokens, vocab_group, inplace_backward)
+        surprisal, entropy = _by_reference(rows, tokens, vocab_group, inplace_backward, sampling_mask)
     elif logits.requires_grad:
-        surprisal, entropy = _SurprisalEntropy.apply(rows, tokens, backend, vocab_group, inplace_backward)
+        surprisal, entropy = _SurprisalEntropy.apply(rows, tokens, backend, vocab_group, inplace_backward, kept)
     else:
-        surprisal, entropy, _, _ = _statistics(rows, tokens, backend, vocab_group)
+        surprisal, entropy, _, _ = _statistics(rows, tokens, kept, backend, vocab_group)
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))
