@@ -14,6 +14,8 @@ from support import examples
 
 import leafkernels
 from leafkernels import SamplingMask
+from leafkernels.vocabulary.kept import add_head_gradients
+from leafkernels.vocabulary.sampling_mask import Kept
 from leafkernels.vocabulary.sampling_mask import check_sampling_mask, kept_ids
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -317,6 +319,25 @@ def test_the_gradient_of_a_head_has_the_same_bits_every_time(backend: str, small
     runs = [torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(3)]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_the_gradient_of_a_bias_has_the_same_bits_every_time() -> None:
+    """Of ids that so many rows share that several threads add them."""
+    rows, num_threads = 200_000, torch.get_num_threads()
+    ids, offsets = torch.arange(5).repeat(rows), 5 * torch.arange(rows + 1)
+    kept = Kept(ids, torch.arange(rows).repeat_interleave(5), offsets, offsets[:-1])
+    gradients, nothing = torch.randn(5 * rows), torch.empty(0)
+    torch.use_deterministic_algorithms(False)  # as users run it, which this file's fixture does not
+    torch.set_num_threads(4)
+    try:
+        runs = [torch.zeros(5) for _ in range(8)]
+        for run in runs:
+            needs = [False, False, True]
+            into = nothing, nothing, run
+            add_head_gradients("torch", into, gradients, gradients, nothing, nothing, kept, None, needs)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert all(torch.equal(run, runs[0]) for run in runs)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
+from leafkernels.eager._rows import add_by
 from leafkernels.vocabulary.inputs import RowStatistics
 from leafkernels.vocabulary.sampling_mask import Kept
 
@@ -110,4 +111,4 @@ def add_head_gradients(
     if needs[1]:
         _add_weight_gradient(backend, grad_weight, grad_values, hidden, kept)
     if needs[2]:
-        grad_bias.index_put_((kept.ids,), grad_values.to(grad_bias.dtype), accumulate=True)
+        grad_bias += add_by(kept.ids, grad_values, grad_bias.shape[0]).to(grad_bias.dtype)
