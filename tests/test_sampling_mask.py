@@ -15,8 +15,7 @@ from support import examples
 import leafkernels
 from leafkernels import SamplingMask
 from leafkernels.vocabulary.kept import add_head_gradients
-from leafkernels.vocabulary.sampling_mask import Kept
-from leafkernels.vocabulary.sampling_mask import check_sampling_mask, kept_ids
+from leafkernels.vocabulary.sampling_mask import Kept, check_sampling_mask, kept_ids
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
