@@ -1,4 +1,4 @@
-"""The precision in which numbers are computed, and which differences of rewards are rounding."""
+"""The precision in which numbers are computed, sums of the same bits, and which differences of rewards are rounding."""
 
 import torch
 from torch import Tensor
@@ -23,3 +23,11 @@ def is_rounding(least: Tensor, most: Tensor) -> Tensor:
     # Of these float32 makes no sum that is rounded up to 2 ** 24, and beyond it holds none that lie so near.
     are_exact = are_whole & ((size <= EXACT) | (spread * EXACT < size))
     return (spread <= ROUNDING * size) & (spread < torch.inf) & ~are_exact
+
+
+def add_by(names: Tensor, entries: Tensor, num_names: int) -> Tensor:
+    """(num_names,) the sum of the entries (n,) of each name; the same bits on every run."""
+    sums = entries.new_zeros(num_names)
+    if sums.is_cuda:
+        return sums.index_put_((names,), entries, accumulate=True)  # sorts; index_add_ adds in any order there
+    return sums.index_add_(0, names, entries)

@@ -25,11 +25,3 @@ def are_in_runs(group_of_row: Tensor, num_groups: int) -> bool:
         return False
     runs = torch.arange(num_rows, device=group_of_row.device) // max(num_rows // num_groups, 1)
     return torch.equal(group_of_row, runs)
-
-
-def add_by(names: Tensor, entries: Tensor, num_names: int) -> Tensor:
-    """(num_names,) the sum of the entries (n,) of each name; the same bits on every run."""
-    sums = entries.new_zeros(num_names)
-    if sums.is_cuda:
-        return sums.index_put_((names,), entries, accumulate=True)  # sorts; index_add_ adds in any order there
-    return sums.index_add_(0, names, entries)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leafkernels.eager._rows import add_by
+from leafkernels._core.precision import add_by
 from leafkernels.rows.layout import Layout
 
 # Tokens written at a time, in whole rows, so that their indices stay in a cache.

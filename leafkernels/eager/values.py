@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leafkernels._core.precision import is_rounding
-from leafkernels.eager._rows import add_by
+from leafkernels._core.precision import add_by, is_rounding
 from leafkernels.rows.layout import Layout
 
 if TYPE_CHECKING:

@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from leafkernels._core.operation import operation
-from leafkernels._core.precision import compute_dtype
-from leafkernels.eager._rows import add_by
+from leafkernels._core.precision import add_by, compute_dtype
 from leafkernels.vocabulary.inputs import RowStatistics
 from leafkernels.vocabulary.sampling_mask import Kept
 
