@@ -89,7 +89,7 @@ def _run_nodes(run: Run, rows: Rows, piece: Piece) -> tuple[list[_States], Found
         of_trunks, before = _run_trunks(run, rows, piece, keep)
         states.append(of_trunks)
         if len(bins) != len(trunks):
-            before = before.of(of_trunk)
+            before = before.of(_trunk_of_bin(piece))
     bins_of = _nodes_in_bins if piece.is_masked else _rows_in_bins
     ids, positions, column, mask = bins_of(run, rows, piece, depths, before)
     # The first columns of all bins, after which nothing is asked for.
@@ -143,14 +143,26 @@ class _Before(NamedTuple):
     is_token: Tensor  # (B, D) bool
     positions: Tensor  # (B, D)
 
-    def of(self, rows: Tensor) -> "_Before":
-        """The same before other rows, named by these."""
+    def of(self, rows: list[int]) -> "_Before":
+        """The same before other rows, named by these in ascending order.
+
+        As often each they are an expansion, whose gradient is a sum: an index writes its own one entry by entry.
+        """
         from transformers import DynamicCache
+
+        size, device = len(self.is_token), self.is_token.device
+        times = len(rows) // size
+        index = None if rows == sorted([*range(size)] * times) else torch.tensor(rows, device=device)
+
+        def spread(part: Tensor) -> Tensor:
+            if index is not None:
+                return part[index]
+            return part[:, None].expand(-1, times, *part.shape[1:]).flatten(0, 1)
 
         cache: Any = DynamicCache()
         for number, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys[rows], layer.values[rows], number)
-        return _Before(cache, self.is_token[rows], self.positions[rows])
+            cache.update(spread(layer.keys), spread(layer.values), number)
+        return _Before(cache, spread(self.is_token), spread(self.positions))
 
 
 def _run_trunks(run: Run, rows: Rows, piece: Piece, keep: int) -> tuple[_States, _Before]:
