@@ -165,9 +165,10 @@ def one_thread() -> Iterator[None]:
 def run_as(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``tree_logprobs`` by one kind of plan, of which ``plan`` names some only as a choice of two."""
     module = importlib.import_module("leafkernels.models.tree_logprobs")
+    choices = importlib.import_module("leafkernels.models.choose")
 
     def run(kind: str, *args: Any, **options: Any) -> Any:
-        monkeypatch.setitem(module._KINDS_OF_PLAN, "tree", (kind,))
+        monkeypatch.setitem(choices._KINDS_OF_PLAN, "tree", (kind,))
         return module.tree_logprobs(*args, plan="tree", **options)
 
     return run

@@ -15,8 +15,8 @@ import tiny_decoders
 from engines import deepspeed_settings, whole
 from torch import Tensor
 
+from leafkernels.models import choose, tree_batch, tree_hidden_states, tree_logprobs, tree_stats
 from leafkernels.models import plan as plans
-from leafkernels.models import tree_logprobs, tree_stats
 
 SIZES = tiny_decoders.SIZES
 MORE = {
@@ -292,6 +292,45 @@ def test_an_adapter() -> None:
     assert ours.keys() == theirs.keys() and any("lora" in name for name in ours)
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=2e-5)
+
+
+def test_one_reading_serves_every_model() -> None:
+    ids, mask = padded([[1, *range(3, 22), 4 + k, 5 + k, 6] for k in range(5)], "left")
+    asked = mask * (torch.arange(ids.shape[1]) >= 20)
+    read = tree_batch(ids, mask, response_mask=asked)
+    for name in ("llama", "gpt2"):
+        model = tiny_decoders.build_model(name)
+        assert tree_stats(model, read) == tree_stats(model, ids, mask)
+        expected = tree_logprobs(model, ids, mask, response_mask=asked)
+        for one, other in zip(tree_logprobs(model, read), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for name, value in {"attention_mask": mask, "response_mask": asked, "group_size": 5}.items():
+        with pytest.raises(
+            ValueError, match=f"^{name} must be None with a TreeBatch, which has been read with its own"
+        ):
+            tree_logprobs(tiny_decoders.build_model("llama"), read, **{name: value})
+
+
+@pytest.mark.parametrize("kind", ["rows", *KINDS])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_hidden_states_are_those_of_rows(kind: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all tokens, those of the prompt too, with gradients; in pieces as well."""
+    monkeypatch.setitem(choose._KINDS_OF_PLAN, "tree", (kind,))
+    model, (ids, mask) = tiny_decoders.build_model("qwen3"), padded([*ROWS, []], side)
+    expected = torch.zeros((*ids.shape, SIZES["hidden_size"]))
+    for row, is_token in enumerate(mask.bool()):
+        if is_token.any():
+            alone = model(input_ids=ids[row, is_token][None], output_hidden_states=True).hidden_states[-1][0]
+            expected = expected.index_put((torch.tensor(row), is_token.nonzero()[:, 0]), alone)
+    theirs = gradients(model, expected)
+    for most in (None, 11):
+        found = tree_hidden_states(model, ids, mask, plan="tree", max_tokens=most)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert not found[~mask.bool()].any()
+        ours = gradients(model, found)
+        assert ours.keys() == theirs.keys()
+        for name, gradient in theirs.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max() + 1))
 
 
 # --- Attentions, precision, checkpoints, compilation ------------------------------------------------------------------

@@ -24,7 +24,7 @@ from tiny_listeners import tone, wave
 from tiny_trl import config
 from trl import GRPOConfig
 
-from leafkernels.integrations import _trl_sharing
+from leafkernels.integrations import trl_audio
 from leafkernels.integrations.trl import LeafGRPOConfig
 from leafkernels.integrations.trl_audio import AudioGRPOTrainer, LeafAudioGRPOTrainer
 
@@ -213,7 +213,7 @@ def test_a_prompt_with_one_row_and_a_model_that_cannot_share(
     def cannot(*_: Any, **__: Any) -> Any:
         raise RuntimeError("inputs must be None with Deaf, run each row with features of its own: it is deaf")
 
-    monkeypatch.setattr(_trl_sharing, "tree_logprobs", cannot)
+    monkeypatch.setattr(trl_audio, "prepare", cannot)
     rows, alone = (shared_run(tmp_path / str(s), s, "adapter", per_device_train_batch_size=8) for s in (True, False))
     assert caplog.text.count("it is deaf") == 1
     for weight, other in zip(rows.model.parameters(), alone.model.parameters(), strict=True):
@@ -312,7 +312,6 @@ class OnCPU(GRPOConfig):
 
 def test_without_args_and_from_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL's defaults, and rows that come one after the other, decoded by the trainer."""
-    from leafkernels.integrations import trl_audio
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trl_audio, "GRPOConfig", OnCPU)
@@ -396,7 +395,6 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args.use_vllm, args.use_transformers_continuous_batching = False, True
     with pytest.raises(ValueError, match="^use_transformers_continuous_batching must be False with AudioGRPOTrainer"):
         trainer(AudioGRPOTrainer, args)
-    from leafkernels.integrations import trl_audio
 
     monkeypatch.setattr(trl_audio.trl, "__version__", "1.13.0")
     check_refuses(RuntimeError, "AudioGRPOTrainer needs TRL 1.14 or newer, got 1.13.0", tmp_path)

@@ -17,8 +17,10 @@ from tiny_trl import Recorded, config, count_a, script
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from leafkernels.integrations import _trl_sharing
 from leafkernels.integrations.trl import LeafGRPOTrainer
 from leafkernels.integrations.trl_distillation import FireOPDConfig
+from leafkernels.models import tree_batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -191,6 +193,22 @@ def test_bfloat16_is_no_further_from_the_truth(tmp_path: Path) -> None:
         assert run.state.log_history[0].get("leaf/shared_share", 0.0) == float(shares)
     # Roundings of other numbers, of one size.
     assert 0 < errors[0] < 1.25 * errors[1]
+
+
+def test_rows_are_read_once_for_policy_and_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the old policy and the reference of a generation batch, and again for the loss, which has rows of its own."""
+    read: list[int] = []
+
+    def counted(ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        read.append(len(ids))
+        return tree_batch(ids, *args, **options)
+
+    monkeypatch.setattr(_trl_sharing, "tree_batch", counted)
+    tiny_trl.model().save_pretrained(tmp_path / "model")
+    policy = type(tiny_trl.model()).from_pretrained(tmp_path / "model")
+    run = trained(tmp_path / "run", True, policy, beta=0.2, num_iterations=2, max_steps=4)
+    # And the one that compares a model with TRL's function, for policy and reference.
+    assert len(run.batches) == 2 and read == [8] * (2 + 2 + 4)
 
 
 def test_evaluation(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 from trl import GRPOTrainer
 
-from leafkernels.models import tree_logprobs, tree_stats
+from leafkernels.models import TreeBatch, tree_batch
 from leafkernels.models.asking import evaluating
+from leafkernels.models.tree_logprobs import Prepared, prepare
 
 _logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class SharedPrefixes(GRPOTrainer):
         self._compared: set[int] = set()
         self._told: set[str] = set()
         self._run: list[tuple[int, int, bool]] = []  # of the loss's forwards: tokens of rows, tokens run, shared or not
+        # What was read of the rows that were asked for last: policy and reference are asked about the same ones.
+        self._seen: tuple[Any, dict[Any, TreeBatch]] = None, {}
         if self._shares:
             _check_model(self.model, getattr(self, "aux_loss_enabled", False))
 
@@ -123,6 +126,8 @@ class SharedPrefixes(GRPOTrainer):
             others |= {"batch_size": batch_size, "compute_entropy": compute_entropy}
             return self._alone(slice(None), compute, model, *call, **others)
         parts = []
+        if self._seen[0] is not input_ids:
+            self._seen = input_ids, {}
         for start in range(0, len(input_ids), batch_size or len(input_ids)):
             rows = slice(start, start + (batch_size or len(input_ids)))
             part = (input_ids[rows], attention_mask[rows], logits_to_keep, compute_entropy)
@@ -135,36 +140,46 @@ class SharedPrefixes(GRPOTrainer):
         self, rows: slice, compute: Any, model: Any, ids: Tensor, mask: Tensor, keep: int, has_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and entropies, (rows, keep) each, of rows that are run together."""
-        with self.accelerator.autocast():
-            stats = tree_stats(model, ids, mask)
-        reason = stats.reason if stats.plan == "rows" else self._why_alone(rows)
+        batches, part = self._seen[1], (rows.start, rows.stop, keep)
+        if part not in batches:
+            batches[part] = self._batch(rows, ids, mask, keep)
+        prepared, reason = self._prepared(rows, model, batches[part])
         base = self.accelerator.unwrap_model(model)
-        if reason is None and id(base) not in self._compared:
+        if prepared is not None and id(base) not in self._compared:
             self._compare(rows, compute, model, ids, mask, keep)
             self._compared.add(id(base))
-        found = None if reason else self._shared(rows, model, ids, mask, keep, entropy=has_entropy)
-        if found is not None:
-            self._run.append((stats.tokens_of_rows, stats.tokens, True))
-            return found.logprobs[:, -keep:], found.entropy[:, -keep:] if has_entropy else None
-        if reason:
-            self._tell(reason)
-        self._run.append((stats.tokens_of_rows, stats.tokens_of_rows, False))
+        if prepared is not None:
+            found = self._shared(rows, prepared)
+            self._run.append((prepared.stats.tokens_of_rows, prepared.stats.tokens, True))
+            return found[0][:, -keep:], found[1][:, -keep:] if has_entropy else None
+        self._tell(reason)
+        self._run.append((ids.numel(), ids.numel(), False))
         return self._alone(rows, compute, model, ids, mask, keep, compute_entropy=has_entropy)[:2]
+
+    def _batch(self, rows: slice, ids: Tensor, mask: Tensor, keep: int) -> TreeBatch:
+        asked = mask.clone()
+        asked[:, : ids.shape[1] - keep] = 0
+        return tree_batch(ids, mask, response_mask=asked, groups=self._groups(rows, ids.device))
 
     def _alone(self, rows: slice, compute: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
         """What TRL computes for ``rows`` of the batch."""
         return compute(model, *args, **kwargs)
 
-    def _shared(self, rows: slice, model: Any, ids: Tensor, mask: Tensor, keep: int, **more: Any) -> Any:
-        """The same of ``tree_logprobs``, (rows, tokens); None, where it cannot be had after all."""
-        asked = mask.clone()
-        asked[:, : ids.shape[1] - keep] = 0
-        with self.accelerator.autocast():
-            return tree_logprobs(model, ids, mask, response_mask=asked, temperature=self.temperature, **more)
-
-    def _why_alone(self, rows: slice) -> str | None:
-        """Why rows are to be run one by one, whatever they share; None: they may share."""
+    def _groups(self, rows: slice, device: torch.device) -> Tensor | None:
+        """Which rows are a prompt, where equal tokens do not say it."""
         return None
+
+    def _prepared(self, rows: slice, model: Any, batch: TreeBatch) -> tuple[Prepared | None, str]:
+        """How what rows share is run once; None: the reason why they are run one by one."""
+        with self.accelerator.autocast():
+            prepared = prepare(model, batch)
+        is_alone = prepared.choice.plan.kind == "rows"
+        return None if is_alone else prepared, prepared.choice.reason
+
+    def _shared(self, rows: slice, prepared: Prepared) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (rows, tokens)."""
+        with self.accelerator.autocast():
+            return prepared.run(self.temperature)[:2]
 
     @torch.no_grad()
     def _compare(self, rows: slice, compute: Any, model: Any, ids: Tensor, mask: Tensor, keep: int) -> None:
@@ -175,12 +190,13 @@ class SharedPrefixes(GRPOTrainer):
         # What fills stands for no recording: models count the tokens that do.
         ids, mask = torch.cat([ids[:, -1:], ids], 1), pad(mask, (1, 0))
         with evaluating(model):
-            found = self._shared(rows, model, ids, mask, keep, entropy=False)
-            if found is None:
+            prepared, _ = self._prepared(rows, model, self._batch(rows, ids, mask, keep))
+            if prepared is None:
                 return
+            found = self._shared(rows, prepared)[0]
             expected = self._alone(rows, compute, model, ids, mask, keep)[0]
         is_token = mask[:, -keep:].bool()
-        apart = torch.where(is_token, found.logprobs[:, -keep:] - expected, 0.0).abs()
+        apart = torch.where(is_token, found[:, -keep:] - expected, 0.0).abs()
         is_exact = next(self.accelerator.unwrap_model(model).parameters()).dtype in (torch.float32, torch.float64)
         if is_exact and self.accelerator.mixed_precision == "no":
             most, bound = float(apart.max()), 1e-3

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from leafkernels import surprisal_entropy
-from leafkernels.models import tree_logprobs, tree_stats
+from leafkernels.models import tree_batch
 from leafkernels.models.asking import evaluating
+from leafkernels.models.tree_logprobs import prepare
 
 # Logits that one forward pass makes, 2 GiB in float32; a row alone may have more.
 _LOGITS = 1 << 29
@@ -243,13 +244,13 @@ def score(
     with evaluating(model):
         for start in range(0, len(chosen), size):
             chunk = chosen[start : start + size]
-            if shares and tree_stats(model, ids[chunk], attention[chunk]).plan != "rows":
-                shared: Any = tree_logprobs(
-                    model, ids[chunk], attention[chunk], response_mask=asked[chunk], temperature=temperature
-                )
-                logprobs.append(shared.logprobs[:, -width:].float())
-                entropies.append(shared.entropy[:, -width:].float())
-                continue
+            if shares:
+                prepared = prepare(model, tree_batch(ids[chunk], attention[chunk], response_mask=asked[chunk]))
+                if prepared.choice.plan.kind != "rows":
+                    shared = prepared.run(temperature)
+                    logprobs.append(shared[0][:, -width:].float())
+                    entropies.append(shared[1][:, -width:].float())
+                    continue
             if shares and takes("position_ids", model):  # as what is shared is run
                 options["position_ids"] = (attention[chunk].cumsum(1) - 1).clamp(min=0)
             logits = model(input_ids=ids[chunk], attention_mask=attention[chunk], use_cache=False, **options).logits

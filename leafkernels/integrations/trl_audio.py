@@ -32,7 +32,9 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
 
 from leafkernels.integrations._trl_options import MendedGRPOTrainer
 from leafkernels.integrations.trl import LeafGRPOTrainer
+from leafkernels.models import TreeBatch
 from leafkernels.models.asking import evaluating
+from leafkernels.models.tree_logprobs import Prepared, prepare
 from leafkernels.rows.recordings import Heard, PromptReader, find_encoder, join, join_features, undecoded
 
 _logger = logging.getLogger(__name__)
@@ -196,23 +198,29 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
         with self._ear(model).hearing(self._rows[rows]):
             return super()._alone(rows, compute, model, *args, **kwargs)
 
-    def _why_alone(self, rows: slice) -> str | None:
-        counts = Counter(self._rows[rows])
-        return "a prompt has one row in a micro-batch" if 1 in counts.values() else None
+    def _groups(self, rows: slice, device: torch.device) -> Tensor:
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(self._rows[rows]))}
+        return torch.tensor([numbers[prompt] for prompt in self._rows[rows]], device=device)
 
-    def _shared(self, rows: slice, model: Any, ids: Tensor, mask: Tensor, keep: int, **more: Any) -> Any:
-        prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(self._rows[rows]))}
-        groups = torch.tensor([prompts[prompt] for prompt in self._rows[rows]], device=ids.device)
-        more |= {"groups": groups, "inputs": join_features(list(prompts))}
+    def _prepared(self, rows: slice, model: Any, batch: TreeBatch) -> tuple[Prepared | None, str]:
+        prepared, reason = super()._prepared(rows, model, batch)
+        if prepared is None:
+            return prepared, reason
+        counts = Counter(self._rows[rows])
+        if 1 in counts.values():
+            return None, "a prompt has one row in a micro-batch"
         try:
-            with self._ear(model).hearing_once(list(prompts)):
-                return super()._shared(rows, model, ids, mask, keep, **more)
+            with self._ear(model).hearing_once(list(counts)), self.accelerator.autocast():
+                return prepare(model, batch, inputs=join_features(list(counts))), ""
         except RuntimeError as error:
-            # tree_logprobs says so of a model that cannot hear once for several rows.
+            # Of a model that cannot hear once for several rows.
             if not str(error).startswith("inputs must be None"):
                 raise
-            self._tell(str(error))
-            return None
+            return None, str(error)
+
+    def _shared(self, rows: slice, prepared: Prepared) -> tuple[Tensor, Tensor]:
+        with self._ear(prepared.model).hearing_once(list(dict.fromkeys(self._rows[rows]))):
+            return super()._shared(rows, prepared)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._rows = inputs["audio"]

@@ -75,15 +75,6 @@ def _parameters_of_class(kind: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(kind.forward).parameters
 
 
-def device_of(model: Any) -> torch.device | None:
-    """Where a model takes its ids; None where that cannot be told: its weights are spread, or some are elsewhere."""
-    bare = bare_model(model)
-    devices = {weight.device for weight in bare.parameters()}
-    is_moved = hasattr(bare, "hf_device_map") or hasattr(bare, "_hf_hook")
-    is_spread = any(hasattr(weight, name) for weight in bare.parameters() for name in ("device_mesh", "ds_id"))
-    return None if is_moved or is_spread or len(devices) != 1 else devices.pop()
-
-
 def is_checkpointed(bare: Any) -> bool:
     """Whether layers are run again in the backward pass, when the model is in training mode."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second warns in transformers 5

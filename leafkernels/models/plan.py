@@ -161,14 +161,16 @@ def plans(
     if not must_have_trunks:
         below = [best_clusters(shared, lengths), best_clusters(shared, lengths, roots), *(below if prompts else [])]
     alone = [] if must_have_trunks else [[Cluster(0, count, 0)]]
-    below = [clusters for clusters in below if all(cluster.depth for cluster in clusters)]
+    below = [c for n, c in enumerate(below) if all(cluster.depth for cluster in c) and c not in below[:n]]
     found: dict[str, tuple[Plan, float]] = {}
     for choices, of_rows, of_trees in ((alone, ROWS, TREE), (below, TRUNKS, TREE_BELOW)):
         for clusters in choices:
+            tried = None
             for width in _widths(clusters, shared, lengths):
                 pieces = _pieces(clusters, shared, lengths, width, max_tokens)
-                if pieces is None:
+                if pieces is None or pieces == tried:
                     continue
+                tried = pieces
                 plan = Plan(of_trees if any(piece.is_masked for piece in pieces) else of_rows, pieces)
                 cost = estimate(plan, weights)
                 if plan.kind not in found or cost < found[plan.kind][1]:
@@ -205,29 +207,28 @@ def _pieces(
 
     Rows are cut in depth-first order, and a cut repeats the path to it.
     """
-    pieces, piece = list[Piece](), Piece([], [])
+    pieces, deepest, widest = [Piece([], [])], 0, 0
     for cluster in clusters:
         for filled in _bins(cluster, shared, lengths, width):
-            trunk = Cluster(filled.first, filled.last, cluster.depth)
-            grown = _with(piece, cluster, trunk, filled)
-            if max_tokens is not None and grown.tokens > max_tokens:
-                if piece.bins:
-                    pieces.append(piece)
-                grown = _with(Piece([], []), cluster, trunk, filled)
-                if grown.tokens > max_tokens:
+            trunks, bins = pieces[-1]
+            is_new = bool(cluster.depth) and not (trunks and cluster.first <= trunks[-1].first < cluster.last)
+            deepest, widest = max(deepest, cluster.depth), max(widest, filled.nodes)
+            if max_tokens is not None and (len(trunks) + is_new) * deepest + (len(bins) + 1) * widest > max_tokens:
+                if cluster.depth + filled.nodes > max_tokens:
                     return None
-            piece = grown
-    return [*pieces, piece] if piece.bins else pieces
+                trunks, bins, is_new, deepest, widest = [], [], bool(cluster.depth), cluster.depth, filled.nodes
+                pieces.append(Piece(trunks, bins))
+            if is_new:
+                trunks.append(Cluster(filled.first, filled.last, cluster.depth))
+            elif cluster.depth:
+                trunks[-1] = trunks[-1]._replace(last=filled.last)
+            bins.append(filled)
+    return [piece for piece in pieces if piece.bins]
 
 
-def _with(piece: Piece, cluster: Cluster, trunk: Cluster, filled: Bin) -> Piece:
-    trunks, bins = piece
-    if not cluster.depth:
-        return Piece(trunks, [*bins, filled])
-    if trunks and cluster.first <= trunks[-1].first and trunks[-1].last <= cluster.last:
-        trunk = trunk._replace(first=trunks[-1].first)
-        trunks = trunks[:-1]
-    return Piece([*trunks, trunk], [*bins, filled])
+def whole_bins(clusters: Sequence[Cluster], shared: Sequence[int], lengths: Sequence[int]) -> list[Bin]:
+    """All rows of each cluster in one bin."""
+    return [held for cluster in clusters for held in _bins(cluster, shared, lengths, sum(lengths))]
 
 
 def _bins(cluster: Cluster, shared: Sequence[int], lengths: Sequence[int], width: int) -> Iterator[Bin]:

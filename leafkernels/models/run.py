@@ -1,33 +1,24 @@
 """A piece of a plan through a model: its trunks, its bins behind them, and numbers for the tokens of its rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from leafkernels.models.asking import bare_model, name_of_cache, parameters_of, text_config
+from leafkernels.models.batch import Rows
 from leafkernels.models.heads import Head, hidden_states, score
 from leafkernels.models.masks import Sees, attention_masks, tree_sees
 from leafkernels.models.plan import Bin, Cluster, Piece
-from leafkernels.rows.prefix_tree import prefix_tree
 
-
-class Rows(NamedTuple):
-    """Rows in depth-first order, each from its first token on, and the few numbers of them that Python decides by."""
-
-    ids: Tensor  # (N, L)
-    scored: Tensor  # (N, L) bool, never at a row's first token
-    lengths: list[int]  # at least 1
-    shared: list[int]  # with the row before
-    firsts: list[int]  # the first token of each row that is asked for; its length if none is
-
-    def part(self, first: int, last: int) -> "Rows":
-        ids, scored = self.ids[first:last], self.scored[first:last]
-        return Rows(ids, scored, *(numbers[first:last] for numbers in self[2:]))
+# What else is taken of a forward pass, (rows, tokens, ...): from the model's output, and the states that its decoder
+# gives, where the decoder runs hooks.
+Read = Callable[[Any, Tensor | None], Tensor]
 
 
 class Run(NamedTuple):
@@ -41,23 +32,36 @@ class Run(NamedTuple):
     has_positions: bool = True
     # Whether ranks run each forward and backward pass together: then none may be left out.
     in_step: bool = False
+    read: Read | None = None
 
 
-def run_piece(run: Run, rows: Rows, piece: Piece) -> tuple[Tensor, Tensor]:
-    """(N, L) log-probabilities and entropies of the rows of a piece, 0 where nothing is asked for."""
+class Found(NamedTuple):
+    """Of the rows of a piece (N, L), 0 where nothing is asked for."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    # (N, L, ...) of all tokens.
+    read: Tensor | None
+
+
+class _States(NamedTuple):
+    """Of a forward pass."""
+
+    kept: Tensor  # (rows, keep, size) of the last columns, or their logits
+    read: Tensor | None  # (rows, columns, ...)
+
+
+def run_piece(run: Run, rows: Rows, piece: Piece) -> Found:
     run_them = _run_nodes if piece.trunks or piece.is_masked else _run_rows
-    states, logprobs, entropy = run_them(run, rows, piece)
+    states, found = run_them(run, rows, piece)
     if run.in_step:
         # Whoever asks for a gradient sends one, if of zeros, through every forward pass.
-        tie = sum(part[:, -1].sum() * 0.0 for part in states)
-        logprobs, entropy = logprobs + tie, entropy + tie
-    return logprobs, entropy
+        tie = sum(part.kept[:, -1].sum() * 0.0 for part in states)
+        found = Found(*(None if part is None else part + tie for part in found))
+    return found
 
 
-_Results = tuple[list[Tensor], Tensor, Tensor]
-
-
-def _run_rows(run: Run, rows: Rows, piece: Piece) -> _Results:
+def _run_rows(run: Run, rows: Rows, piece: Piece) -> tuple[list[_States], Found]:
     device, width = rows.ids.device, rows.ids.shape[1]
     positions = torch.arange(width, device=device).expand(rows.ids.shape)
     is_token = positions < torch.tensor(rows.lengths, device=device)[:, None]
@@ -66,11 +70,12 @@ def _run_rows(run: Run, rows: Rows, piece: Piece) -> _Results:
     given = positions if run.has_positions else None
     states = _forward(run, rows.ids, is_token.long(), given, width - skip, None, run.inputs)
     asked = rows.scored[:, skip + 1 :]
-    found = score(run.head, states[:, :-1], rows.ids[:, skip + 1 :], run.temperature, asked)
-    return [states], pad(found.logprobs, (skip + 1, 0)), pad(found.entropy, (skip + 1, 0))
+    found = score(run.head, states.kept[:, :-1], rows.ids[:, skip + 1 :], run.temperature, asked)
+    read = None if states.read is None else _where(is_token, states.read)
+    return [states], Found(pad(found.logprobs, (skip + 1, 0)), pad(found.entropy, (skip + 1, 0)), read)
 
 
-def _run_nodes(run: Run, rows: Rows, piece: Piece) -> _Results:
+def _run_nodes(run: Run, rows: Rows, piece: Piece) -> tuple[list[_States], Found]:
     trunks, bins = piece
     device, length = rows.ids.device, rows.ids.shape[1]
     of_bin = _numbers(bins, device)
@@ -78,13 +83,13 @@ def _run_nodes(run: Run, rows: Rows, piece: Piece) -> _Results:
     depths = torch.tensor([trunk.depth for trunk in trunks] or [0], device=device)[of_trunk, None]
     depth, columns = depths[of_bin], torch.arange(length, device=device)
 
-    states, keep, before = list[Tensor](), 0, None
+    states, keep, before = list[_States](), 0, None
     if trunks:
         keep = max(1, *(trunk.depth - min(rows.firsts[trunk.first : trunk.last]) + 1 for trunk in trunks))
         of_trunks, before = _run_trunks(run, rows, piece, keep)
         states.append(of_trunks)
         if len(bins) != len(trunks):
-            before = before.of(of_trunk)
+            before = before.of(_trunk_of_bin(piece))
     bins_of = _nodes_in_bins if piece.is_masked else _rows_in_bins
     ids, positions, column, mask = bins_of(run, rows, piece, depths, before)
     # The first columns of all bins, after which nothing is asked for.
@@ -93,29 +98,42 @@ def _run_nodes(run: Run, rows: Rows, piece: Piece) -> _Results:
     skip = min(max(skip, 0), max(ids.shape[1] - 1, 0))
     kept = ids.shape[1] - skip
     # A last token alone behind a trunk is scored by the trunk.
-    if ids.shape[1] > 1 or not trunks or run.in_step:
+    if ids.shape[1] > 1 or not trunks or run.in_step or run.read is not None:
         cache = None if before is None else before.cache
         states.append(_forward(run, ids, mask, positions, kept, cache, {} if trunks else run.inputs))
+
+    def places(keep: int, kept: int) -> Tensor:
+        """Where each token stands: the last ``keep`` columns of all trunks, and then the last ``kept`` of all bins."""
+        behind = len(trunks) * keep + of_bin[:, None] * kept + column - ids.shape[1] + kept
+        return torch.where(columns < depth, of_trunk[of_bin, None] * keep + keep - depth + columns, behind)
+
+    read = None
+    if run.read is not None:
+        flat = torch.cat([part.read.flatten(0, 1) for part in states if part.read is not None])
+        is_token = columns < torch.tensor(rows.lengths, device=device)[:, None]
+        read = _where(is_token, flat[places(piece.deepest, ids.shape[1]).clamp(0, len(flat) - 1)])
     pairs = _pairs(rows, piece, device)
     if not len(pairs):
         # As where there are some: a loss of them has a gradient, of zeros.
-        nothing = torch.zeros(rows.ids.shape, device=device) + states[-1][:, -1].sum() * 0.0
-        return states, nothing, nothing
+        nothing = torch.zeros(rows.ids.shape, device=device) + states[-1].kept[:, -1].sum() * 0.0
+        return states, Found(nothing, nothing, read)
 
-    # Where the states of each token stand: those of all trunks, ``keep`` of each, and then those of all bins.
-    behind = len(trunks) * keep + of_bin[:, None] * kept + column - skip
-    place = torch.where(columns < depth, of_trunk[of_bin, None] * keep + keep - depth + columns, behind)
     size = len(trunks) * keep + len(bins) * kept
-    place = place.clamp(0, size - 1)
+    place = places(keep, kept).clamp(0, size - 1)
     row, token = pairs.unbind(1)
-    target, flat = place[row, token], torch.cat([part.flatten(0, 1) for part in states])
+    target, flat = place[row, token], torch.cat([part.kept.flatten(0, 1) for part in states])
     is_asked = torch.zeros(size + 1, dtype=torch.bool, device=device)
     is_asked[torch.where(rows.scored, place, size)] = True
     found = score(run.head, flat[place[row, token - 1]], rows.ids[row, token], run.temperature, is_asked[target])
     number = torch.zeros(size, dtype=torch.int64, device=device)
     number[target] = torch.arange(len(pairs), device=device)
     logprobs, entropy = (torch.where(rows.scored, part[number[place]], 0.0) for part in (found.logprobs, found.entropy))
-    return states, logprobs, entropy
+    return states, Found(logprobs, entropy, read)
+
+
+def _where(is_token: Tensor, numbers: Tensor) -> Tensor:
+    """Numbers (N, L, ...) of tokens, 0 elsewhere."""
+    return torch.where(is_token.view(*is_token.shape, *(1,) * (numbers.dim() - 2)), numbers, 0.0)
 
 
 class _Before(NamedTuple):
@@ -125,17 +143,29 @@ class _Before(NamedTuple):
     is_token: Tensor  # (B, D) bool
     positions: Tensor  # (B, D)
 
-    def of(self, rows: Tensor) -> "_Before":
-        """The same before other rows, named by these."""
+    def of(self, rows: list[int]) -> "_Before":
+        """The same before other rows, named by these in ascending order.
+
+        As often each they are an expansion, whose gradient is a sum: an index writes its own one entry by entry.
+        """
         from transformers import DynamicCache
+
+        size, device = len(self.is_token), self.is_token.device
+        times = len(rows) // size
+        index = None if rows == sorted([*range(size)] * times) else torch.tensor(rows, device=device)
+
+        def spread(part: Tensor) -> Tensor:
+            if index is not None:
+                return part[index]
+            return part[:, None].expand(-1, times, *part.shape[1:]).flatten(0, 1)
 
         cache: Any = DynamicCache()
         for number, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys[rows], layer.values[rows], number)
-        return _Before(cache, self.is_token[rows], self.positions[rows])
+            cache.update(spread(layer.keys), spread(layer.values), number)
+        return _Before(cache, spread(self.is_token), spread(self.positions))
 
 
-def _run_trunks(run: Run, rows: Rows, piece: Piece, keep: int) -> tuple[Tensor, _Before]:
+def _run_trunks(run: Run, rows: Rows, piece: Piece, keep: int) -> tuple[_States, _Before]:
     """States of the last ``keep`` columns of all trunks, which end in the same one."""
     from transformers import DynamicCache
 
@@ -169,7 +199,7 @@ def _rows_in_bins(run: Run, rows: Rows, piece: Piece, depths: Tensor, before: _B
     """Bins of a row each, behind their trunks, with a mask of two dimensions."""
     assert before is not None
     device, length = rows.ids.device, rows.ids.shape[1]
-    positions = depths + torch.arange(piece.widest, device=device)
+    positions = depths + torch.arange(max(piece.widest, 1), device=device)
     is_token = positions < torch.tensor(rows.lengths, device=device)[:, None]
     heads, last = _heads(rows, piece.bins)
     ids = torch.where(is_token, heads.gather(1, positions.clamp_max(length - 1)), last)
@@ -178,29 +208,35 @@ def _rows_in_bins(run: Run, rows: Rows, piece: Piece, depths: Tensor, before: _B
 
 
 def _nodes_in_bins(run: Run, rows: Rows, piece: Piece, depths: Tensor, before: _Before | None) -> _Bins:
-    """Bins of several rows: their nodes in depth-first order, each of which sees those above it."""
-    device = rows.ids.device
-    of_bin = _numbers(piece.bins, device)
-    columns = torch.arange(rows.ids.shape[1], device=device)
-    lengths = torch.tensor(rows.lengths, device=device)[:, None]
-    tree = prefix_tree(
-        rows.ids,
-        response_mask=(columns >= depths[of_bin]) & (columns < lengths),
-        groups=of_bin,
-        max_nodes=sum(held.nodes for held in piece.bins),
-    )
-    begins = tree.starts[: len(piece.bins), None]
-    offsets = torch.arange(piece.widest, device=device)
+    """Bins of several rows: their nodes in depth-first order, each of which sees those above it.
+
+    Down a column the node of a token is that of the last row that began there, a running maximum; the first later row
+    that shares less ends it, a running minimum the other way.
+    """
+    device, length = rows.ids.device, rows.ids.shape[1]
+    spans = _own_tokens(rows, piece)
+    firsts = [0, *itertools.accumulate(last - first for _, first, last in spans)]
+    forks = [0 if row in {held.first for held in piece.bins} else first for row, first, _ in spans]
+    begins = [firsts[held.first] for held in piece.bins]
+    numbers = [forks, [first - begun for first, (_, begun, _) in zip(firsts, spans, strict=False)], firsts[1:]]
+    fork, base, ended_at = torch.tensor(numbers, device=device).unbind()
+    rows_at, columns = torch.arange(len(spans), device=device)[:, None], torch.arange(length, device=device)
+    begun = torch.where(fork[:, None] <= columns, rows_at, 0).cummax(0).values
+    ends_later = pad(fork[1:], (0, 1), value=-1)[:, None] <= columns
+    ended = torch.where(ends_later, rows_at, len(spans) - 1).flip(0).cummin(0).values.flip(0)
+    row, token = pad(_tokens(spans, device), (0, 0, 0, 1)).unbind(1)  # one at least
+    begin = torch.tensor(begins, device=device)[:, None]
+    offsets = torch.arange(max(piece.widest, 1), device=device)
     is_node = offsets < torch.tensor([held.nodes for held in piece.bins], device=device)[:, None]
-    at = torch.where(is_node, begins + offsets, 0)
-    ids = torch.where(is_node, tree.token_ids[at], _heads(rows, piece.bins)[1])
-    positions = torch.where(is_node, tree.positions[at] + depths, 0)
-    ends = torch.where(is_node, tree.ends[at] - begins, offsets + 1)  # what fills sees itself
+    at = torch.where(is_node, begin + offsets, 0)
+    ids = torch.where(is_node, rows.ids[row, token][at], _heads(rows, piece.bins)[1])
+    positions = torch.where(is_node, token[at], 0)
+    ends = torch.where(is_node, ended_at[ended[row, token]][at] - begin, offsets + 1)  # what fills sees itself
     is_trunk, keys = ends.new_zeros((len(ends), 0), dtype=torch.bool), positions
     if before is not None:
         is_trunk, keys = before.is_token, torch.cat([before.positions, positions], 1)
     mask = _mask(run, tree_sees(ends, is_trunk), positions, keys)
-    return ids, positions, tree.nodes - begins[of_bin], mask
+    return ids, positions, base[begun] + columns - begin[_numbers(piece.bins, device)], mask
 
 
 def _mask(run: Run, sees: Sees, positions: Tensor, keys: Tensor) -> Any:
@@ -228,18 +264,31 @@ def _trunk_of_bin(piece: Piece) -> list[int]:
     return [of_row[held.first] if of_row else 0 for held in piece.bins]
 
 
-def _pairs(rows: Rows, piece: Piece, device: Any) -> Tensor:
-    """(pairs, 2): row and column of each node that may be asked for, in the first row that has it."""
-    spans = list[tuple[int, int, int]]()  # row, first and last token
-    for of_all in piece.trunks:
-        asked = min(rows.firsts[of_all.first : of_all.last])
-        spans.append((of_all.first, max(asked, 1), of_all.depth))
+def _own_tokens(rows: Rows, piece: Piece) -> list[tuple[int, int, int]]:
+    """Of each row its number, and the first and the last of the tokens for which its bin has a node of its own."""
+    spans = list[tuple[int, int, int]]()
     for held, trunk in zip(piece.bins, _trunk_of_bin(piece), strict=True):
         depth = piece.depth_of(trunk)
-        asked = max(min(rows.firsts[held.first : held.last]), 1)
         for row in range(held.first, held.last):
             own = depth if row == held.first else max(rows.shared[row], depth)
-            spans.append((row, max(own, asked), rows.lengths[row]))
+            spans.append((row, own, rows.lengths[row]))
+    return spans
+
+
+def _pairs(rows: Rows, piece: Piece, device: Any) -> Tensor:
+    """(pairs, 2): row and column of each node that may be asked for, in the first row that has it."""
+    spans = list[tuple[int, int, int]]()
+    for of_all in piece.trunks:
+        spans.append((of_all.first, min(rows.firsts[of_all.first : of_all.last]), of_all.depth))
+    asked = [min(rows.firsts[held.first : held.last]) for held in piece.bins for _ in range(held.first, held.last)]
+    spans += [
+        (row, max(own, first), last) for (row, own, last), first in zip(_own_tokens(rows, piece), asked, strict=True)
+    ]
+    return _tokens([(row, max(first, 1), last) for row, first, last in spans], device)
+
+
+def _tokens(spans: list[tuple[int, int, int]], device: Any) -> Tensor:
+    """(tokens, 2): row and column of all tokens of spans (row, first, last)."""
     table = torch.tensor([span for span in spans if span[1] < span[2]], dtype=torch.int64).reshape(-1, 3)
     counts = table[:, 2] - table[:, 1]
     rows_of = table[:, 0].repeat_interleave(counts)
@@ -249,8 +298,8 @@ def _pairs(rows: Rows, piece: Piece, device: Any) -> Tensor:
 
 def _forward(
     run: Run, ids: Tensor, mask: Any, positions: Tensor | None, keep: int, cache: Any, inputs: Mapping[str, Any]
-) -> Tensor:
-    """(rows, keep, size) hidden states of the last columns where there is a head, else their logits."""
+) -> _States:
+    """Hidden states of the last columns where there is a head, else their logits."""
     names = parameters_of(run.model)
     more: dict[str, Any] = dict(inputs)
     if cache is not None:
@@ -261,44 +310,15 @@ def _forward(
         more["logits_to_keep"] = keep if run.head is None else 1
     if "position_ids" in names and positions is not None:
         more["position_ids"] = positions
-    if run.head is None:
-        logits: Tensor = run.model(input_ids=ids, attention_mask=mask, **more).logits
-        return logits[:, -keep:]
-    with hidden_states(bare_model(run.model)) as found:
-        run.model(input_ids=ids, attention_mask=mask, **more)
-    return found[-1][:, -keep:]
-
-
-# --- Ranks that share weights -----------------------------------------------------------------------------------------
-
-
-def groups_in_step(model: nn.Module) -> list[Any]:
-    """The process groups whose ranks run each forward pass together; none where the weights are whole."""
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, dist.fsdp.FullyShardedDataParallel):
-            found[id(module.process_group)] = module.process_group
-    weights: Iterable[Any] = model.parameters()
-    for weight in weights:
-        if hasattr(weight, "device_mesh"):
-            found |= {id(group): group for group in weight.device_mesh.get_all_groups()}
-        elif hasattr(weight, "ds_id"):
-            group = weight.ds_process_group
-            found[id(group)] = group
-    return list(found.values())
-
-
-def why_alone(model: nn.Module) -> str | None:
-    """Why a model whose weights are spread runs rows, in one forward pass a call; None: it may run several."""
-    is_fsdp2 = any(isinstance(module, dist.fsdp.FSDPModule) for module in model.modules())
-    if any(hasattr(weight, "ds_id") for weight in model.parameters()) or is_fsdp2:
-        return None
-    return "its weights are sharded in another way than FSDP2 and ZeRO-3 shard them"
-
-
-def largest(numbers: Sequence[float], groups: Sequence[Any], device: torch.device) -> list[float]:
-    """The largest of each number over the ranks of all groups."""
-    of_all = torch.tensor(numbers, dtype=torch.float64, device=device)
-    for group in groups:
-        dist.all_reduce(of_all, op=dist.ReduceOp.MAX, group=group)
-    return of_all.tolist()
+    hooked = hidden_states(bare_model(run.model)) if run.head or run.read else nullcontext([])
+    with hooked as found:
+        output = run.model(input_ids=ids, attention_mask=mask, **more)
+    states = output.logits if run.head is None else found[-1]
+    if run.read is None:
+        return _States(states[:, -keep:], None)
+    numbers = run.read(output, found[-1] if found else None)
+    if numbers.shape[:2] != ids.shape:
+        raise ValueError(
+            f"model must give numbers of each token, {tuple(ids.shape)} in front, got shape {tuple(numbers.shape)}"
+        )
+    return _States(states[:, -keep:], numbers)
