@@ -18,7 +18,7 @@ from leafkernels.lookahead.reward_channel import LayerWeights, RewardChannel
 from leafkernels.lookahead.search import Search, as_ids, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
 from leafkernels.lookahead.trial import UnfitLayersError, base_of, check_layers
-from leafkernels.models.asking import evaluating
+from leafkernels.models.asking import bare_model, evaluating
 
 # What ``Trainer`` and the engines below it ask of a model. Not all that it has: what they do not allow a quantised
 # model, as to be trained, a channel beside it may.
@@ -84,6 +84,10 @@ class RewardTransformer(nn.Module):
     def config(self) -> Any:
         """The model's."""
         return self.model.config
+
+    def get_base_model(self) -> Any:
+        """The model of transformers, without the channel, and without an adapter, as PEFT's models give it."""
+        return bare_model(self.model)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name) if name in _OF_MODEL else super().__getattr__(name)
