@@ -275,7 +275,7 @@ class RewardTransformer(nn.Module):
                 if not 0 <= token < vocabulary:
                     raise ValueError(f"suppress_tokens must lie between 0 and {vocabulary - 1}, got {token}")
         ends = _of_config(of_model.eos_token_id) if eos_token_ids is None else eos_token_ids
-        is_stop = _holds(stop_strings, tokenizer)
+        is_stop = holds_any(stop_strings, tokenizer)
         with evaluating(self):
             stepper: Any = TransformersStepper(
                 self,
@@ -598,7 +598,7 @@ def _count_logits(model: Any) -> int:
     return rows or int(model.config.get_text_config().vocab_size)
 
 
-def _holds(stop_strings: str | Sequence[str], tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
+def holds_any(stop_strings: str | Sequence[str], tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
     """Whether the text of a branch has come to hold one of the strings with its last token."""
     strings: list[Any] = list(stop_strings) if isinstance(stop_strings, list | tuple) else [stop_strings]
     if not strings:

@@ -88,6 +88,8 @@ class Branches:
 
     def replace_lost(self) -> None:
         """Where a request has ended before its branch, begin another."""
+        if any(branch.is_lost and not branch.grown for branch in self.live):
+            raise RuntimeError("the engine has ended a request without a token")
         self.live = [
             Branch(self._request(branch.token_ids, self._ahead), 0) if branch.is_lost else branch
             for branch in self.live
