@@ -275,8 +275,7 @@ class Text:
         return str(self._tokenizer.decode([*self._before, *token_ids], skip_special_tokens=True))
 
     def _waiting(self, text: str) -> int:
-        if text.endswith("\ufffd"):
-            # What is not whole at the end; one before is what the model has written.
-            return len(text) - len(text.rstrip("\ufffd"))
-        sizes = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
-        return max(sizes, default=0)
+        # What is not whole yet shows as these.
+        whole = text.rstrip("\ufffd")
+        begun = (n for stop in self._stops for n in range(1, len(stop)) if whole.endswith(stop[:n]))
+        return len(text) - len(whole) + max(begun, default=0)

@@ -75,7 +75,10 @@ def _with_rewards(base: Any) -> type[nn.Module]:
             channel, said = read_channel(self._channel_folder)
             check_base(self._channel_folder, said, SimpleNamespace(config=config))
             self.reward_channel = channel.requires_grad_(False).to(vllm_config.device_config.device)
-            self.set_aux_hidden_state_layers(tuple(range(channel.num_layers)))
+            try:
+                self.set_aux_hidden_state_layers(tuple(range(channel.num_layers)))
+            except (AssertionError, LookupError) as error:
+                raise ValueError(f"model must hand out the inputs of all its layers, got {base.__name__}") from error
 
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
             output = super().forward(*args, **kwargs)

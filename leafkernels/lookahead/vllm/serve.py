@@ -14,6 +14,10 @@ def main(argv: Sequence[str]) -> int:
     own, engine_argv = _parse(argv)
     limits = Limits(*(getattr(own, name) for name in Limits._fields))
     check_limits(limits)
+    try:
+        import vllm  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError("serving needs vLLM: pip install -e '.[vllm]'") from error
     from vllm import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
