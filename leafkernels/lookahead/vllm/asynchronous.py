@@ -34,8 +34,6 @@ class AsyncVLLMStepper:
         self._branches = Branches(ahead, self._config.max_model_len - 1, self._ends)
         self._tasks: dict[Request, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
-        self.num_requests = self.num_computed = 0
-        """Requests so far, and tokens that the engine has run for them, those of its prefix cache left out."""
 
     async def prefill(self, prompt_ids: Tensor) -> tuple[Best, Tensor]:
         """Run a prompt (P,): its best next tokens, and the reward (1,) of its last."""
@@ -78,17 +76,12 @@ class AsyncVLLMStepper:
         params = sampling(
             self._config, self._ends, sorted(self._suppressed), max_tokens=request.ahead, output_kind=kind
         )
-        self.num_requests += 1
-        self.num_computed += len(request.token_ids) - 1
         try:
             # Where this task is cancelled, the engine's generator aborts the request.
             asked = {"prompt_token_ids": request.token_ids}
             async for found in self._engine.generate(asked, params, uuid4().hex):
                 (output,) = found.outputs
-                if not request.outputs:
-                    self.num_computed -= found.num_cached_tokens or 0
                 request.outputs += outputs_of(output.token_ids, output.logprobs or [], self._suppressed)
-                self.num_computed += len(output.token_ids)
                 self._news.set()
         finally:
             request.is_done = True

@@ -1,6 +1,6 @@
 """The arguments of a vLLM engine that has rewards, and what is read of its outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def sampling(config: Any, eos_token_ids: Sequence[int], suppressed: Sequence[int
     )
 
 
-def outputs_of(token_ids: Sequence[int], logprobs: Sequence[Any], suppressed: Sequence[int]) -> list[Output]:
+def outputs_of(token_ids: Sequence[int], logprobs: Sequence[Any], suppressed: Collection[int]) -> list[Output]:
     """Of the tokens of a request and their ``logprobs``."""
     found = []
     for token, row in zip(token_ids, logprobs, strict=True):

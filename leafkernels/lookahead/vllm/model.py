@@ -66,7 +66,7 @@ def reward_class(architecture: str) -> type[nn.Module]:
 
 
 def _with_rewards(base: Any) -> type[nn.Module]:
-    class WithRewards(base):  # type: ignore[misc]
+    class WithRewards(base):
         def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
             _check_config(vllm_config)
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)

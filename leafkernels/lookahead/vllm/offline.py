@@ -38,8 +38,8 @@ class VLLMStepper:
         check_engine(self._config)
         self._ends, self._suppressed = tuple(eos_token_ids), frozenset(suppress_tokens)
         self._branches = Branches(ahead, self._config.max_model_len - 1, self._ends)
-        self.num_requests = self.num_computed = 0
-        """Requests so far, and tokens that the engine has run for them, those of its prefix cache left out."""
+        self.num_requests = self.num_computed = self.num_asked = 0
+        """Requests so far, tokens that the engine has run for them, and those with what its prefix cache held."""
 
     def prefill(self, prompt_ids: Tensor | Sequence[Tensor]) -> tuple[Best, Tensor]:
         """Run a prompt (P,), or B of any lengths: the best next tokens of each, and rewards (B,) of their last."""
@@ -64,6 +64,8 @@ class VLLMStepper:
                 (output,) = found.outputs
                 request.outputs = outputs_of(output.token_ids, output.logprobs, self._suppressed)
                 request.is_done = True
-                self.num_computed += len(request.token_ids) + len(request.outputs) - 1 - (found.num_cached_tokens or 0)
+                asked = len(request.token_ids) + len(request.outputs) - 1
+                self.num_asked += asked
+                self.num_computed += asked - (found.num_cached_tokens or 0)
             self.num_requests += len(requests)
         return self._branches.results()
