@@ -335,6 +335,62 @@ async def _load(client: Any, engine: Any) -> None:
     assert (await asyncio.wait_for(client.post("/v1/completions", json=everything), 60)).status_code == 200
 
 
+LEAF = """
+import sys
+
+import datasets, torch, transformers
+import vllm.model_executor.layers.linear as linear
+from leafkernels.integrations.trl import LeafGRPOConfig, LeafGRPOTrainer
+
+# On a CPU vLLM packs its weights, and TRL could not renew them.
+linear.UnquantizedLinearMethod.process_weights_after_loading = lambda self, layer: setattr(
+    layer, "cpu_linear", torch.nn.functional.linear
+)
+
+
+class Trainer(LeafGRPOTrainer):
+    def _ranking_logprobs(self, batch):
+        found = super()._ranking_logprobs(batch)
+        assert "old_per_token_logps" not in batch and found is batch["sampling_per_token_logps"]
+        return found
+
+
+args = LeafGRPOConfig(
+    sys.argv[2], use_cpu=True, use_vllm=True, vllm_mode="colocate", vllm_max_model_length=64, num_generations=8,
+    vllm_importance_sampling_correction=False, temperature=0.2, per_device_train_batch_size=16, max_steps=2,
+    max_completion_length=16, learning_rate=1e-3, report_to=[], logging_steps=1, save_strategy="no",
+)
+rows = datasets.Dataset.from_list([{"prompt": "abc"}, {"prompt": "def"}] * 8)
+trainer = Trainer(
+    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]),
+    lambda completions, **_: [float(text.count("e")) for text in completions],
+    args,
+    rows,
+    processing_class=transformers.AutoTokenizer.from_pretrained(sys.argv[1]),
+)
+before = [parameter.clone() for parameter in trainer.model.parameters()]
+trainer.train()
+logs = [log for log in trainer.state.log_history if "leaf/nodes_per_group" in log]
+assert len(logs) == 2 and any(log["leaf/nodes_per_group"] > 0 for log in logs), logs
+assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+# vLLM samples with the weights that were learnt.
+(served,) = trainer.vllm_generation.llm.apply_model(lambda model: model.lm_head.weight.detach().float().clone())
+wanted = trainer.model.lm_head.weight.detach()
+assert (served - wanted).abs().max() < 0.02 * wanted.abs().max()
+print("learnt")
+"""
+
+
+@on_vllm
+def test_leaf_learns_from_rollouts_of_vllm(saved: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """Boundaries are ranked by the log-probabilities that vLLM sampled with."""
+    pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
+    environment = {**os.environ, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", LEAF, str(saved["qwen2"][0]), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "learnt" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
+
+
 @on_vllm
 def test_the_command(saved: dict[str, tuple[Path, Path]]) -> None:
     import httpx
