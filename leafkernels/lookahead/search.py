@@ -15,6 +15,16 @@ from torch import Tensor
 from leafkernels._core.checks import check_count, check_finite, check_integer
 
 
+class Best(NamedTuple):
+    """In place of the logits of all ids: those of the K best of each of S branches, of equal ones the lower id first.
+
+    ``search`` reads their differences only, so they may be log-probabilities, or logits up to a number for each branch.
+    """
+
+    values: Tensor  # (S, K), the best first; -inf where fewer are allowed
+    token_ids: Tensor  # (S, K) int64
+
+
 class Stepper(Protocol):
     """What ``search`` asks of a model. S branches, V ids; a reward says how good the answer is up to a token.
 
@@ -22,10 +32,10 @@ class Stepper(Protocol):
     gives (B, V) and (B,).
     """
 
-    def prefill(self, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def prefill(self, prompt_ids: Tensor) -> tuple[Tensor | Best, Tensor]:
         """Run a prompt (P,) int64: logits (1, V) of the next token, and the reward (1,) of the last prompt token."""
 
-    def extend(self, parents: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, parents: Tensor, token_ids: Tensor) -> tuple[Tensor | Best, Tensor]:
         """Logits (S, V) and rewards (S,) of new branches: ``parents[s]`` of the call before plus ``token_ids[s]``.
 
         Both are int64 on the CPU. Branches of the call before that ``parents`` does not name are gone.
@@ -92,16 +102,18 @@ class _Ends(NamedTuple):
         return "stop" if tokens[-1] in self.eos_token_ids else None
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """What all searches of a call share; the arguments of ``search``."""
 
     width: int
     chunk: int
     depth: int
-    ends: _Ends
-    with_end: bool
-    min_p: float
-    max_branches: int
+    max_new_tokens: int
+    eos_token_ids: int | Iterable[int] = ()
+    is_stop: Callable[[Sequence[int]], bool] | None = None
+    with_end: bool = False
+    min_p: float = 0.0
+    max_branches: int = 256
 
 
 def search(
@@ -156,9 +168,8 @@ def search(
         TypeError, ValueError: an argument is not what it must be; the message names it and what came. ValueError also
             where a reward is not finite, or no logit of a branch that goes on is.
     """
-    ends = _Ends(max_new_tokens, as_ids("eos_token_ids", eos_token_ids), is_stop)
-    run = _run(prompt_ids, on_commit, _Options(width, chunk, depth, ends, with_end, min_p, max_branches))
-    next(run)
+    options = Options(width, chunk, depth, max_new_tokens, eos_token_ids, is_stop, with_end, min_p, max_branches)
+    run = begin(prompt_ids, on_commit, options)
     logits, rewards = stepper.prefill(prompt_ids)
     while True:
         try:
@@ -198,11 +209,10 @@ def search_all(
     if isinstance(prompts, (str, Tensor)) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts must be a list of tensors (P,), one for each prompt, got {type(prompts).__name__}")
     listeners = [None if on_commit is None else partial(on_commit, number) for number in range(len(prompts))]
-    ends = _Ends(max_new_tokens, as_ids("eos_token_ids", eos_token_ids), is_stop)
-    options = _Options(width, chunk, depth, ends, with_end, min_p, max_branches)
-    runs = [_run(prompt_ids, listener, options) for prompt_ids, listener in zip(prompts, listeners, strict=True)]
-    for run in runs:
-        next(run)
+    # Iterated once, also where it is an iterator.
+    eos_token_ids = as_ids("eos_token_ids", eos_token_ids)
+    options = Options(width, chunk, depth, max_new_tokens, eos_token_ids, is_stop, with_end, min_p, max_branches)
+    runs = [begin(prompt_ids, listener, options) for prompt_ids, listener in zip(prompts, listeners, strict=True)]
     found: list[Search | None] = [None] * len(prompts)
     if prompts:
         logits, rewards = stepper.prefill(prompts)
@@ -212,8 +222,9 @@ def search_all(
         values = rewards.tolist()
         for number, count in counts.items():
             part = slice(first, first + count)
+            ours = Best(*(side[part] for side in logits)) if isinstance(logits, Best) else logits[part]
             try:
-                parents, token_ids = runs[number].send((logits[part], values[part]))
+                parents, token_ids = runs[number].send((ours, values[part]))
             except StopIteration as end:
                 found[number] = end.value
             else:
@@ -259,28 +270,41 @@ def check_options(
         )
 
 
-def _run(
-    prompt_ids: Tensor, on_commit: Callable[[list[int]], None] | None, options: _Options
-) -> Generator[tuple[list[int], list[int]], tuple[Tensor, list[float]], Search]:
-    """One search, that asks for forwards: it yields parents and tokens, and is sent logits and rewards.
+Forwards = Generator[tuple[list[int], list[int]], tuple[Tensor | Best, list[float]], Search]
 
-    It checks its arguments and then yields empty lists for the forward of the prompt.
+
+def begin(prompt_ids: Tensor, on_commit: Callable[[list[int]], None] | None, options: Options) -> Forwards:
+    """One search, whose arguments are checked, that waits for the forward of its prompt.
+
+    It is sent logits and rewards, and yields the parents and the tokens of the next forward. ``StopIteration`` holds
+    the result.
     """
-    width, chunk, depth, ends, with_end, min_p, max_branches = options
+    ends = _Ends(options.max_new_tokens, as_ids("eos_token_ids", options.eos_token_ids), options.is_stop)
     check_options(
-        width=width,
-        chunk=chunk,
-        depth=depth,
-        max_new_tokens=ends.max_new_tokens,
-        with_end=with_end,
-        min_p=min_p,
-        max_branches=max_branches,
+        width=options.width,
+        chunk=options.chunk,
+        depth=options.depth,
+        max_new_tokens=options.max_new_tokens,
+        with_end=options.with_end,
+        min_p=options.min_p,
+        max_branches=options.max_branches,
     )
     if check_integer("prompt_ids", prompt_ids).dim() != 1 or prompt_ids.numel() == 0:
         raise ValueError(f"prompt_ids must have shape (P,) with P at least 1, got shape {tuple(prompt_ids.shape)}")
+    run = _run(on_commit, options, ends)
+    next(run)
+    return run
 
+
+def _run(on_commit: Callable[[list[int]], None] | None, options: Options, ends: _Ends) -> Forwards:
+    width, chunk, depth, *_, with_end, min_p, _ = options
     logits, rewards = yield [], []
-    if width > logits.shape[-1]:
+    if isinstance(logits, Best):
+        if width > logits.values.shape[-1]:
+            raise ValueError(
+                f"width must be at most {logits.values.shape[-1]}, the best tokens that the stepper gives, got {width}"
+            )
+    elif width > logits.shape[-1]:
         raise ValueError(f"width must be at most the vocabulary, {logits.shape[-1]} ids, got {width}")
     _check_finite(rewards, 1)
     running = [_Branch((), (), rewards[0], 1)]
@@ -324,7 +348,7 @@ def _run(
 
 
 def _grow(
-    running: list[_Branch], logits: Tensor, width: int, is_fork: bool, min_p: float, ends: _Ends, forward: int
+    running: list[_Branch], logits: Tensor | Best, width: int, is_fork: bool, min_p: float, ends: _Ends, forward: int
 ) -> tuple[list[int], list[_Branch]]:
     """Every branch with each of its ``width`` best tokens, and the indices of the branches they come from."""
     values, indices = _best(logits, width)
@@ -346,12 +370,14 @@ def _grow(
     return parents, branches
 
 
-def _best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _best(logits: Tensor | Best, width: int) -> tuple[Tensor, Tensor]:
     """Values and ids (S, width) of the best of (S, V), of equal ones the lower id first.
 
     As transformers' greedy decoding has it, whose token a fork must contain; topk takes any of them. Where fewer are
     left than ``width``, the values of the others are -inf.
     """
+    if isinstance(logits, Best):
+        return logits.values[:, :width], logits.token_ids[:, :width]
     found = [logits.max(-1, keepdim=True)]
     while len(found) < width:
         logits = logits.scatter(-1, found[-1].indices, float("-inf"))

@@ -1,5 +1,6 @@
 """Train a reward channel on preferences, with ``transformers.Trainer``."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,8 +26,13 @@ from leafkernels.losses.preference import (
     token_reward_metrics,
     token_reward_sums,
 )
+from leafkernels.models import tree_batch
+from leafkernels.models.asking import normalises_by_batch
+from leafkernels.models.tree_logprobs import Prepared, prepare
 from leafkernels.rows.recordings import find_encoder, join_features, undecoded
 from leafkernels.vocabulary.surprisal import surprisal_entropy
+
+_logger = logging.getLogger(__name__)
 
 _TERMS = ("reward_loss", "simpo_loss", "sft_loss")
 
@@ -56,6 +62,13 @@ class TokenRewardConfig(TrainingArguments):
             "help": "Rows that cannot be trained on: 'raise' names them before training, 'drop' leaves them out."
         },
     )
+    share_prefixes: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the prompt of a pair, and what its answers begin with, through the model once, where that is "
+            "fewer tokens: rewards and gradients are the same to rounding."
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the texts."})
 
 
@@ -65,6 +78,10 @@ class TokenRewardTrainer(Trainer):
     With ``train_model=True`` the model learns along (LoRA or whole), by the paper's total loss: reward_weight x loss of
     the rewards + simpo_weight x SimPO + sft_weight x mean cross entropy of the chosen answers' tokens. A checkpoint
     then holds adapter or model beside the channel.
+
+    With ``share_prefixes=True`` the prompt of a pair runs once, its recording with it, where that is fewer tokens
+    (``leafkernels.models.tree_logprobs``), and ``tokens_per_node`` in the log is how many tokens of the rows one token
+    that runs stands for, padding included. A reason to run rows one by one is told in a warning, once each.
 
     The dataset has TRL's columns ``prompt``, ``chosen`` and ``rejected``: texts, or lists of messages for the chat
     template of the tokenizer. A prompt begins with what the tokenizer puts before a text, and answers of text end with
@@ -118,6 +135,8 @@ class TokenRewardTrainer(Trainer):
         parts = [model.model, find_encoder(model.model)] if hears else [model.model]
         # They run in eval mode: Granite-Speech's encoder would normalise by the batch, and keep its statistics.
         self._frozen = [part for part in parts if not any(weight.requires_grad for weight in part.parameters())]
+        if args.share_prefixes:
+            _check_sharing(args, model)
         one = torch.zeros(1, 1)
         token_reward_loss(one, one, one + 1, one + 1, kind=args.kind, scale=args.scale, margin=args.margin)
         simpo_loss(one, one, one + 1, one + 1, **_simpo_options(args))
@@ -132,6 +151,7 @@ class TokenRewardTrainer(Trainer):
         self._noted: dict[str, Tensor] = {}
         self._noted_steps = 0
         self._read_through: set[str] = set()
+        self._told: set[str] = set()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer``'s; both datasets are read through before it."""
@@ -192,15 +212,13 @@ class TokenRewardTrainer(Trainer):
         ids, mask, args = inputs["input_ids"], inputs["answer_mask"], self.args
         for part in self._frozen:
             part.eval()
-        output = model(**{name: values for name, values in inputs.items() if name != "answer_mask"})
-        pairs = *output.rewards.chunk(2), *mask.chunk(2)
+        rewards, logprobs, tokens_per_node = self._run(model, inputs)
+        pairs = *rewards.chunk(2), *mask.chunk(2)
         own = answer_counts(*pairs[2:])
         sums = {}  # over the pairs, the chosen tokens and the rejected ones
         if args.reward_weight:
             sums["reward_loss"] = token_reward_sums(*pairs, kind=args.kind, scale=args.scale, margin=args.margin)
-        if args.simpo_weight or args.sft_weight:
-            # A prompt has a token at least, so that the first one of an answer has a log-probability.
-            logprobs = surprisal_entropy(output.logits[:, :-1], ids[:, 1:], response_mask=mask[:, 1:]).logprobs
+        if logprobs is not None:
             (chosen, rejected), masks = logprobs.chunk(2), mask[:, 1:].chunk(2)
             if args.simpo_weight:
                 of_pairs = simpo_loss(chosen, rejected, *masks, **_simpo_options(args)) * len(chosen)
@@ -217,8 +235,53 @@ class TokenRewardTrainer(Trainer):
             found = token_reward_metrics(*pairs)
             if args.simpo_weight:
                 found |= simpo_metrics(chosen, rejected, *masks, beta=args.simpo_beta)
+            if args.share_prefixes:
+                found["tokens_per_node"] = loss.new_tensor(tokens_per_node)
             self._note({name: term.detach() for name, term in terms.items()}, found, len(ids) // 2)
-        return (loss, {"rewards": output.rewards}) if return_outputs else loss
+        return (loss, {"rewards": rewards}) if return_outputs else loss
+
+    def _run(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, float]:
+        """Rewards (2 B, T), log-probabilities (2 B, T - 1) where a loss reads them, and tokens for each that runs."""
+        ids, mask = inputs["input_ids"], inputs["answer_mask"]
+        reads_logits = bool(self.args.simpo_weight or self.args.sft_weight)
+        prepared = self._prepared(model, inputs, mask if reads_logits else torch.zeros_like(mask))
+        if prepared is None:
+            output = model(**{name: values for name, values in inputs.items() if name != "answer_mask"})
+            if not reads_logits:
+                return output.rewards, None, 1.0
+            # A prompt has a token at least, so that the first one of an answer has a log-probability.
+            found = surprisal_entropy(output.logits[:, :-1], ids[:, 1:], response_mask=mask[:, 1:])
+            return output.rewards, found.logprobs, 1.0
+        with self.accelerator.autocast():
+            logprobs, _, rewards = prepared.run(read=_rewards)
+        assert rewards is not None
+        stats = prepared.stats
+        return rewards, logprobs[:, 1:] if reads_logits else None, stats.tokens_of_rows / max(stats.tokens, 1)
+
+    def _prepared(self, model: Any, inputs: dict[str, Tensor], asked: Tensor) -> Prepared | None:
+        """How what chosen and rejected share runs once; None: rows are run one by one."""
+        if not self.args.share_prefixes:
+            return None
+        ids, own = inputs["input_ids"], ("input_ids", "attention_mask", "answer_mask")
+        of_pairs = torch.arange(len(ids) // 2, device=ids.device).repeat(2)
+        batch = tree_batch(ids, inputs.get("attention_mask"), response_mask=asked, groups=of_pairs)
+        # Those of the chosen answers, and the same again of the rejected ones.
+        features = {name: values.chunk(2)[0] for name, values in inputs.items() if name not in own}
+        try:
+            with self.accelerator.autocast():
+                prepared = prepare(model, batch)
+                if prepared.choice.plan.kind != "rows":
+                    return prepare(model, batch, inputs=features) if features else prepared
+            reason = prepared.choice.reason
+        except RuntimeError as error:
+            # Of a model that cannot hear once for several rows.
+            if not str(error).startswith("inputs must be None"):
+                raise
+            reason = str(error)
+        if reason not in self._told and self.accelerator.is_main_process:
+            self._told.add(reason)
+            _logger.warning("share_prefixes=True, and some rows are run one by one: %s.", reason)
+        return None
 
     def _note(self, terms: dict[str, Tensor], of_pairs: dict[str, Tensor], pairs: int) -> None:
         """Add up on the device what is logged: the terms of steps, the sums of pairs, and the pairs."""
@@ -343,6 +406,26 @@ def _spread(state: Mapping[str, Tensor], own: Mapping[str, Any]) -> dict[str, Te
             tensor = distribute_tensor(whole.to(like.device, like.dtype), like.device_mesh, like.placements)
         found[name] = tensor
     return found
+
+
+def _rewards(output: Any, _: Any) -> Tensor:
+    found: Tensor = output.rewards
+    return found
+
+
+def _check_sharing(args: TokenRewardConfig, model: RewardTransformer) -> None:
+    if args.ddp_broadcast_buffers:
+        raise ValueError(
+            "ddp_broadcast_buffers must be None or False with share_prefixes=True, got True: ranks run different "
+            "numbers of forward passes, and cannot send each other buffers in each"
+        )
+    # A forward pass in which DDP broadcasts its buffers is a collective.
+    args.ddp_broadcast_buffers = False
+    if args.train_model and (name := normalises_by_batch(model)):
+        raise ValueError(
+            f"share_prefixes must be False with a model that is trained and normalises by the batch, got {name}: it "
+            "would see a prompt once, and not once for each of its rows"
+        )
 
 
 def _simpo_options(args: TokenRewardConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from leafkernels.lookahead.reward_channel import LayerWeights, RewardChannel
 from leafkernels.lookahead.search import Search, as_ids, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
 from leafkernels.lookahead.trial import UnfitLayersError, base_of, check_layers
-from leafkernels.models.asking import evaluating
+from leafkernels.models.asking import bare_model, evaluating
 
 # What ``Trainer`` and the engines below it ask of a model. Not all that it has: what they do not allow a quantised
 # model, as to be trained, a channel beside it may.
@@ -84,6 +84,10 @@ class RewardTransformer(nn.Module):
     def config(self) -> Any:
         """The model's."""
         return self.model.config
+
+    def get_base_model(self) -> Any:
+        """The model of transformers, without the channel, and without an adapter, as PEFT's models give it."""
+        return bare_model(self.model)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name) if name in _OF_MODEL else super().__getattr__(name)
@@ -275,7 +279,7 @@ class RewardTransformer(nn.Module):
                 if not 0 <= token < vocabulary:
                     raise ValueError(f"suppress_tokens must lie between 0 and {vocabulary - 1}, got {token}")
         ends = _of_config(of_model.eos_token_id) if eos_token_ids is None else eos_token_ids
-        is_stop = _holds(stop_strings, tokenizer)
+        is_stop = holds_any(stop_strings, tokenizer)
         with evaluating(self):
             stepper: Any = TransformersStepper(
                 self,
@@ -598,7 +602,7 @@ def _count_logits(model: Any) -> int:
     return rows or int(model.config.get_text_config().vocab_size)
 
 
-def _holds(stop_strings: str | Sequence[str], tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
+def holds_any(stop_strings: str | Sequence[str], tokenizer: Any) -> Callable[[Sequence[int]], bool] | None:
     """Whether the text of a branch has come to hold one of the strings with its last token."""
     strings: list[Any] = list(stop_strings) if isinstance(stop_strings, list | tuple) else [stop_strings]
     if not strings:

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # Of each module that is run so: by how many now, and the mode that it was found in.
 _MODES: dict[nn.Module, tuple[int, bool]] = {}
@@ -80,6 +81,14 @@ def is_checkpointed(bare: Any) -> bool:
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second warns in transformers 5
     name = next((name for name in names if hasattr(type(bare), name)), None)
     return name is not None and bool(getattr(bare, name))
+
+
+def normalises_by_batch(model: nn.Module) -> str | None:
+    """The name of a trained module whose result for a row depends on the rows beside it; None: there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and any(weight.requires_grad for weight in module.parameters()):
+            return name
+    return None
 
 
 def text_config(model: Any) -> Any:
