@@ -270,7 +270,7 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
         else:
             with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
                 states, picked = _states_of_slices(*arguments)
-                if of_kept is not None:
+                if kept is not None and of_kept is not None:
                     states, picked = with_states(states, picked, of_kept, values, kept, tokens.temperature)
                 statistics = merge_slices(states, picked, tokens.temperature, live, backend, vocab_group)
         ctx.save_for_backward(*statistics, hidden, weight, bias, *tokens, *saved)
