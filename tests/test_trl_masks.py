@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 
 import tiny_trl
+from datasets import Dataset
 from peft import LoraConfig
 from support import run_ranks
 from tiny_trl import Recorded, config, picky, trainer
@@ -144,6 +145,18 @@ def test_every_pass_of_the_loss_is_over_the_kept_ids(changes: dict[str, Any], tm
     log = [line for line in run.state.log_history if "leaf/kept_mass" in line]
     assert all(0 < line["leaf/kept_mass"] < 1 and line["leaf/kept_missing"] == 0 for line in log)
     assert any(line["grad_norm"] > 0 for line in run.state.log_history[:-1])
+
+
+def test_shared_prefixes_share_the_kept_ids(tmp_path: Path) -> None:
+    prompts = Dataset.from_dict({"prompt": ["abcdefgh" * 2 + "a" * n for n in range(4)] * 4})
+    torch.manual_seed(4)
+    args = config(tmp_path, **PLAIN, share_prefixes=True, num_iterations=2, max_steps=4)
+    run = Checked(tiny_trl.model(), picky, args, prompts, processing_class=tiny_trl.tokenizer())
+    run.train()
+    assert run.checked.count("policy") == 4
+    log = run.state.log_history[:-1]
+    assert any(line["grad_norm"] > 0 for line in log)
+    assert all(line["leaf/shared_share"] == 1 and line["leaf/tokens_per_node"] > 1.2 for line in log)
 
 
 def test_the_gradient_is_that_of_filled_logits(tmp_path: Path) -> None:

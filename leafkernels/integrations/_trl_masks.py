@@ -21,7 +21,8 @@ from leafkernels.integrations._trl_kept import is_kept, joined, of_engine, of_ro
 from leafkernels.integrations._trl_sharing import SharedPrefixes
 from leafkernels.models.asking import bare_model, evaluating, parameters_of
 from leafkernels.models.heads import Head, head_of, hidden_states, score
-from leafkernels.models.run import groups_in_step
+from leafkernels.models.ranks import placed
+from leafkernels.models.tree_logprobs import Prepared
 from leafkernels.vocabulary.sampling_mask import SamplingMask
 from leafkernels.vocabulary.surprisal import surprisal_entropy
 
@@ -108,10 +109,20 @@ class SamplingMasks(SharedPrefixes):
             compute = partial(self._score_kept, self._masks[rows], 3 if has_aux_loss else 2)
         return super()._alone(rows, compute, model, *args, **kwargs)
 
-    def _shared(self, rows: slice, model: Any, ids: Tensor, mask: Tensor, keep: int, **more: Any) -> Any:
-        if self._masks is not None:
-            more["sampling_mask"] = joined(self._masks[rows], keep, ids.device, ids.shape[1] - keep)
-        return super()._shared(rows, model, ids, mask, keep, **more)
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *more: Any, **options: Any
+    ) -> Any:
+        self._width = logits_to_keep
+        call = (model, input_ids, attention_mask, logits_to_keep)
+        return super()._get_per_token_logps_and_entropies(*call, *more, **options)
+
+    def _shared(self, rows: slice, prepared: Prepared) -> tuple[Tensor, Tensor]:
+        if self._masks is None:
+            return super()._shared(rows, prepared)
+        before = prepared.batch.shape[1] - self._width
+        kept = joined(self._masks[rows], self._width, prepared.batch.rows.ids.device, before)
+        with self.accelerator.autocast():
+            return prepared.run(self.temperature, sampling_mask=kept)[:2]
 
     def _score_kept(
         self,
@@ -262,7 +273,7 @@ def _check_options(args: Any, has_aux_loss: bool) -> None:
 def _states(model: Any, ids: Tensor, mask: Tensor, keep: int) -> tuple[Head | None, Tensor]:
     """(rows, keep, size): what the head is given before each of the last tokens, or without a head their logits."""
     bare = bare_model(model)
-    head = None if groups_in_step(bare) else head_of(model)
+    head = None if placed(bare).in_step else head_of(model)
     more: dict[str, Any] = {name: value for name, value in (("use_cache", False),) if name in parameters_of(model)}
     if "logits_to_keep" in parameters_of(model):
         more["logits_to_keep"] = keep + 1 if head is None else 1

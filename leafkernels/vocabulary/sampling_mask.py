@@ -159,7 +159,7 @@ class SamplingMask(NamedTuple):
         live = check_mask(response_mask, "token_ids", ids.shape, ids.device)
         ids = ids.reshape(-1).to(torch.int64)
         checked = check_sampling_mask(self, ids.shape[0], ids.device)
-        row = _rows_of(checked).clamp(0, max(ids.shape[0] - 1, 0))
+        row = rows_of(checked).clamp(0, max(ids.shape[0] - 1, 0))
         if not ids.shape[0] or not row.shape[0]:
             return ids.new_zeros(())
         lengths, is_sampled = checked.offsets.diff(), checked.token_ids.to(torch.int64) == ids[row]
@@ -222,7 +222,7 @@ def kept_ids(
     its first; None where it has no ids.
     """
     num_rows, ids = token_ids.shape[0], mask.token_ids.to(torch.int64)
-    rows = _rows_of(mask)
+    rows = rows_of(mask)
     first, total = (0, vocab_size) if part is None else part
     has_ids = count_by_row((ids >= 0) & (ids < total), mask.offsets) > 0
     ids = ids - first
@@ -254,7 +254,7 @@ def lists_of(mask: SamplingMask | None, rows: Sequence[int]) -> list[list[int]] 
     return [ids[offsets[row] : offsets[row + 1]] for row in rows]
 
 
-def _rows_of(mask: SamplingMask) -> Tensor:
+def rows_of(mask: SamplingMask) -> Tensor:
     """The row (K,) of each kept id; N for those behind the last row."""
     places = torch.arange(mask.token_ids.shape[0], device=mask.offsets.device)
     return torch.searchsorted(mask.offsets, places, right=True) - 1
