@@ -14,8 +14,10 @@ from support import examples
 
 import leafkernels
 from leafkernels import SamplingMask
-from leafkernels.vocabulary.kept import add_head_gradients
+from leafkernels.eager.surprisal import merge_surprisal_states
+from leafkernels.vocabulary.kept import add_head_gradients, kept_logits, states_of, statistics_of
 from leafkernels.vocabulary.sampling_mask import Kept, check_sampling_mask, kept_ids
+from leafkernels.vocabulary.slices import Slice
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -363,6 +365,7 @@ def test_kept_ids_in_one_form() -> None:
     mask = check_sampling_mask(mask_of([[9, 2, 9, -1, 5], [], [4, 11], [10, 12]]), 4, torch.device(DEVICE))
     live = torch.tensor([True, True, True, True], device=DEVICE)
     kept, is_free = kept_ids(mask, ids, 10, live)
+    assert kept is not None
     count = int(kept.offsets[-1])
     assert kept.ids[:count].tolist() == [2, 5, 9, 1, 4]
     assert kept.rows[:count].tolist() == [0, 0, 0, 2, 2]
@@ -371,7 +374,41 @@ def test_kept_ids_in_one_form() -> None:
     assert kept.sampled.tolist() == [1, -1, 3, -1]
     assert is_free.tolist() == [False, True, False, True]
     kept, is_free = kept_ids(mask, ids, 10, ~live)
+    assert kept is not None
     assert int(kept.offsets[-1]) == int(is_free.sum()) == 0
+
+
+@given(families(), st.data())
+def test_slices_of_a_vocabulary_make_the_whole(family: Any, data: st.DataObject) -> None:
+    """Kept ids of slices are those of the whole, and so are the numbers that come of their states together."""
+    logits, ids, lists, live, temperature = family
+    vocab_size, device = logits.shape[1], torch.device(DEVICE)
+    mask = check_sampling_mask(mask_of(lists), len(ids), device)
+    temperatures = torch.full((len(ids),), temperature, device=device)
+    whole, is_free = kept_ids(mask, ids, vocab_size, live)
+    assert whole is not None
+    want = statistics_of("torch", kept_logits(logits.double(), whole), whole, temperatures)
+    cuts = sorted({0, vocab_size, *data.draw(st.lists(st.integers(0, vocab_size), max_size=3))})
+    states, found, picked = [], set(), torch.full(ids.shape, math.nan, dtype=torch.float64, device=device)
+    for first, last in itertools.pairwise(cuts):
+        part = Slice(torch.tensor(first, device=device), torch.tensor(vocab_size, device=device))
+        kept, is_free_too = kept_ids(mask, ids - first, last - first, live, part)
+        assert kept is not None
+        assert torch.equal(is_free, is_free_too)
+        count = int(kept.offsets[-1])
+        pairs = zip(kept.rows[:count].tolist(), (kept.ids[:count] + first).tolist(), strict=True)
+        assert not found.intersection(pairs := set(pairs))
+        found |= pairs
+        values = kept_logits(logits[:, first:last].double(), kept)
+        of_slice = statistics_of("torch", values, kept, temperatures)
+        state, chosen = states_of(of_slice, values, kept, temperatures)
+        states.append(state)
+        picked = torch.where(picked.isnan(), chosen, picked)
+    count = int(whole.offsets[-1])
+    assert found == set(zip(whole.rows[:count].tolist(), whole.ids[:count].tolist(), strict=True))
+    merged = merge_surprisal_states(torch.cat(states, 2), picked, temperatures, whole.offsets.diff() > 0)
+    for actual, exactly in zip(merged[:2], want[:2], strict=True):
+        torch.testing.assert_close(actual, exactly, rtol=1e-12, atol=1e-30, equal_nan=True)
 
 
 def test_how_many_sampled_ids_are_missing() -> None:
@@ -514,13 +551,6 @@ def test_errors() -> None:
         ):
             with pytest.raises(error, match=f"^{re.escape(message)}$"):
                 function(*inputs, sampling_mask=mask)
-    for function, inputs in (
-        (leafkernels.surprisal_entropy, (logits, ids)),
-        (leafkernels.linear_surprisal_entropy, (hidden, weight, ids)),
-        (leafkernels.policy_loss_from_logits, (logits[None], ids[None], None, *torch.ones(2, 1, 2, device=DEVICE))),
-    ):
-        with pytest.raises(ValueError, match=r"^sampling_mask must be None with vocab_group, which splits the vocab"):
-            function(*inputs, sampling_mask=good, vocab_group=object())
     for options, message in (
         ({"top_p": 0.0}, "top_p must be a share of at most 1, got 0.0"),
         ({"min_p": 1.5}, "min_p must be a share of at most 1, got 1.5"),

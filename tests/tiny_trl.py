@@ -141,9 +141,16 @@ class Recorded(LeafGRPOTrainer):
         return super()._compute_loss(model, inputs)
 
 
-def one_step(folder: str, rows: int, scale: str, first_row: int = 0) -> Recorded:
+def one_step(folder: str, rows: int, scale: str, first_row: int = 0, **changes: Any) -> Recorded:
     """A step of groups of four, one of which straddles two ranks of six rows."""
-    args = config(folder, per_device_train_batch_size=rows, max_steps=1, scale_rewards=scale, report_every=5)
+    changes = {
+        "per_device_train_batch_size": rows,
+        "max_steps": 1,
+        "scale_rewards": scale,
+        "report_every": 5,
+        **changes,
+    }
+    args = config(folder, **changes)
     run = trainer(Recorded, args, picky, script(model(), 4, first_row))
     run.train()
     return run
@@ -152,6 +159,7 @@ def one_step(folder: str, rows: int, scale: str, first_row: int = 0) -> Recorded
 if __name__ == "__main__":
     torch.set_num_threads(1)
     (rank, out, scale) = (int(sys.argv[1]), sys.argv[2], sys.argv[3])
-    run = one_step(f"{out}.run", 6, scale, 6 * rank)
+    masks = {"top_p": float(sys.argv[4]), "sampling_mask": True} if sys.argv[4:] else {}
+    run = one_step(f"{out}.run", 6, scale, 6 * rank, **masks)
     torch.save(run.batches, out)
     torch.distributed.destroy_process_group()

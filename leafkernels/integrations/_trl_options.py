@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
-from leafkernels.integrations._trl_sharing import SharedPrefixes
+from leafkernels.integrations._trl_masks import SamplingMasks
 
 _logger = logging.getLogger(__name__)
 
@@ -118,8 +118,8 @@ def _is_set(args: Any, option: Any) -> bool:
     return bool(getattr(args, option.name) != default)
 
 
-class MendedGRPOTrainer(SharedPrefixes):
-    """``GRPOTrainer`` that may share prefixes, with two mends.
+class MendedGRPOTrainer(SamplingMasks):
+    """``GRPOTrainer`` that may share prefixes and mask what was not sampled from, with two mends.
 
     - An infinite reward is none: the function has not scored that completion. TRL would carry it into the means of its
       group, or of the batch. ``rewards/NAME/nonfinite`` counts them, over all ranks, in the generation batches that

@@ -27,6 +27,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
         "pip install 'leafkernels[trl]'"
     ) from error
 
+from leafkernels.integrations._trl_masks import SamplingMaskConfig
 from leafkernels.integrations._trl_options import TokenCredit, check_options
 from leafkernels.integrations._trl_report import check_report, write_report
 from leafkernels.integrations._trl_sharing import SharedPrefixesConfig
@@ -49,7 +50,7 @@ _MODEL_INPUTS = (
 
 
 @dataclass
-class LeafGRPOConfig(SharedPrefixesConfig, trl.GRPOConfig):
+class LeafGRPOConfig(SharedPrefixesConfig, SamplingMaskConfig, trl.GRPOConfig):
     """``GRPOConfig`` with the options of ``leafkernels.span_advantages`` and ``tree_td``, under the same names.
 
     For a config of your own: ``@dataclass class MyConfig(LeafGRPOConfig, TheConfigOfMyTrainer)``.
@@ -267,6 +268,9 @@ class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
         for name in ("old_per_token_logps", "sampling_per_token_logps"):
             if batch.get(name) is not None:
                 return batch[name]
+        if self._scored is not None:  # where the kept ids were found
+            scored = self._scored
+            return torch.nn.functional.pad(scored, (0, batch["completion_ids"].shape[1] - scored.shape[1]))
         with evaluating(self.model), torch.no_grad():
             return self._get_per_token_logps_and_entropies(
                 self.model,

@@ -142,7 +142,7 @@ def policy_loss_from_logits(
             ``policy_loss``.
         sampling_mask: the ids that each token could have been, as ``surprisal_entropy`` takes it. Of such rows only the
             kept logits are read, by ``surprisal_entropy`` followed by ``policy_loss``: what is said above of one pass
-            does not hold. Not with ``vocab_group``.
+            does not hold.
         vocab_group: the tensor-parallel ranks, if each has a slice of the vocabulary, as ``surprisal_entropy`` takes
             it. The gradient then needs the results of the other ranks, so this is ``surprisal_entropy`` followed by
             ``policy_loss``, and reads the logits twice. The results are the same on every rank, and each gets the

@@ -21,10 +21,11 @@ class Rows(NamedTuple):
     lengths: list[int]  # at least 1
     shared: list[int]  # with the row before
     firsts: list[int]  # the first token of each row that is asked for; its length if none is
+    cells: Tensor | None = None  # (N, L): where the kept ids of each token stand in a sampling mask
 
     def part(self, first: int, last: int) -> "Rows":
-        ids, scored = self.ids[first:last], self.scored[first:last]
-        return Rows(ids, scored, *(numbers[first:last] for numbers in self[2:]))
+        parts: list[Any] = [None if part is None else part[first:last] for part in self]
+        return Rows(*parts)
 
 
 class TreeBatch(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from leafkernels.models.asking import bare_model, evaluating, parameters_of, plain_ids, text_config
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
+from leafkernels.vocabulary.sampling_mask import SamplingMask
 from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
 
 
@@ -96,10 +97,18 @@ def hidden_states(bare: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def score(head: Head | None, states: Tensor, token_ids: Tensor, temperature: float, mask: Tensor) -> SurprisalEntropy:
+def score(
+    head: Head | None,
+    states: Tensor,
+    token_ids: Tensor,
+    temperature: float,
+    mask: Tensor,
+    sampling_mask: SamplingMask | None = None,
+) -> SurprisalEntropy:
     """Of tokens, from hidden states before them where there is a head, else from logits."""
     if head is None:
-        return surprisal_entropy(states, token_ids, temperature=temperature, response_mask=mask)
+        options: dict[str, Any] = {"response_mask": mask, "sampling_mask": sampling_mask}
+        return surprisal_entropy(states, token_ids, temperature=temperature, **options)
     return linear_surprisal_entropy(
         states,
         head.linear.weight,
@@ -110,4 +119,5 @@ def score(head: Head | None, states: Tensor, token_ids: Tensor, temperature: flo
         logit_softcap=head.softcap,
         response_mask=mask,
         num_live=token_ids.numel(),
+        sampling_mask=sampling_mask,
     )

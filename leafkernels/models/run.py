@@ -15,6 +15,7 @@ from leafkernels.models.batch import Rows
 from leafkernels.models.heads import Head, hidden_states, score
 from leafkernels.models.masks import Sees, attention_masks, tree_sees
 from leafkernels.models.plan import Bin, Cluster, Piece
+from leafkernels.vocabulary.sampling_mask import SamplingMask
 
 # What else is taken of a forward pass, (rows, tokens, ...): from the model's output, and the states that its decoder
 # gives, where the decoder runs hooks.
@@ -33,6 +34,11 @@ class Run(NamedTuple):
     # Whether ranks run each forward and backward pass together: then none may be left out.
     in_step: bool = False
     read: Read | None = None
+    # The kept ids of the cells of rows.
+    mask: SamplingMask | None = None
+
+    def kept(self, cells: Tensor | None) -> SamplingMask | None:
+        return None if self.mask is None or cells is None else self.mask.index(cells.flatten())
 
 
 class Found(NamedTuple):
@@ -70,7 +76,8 @@ def _run_rows(run: Run, rows: Rows, piece: Piece) -> tuple[list[_States], Found]
     given = positions if run.has_positions else None
     states = _forward(run, rows.ids, is_token.long(), given, width - skip, None, run.inputs)
     asked = rows.scored[:, skip + 1 :]
-    found = score(run.head, states.kept[:, :-1], rows.ids[:, skip + 1 :], run.temperature, asked)
+    kept = run.kept(None if rows.cells is None else rows.cells[:, skip + 1 :])
+    found = score(run.head, states.kept[:, :-1], rows.ids[:, skip + 1 :], run.temperature, asked, kept)
     read = None if states.read is None else _where(is_token, states.read)
     return [states], Found(pad(found.logprobs, (skip + 1, 0)), pad(found.entropy, (skip + 1, 0)), read)
 
@@ -124,7 +131,8 @@ def _run_nodes(run: Run, rows: Rows, piece: Piece) -> tuple[list[_States], Found
     target, flat = place[row, token], torch.cat([part.kept.flatten(0, 1) for part in states])
     is_asked = torch.zeros(size + 1, dtype=torch.bool, device=device)
     is_asked[torch.where(rows.scored, place, size)] = True
-    found = score(run.head, flat[place[row, token - 1]], rows.ids[row, token], run.temperature, is_asked[target])
+    before_it, possible = flat[place[row, token - 1]], run.kept(None if rows.cells is None else rows.cells[row, token])
+    found = score(run.head, before_it, rows.ids[row, token], run.temperature, is_asked[target], possible)
     number = torch.zeros(size, dtype=torch.int64, device=device)
     number[target] = torch.arange(len(pairs), device=device)
     logprobs, entropy = (torch.where(rows.scored, part[number[place]], 0.0) for part in (found.logprobs, found.entropy))

@@ -16,9 +16,11 @@ from leafkernels._core.checks import check_choice
 from leafkernels.models.asking import bare_model, plain_ids
 from leafkernels.models.batch import Rows, TreeBatch, as_batch
 from leafkernels.models.choose import PLANS, Choice, choose
+from leafkernels.models.kept import kept_of_tree
 from leafkernels.models.plan import ROWS, TREE_BELOW, TRUNKS, Bin, Cluster, Piece, count_nodes
 from leafkernels.models.ranks import placed
 from leafkernels.models.run import Read, Run, run_piece
+from leafkernels.vocabulary.sampling_mask import SamplingMask
 
 
 class TreeLogprobs(NamedTuple):
@@ -48,6 +50,8 @@ class TreeStats(NamedTuple):
     """Different prefixes of the rows: the fewest tokens that there are to run."""
     forwards: int
     """Forward passes of the model."""
+    unions: int = 0
+    """Prefixes behind which rows kept different ids, by ``sampling_mask``."""
 
 
 class Prepared(NamedTuple):
@@ -78,10 +82,15 @@ class Prepared(NamedTuple):
             choice.pieces * (2 if has_trunks else 1),
         )
 
-    def run(self, temperature: float = 1.0, read: Read | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def run(
+        self, temperature: float = 1.0, read: Read | None = None, sampling_mask: SamplingMask | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities and entropies (N, T), and what is read of each token, (N, T, ...)."""
         batch, choice, device = self.batch, self.choice, self.batch.rows.ids.device
         run = Run(self.model, choice.head, temperature, self.inputs, in_step=self.in_step, read=read)
+        if sampling_mask is not None:
+            kept = kept_of_tree(sampling_mask, batch)
+            run, batch = run._replace(mask=kept.mask), batch._replace(rows=batch.rows._replace(cells=kept.cells))
         parts = []
         for piece in choice.plan.pieces:
             first, last = piece.bins[0].first, piece.bins[-1].last
@@ -134,6 +143,7 @@ def tree_logprobs(
     group_size: int | None = None,
     max_tokens: int | None = None,
     inputs: Mapping[str, Any] | None = None,
+    sampling_mask: SamplingMask | None = None,
     plan: str = "auto",
     check: bool = True,
 ) -> TreeLogprobs:
@@ -161,6 +171,10 @@ def tree_logprobs(
             repeat what leads to them. Without a gradient a piece is forgotten before the next.
         inputs: features of audio or images, as the model's forward takes them, in the order of the prompts, once for
             each; their placeholder tokens are part of the rows, and of what the rows of a prompt share.
+        sampling_mask: the ids that each token, of N T, could have been, as ``leafkernels.surprisal_entropy`` takes it.
+            What rows sampled behind a prefix that they share comes from one distribution, so that they share the kept
+            ids: the union, where an engine gave different ones, which ``tree_stats`` counts. How many ids there are is
+            read back.
         plan: "auto", "rows" (each row alone), "trunks" (what rows begin with once, the rest a row each) or "tree" (each
             node once, in bins of several rows).
         check: compare a plan with rows on a few tokens, the first time that a model is seen.
@@ -173,7 +187,7 @@ def tree_logprobs(
     """
     batch = as_batch(input_ids, attention_mask, response_mask=response_mask, groups=groups, group_size=group_size)
     prepared = prepare(model, batch, max_tokens=max_tokens, inputs=inputs, plan=plan, check=check)
-    logprobs, entropies, _ = prepared.run(temperature)
+    logprobs, entropies, _ = prepared.run(temperature, sampling_mask=sampling_mask)
     return TreeLogprobs(logprobs, entropies if entropy else None)
 
 
@@ -219,6 +233,7 @@ def tree_stats(
     group_size: int | None = None,
     max_tokens: int | None = None,
     inputs: Mapping[str, Any] | None = None,
+    sampling_mask: SamplingMask | None = None,
     plan: str = "auto",
 ) -> TreeStats:
     """How ``tree_logprobs`` runs a batch, why, and how many tokens that is; the arguments are its own.
@@ -226,7 +241,8 @@ def tree_stats(
     Where weights are spread over ranks, every rank calls.
     """
     batch = as_batch(input_ids, attention_mask, groups=groups, group_size=group_size)
-    return prepare(model, batch, max_tokens=max_tokens, inputs=inputs, plan=plan).stats
+    stats = prepare(model, batch, max_tokens=max_tokens, inputs=inputs, plan=plan).stats
+    return stats if sampling_mask is None else stats._replace(unions=int(kept_of_tree(sampling_mask, batch).num_unions))
 
 
 def _shifted(piece: Piece, first: int) -> Piece:

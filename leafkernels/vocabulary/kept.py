@@ -1,11 +1,12 @@
 """Surprisal and entropy over the kept ids of a sampling mask: the operations, on ragged lists of logits."""
 
+import torch
 from torch import Tensor
 
 from leafkernels._core.operation import operation
 from leafkernels._core.precision import add_by, compute_dtype
 from leafkernels.vocabulary.inputs import RowStatistics
-from leafkernels.vocabulary.sampling_mask import Kept
+from leafkernels.vocabulary.sampling_mask import Kept, count_by_row
 
 
 @operation("sampling_mask")
@@ -63,6 +64,30 @@ def gradient_of(
 def joined(free: RowStatistics, kept: RowStatistics) -> RowStatistics:
     """Each is 0 in the rows of the other."""
     return RowStatistics(*(a + b for a, b in zip(free, kept, strict=True)))
+
+
+def states_of(statistics: RowStatistics, values: Tensor, kept: Kept, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """State (3, N, 1) of each row of ``kept``, and the logit of its id, as ``surprisal_states`` gives them.
+
+    Empty where a row has no ids here, or only banned ones. The sums beside the top come from their logarithms, a few
+    roundings each.
+    """
+    is_empty = count_by_row(values != -torch.inf, kept.offsets) == 0
+    log_total = statistics.log_total
+    t = (log_total - statistics.entropy) * log_total.exp() * temperature.to(values.dtype)
+    least = torch.finfo(values.dtype).min
+    of_rows = (statistics.top, least), (log_total.expm1(), -1.0), (t, 0.0)
+    states = torch.stack([numbers.masked_fill(is_empty, of_none) for numbers, of_none in of_rows])
+    picked = values[kept.sampled.clamp_min(0)].masked_fill(kept.sampled < 0, torch.nan)
+    return states.unsqueeze(2), picked
+
+
+def with_states(
+    states: Tensor, picked: Tensor, statistics: RowStatistics, values: Tensor, kept: Kept, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Those of the rows of ``kept`` beside (3, N, states) those of the others, each empty where the other is not."""
+    more, chosen = states_of(statistics, values, kept, temperature)
+    return torch.cat((states, more), 2), torch.where(picked.isnan(), chosen, picked)
 
 
 def _places(kept: Kept) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
 from leafkernels._core.reference import from_reference
 from leafkernels.vocabulary.inputs import RowStatistics, SampledTokens, check_temperature, for_live_rows
-from leafkernels.vocabulary.kept import add_head_gradients, gradient_of, head_logits, joined, statistics_of
+from leafkernels.vocabulary.kept import add_head_gradients, gradient_of, head_logits, joined, statistics_of, with_states
 from leafkernels.vocabulary.sampling_mask import Kept, SamplingMask, check_sampling_mask, kept_ids, lists_of
-from leafkernels.vocabulary.slices import ids_in_slice, join_states, merge_slices, whole_vocabulary
+from leafkernels.vocabulary.slices import find_slice, join_states, merge_slices, whole_vocabulary
 from leafkernels.vocabulary.surprisal import SurprisalEntropy
 
 # What a chunk's logits may take. Chunks must be long: after each, the float32 gradient of the weight is read and
@@ -131,16 +131,15 @@ def _linear_surprisal_entropy(
     return RowStatistics(*(hidden.new_empty((hidden.shape[0],), dtype=dtype) for _ in RowStatistics._fields))
 
 
-def _statistics_of_slices(
+def _states_of_slices(
     backend: str,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     tokens: SampledTokens,
     options: HeadOptions,
-    vocab_group: "dist.ProcessGroup",
-) -> RowStatistics:
-    """The same of rows of whose logits the head makes a slice."""
+) -> tuple[Tensor, Tensor]:
+    """``surprisal_states`` of rows of whose logits the head makes a slice, one state of each."""
     fold = implementation(backend, "surprisal").surprisal_states
     size, widest = hidden.shape[0] + 1, compute_dtype(options.dtype)
     # A row that no chunk reaches has an empty state, which is merged to NaN.
@@ -148,13 +147,12 @@ def _statistics_of_slices(
     states[0], states[1] = torch.finfo(widest).min, -1.0
     picked = hidden.new_full((size,), torch.nan, dtype=widest)
     more = tokens.with_one_more()
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-        head = _Head(hidden, weight, bias, tokens.mask, options)
-        for rows in head.chunks():
-            chunk = more.chunk(rows)
-            chunk_states, picked[rows] = fold(head.logits(head.states(rows)), *chunk)
-            states[:, rows] = join_states(chunk_states, chunk.temperature)
-        return merge_slices(states[:, :-1], picked[:-1], tokens.temperature, tokens.mask, backend, vocab_group)
+    head = _Head(hidden, weight, bias, tokens.mask, options)
+    for rows in head.chunks():
+        chunk = more.chunk(rows)
+        chunk_states, picked[rows] = fold(head.logits(head.states(rows)), *chunk)
+        states[:, rows] = join_states(chunk_states, chunk.temperature)
+    return states[:, :-1], picked[:-1]
 
 
 def _backward_in_chunks(
@@ -253,21 +251,28 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         tokens: SampledTokens,
+        kept: Kept | None,
+        live: Tensor | None,
         options: HeadOptions,
         backend: str,
         vocab_group: "dist.ProcessGroup | None",
-        kept: Kept | None,
     ) -> tuple[Tensor, Tensor]:
         arguments = (backend, hidden, weight, bias, tokens, options)
-        if vocab_group is None:
-            statistics = _linear_surprisal_entropy(*arguments)
-        else:
-            statistics = _statistics_of_slices(*arguments, vocab_group)
         saved: tuple[Tensor, ...] = ()
+        of_kept = None
         if kept is not None:
             values = head_logits(backend, hidden.to(options.dtype), weight, bias, kept, options.softcap)
-            statistics = joined(statistics, statistics_of(backend, values, kept, tokens.temperature))
+            of_kept = statistics_of(backend, values, kept, tokens.temperature)
             saved = (values, *kept)
+        if vocab_group is None:
+            statistics = _linear_surprisal_entropy(*arguments)
+            statistics = statistics if of_kept is None else joined(statistics, of_kept)
+        else:
+            with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+                states, picked = _states_of_slices(*arguments)
+                if kept is not None and of_kept is not None:
+                    states, picked = with_states(states, picked, of_kept, values, kept, tokens.temperature)
+                statistics = merge_slices(states, picked, tokens.temperature, live, backend, vocab_group)
         ctx.save_for_backward(*statistics, hidden, weight, bias, *tokens, *saved)
         ctx.options, ctx.backend, ctx.vocab_group = options, backend, vocab_group
         ctx.set_materialize_grads(False)
@@ -289,19 +294,19 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
         arguments = (ctx.backend, grad_surprisal, grad_entropy, statistics, *head, needs)
         if ctx.vocab_group is None:
             gradients = _linear_surprisal_entropy_backward(*arguments)
-            if saved:
-                values, kept = saved[0], Kept(*saved[1:])
-                grads = grad_surprisal, grad_entropy
-                grad_values = gradient_of(ctx.backend, *grads, statistics, values, kept, tokens.temperature)
-                states, softcap = hidden.to(ctx.options.dtype), ctx.options.softcap
-                add_head_gradients(ctx.backend, gradients, grad_values, values, states, weight, kept, softcap, needs)
         else:
             with torch.cuda.device_of(grad_surprisal):
                 gradients = _backward_in_chunks(*arguments)
-                if needs[0]:
-                    dist.all_reduce(gradients[0], group=ctx.vocab_group)
+        if saved:
+            values, kept = saved[0], Kept(*saved[1:])
+            grads = grad_surprisal, grad_entropy
+            grad_values = gradient_of(ctx.backend, *grads, statistics, values, kept, tokens.temperature)
+            states, softcap = hidden.to(ctx.options.dtype), ctx.options.softcap
+            add_head_gradients(ctx.backend, gradients, grad_values, values, states, weight, kept, softcap, needs)
+        if ctx.vocab_group is not None and needs[0]:
+            dist.all_reduce(gradients[0], group=ctx.vocab_group)
         needed = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return *needed, None, None, None, None, None
+        return *needed, None, None, None, None, None, None
 
 
 def _by_reference(
@@ -401,7 +406,7 @@ def linear_surprisal_entropy(
         sampling_mask: the ids that each token could have been, as in ``surprisal_entropy``. Of such tokens only the
             products with the kept rows of the head are made, both passes, summed in float32; nothing of the size of
             the vocabulary is, unless its gradient is. Tokens without kept ids take the whole vocabulary, and are
-            counted once a pass, as None of ``num_live`` counts. Not with ``vocab_group``.
+            counted once a pass, as None of ``num_live`` counts.
         vocab_group: the tensor-parallel ranks, if each has a slice of the head's rows: V is then the number of ids of
             this rank's; the slices follow each other in the order of the ranks and may differ in size, as
             ``chunk_tokens`` may, and all else is the same on every rank. So are the results. For one loss that every
@@ -461,14 +466,14 @@ def linear_surprisal_entropy(
     num_rows = token_ids.numel()
     ids = token_ids.reshape(num_rows).contiguous()
     if sampling_mask is not None:
-        sampling_mask = check_sampling_mask(sampling_mask, num_rows, device, vocab_group)
-    if vocab_group is not None:
-        slice_ids = ids_in_slice(ids, lm_head_weight.shape[0], vocab_group)
-        ids = ids if backend == "reference" else slice_ids
-    row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
+        sampling_mask = check_sampling_mask(sampling_mask, num_rows, device)
+    own = None if vocab_group is None else find_slice(ids, lm_head_weight.shape[0], vocab_group)
+    if own is not None and backend != "reference":
+        ids = ids.to(torch.int64) - own.first
+    live = row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
     kept = None
-    if sampling_mask is not None and backend != "reference" and num_rows and lm_head_weight.shape[0]:
-        kept, row_mask = kept_ids(sampling_mask, ids, lm_head_weight.shape[0], row_mask)
+    if sampling_mask is not None and backend != "reference" and num_rows:
+        kept, row_mask = kept_ids(sampling_mask, ids, lm_head_weight.shape[0], live, own)
         num_live = None  # of those that are left
     tokens = SampledTokens(ids, temperatures.reshape(num_rows).contiguous(), row_mask)
     softcap = None if logit_softcap is None else float(logit_softcap)
@@ -478,6 +483,6 @@ def linear_surprisal_entropy(
         surprisal, entropy = _by_reference(rows, lm_head_weight, bias, tokens, options, vocab_group, sampling_mask)
     else:
         surprisal, entropy = _LinearSurprisalEntropy.apply(
-            rows, lm_head_weight, bias, tokens, options, backend, vocab_group, kept
+            rows, lm_head_weight, bias, tokens, kept, live, options, backend, vocab_group
         )
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))

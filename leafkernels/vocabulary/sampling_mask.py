@@ -17,6 +17,7 @@ from leafkernels._core.checks import (
     check_tensor,
     values_readable,
 )
+from leafkernels.vocabulary.slices import Slice
 
 # Logits that are sorted at a time, float32.
 _CHUNK = 1 << 26
@@ -158,11 +159,11 @@ class SamplingMask(NamedTuple):
         live = check_mask(response_mask, "token_ids", ids.shape, ids.device)
         ids = ids.reshape(-1).to(torch.int64)
         checked = check_sampling_mask(self, ids.shape[0], ids.device)
-        row = _rows_of(checked).clamp(0, max(ids.shape[0] - 1, 0))
+        row = rows_of(checked).clamp(0, max(ids.shape[0] - 1, 0))
         if not ids.shape[0] or not row.shape[0]:
             return ids.new_zeros(())
         lengths, is_sampled = checked.offsets.diff(), checked.token_ids.to(torch.int64) == ids[row]
-        missing = (lengths > 0) & (_count(is_sampled, checked.offsets) == 0)
+        missing = (lengths > 0) & (count_by_row(is_sampled, checked.offsets) == 0)
         return (missing if live is None else missing & live.reshape(-1)).sum()
 
     @property
@@ -183,12 +184,8 @@ class Kept(NamedTuple):
     sampled: Tensor  # (N,) int64: where the sampled id of a row stands; -1 where it is outside the vocabulary
 
 
-def check_sampling_mask(
-    mask: Any, num_rows: int | None, device: torch.device | None, vocab_group: Any = None
-) -> SamplingMask:
+def check_sampling_mask(mask: Any, num_rows: int | None, device: torch.device | None) -> SamplingMask:
     """The mask, in dtypes to compute with; raise unless it is one of ``num_rows`` rows on ``device``."""
-    if vocab_group is not None:
-        raise ValueError("sampling_mask must be None with vocab_group, which splits the vocabulary, got both")
     if not isinstance(mask, SamplingMask):
         raise TypeError(f"sampling_mask must be a leafkernels.SamplingMask, got {type(mask).__name__}")
     ids = check_integer("sampling_mask.token_ids", mask.token_ids)
@@ -215,18 +212,26 @@ def check_sampling_mask(
     return SamplingMask(ids, offsets)
 
 
-def kept_ids(mask: SamplingMask, token_ids: Tensor, vocab_size: int, live: Tensor | None) -> tuple[Kept, Tensor]:
+def kept_ids(
+    mask: SamplingMask, token_ids: Tensor, vocab_size: int, live: Tensor | None, part: Slice | None = None
+) -> tuple[Kept | None, Tensor]:
     """Of ``check_sampling_mask``'s result the kept ids, and which rows (N,) have the whole vocabulary.
 
-    Two sorts of K + N numbers; nothing is read back. ``token_ids`` (N,) and ``vocab_size`` are at least 1.
+    Two sorts of K + N numbers; nothing is read back. ``token_ids`` (N,) holds at least 1 id. Of a ``part`` of the
+    vocabulary of ``vocab_size`` ids the kept ids are those of that part, and they and ``token_ids`` are counted from
+    its first; None where it has no ids.
     """
     num_rows, ids = token_ids.shape[0], mask.token_ids.to(torch.int64)
-    rows = _rows_of(mask)
+    rows = rows_of(mask)
+    first, total = (0, vocab_size) if part is None else part
+    has_ids = count_by_row((ids >= 0) & (ids < total), mask.offsets) > 0
+    ids = ids - first
     is_id = (ids >= 0) & (ids < vocab_size)
-    has_ids = _count(is_id, mask.offsets) > 0
     is_free = ~has_ids
     if live is not None:
         is_free, has_ids = is_free & live, has_ids & live
+    if not vocab_size:
+        return None, is_free
     every = torch.arange(num_rows + 1, device=ids.device)
     tokens = token_ids.to(torch.int64)
     is_token = (tokens >= 0) & (tokens < vocab_size)
@@ -249,14 +254,14 @@ def lists_of(mask: SamplingMask | None, rows: Sequence[int]) -> list[list[int]] 
     return [ids[offsets[row] : offsets[row + 1]] for row in rows]
 
 
-def _rows_of(mask: SamplingMask) -> Tensor:
+def rows_of(mask: SamplingMask) -> Tensor:
     """The row (K,) of each kept id; N for those behind the last row."""
     places = torch.arange(mask.token_ids.shape[0], device=mask.offsets.device)
     return torch.searchsorted(mask.offsets, places, right=True) - 1
 
 
-def _count(chosen: Tensor, offsets: Tensor) -> Tensor:
-    """How many of ``chosen`` (K,) are True in each row."""
+def count_by_row(chosen: Tensor, offsets: Tensor) -> Tensor:
+    """How many of ``chosen`` (K,) are True in each row, by where they begin and end in it."""
     counts = torch.cat((offsets.new_zeros(1), chosen.cumsum(0)))
     return counts[offsets.clamp(0, chosen.shape[0])].diff()
 

@@ -1,5 +1,7 @@
 """A vocabulary that is split over ranks: three collectives of a few numbers for each row in the forward pass."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,8 +11,15 @@ from leafkernels._core.checks import place, values_readable
 from leafkernels.vocabulary.inputs import RowStatistics
 
 
-def ids_in_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessGroup") -> Tensor:
-    """Ids (N,) counted from the first of this rank's slice of the vocabulary, so that all others lie outside of it.
+class Slice(NamedTuple):
+    """Where this rank's slice of the vocabulary begins, and how many ids all have; on the device."""
+
+    first: Tensor
+    total: Tensor
+
+
+def find_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessGroup") -> Slice:
+    """The slice of this rank, of ``vocab_size`` ids.
 
     Collective: the ranks exchange the sizes of their slices, which stay on the device.
     """
@@ -25,7 +34,7 @@ def ids_in_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessG
         raise ValueError(
             f"token_ids must be the same on every rank of vocab_group, got {num_rows.tolist()} rows by rank"
         )
-    return token_ids.to(torch.int64) - sizes[:rank].sum()
+    return Slice(sizes[:rank].sum(), sizes.sum())
 
 
 def join_states(states: Tensor, temperature: Tensor) -> Tensor:

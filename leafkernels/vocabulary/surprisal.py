@@ -26,9 +26,9 @@ from leafkernels.vocabulary.inputs import (
     check_temperature,
     for_live_rows,
 )
-from leafkernels.vocabulary.kept import add_logit_gradient, gradient_of, joined, kept_logits, statistics_of
+from leafkernels.vocabulary.kept import add_logit_gradient, gradient_of, joined, kept_logits, statistics_of, with_states
 from leafkernels.vocabulary.sampling_mask import Kept, SamplingMask, check_sampling_mask, kept_ids, lists_of
-from leafkernels.vocabulary.slices import ids_in_slice, merge_slices, whole_vocabulary
+from leafkernels.vocabulary.slices import find_slice, merge_slices, whole_vocabulary
 
 
 class SurprisalEntropy(NamedTuple):
@@ -83,17 +83,25 @@ def _surprisal_entropy_backward_(
 
 
 def _statistics(
-    logits: Tensor, tokens: SampledTokens, kept: Kept | None, backend: str, vocab_group: "dist.ProcessGroup | None"
+    logits: Tensor,
+    tokens: SampledTokens,
+    kept: Kept | None,
+    live: Tensor | None,
+    backend: str,
+    vocab_group: "dist.ProcessGroup | None",
 ) -> RowStatistics:
-    """Of rows of which the logits may be a slice; or of those of ``kept``, and beside them the rows of the mask."""
+    """Of rows of which the logits may be a slice: those of ``tokens``, and beside them those of ``kept``."""
+    if kept is not None:
+        values = kept_logits(logits, kept)
+        of_kept = statistics_of(backend, values, kept, tokens.temperature)
     if vocab_group is None:
         statistics = _surprisal_entropy(backend, logits, *tokens)
-        if kept is None:
-            return statistics
-        return joined(statistics, statistics_of(backend, kept_logits(logits, kept), kept, tokens.temperature))
+        return statistics if kept is None else joined(statistics, of_kept)
     with torch.cuda.device_of(logits):
         states, picked = implementation(backend, "surprisal").surprisal_states(logits, *tokens)
-        return merge_slices(states, picked, tokens.temperature, tokens.mask, backend, vocab_group)
+        if kept is not None:
+            states, picked = with_states(states, picked, of_kept, values, kept, tokens.temperature)
+        return merge_slices(states, picked, tokens.temperature, live, backend, vocab_group)
 
 
 class _SurprisalEntropy(torch.autograd.Function):
@@ -102,12 +110,13 @@ class _SurprisalEntropy(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         tokens: SampledTokens,
+        kept: Kept | None,
+        live: Tensor | None,
         backend: str,
         vocab_group: "dist.ProcessGroup | None",
         in_place: bool,
-        kept: Kept | None,
     ) -> tuple[Tensor, Tensor]:
-        statistics = _statistics(logits, tokens, kept, backend, vocab_group)
+        statistics = _statistics(logits, tokens, kept, live, backend, vocab_group)
         ctx.save_for_backward(logits, *statistics, *tokens, *(kept or ()))
         ctx.backend = backend
         # torch.compile plans the memory of what it compiles itself.
@@ -138,14 +147,14 @@ class _SurprisalEntropy(torch.autograd.Function):
             grad_logits = _surprisal_entropy_backward(*arguments)
             if kept is not None:
                 add_logit_gradient(grad_logits, grad_values, kept)
-            return grad_logits, None, None, None, None, None
+            return grad_logits, None, None, None, None, None, None
         _surprisal_entropy_backward_(*arguments)
         if kept is not None:
             with torch.no_grad():
                 add_logit_gradient(logits.detach(), grad_values, kept)
         # Autograd then refuses every other backward pass that kept the logits.
         torch.autograd.graph.increment_version(logits)
-        return logits, None, None, None, None, None
+        return logits, None, None, None, None, None, None
 
 
 def _by_reference(
@@ -216,8 +225,8 @@ def surprisal_entropy(
         response_mask: (...); rows where it is False are not read, give 0, and get zero gradient.
         sampling_mask: the ids that each token could have been, where top-p, top-k or min-p truncated what it was drawn
             from: the distribution is that over these, as if all other logits were -inf, whose gradient is 0. Of such
-            rows only the kept logits are read. The rows are those of ``token_ids``, flattened. Not with
-            ``vocab_group``.
+            rows only the kept logits are read. The rows are those of ``token_ids``, flattened; the ids those of the
+            whole vocabulary, also with ``vocab_group``.
         vocab_group: the tensor-parallel ranks, if each has a slice of the vocabulary: V is then the number of ids of
             this rank's, the slices follow each other in the order of the ranks and may differ in size, and all else is
             the same on every rank. So are the results, and each rank gets the gradient of its slice, for one loss that
@@ -257,19 +266,19 @@ def surprisal_entropy(
     if inplace_backward and logits.requires_grad:
         check_own_memory("logits", logits)
     if sampling_mask is not None:
-        sampling_mask = check_sampling_mask(sampling_mask, num_rows, logits.device, vocab_group)
-    if vocab_group is not None:
-        slice_ids = ids_in_slice(ids, vocab_size, vocab_group)
-        ids = ids if backend == "reference" else slice_ids
-    row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
+        sampling_mask = check_sampling_mask(sampling_mask, num_rows, logits.device)
+    own = None if vocab_group is None else find_slice(ids, vocab_size, vocab_group)
+    if own is not None and backend != "reference":
+        ids = ids.to(torch.int64) - own.first
+    live = row_mask = None if mask is None else mask.reshape(num_rows).contiguous()
     kept = None
-    if sampling_mask is not None and backend != "reference" and logits.numel():
-        kept, row_mask = kept_ids(sampling_mask, ids, vocab_size, row_mask)
+    if sampling_mask is not None and backend != "reference" and num_rows:
+        kept, row_mask = kept_ids(sampling_mask, ids, vocab_size, live, own)
     tokens = SampledTokens(ids, temperatures.reshape(num_rows).contiguous(), row_mask)
     if backend == "reference":
         surprisal, entropy = _by_reference(rows, tokens, vocab_group, inplace_backward, sampling_mask)
     elif logits.requires_grad:
-        surprisal, entropy = _SurprisalEntropy.apply(rows, tokens, backend, vocab_group, inplace_backward, kept)
+        surprisal, entropy = _SurprisalEntropy.apply(rows, tokens, kept, live, backend, vocab_group, inplace_backward)
     else:
-        surprisal, entropy, _, _ = _statistics(rows, tokens, kept, backend, vocab_group)
+        surprisal, entropy, _, _ = _statistics(rows, tokens, kept, live, backend, vocab_group)
     return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))
