@@ -1,15 +1,22 @@
 """The executor of compiled kernels: what it computes, which faults it sees, and what it says of our kernels."""
 
+import ast
+import inspect
+import json
 import math
 import struct
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
+import compiled_kernels
 import numpy as np
 import pytest
 import torch
+from pages import ROOT
 from ptx import Refused, Session, Settings, run_text
+from support import run_python
 from torch import Tensor
 
 HEAD = """.version 9.0
@@ -170,6 +177,13 @@ def test_fields_and_bytes() -> None:
 
 
 SPECIAL = [0.0, -0.0, 1.0, -2.5, math.inf, -math.inf, math.nan, 1e-40, 3e38, 0.1]
+
+
+def test_largest_of_three() -> None:
+    a, b, c = ([x, y, z] for x, y, z in ((1.0, 5.0, 3.0), (2.0, math.nan, 9.0), (4.0, 0.0, math.nan)))
+    assert compute("max.f32", "f32", ("f32", a), ("f32", b), ("f32", c)).tolist() == [4.0, 5.0, 9.0]
+    largest = compute("max.NaN.f32", "f32", ("f32", a), ("f32", b), ("f32", c)).tolist()
+    assert largest[0] == 4.0 and all(map(math.isnan, largest[1:]))
 
 
 def test_floats() -> None:
@@ -446,3 +460,90 @@ def test_seeds_interleave() -> None:
         found.append(int(tensor[0]))
     assert found[:8] == found[8:]
     assert len(set(found[:8])) > 3
+
+
+# ---- every kernel of the package
+
+
+PARTS = {
+    "rows": (
+        ["pairs_of_rows", "rows_whose_programs_meet", "ties_of_rows", "tree_of_rows", "boundaries_of_groups", "credit"],
+        "compare_pairs represent first_mismatch refine_ties prefix_table order_rows tree_nodes regular_layout "
+        "mask_stretches column_maxima select_boundaries prefix_nodes span_values normalize_spans scatter_spans",
+    ),
+    "tokens": (
+        ["spans_and_their_gradient", "vocabulary", "clipped_loss", "distillation", "reward_channel"],
+        "regular_layout mask_stretches scatter_spans gather_spans surprisal_states merge_surprisal_states policy_loss "
+        "surprisal_entropy_backward policy_loss_from_logits scale_gradient fire_statistics fire_weights "
+        "normalize_hidden channel_state",
+    ),
+}
+"""Cases, and the kernels that they launch."""
+
+# One of each kernel, for the other architectures.
+FEW = ["rows_whose_programs_meet torch.int32", "tree_of_rows 0", "credit span", "spans_and_their_gradient True"]
+FEW += ["vocabulary torch.float32 61 True", "vocabulary torch.bfloat16 4103", "clipped_loss_from_logits torch.float32"]
+FEW += ["clipped_loss token torch.bfloat16", "distillation torch.float32", "reward_channel 48"]
+
+
+def executed(folder: Path, *options: object) -> dict[str, Any]:
+    pytest.importorskip("triton")
+    compiler = pytest.importorskip("triton.compiler")
+    if "constexprs" not in inspect.signature(compiler.ASTSource).parameters:
+        pytest.skip("needs the interface to Triton's compiler of version 3.3 or later")
+    options = compiled_kernels.__file__, *options
+    return json.loads(run_python(*options, timeout=1800, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(folder)).stdout)
+
+
+def launched() -> set[str]:
+    """Kernels of the package: names that are called with a grid in brackets."""
+    return {
+        call.func.value.id
+        for file in (ROOT / "leafkernels" / "kernels").glob("*.py")
+        for call in ast.walk(ast.parse(file.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Subscript) and isinstance(call.func.value, ast.Name)
+    }
+
+
+def full_names(kernels: str) -> set[str]:
+    return {f"_{name}_kernel" for name in kernels.split()}
+
+
+def test_every_kernel_has_a_case() -> None:
+    assert len(launched()) >= 25
+    assert set().union(*(full_names(kernels) for _, kernels in PARTS.values())) == launched()
+    prefixes = tuple(name for names, _ in PARTS.values() for name in names)
+    assert [name for name in compiled_kernels.CASES if not name.startswith(prefixes)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+def test_kernels_in_order_and_interleaved(part: str, tmp_path: Path) -> None:
+    """Results are those of the PyTorch backend, and nothing is seen. Threads may write one value together."""
+    cases, kernels = PARTS[part]
+    found = executed(tmp_path, "--seeds", 1, 2, 3, "--cases", *cases)
+    assert found["failed"] == {}
+    assert found["seen"] == []
+    assert set(found["kernels"]) == full_names(kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 100])
+def test_kernels_of_other_architectures(arch: int, tmp_path: Path) -> None:
+    found = executed(tmp_path, "--arch", arch, "--cases", *FEW)
+    assert found["failed"] == {}
+    assert found["seen"] == []
+    assert len(found["kernels"]) >= 20
+
+
+@pytest.mark.slow
+def test_results_agree_with_another_executor(shared: Path, tmp_path: Path) -> None:
+    other = shared / "tools" / "ptx"
+    if not other.is_dir():
+        pytest.skip(f"needs {other}, which is not here")
+    ours, theirs = (executed(tmp_path, "--cases", *FEW, *more) for more in ([], ["--other", other]))
+    assert ours["seen"] == theirs["seen"] == []
+    assert ours["kernels"] == theirs["kernels"]
+    for name, results in ours["results"].items():
+        for mine, their in zip(results, theirs["results"][name], strict=True):
+            torch.testing.assert_close(torch.tensor(mine), torch.tensor(their), rtol=2e-6, atol=1e-7, equal_nan=True)

@@ -59,6 +59,10 @@ def _in_halves(function: Callable[..., Any]) -> Callable[..., Any]:
     return both
 
 
+def _of_three(function: Callable[..., Any], a: Array, b: Array, c: Array) -> Array:
+    return function(function(a, b), c)
+
+
 def _narrow_pair(kind: str) -> Callable[..., Any]:
     narrow = do.to_bf16 if kind == "bf16" else lambda x: np.asarray(x).astype(np.float16).view(u2)
     return lambda a, b: (narrow(a).astype(u4) << u4(16)) | narrow(b).astype(u4)
@@ -173,6 +177,8 @@ class Meaning:
         for pattern, build in FORMULAS.items():
             if found := re.match(pattern + "$", op):
                 kind, kinds, function = build(*found.groups())
+                if len(operands) == 4 and op.startswith(("min", "max")):  # of three, on sm_100
+                    kinds, function = (kind,) * 3, partial(_of_three, function)
                 if len(operands) != len(kinds) + 1:
                     raise Refused(f"{op} with {len(operands)} operands, at {instruction.where}")
                 write = self._write(operands[0], kind, mask)
