@@ -3,14 +3,16 @@
 import functools
 import struct
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ptx.machine import Machine, Settings, Translated
-from ptx.memory import POISON, SPACING, Findings, Memory, Region, Traffic
+from ptx.memory import POISON, SPACING, Findings, Memory, Region
 from ptx.reading import read
 
 
@@ -24,9 +26,10 @@ class Session:
     launches: Counter[str] = field(default_factory=Counter)
     programs: Counter[str] = field(default_factory=Counter)
     variants: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    watch: Callable[..., None] | None = None
+    """Is told of every access: of kernel and instruction, the space, the threads' numbers, addresses, and bytes."""
     instructions: Counter[str] = field(default_factory=Counter)
-    """Executed by warps, where they are counted."""
-    traffic: defaultdict[str, dict[Any, Traffic]] = field(default_factory=lambda: defaultdict(dict))
+    """Executed by warps."""
 
 
 @functools.cache
@@ -53,37 +56,13 @@ def run_text(text: str, shared: int, grid: tuple[int, int, int], arguments: list
             values[name] = regions[start].base + value.data_ptr() - start
         else:
             values[name] = int.from_bytes(struct.pack(*value), "little") if isinstance(value, tuple) else int(value)
-    memory = Memory(kernel, translated.strong, list(regions.values()), session.findings)
+    memory = Memory(kernel, translated.strong, list(regions.values()), session.findings, session.watch)
     machine = Machine(translated, grid, values, memory)
     machine.run(session.settings, shared)
     session.launches[kernel.name] += 1
     session.programs[kernel.name] += int(np.prod(grid))
     session.variants[kernel.name].add(text)
     session.instructions[kernel.name] += machine.instructions
-    for (site, space), traffic in (memory.traffic or {}).items():
-        total = session.traffic[kernel.name].setdefault(
-            (kernel.code[site].where, kernel.code[site].op, space), Traffic()
-        )
-        for name in ("requests", "bytes", "moved"):
-            setattr(total, name, getattr(total, name) + getattr(traffic, name))
-
-
-class _Device:
-    """What Triton asks for a target when it compiles."""
-
-    def __init__(self, arch: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
 
 
 _FLOATS = {"fp32": "<f", "fp64": "<d", "fp16": "<e"}
@@ -96,11 +75,14 @@ def install(arch: int = 90) -> Session:
     assembled. ``torch.empty`` fills what it returns with bytes that count as written by nobody.
     """
     import triton
+    from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import JITFunction
 
     session = Session(arch)
-    triton.runtime.driver.set_active(_Device(arch))
+    asked = {"target": GPUTarget("cuda", arch, 32), "device": 0, "stream": 0}  # when Triton compiles
+    answers = {f"get_current_{name}": lambda *_, value=value: value for name, value in asked.items()}
+    triton.runtime.driver.set_active(SimpleNamespace(**answers))
     CUDABackend.make_cubin = lambda *_: b"not assembled"
     compile_only = JITFunction.run
 

@@ -18,8 +18,6 @@ class Settings:
     seed: int | None = None
     """None: in order, as fast as possible. Else warps and programs take turns at random at every access to memory, and
     after an odd seed some run far ahead of the others."""
-    count: bool = False
-    """Whether to count instructions and traffic."""
     threads: int = 16_384  # in flight together, at most
     steps: int = 2_000_000  # after which a launch counts as endless
 
@@ -29,6 +27,7 @@ class Piece:
     """Instructions that a thread executes one after another, and where it goes then."""
 
     steps: list[Step]
+    length: int
     first: int
     last: Instruction
     after: int
@@ -62,9 +61,8 @@ class Translated:
             read, written = ({name for pair in names for name in pair[way]} for way in (0, 1))
             does = [step for step in steps[begin:end] if step]
             together = any(i.name in TOGETHER for i in part)
-            self.pieces.append(
-                Piece(does, begin, last, k + 1, target, together, sorted(read | written), sorted(written))
-            )
+            order = sorted(read | written), sorted(written)
+            self.pieces.append(Piece(does, end - begin, begin, last, k + 1, target, together, *order))
         self.strong = [is_strong(i) for i in code]
 
     def _registers(self, instruction: Instruction) -> tuple[set[str], set[str]]:
@@ -84,10 +82,7 @@ class Threads:
 
     def __init__(self, machine: "Machine", lanes: Array, registers: dict[str, Array]) -> None:
         self.machine, self.lanes, self.registers, self.n = machine, lanes, registers, len(lanes)
-        everybody = self.n == len(machine.ids)
-        self.ids, self.when, self.slots = (
-            x if everybody else x[lanes] for x in (machine.ids, machine.when, machine.slots)
-        )
+        self.ids, self.when, self.slots = machine.ids[lanes], machine.when[lanes], machine.slots[lanes]
 
 
 class Machine:
@@ -108,7 +103,6 @@ class Machine:
     def run(self, settings: Settings, shared_bytes: int) -> None:
         self.settings, self.shared_bytes = settings, shared_bytes
         self.rng = self.memory.rng = None if settings.seed is None else np.random.default_rng(settings.seed)
-        self.memory.traffic = {} if settings.count else None
         programs = np.arange(int(np.prod(self.grid)))
         if self.rng is not None:
             self.rng.shuffle(programs)
@@ -195,8 +189,7 @@ class Machine:
         if not everybody:
             for name in piece.writes:
                 self.registers[name][lanes] = own[name]
-        if self.settings.count:
-            self.instructions += len(np.unique(lanes // WARP)) * len(piece.steps)
+        self.instructions += (np.count_nonzero(np.diff(lanes // WARP)) + 1) * piece.length
         last = piece.last
         guarded = None if last.guard is None or last.name not in LEAVING else own[last.guard] ^ last.unless
         if last.name == "bra":
@@ -240,14 +233,12 @@ class Machine:
         thread, program = t.ids % self.kernel.threads, t.ids // self.kernel.threads
         x, y, z = self.grid
         known = {
-            "%tid.x": lambda: thread,
-            "%ctaid.x": lambda: program % x,
-            "%ctaid.y": lambda: program // x % y,
-            "%ctaid.z": lambda: program // (x * y),
-            "%nctaid.x": lambda: np.full(t.n, x),
-            "%nctaid.y": lambda: np.full(t.n, y),
-            "%nctaid.z": lambda: np.full(t.n, z),
+            "%tid.x": thread,
+            "%ctaid.x": program % x,
+            "%ctaid.y": program // x % y,
+            "%ctaid.z": program // (x * y),
         }
+        known |= {f"%nctaid.{axis}": np.full(t.n, many) for axis, many in zip("xyz", self.grid, strict=True)}
         if name not in known:
             raise Refused(f"the register {name} of {self.kernel.name}")
-        return known[name]().astype(np.uint32)
+        return known[name].astype(np.uint32)

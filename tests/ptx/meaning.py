@@ -115,16 +115,12 @@ FORMULAS: dict[str, Callable[..., Formula]] = {
     r"cvt(\.rzi)\.([us]\d+)\.(f\d\d)": lambda *what: (what[1], (what[2],), _convert(*what)),
     r"cvt(\.rn)?\.([us]\d+|f\d\d|bf16)\.([us]\d+|f\d\d|bf16)": lambda *what: (what[1], (what[2],), _convert(*what)),
     r"shfl\.sync\.(bfly|idx)\.b32": lambda mode: ("b32", ("b32", "u32", "u32", "u32"), partial(do.shuffle, mode)),
-    r"redux\.sync\.(add|min|max)\.(s32|u32|f32)": lambda name, kind: (
-        kind,
-        (kind, "u32"),
-        partial(do.reduce_warp, name),
-    ),
+    r"redux\.sync\.(add|min|max)\.(s32|u32|f32)": lambda how, kind: (kind, (kind, "u32"), partial(do.reduce_warp, how)),
 }
 
 TOGETHER = ("shfl", "redux", "ldmatrix", "stmatrix")  # by all threads of a warp at once
 LEAVING = ("bra", "ret", "exit", "bar")  # the last of a piece
-_MATRIX = r"(ld|st)matrix\.sync\.aligned\.m8n8\.x4(\.trans)?\.shared\.b16"
+_MATRIX = r"(?:(ld)|st)matrix\.sync\.aligned\.m8n8\.x4((?(1)\.trans|(?!)))?\.shared\.b16"
 _ACCESS = r"(ld|st)(?:\.(volatile))?\.(global|shared)(?:::cta)?(?:\.v([248]))?\.([bus]\d+)"
 _ATOMIC = r"atom\.global\.gpu\.(?:relaxed|acq_rel)\.(add|min|max)\.([us]\d\d)"
 
@@ -160,9 +156,9 @@ class Meaning:
             return lambda t: t.machine.pass_warp_barrier(t)
         mask = self._mask(instruction)
         if found := re.match(_ACCESS + "$", op):
-            return self._access(number, operands, mask, *found.groups())
+            return self._access(number, operands, mask, found.groups())
         if found := re.match(_MATRIX + "$", op):
-            return self._matrix(number, operands, found[1] == "ld", bool(found[2]))
+            return self._matrix(number, operands, bool(found[1]), bool(found[2]))
         if found := re.match(_ATOMIC + "$", op):
             return self._atomic(number, operands, mask, *found.groups())
         if found := re.match(r"ld\.param\.([bus]\d+)$", op):
@@ -261,34 +257,21 @@ class Meaning:
         base, distance = self._value(place.base, "u64" if space == "global" else "u32"), place.distance
         return lambda t: np.broadcast_to(base(t), t.n).astype(np.int64) + distance
 
-    def _access(
-        self,
-        number: int,
-        operands: Any,
-        mask: Value | None,
-        name: str,
-        volatile: str,
-        space: str,
-        count: str,
-        kind: str,
-    ) -> Step:
+    def _access(self, number: int, operands: Any, mask: Value | None, words: tuple[Any, ...]) -> Step:
+        name, _, space, count, kind = words
         size, unsigned = TYPES[kind]().itemsize, TYPES[f"u{kind[1:]}"]
         place, data = operands if name == "st" else operands[::-1]
         names = data if isinstance(data, Vector) else (data,)
         if len(names) != int(count or 1):
             raise Refused(f"{name} of {names}")
         address = self._address(place, space)
+        writes = [self._write(register, kind, mask) for register in names] if name == "ld" else []
+        values = [self._value(item, f"u{kind[1:]}") for item in names] if name == "st" else []
 
-        if name == "ld":
-            writes = [self._write(register, kind, mask) for register in names]
-
-            def step(t: Threads) -> None:
-                found = t.machine.memory.load(space, number, t, address(t), mask and mask(t), size, len(writes))
-                for k, write in enumerate(writes):
-                    write(t, found[:, k])
-
-            return step
-        values = [self._value(item, f"u{kind[1:]}") for item in names]
+        def load(t: Threads) -> None:
+            found = t.machine.memory.load(space, number, t, address(t), mask and mask(t), size, len(writes))
+            for k, write in enumerate(writes):
+                write(t, found[:, k])
 
         def store(t: Threads) -> None:
             items = np.empty((t.n, len(values)), unsigned)
@@ -296,7 +279,7 @@ class Meaning:
                 items[:, k] = value(t)
             t.machine.memory.store(space, number, t, address(t), mask and mask(t), items)
 
-        return store
+        return load if name == "ld" else store
 
     def _atomic(self, number: int, operands: Any, mask: Value | None, name: str, kind: str) -> Step:
         write, address, value = self._write(operands[0], kind, mask), self._address(operands[1], "global"), operands[2]
@@ -313,28 +296,21 @@ class Meaning:
         place, data = operands[::-1] if is_load else operands
         address = self._address(place, "shared")
         lane = np.arange(WARP)
-        if transposed:  # a lane has two neighbours of one column
-            if not is_load:
-                raise Refused("stmatrix.trans")
-            size, spots = 2, [(2 * (lane % 4) + k, 2 * (lane // 4)) for k in range(2)]
-        else:
-            size, spots = 4, [(lane // 4, 4 * (lane % 4))]
-        writes = [self._write(register, "b32") for register in data] if is_load else []
-        values = [] if is_load else [self._value(register, "b32") for register in data]
+        # Of a lane's word in a matrix the parts: their row, and their place in it.
+        spots = [(lane // 4, 4 * (lane % 4))]
+        if transposed:  # two neighbours of one column
+            spots = [(2 * (lane % 4) + k, 2 * (lane // 4)) for k in range(2)]
+        size = 4 // len(spots)
+        ends = [self._write(r, "b32") if is_load else self._value(r, "b32") for r in data]
 
         def step(t: Threads) -> None:
-            rows = address(t).reshape(-1, WARP)
-            for matrix in range(4):
-                found = u4(0)
-                for k, (row, distance) in enumerate(spots):
-                    at = (rows[:, 8 * matrix + row] + distance).reshape(-1)
-                    if is_load:
-                        part = t.machine.memory.load("shared", number, t, at, None, size, 1)[:, 0]
-                        found = found | (part.astype(u4) << u4(16 * k))
-                    else:
-                        items = values[matrix](t)[:, None]
-                        t.machine.memory.store("shared", number, t, at, None, items)
+            rows, memory = address(t).reshape(-1, WARP), t.machine.memory
+            for matrix, end in enumerate(ends):
+                places = [(rows[:, 8 * matrix + row] + distance).reshape(-1) for row, distance in spots]
                 if is_load:
-                    writes[matrix](t, found)
+                    parts = [memory.load("shared", number, t, at, None, size, 1)[:, 0].astype(u4) for at in places]
+                    end(t, sum((part << u4(16 * k) for k, part in enumerate(parts)), u4(0)))
+                else:
+                    memory.store("shared", number, t, places[0], None, end(t)[:, None])
 
         return step

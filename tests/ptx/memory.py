@@ -45,18 +45,6 @@ class Findings:
         return [finding for finding in self.times if SAME_VALUE not in finding.kind]
 
 
-@dataclass
-class Traffic:
-    """Of an access in all its executions."""
-
-    requests: int = 0
-    """Of warps."""
-    bytes: int = 0
-    """That threads asked for, those of one place by one warp counted once."""
-    moved: int = 0
-    """Bytes of the sectors touched; of shared memory 128 bytes for each turn that its banks take."""
-
-
 class Region:
     """A storage, or the shared memory of all programs in flight; a cell is the least that an access touches."""
 
@@ -95,8 +83,11 @@ class Access(NamedTuple):
 class Memory:
     """What the threads of a launch load and store."""
 
-    def __init__(self, kernel: Kernel, strong: list[bool], regions: list[Region], findings: Findings) -> None:
+    def __init__(
+        self, kernel: Kernel, strong: list[bool], regions: list[Region], findings: Findings, watch: Any
+    ) -> None:
         self.kernel, self.threads, self.strong, self.findings = kernel, kernel.threads, np.array(strong, bool), findings
+        self.watch = watch
         self.regions = {region.base // SPACING: region for region in regions}
         self.shared = Region(np.zeros(0, np.uint8), 0, 1, "shared memory")
         self.stride = self.shared_bytes = 0
@@ -105,7 +96,6 @@ class Memory:
         self.changed_by: dict[Any, set[int]] = {}
         self.asked: dict[Any, int] = {}
         self.split: dict[Any, dict[int, int]] = {}
-        self.traffic: dict[tuple[int, str], Traffic] | None = None
         self.rng: np.random.Generator | None = None
 
     def new_programs(self, count: int, shared_bytes: int, cell: int) -> None:
@@ -160,8 +150,8 @@ class Memory:
         """The buffers that are met, by which threads, and where in each. What is wrong is reported and left out."""
         chosen = np.arange(t.n) if mask is None else np.flatnonzero(mask)
         address = address[chosen]
-        if self.traffic is not None and len(chosen):
-            self._count(space, site, t.lanes[chosen], address, width)
+        if self.watch and len(chosen):
+            self.watch(self.kernel, site, space, t.lanes[chosen], address, width)
 
         def keep(good: Array, what: str, chosen: Array, address: Array) -> tuple[Array, Array]:
             if good.all():
@@ -273,21 +263,3 @@ class Memory:
                 threads = [divmod(int(ids[at[0]]), self.threads) for ids in (a.ids, last["id"])]
                 example = f"{a.region.name} + {int(a.index[at[0]]) * a.region.cell}, program and thread: {threads}"
                 self._report(f"race of {name}{kind}", a.site, len(at), example, int(other))
-
-    # Counts
-
-    def _count(self, space: str, site: int, lanes: Array, address: Array, width: int) -> None:
-        """Distinct bytes, and sectors of 32 bytes; or turns of 32 banks of 4 bytes, for 128 bytes of a warp each."""
-        assert self.traffic is not None
-        traffic = self.traffic.setdefault((site, space), Traffic())
-        traffic.requests += len(np.unique(lanes // WARP))
-        traffic.bytes += np.unique(np.stack([lanes // WARP, address]), axis=1).shape[1] * width
-        if space == "global":
-            traffic.moved += 32 * np.unique(np.stack([lanes // WARP, address // 32]), axis=1).shape[1]
-            return
-        words, turn = max(1, width // 4), lanes * width // 128 if width > 4 else lanes // WARP
-        of_turn = np.stack([np.repeat(turn, words), (address[:, None] // 4 + np.arange(words)).reshape(-1)])
-        turns, word = np.unique(of_turn, axis=1)
-        banks, load = np.unique(turns * 32 + word % 32, return_counts=True)
-        starts = np.unique(banks // 32, return_index=True)[1]
-        traffic.moved += 128 * int(np.maximum.reduceat(load, starts).sum())
