@@ -1,10 +1,12 @@
-"""Every kernel as it is compiled for a GPU, executed thread by thread on a CPU; test_aot.py runs this as a program.
+"""Every kernel as it is compiled for a GPU, executed thread by thread on a CPU; test_ptx.py runs this as a program.
 
-    python tests/compiled_kernels.py FOLDER [SEED]      where the executor of PTX is, with TRITON_INTERPRET=0
+    TRITON_INTERPRET=0 python tests/compiled_kernels.py [--arch 90] [--seeds 1 2 3] [--cases NAME ...]
 
-A seed interleaves warps and programs at random; an odd one lets some warps run far ahead.
+Prints a JSON object. Each case is executed in order, then with warps and programs interleaved by each seed; an odd one
+lets some run far ahead. ``make ptx`` runs more seeds on all architectures, and writes the table of docs/performance.md.
 """
 
+import argparse
 import contextlib
 import functools
 import importlib
@@ -238,28 +240,57 @@ def tensors_of(found: Any) -> list[Tensor]:
     return [found] if isinstance(found, Tensor) else [item for part in found or () for item in tensors_of(part)]
 
 
-def main(executor: str, seed: int | None) -> None:
-    """Print a JSON object: cases that failed, what the executor saw, and the kernels it ran."""
-    sys.path.insert(0, executor)
+def run(arch: int, seeds: list[int | None], cases: list[str], shared: str | None = None) -> dict[str, Any]:
+    """Cases that failed, what was seen, the kernels that ran with their variants and programs, and results in order.
+
+    ``cases``: those whose names begin so, or all. ``shared``: a folder with another executor, ``ptx.py``.
+    """
+    results: dict[str, list[Any]] = {}
+    failed, seen = {}, []
+    if shared:
+        sys.path.insert(0, shared)
     import ptx
 
-    ptx.install()
-    ptx.SETTINGS.seed = seed
+    session: Any = ptx.install(arch)
+    findings = ptx.FINDINGS if shared else session.findings.times
+    examples = ptx.EXAMPLES if shared else session.findings.examples
+    settings = ptx.SETTINGS if shared else session.settings
     from leafkernels._core import backend
 
     backend.INTERPRETING = True
-    failed, seen = {}, []
-    for name, (run, tolerance) in CASES.items():
-        before = set(ptx.FINDINGS)
-        try:
-            found, expected = tensors_of(run("triton")), tensors_of(run("torch"))
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-        except Exception as error:  # what a test may show
-            failed[name] = f"{type(error).__name__}: {error}"
-        new = (found for found in ptx.FINDINGS if found not in before and "same value" not in found.kind)
-        seen += [(name, *found, ptx.EXAMPLES[found]) for found in new]
-    print(json.dumps({"failed": failed, "seen": seen, "kernels": sorted(ptx.KERNELS)}))
+    for name, (case, tolerance) in CASES.items():
+        if cases and not name.startswith(tuple(cases)):
+            continue
+        expected = tensors_of(case("torch"))
+        for seed in seeds:
+            settings.seed = seed
+            before = set(findings)
+            try:
+                found = tensors_of(case("triton"))
+                torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+            except Exception as error:  # what a test may show
+                failed[f"{name}, seed {seed}"] = f"{type(error).__name__}: {error}"
+                continue
+            if seed is None:
+                results[name] = [tensor.double().flatten().tolist() for tensor in found]
+            new = (finding for finding in findings if finding not in before and "same value" not in finding.kind)
+            seen += [(name, seed, *finding, examples[finding]) for finding in new]
+    launches, programs, variants = (
+        (ptx.KERNELS, ptx.PROGRAMS, ptx.VARIANTS) if shared else (session.launches, session.programs, session.variants)
+    )
+    kernels = {name: [len(variants[name]), launches[name], programs[name]] for name in sorted(launches)}
+    return {"failed": failed, "seen": seen, "kernels": kernels, "results": results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--cases", nargs="*", default=[])
+    parser.add_argument("--other", help="a folder with another executor, to compare with")
+    options = parser.parse_args()
+    sys.stdout.write(json.dumps(run(options.arch, [None, *options.seeds], options.cases, options.other)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from leafkernels.rows.layout import Layout
 
 BLOCK = 1024  # columns of a program; tests shrink it to cross blocks with small inputs
+
 NEVER = tl.constexpr(-(2**63))  # below every score, -inf included
 
 
@@ -114,8 +115,9 @@ def _select_boundaries_kernel(
         for block in range(0, tl.cdiv(longest, BLOCK)):
             offs = block * BLOCK + tl.arange(0, BLOCK)
             key = load_block(columns_ptr, column_start, block * BLOCK, longest, NEVER, BLOCK)
-            # (BLOCK, BLOCK_B). An unused entry is so large that the distance to it, taken in int64, always suffices.
-            distance = tl.abs(accepted[None, :].to(tl.int64) - offs[:, None])
+            # (BLOCK, BLOCK_B). An unused entry is so large that the distance to it suffices; none is negative, so no
+            # difference leaves int32.
+            distance = tl.abs(accepted[None, :] - offs[:, None])
             blanked = tl.min(distance, axis=1) < separation
             key = tl.where(blanked, NEVER, key)
             where = tl.where(key > best, offs, where)  # of equal keys the smaller position stays

@@ -14,12 +14,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._shared import FP_FUSION, load_block, rounded_product, store_block
+from leafkernels.kernels._shared import FP_FUSION, rounded_product
 
 BLOCK = 2048  # 16 bytes a thread, of bfloat16
 NUM_WARPS = 8
 TILE = 8192  # elements of W that are read at a time: 32 registers a thread, and as many for their sums
 MOST_COLUMNS = 32  # of them; 128 bytes in float32
+
+
+@triton.jit
+def _load(ptr, base, start, size, BLOCK: tl.constexpr):
+    """Numbers [start, start + BLOCK) of the row at ``ptr + base`` in float32, 0 from ``size`` on.
+
+    Sizes are multiples of 16 nearly always: then masks hold for 16 at a time, and the last block is read as wide as the
+    others. It is often the only one.
+    """
+    offs = start + tl.arange(0, BLOCK)
+    if (base % 16 == 0) & (size % 16 == 0):
+        block = tl.load(ptr + base // 16 * 16 + offs, mask=offs < size // 16 * 16, other=0.0)
+    else:
+        block = tl.load(ptr + base + offs, mask=offs < size, other=0.0)
+    return block.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "size"])
@@ -28,16 +43,21 @@ def _normalize_hidden_kernel(normal_ptr, squares_ptr, hidden_ptr, norm_ptr, eps,
     base, norm_base = row * size, row // num_tokens * size
     total = tl.zeros([BLOCK], tl.float32)
     for block in range(0, tl.cdiv(size, BLOCK)):
-        hidden = load_block(hidden_ptr, base, block * BLOCK, size, 0.0, BLOCK).to(tl.float32)
+        hidden = _load(hidden_ptr, base, block * BLOCK, size, BLOCK)
         total += hidden * hidden
     square = tl.sum(total, axis=0)
     tl.store(squares_ptr + row, square)
     scale = 1.0 / tl.sqrt_rn(square / size + eps)
     for block in range(0, tl.cdiv(size, BLOCK)):
         start = block * BLOCK
-        hidden = load_block(hidden_ptr, base, start, size, 0.0, BLOCK).to(tl.float32)
-        weight = load_block(norm_ptr, norm_base, start, size, 0.0, BLOCK).to(tl.float32)
-        store_block(normal_ptr, base, start, size, (hidden * scale * weight).to(normal_ptr.dtype.element_ty), BLOCK)
+        hidden = _load(hidden_ptr, base, start, size, BLOCK)
+        weight = _load(norm_ptr, norm_base, start, size, BLOCK)
+        normal = (hidden * scale * weight).to(normal_ptr.dtype.element_ty)
+        offs = start + tl.arange(0, BLOCK)
+        if (base % 16 == 0) & (size % 16 == 0):
+            tl.store(normal_ptr + base // 16 * 16 + offs, normal, mask=offs < size // 16 * 16)
+        else:
+            tl.store(normal_ptr + base + offs, normal, mask=offs < size)
 
 
 @triton.jit
