@@ -312,6 +312,7 @@ def _policy_loss_kernel(
             row_number = _bounded(row_number, _LEAST_LOG_WEIGHT, _MOST_LOG_WEIGHT)
         else:
             row_number = row_number / tl.maximum(tl.sum(count, axis=0), 1.0)
+        row_number = zeros + row_number
     losses, clips, moves, ratios, kls, entropies, tokens = zeros, zeros, zeros, zeros, zeros, zeros, zeros
     for block in range(0, tl.cdiv(size, BLOCK)):
         start = block * BLOCK
@@ -322,7 +323,7 @@ def _policy_loss_kernel(
         advantage = _load(advantages_ptr, advantages_row, start, size, live, BLOCK)
         log_ratio = token_log_ratio
         if STATISTIC == "mean":
-            log_ratio = zeros + row_number
+            log_ratio = row_number
         ref_logprob, entropy = zeros, zeros
         if HAS_REF:
             ref_logprob = _load(ref_logprobs_ptr, row * stride_ref_row + slot, start, size, live, BLOCK)
