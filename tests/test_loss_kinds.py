@@ -29,7 +29,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "dro": [{}, {"beta": 0.3}],
     "reinforce": [{}],
     "clip_cov": [{}, {"share": 0.3, "covariance": (-1.0, 2.0), "clip": (0.1, 0.1)}],
-    "kl_cov": [{}, {"share": 0.4, "penalty": 0.5}],
+    "kl_cov": [{}, {"share": 0.4, "penalty": 0.7}],
     "fipo": [{}, {"half_life": 1.5, "future_clip": (0.5, 0.5), "dual_clip": 1.5}],
 }
 CASES = [(kind, options) for kind, cases in OPTIONS.items() for options in cases]

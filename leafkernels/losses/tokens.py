@@ -37,7 +37,9 @@ def batch_weights(
     if kind == "clip_cov":
         return inputs._replace(token_weights=_product(inputs, (~_marked(logprobs, inputs, drawn, options)).float()))
     if kind == "kl_cov":
-        penalties = _marked(logprobs, inputs, None, options) * float(options["penalty"])
+        # Not by a product, in which a bool makes float32 of the number.
+        zeros = torch.zeros(logprobs.shape, dtype=compute_dtype(logprobs.dtype), device=logprobs.device)
+        penalties = zeros.masked_fill(_marked(logprobs, inputs, None, options), options["penalty"])
         return inputs._replace(penalties=_product(inputs, penalties))
     return inputs
 
