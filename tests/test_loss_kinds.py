@@ -218,7 +218,7 @@ def as_written(kind: str, x: dict[str, Tensor], **given: Any) -> Tensor:
     marked = torch.zeros_like(mask)
     if kind == "kl_cov":
         marked[tuple(chosen[covariance.topk(most).indices].T)] = True
-        return -ratio * advantages + marked * options["penalty"] * log_ratio.abs()
+        return -ratio * advantages + marked.to(ratio) * options["penalty"] * log_ratio.abs()
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
     is_open = (ratio.clamp(1 - low, 1 + high) * advantages >= ratio * advantages)[mask]
     is_open &= (covariance > options["covariance"][0]) & (covariance < options["covariance"][1])

@@ -116,12 +116,61 @@ def verl_aggregate(name: str) -> dict[str, Any]:
     return {"loss": loss.item(), "gradient": gradient.tolist()}
 
 
+# Our options, and verl's level, threshold and normalisation.
+WEIGHTS: list[tuple[dict[str, Any], str, str | float, bool]] = [
+    ({"high": 1.3}, "token", 1.3, False),
+    ({"high": 1.3, "normalize": True}, "token", 1.3, True),
+    ({"mode": "mask", "low": 0.8, "high": 1.3}, "token", "0.8_1.3", False),
+    ({"level": "sequence", "high": 1.1}, "sequence", 1.1, False),
+    ({"level": "sequence", "mode": "mask", "low": 0.7, "high": 1.3}, "sequence", "0.7_1.3", False),
+    ({"level": "sequence", "high": 1.1, "normalize": True}, "sequence", 1.1, True),
+]
+# verl's eleven, with a threshold that keeps some and rejects some; of k1 a pair of ratios.
+REJECTIONS = {
+    "token_k1": (0.8, 1.2),
+    "token_k2": 0.03,
+    "token_k3": 0.03,
+    "seq_sum_k1": (0.9, 1.5),
+    "seq_sum_k2": 0.2,
+    "seq_sum_k3": 0.2,
+    "seq_mean_k1": (0.95, 1.15),
+    "seq_mean_k2": 0.04,
+    "seq_mean_k3": 0.04,
+    "seq_max_k2": 0.1,
+    "seq_max_k3": 0.1,
+}
+
+
+def verl_weights(level: str, threshold: str | float, normalize: bool) -> dict[str, Any]:
+    """The weights, where ``logprobs`` are those of the sampler, and their mean and effective sample size."""
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+
+    x = tensors("tokens")
+    weights, metrics = compute_rollout_correction_weights(
+        x["old_logprobs"] - x["logprobs"], x["response_mask"].double(), level, threshold, normalize
+    )
+    numbers = {name: metrics[f"rollout_is_{name}"] for name in ("mean", "eff_sample_size")}
+    return {"weights": weights.tolist(), **numbers}
+
+
+def verl_rejection(name: str, threshold: Any) -> list[list[float]]:
+    """The mask that is left."""
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_rejection_mask
+
+    x = tensors("tokens")
+    bound = "_".join(map(str, threshold)) if isinstance(threshold, tuple) else str(threshold)
+    log_ratio, mask = x["old_logprobs"] - x["logprobs"], x["response_mask"].double()
+    return compute_rollout_rejection_mask(log_ratio, mask, name, bound)[0].tolist()
+
+
 def all_of_verl() -> dict[str, Any]:
     """What the file holds."""
     return {
         "losses": [verl_loss(name, options, given) for _, name, options, given in CASES],
         "divergences": {kind: verl_divergence(kind) for kind in KL_KINDS},
         "aggregates": {name: verl_aggregate(name) for name in AGGREGATES},
+        "weights": [verl_weights(*case[1:]) for case in WEIGHTS],
+        "rejections": {name: verl_rejection(name, threshold) for name, threshold in REJECTIONS.items()},
     }
 
 

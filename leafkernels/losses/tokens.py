@@ -106,6 +106,17 @@ def spread_rows(numbers: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
     return numbers[row_of_token(cu_seqlens, total)]
 
 
+def reduce_rows(tokens: Tensor, cu_seqlens: Tensor | None, how: str) -> Tensor:
+    """(N,) the "sum" or the "max" of each row, float64; of no token 0 and -inf."""
+    tokens = tokens.double()
+    if cu_seqlens is None:
+        if how == "sum":
+            return tokens.sum(1)
+        return tokens.amax(1) if tokens.shape[1] else tokens.new_full((tokens.shape[0],), -torch.inf)
+    bounds = cu_seqlens.to(torch.int64).clamp(0, tokens.shape[0]).cummax(0).values
+    return torch.segment_reduce(tokens, how, offsets=bounds, initial=0 if how == "sum" else -torch.inf)
+
+
 def row_lists(tensor: Tensor, cu_seqlens: Tensor | None) -> list[list[Any]]:
     """A list for each row."""
     if cu_seqlens is None:
