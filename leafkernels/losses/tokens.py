@@ -117,6 +117,18 @@ def reduce_rows(tokens: Tensor, cu_seqlens: Tensor | None, how: str) -> Tensor:
     return torch.segment_reduce(tokens, how, offsets=bounds, initial=0 if how == "sum" else -torch.inf)
 
 
+def unpacked(tokens: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed tokens and their mask as rows (N, T), T the longest row where lengths can be read for nothing."""
+    total = tokens.shape[0]
+    bounds = cu_seqlens.to(torch.int64).clamp(0, total).cummax(0).values
+    lengths = bounds.diff()
+    width = int(lengths.max()) if lengths.shape[0] and values_readable(lengths) else total
+    index = bounds[:-1, None] + torch.arange(width, device=tokens.device)
+    is_inside = index < bounds[1:, None]
+    index = index.clamp_max(max(total - 1, 0))
+    return tokens[index], mask[index] & is_inside
+
+
 def row_lists(tensor: Tensor, cu_seqlens: Tensor | None) -> list[list[Any]]:
     """A list for each row."""
     if cu_seqlens is None:
