@@ -13,7 +13,8 @@ import python_ref
 from bench.harness import Bench, Call, Prepare, compiled
 from bench.rollouts import Batch, Shape
 from leafkernels.eager import policy_loss
-from leafkernels.losses.policy_loss import LossOptions
+from leafkernels.losses.kinds import LossOptions
+from leafkernels.losses.policy_loss import LossInputs
 
 INPUTS = ("sampled", "ragged")
 OP = "policy_loss with gradient"
@@ -53,12 +54,13 @@ def backend_of_package(backend: str) -> Prepare:
 
 def eager_compiled(batch: Batch) -> Call:
     tokens = tokens_of(batch)
-    bounds = (*BOUNDS["clip"], BOUNDS["dual_clip"], BOUNDS["max_log_ratio"])
-    options = LossOptions(*bounds, 0.0, 0.0, False, "token_mean", None)
+    logprobs, *others = tokens
+    inputs = LossInputs(*others, None, None, None, None)
+    options = LossOptions((*BOUNDS["clip"], BOUNDS["dual_clip"], 0.0), BOUNDS["max_log_ratio"])
     function = compiled(policy_loss.policy_loss)
 
     def call() -> tuple[Tensor, Tensor]:
-        sums, gradient = function(*tokens, None, None, options, True)
+        sums, gradient = function(logprobs, inputs, None, options, True)
         return sums[0].sum(), gradient
 
     return call

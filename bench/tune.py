@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 from bench import report  # noqa: E402
 from bench.harness import DEVICE, best_of, copy_bandwidth, describe_machine, graph_of, median_of_events  # noqa: E402
 from leafkernels.kernels import policy_loss_from_logits, surprisal  # noqa: E402
-from leafkernels.losses.policy_loss import LossOptions  # noqa: E402
+from leafkernels.losses.kinds import LossOptions  # noqa: E402
 from leafkernels.losses.policy_loss_from_logits import LossConstants  # noqa: E402
 from leafkernels.vocabulary.inputs import RowStatistics, SampledTokens  # noqa: E402
 
@@ -81,9 +81,9 @@ class Case:
         return (self.gradients,)
 
     def loss(self) -> tuple[Tensor, ...]:
-        options = LossOptions(0.2, 0.2, math.inf, math.inf, 0.0, 0.01, False, "sum", None)
+        options = LossOptions((0.2, 0.2, math.inf, 0.0), entropy_coef=0.01)
         old_logprobs = -self.statistics.surprisal
-        constants = LossConstants(self.ids, self.ones, self.mask, self.ones, old_logprobs, self.ones, None)
+        constants = LossConstants(self.ids, self.ones, self.mask, self.ones, old_logprobs, self.ones, None, None)
         return policy_loss_from_logits.policy_loss_from_logits(self.logits, constants, options, True)
 
     def kernels(self) -> dict[str, Callable[[], tuple[Tensor, ...]]]:

@@ -17,9 +17,11 @@ from leafkernels.credit.registry import ESTIMATORS, Estimator
 from leafkernels.credit.scatter import scatter_spans
 from leafkernels.credit.tree import SpanTree, span_tree
 from leafkernels.credit.values import SpanValues, span_values
+from leafkernels.losses.equal import DroppedEqual, drop_equal
 from leafkernels.losses.policy_loss import PolicyLoss, policy_loss
 from leafkernels.losses.policy_loss_from_logits import policy_loss_from_logits
 from leafkernels.losses.preference import simpo_loss, simpo_metrics, token_reward_loss, token_reward_metrics
+from leafkernels.losses.rollout_weights import RolloutWeights, rollout_weights
 from leafkernels.rows.groups import group_index
 from leafkernels.rows.prefix_tree import PrefixTree, prefix_tree
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
@@ -65,9 +67,13 @@ __all__ = [
     "linear_surprisal_entropy",
     "surprisal_entropy",
     # Losses
+    "DroppedEqual",
     "PolicyLoss",
+    "RolloutWeights",
+    "drop_equal",
     "policy_loss",
     "policy_loss_from_logits",
+    "rollout_weights",
     # Distillation
     "FireOPD",
     "FireStatistics",

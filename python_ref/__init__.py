@@ -10,6 +10,7 @@ from python_ref.differences import tempo, tree_td, treerl
 from python_ref.distillation import fire_opd, fire_statistics
 from python_ref.estimators import dr_grpo, grpo, rloo
 from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
+from python_ref.policy_loss import KINDS as LOSS_KINDS
 from python_ref.policy_loss import policy_loss, policy_loss_backward
 from python_ref.policy_loss_from_logits import policy_loss_from_logits
 from python_ref.prefix_lengths import common_prefix_lengths
@@ -21,6 +22,7 @@ from python_ref.tree import SpanTree, span_tree
 from python_ref.values import normalize_spans, span_values
 
 __all__ = [
+    "LOSS_KINDS",
     "PrefixTree",
     "SpanTree",
     "channel_states",

@@ -1,4 +1,4 @@
-"""The clipped policy loss from logits, and its gradient, token by token."""
+"""The policy losses from logits, and its gradient, token by token."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,18 +15,11 @@ def policy_loss_from_logits(
     response_mask: Sequence[Sequence[bool]],
     *,
     temperature: Table | None = None,
-    clip: tuple[float, float] = (0.2, 0.2),
-    dual_clip: float | None = None,
-    max_log_ratio: float | None = None,
-    ref_logprobs: Table | None = None,
-    kl_coef: float = 0.0,
-    entropy_coef: float = 0.0,
-    aggregate: str = "token_mean",
-    constant: float | None = None,
+    **options: Any,
 ) -> tuple[dict[str, float], list[list[list[float]]]]:
     """Loss and statistics as ``policy_loss`` gives them, and the gradient of the loss with respect to the logits.
 
-    Without ``old_logprobs`` the policy is its own old one: every ratio is 1.
+    Without ``old_logprobs`` the policy is its own old one: every ratio is 1. The options are those of ``policy_loss``.
     """
     logprobs, entropies, gradients = [], [], []
     temperatures = [[1.0] * len(mask) for mask in response_mask] if temperature is None else temperature
@@ -35,16 +28,6 @@ def policy_loss_from_logits(
         logprobs.append([-s for s in surprisals])
         entropies.append(row_entropies)
     policies = logprobs, logprobs if old_logprobs is None else old_logprobs
-    options: dict[str, Any] = {
-        "clip": clip,
-        "dual_clip": dual_clip,
-        "max_log_ratio": max_log_ratio,
-        "ref_logprobs": ref_logprobs,
-        "kl_coef": kl_coef,
-        "entropy_coef": entropy_coef,
-        "aggregate": aggregate,
-        "constant": constant,
-    }
     slopes, grad_entropies = policy_loss_backward(*policies, advantages, response_mask, **options)
     for i, mask in enumerate(response_mask):
         grad_surprisals = [-slope for slope in slopes[i]]

@@ -273,21 +273,36 @@ CASES = [
     ),
     *(
         Case(
-            f"policy_loss {logprobs} {'sequence' if per_sequence else 'token'}",
+            f"policy_loss {logprobs} {formula}{f' {statistic}' if statistic else ''}{' packed' if packed else ''}",
             _policy_loss_kernel,
-            f"*fp32 *fp32 {logprobs} {logprobs} *fp32 *i1 {logprobs} {logprobs} {'fp32 ' * 6} {'i32 ' * 8}",
+            f"*fp32 *fp32 {logprobs} {logprobs} *fp32 *i1 {logprobs} {'*fp32' if packed else 'None'} None {logprobs} "
+            f"{'*i32' if packed else 'None'} {'fp32 ' * 7} {'i32 ' * 11}",
             {
                 "HAS_REF": True,
                 "HAS_ENTROPY": True,
-                "PER_SEQUENCE": per_sequence,
+                "HAS_WEIGHTS": packed,
+                "HAS_PENALTIES": False,
+                "PACKED": packed,
+                "FORMULA": formula,
+                "STATISTIC": statistic,
+                "KL": "k3",
+                "KL_WEIGHTED": formula == "sapo",
                 "GRADIENT": True,
                 "BLOCK": LOSS_BLOCK,
                 "num_warps": LOSS_WARPS,
             },
             True,
         )
-        for logprobs in ("*fp32", "*bf16")
-        for per_sequence in (False, True)
+        for logprobs, formula, statistic, packed in (
+            ("*fp32", "clip", "", False),
+            ("*bf16", "clip", "", False),
+            ("*fp32", "clip", "mean", False),
+            ("*bf16", "clip", "mean", False),
+            ("*fp32", "sapo", "", False),
+            ("*fp32", "dppo_kl", "", False),
+            ("*fp32", "vespo", "product", True),
+            ("*fp32", "gmpo", "sides", False),
+        )
     ),
     *(
         Case(
@@ -331,12 +346,17 @@ CASES = [
     ),
     *(
         Case(
-            f"policy_loss_from_logits {logits}",
+            f"policy_loss_from_logits {logits} {formula}",
             _policy_loss_from_logits_kernel,
-            f"*fp32 {logits} {logits} *i64 *fp64 *i1 *fp32 *fp32 *fp32 *fp32 fp32 fp32 fp32 fp32 fp32 fp32 i32 i32 i32",
+            f"*fp32 {logits} {logits} *i64 *fp64 *i1 *fp32 *fp32 *fp32 *fp32 "
+            f"{'None' if formula == 'clip' else '*fp32'} {'fp32 ' * 7} i32 i32 i32",
             {
                 "HAS_OLD": True,
                 "HAS_REF": True,
+                "HAS_WEIGHTS": formula != "clip",
+                "FORMULA": formula,
+                "KL": "k3",
+                "KL_WEIGHTED": formula != "clip",
                 "ENTROPY": True,
                 "GRADIENT": True,
                 "BLOCK": surprisal.BLOCK,
@@ -345,7 +365,7 @@ CASES = [
             },
             True,
         )
-        for logits in ("*fp32", "*bf16")
+        for logits, formula in (("*fp32", "clip"), ("*bf16", "clip"), ("*bf16", "sapo"), ("*bf16", "dppo_kl"))
     ),
     Case(
         "scale_gradient",

@@ -247,3 +247,40 @@ def test_simpo_refuses(change: dict[str, Any], message: str) -> None:
     arguments = [options.pop(name) for name in names]
     with pytest.raises((TypeError, ValueError), match=message):
         simpo_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("kind", [*KINDS.values(), "simpo"])
+def test_packed_answers(kind: str) -> None:
+    """The loss and the gradients of the same answers in rows; rubbish where the mask is False."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = {"chosen": [3, 5, 1], "rejected": [4, 2, 6]}
+    padded: dict[str, torch.Tensor] = {}
+    packed: dict[str, torch.Tensor] = {}
+    what = "logprobs" if kind == "simpo" else "rewards"
+    for side, sizes in lengths.items():
+        rows = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+        mask = torch.arange(6) < torch.tensor(sizes)[:, None]
+        mask[1, 0] = False
+        rows[1, 0] = math.nan
+        for name, tensor in ((f"{side}_{what}", rows), (f"{side}_mask", mask)):
+            padded[name] = tensor
+            packed[name] = torch.cat([row[:size] for row, size in zip(tensor, sizes, strict=True)])
+        packed[f"{side}_cu_seqlens"] = torch.tensor([0, *sizes]).cumsum(0)
+    found = []
+    for arguments in (padded, packed):
+        leaves = {name: arguments[name].clone().requires_grad_() for name in (f"chosen_{what}", f"rejected_{what}")}
+        options = {} if kind == "simpo" else {"kind": kind}
+        loss = (simpo_loss if kind == "simpo" else token_reward_loss)(**{**arguments, **leaves}, **options)
+        found.append((loss, torch.autograd.grad(loss, tuple(leaves.values()))))
+    (expected, wanted), (loss, gradients) = found
+    torch.testing.assert_close(loss, expected)
+    for side, ours, theirs in zip(lengths, gradients, wanted, strict=True):
+        rows = [row[:size] for row, size in zip(theirs, lengths[side], strict=True)]
+        torch.testing.assert_close(ours, torch.cat(rows))
+    with pytest.raises(ValueError, match=f"^chosen_{what} must have shape \\(total,\\) together with cu_seqlens"):
+        arguments = {**packed, f"chosen_{what}": padded[f"chosen_{what}"]}
+        (simpo_loss if kind == "simpo" else token_reward_loss)(**arguments)
+    packed["chosen_cu_seqlens"][1] = 0
+    packed["chosen_cu_seqlens"][2] = 8
+    with pytest.raises(ValueError, match="^chosen_mask must have a token in every row, got none in row 0$"):
+        (simpo_loss if kind == "simpo" else token_reward_loss)(**packed)

@@ -1,4 +1,4 @@
-"""The clipped policy loss and its gradient from the logits, a few rows at a time while they are in the cache.
+"""The policy losses of tokens alone and their gradients from the logits, a few rows at a time while in the cache.
 
 See ``leafkernels.kernels.policy_loss_from_logits`` for the mathematics.
 """
@@ -13,7 +13,7 @@ from leafkernels.eager.policy_loss import token_loss
 from leafkernels.eager.surprisal import chunks, fold, logit_gradient, merge_surprisal_states, pick
 
 if TYPE_CHECKING:
-    from leafkernels.losses.policy_loss import LossOptions
+    from leafkernels.losses.kinds import LossOptions
     from leafkernels.losses.policy_loss_from_logits import LossConstants
 
 
@@ -33,10 +33,10 @@ def policy_loss_from_logits(
         states = fold(x, scale[rows], room)[..., None]
         statistics = merge_surprisal_states(states, pick(x, part.token_ids), part.temperature, None)
         surprisal, entropy, top, log_total = statistics
-        log_ratio = surprisal * 0 if part.old_logprobs is None else -surprisal - part.old_logprobs
-        loss, slope, ratio, is_clipped, kl = token_loss(
-            -surprisal, log_ratio, part.advantages, part.ref_logprobs, entropy, options
-        )
+        old = -surprisal if part.old_logprobs is None else part.old_logprobs
+        log_ratio = surprisal * 0 if part.old_logprobs is None else -surprisal - old
+        tokens = part.advantages, part.ref_logprobs, entropy, part.token_weights
+        loss, slope, ratio, is_clipped, kl = token_loss(-surprisal, old, log_ratio, *tokens, None, options)
         moved = log_ratio.expm1() - log_ratio
         terms[:, rows] = torch.stack((part.weights * loss, is_clipped.to(dtype), moved, ratio, kl, entropy))
         if with_gradient:

@@ -27,6 +27,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
         "pip install 'leafkernels[trl]'"
     ) from error
 
+from leafkernels.integrations._trl_loss import LossConfig, OwnLoss, check_own_loss
 from leafkernels.integrations._trl_masks import SamplingMaskConfig
 from leafkernels.integrations._trl_options import TokenCredit, check_options
 from leafkernels.integrations._trl_report import check_report, write_report
@@ -50,7 +51,7 @@ _MODEL_INPUTS = (
 
 
 @dataclass
-class LeafGRPOConfig(SharedPrefixesConfig, SamplingMaskConfig, trl.GRPOConfig):
+class LeafGRPOConfig(LossConfig, SharedPrefixesConfig, SamplingMaskConfig, trl.GRPOConfig):
     """``GRPOConfig`` with the options of ``leafkernels.span_advantages`` and ``tree_td``, under the same names.
 
     For a config of your own: ``@dataclass class MyConfig(LeafGRPOConfig, TheConfigOfMyTrainer)``.
@@ -111,7 +112,7 @@ class LeafGRPOConfig(SharedPrefixesConfig, SamplingMaskConfig, trl.GRPOConfig):
         super().__post_init__()
 
 
-class LeafGRPOTrainer(TokenCredit, GRPOTrainer):
+class LeafGRPOTrainer(OwnLoss, TokenCredit, GRPOTrainer):
     """``GRPOTrainer`` whose advantages are one for each token: LEAF's, or those of ``estimator``; same arguments.
 
     Also a mixin for trainers derived from ``GRPOTrainer``, where it comes first:
@@ -349,6 +350,7 @@ def _check_trainer(trainer: type, args: Any) -> None:
     if args.estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {args.estimator!r}")
     check_options(args, "LeafGRPOTrainer")
+    check_own_loss(args, "LeafGRPOTrainer")
     if any(base.__name__ in ("RLOOTrainer", "GMPOTrainer") for base in trainer.__mro__):
         raise TypeError(
             f"{trainer.__name__} must not derive from RLOOTrainer or GMPOTrainer: their losses take one advantage a row"

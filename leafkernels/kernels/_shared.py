@@ -71,6 +71,18 @@ def row_stride(tensor) -> int:
 
 
 @triton.jit
+def row_slot(cu_seqlens_ptr, row, width, PACKED: tl.constexpr):
+    """Where a row begins in its storage, and how many tokens it holds."""
+    if PACKED:
+        # Offsets that break their rules must still stay inside of the tensors.
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + row).to(tl.int64), 0), width)
+        last = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + row + 1).to(tl.int64), first), width)
+    else:
+        first, last = row * 0, row * 0 + width
+    return first, last - first
+
+
+@triton.jit
 def rounded_product(x, y):
     """x y, rounded, for sums over the threads.
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leafkernels.kernels._shared import FP_FUSION, load_block, num_splits, row_stride, store_block
+from leafkernels.kernels._shared import FP_FUSION, load_block, num_splits, row_slot, row_stride, store_block
 
 if TYPE_CHECKING:
     from leafkernels.credit.distillation import FireOptions, FireTokens
@@ -23,18 +23,6 @@ COLUMNS = 7  # tokens, sum of l_T, largest H_T, largest H_S, sum of H_T, of H_S,
 BLOCK = 1024
 STATISTICS_WARPS = 4  # of 16 bytes of bfloat16 a thread
 WEIGHTS_WARPS = 8
-
-
-@triton.jit
-def _slot(cu_seqlens_ptr, row, width, PACKED: tl.constexpr):
-    """Where a row begins in its storage, and how many tokens it holds."""
-    if PACKED:
-        # Offsets that break their rules must still stay inside of the tensors.
-        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + row).to(tl.int64), 0), width)
-        last = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + row + 1).to(tl.int64), first), width)
-    else:
-        first, last = row * 0, row * 0 + width
-    return first, last - first
 
 
 @triton.jit
@@ -71,7 +59,7 @@ def _fire_statistics_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    first, size = _slot(cu_seqlens_ptr, row, width, PACKED)
+    first, size = row_slot(cu_seqlens_ptr, row, width, PACKED)
     # (BLOCK,) sums that meet once at the end, in one fixed order. Those of the scores are taken in float64, so that
     # equal rows tie whatever their padding; of the others a thousandth part each is added up in float32.
     zeros = tl.zeros([BLOCK], tl.float32)
@@ -164,7 +152,7 @@ def _fire_weights_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    first, size = _slot(cu_seqlens_ptr, row, width, PACKED)
+    first, size = row_slot(cu_seqlens_ptr, row, width, PACKED)
     keep = tl.load(keep_ptr + row).to(tl.int32)
     teacher_max, student_max = tl.load(maxima_ptr), tl.load(maxima_ptr + 1)
     scale = (1.0 / tl.load(means_ptr + row)).to(tl.float32)

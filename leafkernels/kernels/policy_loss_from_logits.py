@@ -1,4 +1,4 @@
-"""The clipped policy loss and its gradient, both in one launch over the logits.
+"""The policy losses of tokens alone and their gradients, both in one launch over the logits.
 
 A program folds its row as ``surprisal_entropy`` does, and so knows the token's log-probability and entropy; from them
 follow the token's loss and what it loses with each. It then writes the row's gradient from a second look at the row,
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from leafkernels.kernels import surprisal
 from leafkernels.kernels._shared import FP_FUSION, exp_tail, load_block, store_block
-from leafkernels.kernels.policy_loss import NUMBERS, token_loss
+from leafkernels.kernels.policy_loss import token_loss
 from leafkernels.kernels.surprisal import blocks_of, log_total_entropy, pick, row_state, write_gradient
 
 if TYPE_CHECKING:
-    from leafkernels.losses.policy_loss import LossOptions
+    from leafkernels.losses.kinds import LossOptions
     from leafkernels.losses.policy_loss_from_logits import LossConstants
 
-TERMS = 6  # weighted loss, clipped, e^x - 1 - x of the log-ratio, ratio, k3, entropy
+TERMS = 6  # weighted loss, clipped, e^x - 1 - x of the log-ratio, ratio, KL, entropy
 SCALE_BLOCK = 8192
 
 
@@ -39,9 +39,11 @@ def _policy_loss_from_logits_kernel(
     old_logprobs_ptr,
     advantages_ptr,
     ref_logprobs_ptr,
-    clip_low,
-    clip_high,
-    dual_clip,
+    token_weights_ptr,
+    first_number,
+    second_number,
+    third_number,
+    fourth_number,
     max_log_ratio,
     kl_coef,
     entropy_coef,
@@ -50,6 +52,10 @@ def _policy_loss_from_logits_kernel(
     num_rows,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    FORMULA: tl.constexpr,
+    KL: tl.constexpr,
+    KL_WEIGHTED: tl.constexpr,
     ENTROPY: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,26 +75,39 @@ def _policy_loss_from_logits_kernel(
 
         weight = tl.load(weights_ptr + row)
         advantage = tl.load(advantages_ptr + row)
+        old_logprob = logprob
         log_ratio = logprob * 0.0  # on policy: 0, and NaN where there is no distribution
         if HAS_OLD:
-            log_ratio = logprob - tl.load(old_logprobs_ptr + row)
+            old_logprob = tl.load(old_logprobs_ptr + row)
+            log_ratio = logprob - old_logprob
         ref_logprob = logprob
         if HAS_REF:
             ref_logprob = tl.load(ref_logprobs_ptr + row)
+        token_weight = 1.0
+        if HAS_WEIGHTS:
+            token_weight = tl.load(token_weights_ptr + row)
         loss, slope, ratio, is_clipped, kl = token_loss(
             logprob,
+            old_logprob,
             log_ratio,
             advantage,
             ref_logprob,
             entropy,
-            clip_low,
-            clip_high,
-            dual_clip,
+            token_weight,
+            0.0,  # no number of the row
+            first_number,
+            second_number,
+            third_number,
+            fourth_number,
             max_log_ratio,
             kl_coef,
             entropy_coef,
             HAS_REF,
             ENTROPY,
+            HAS_WEIGHTS,
+            FORMULA,
+            KL,
+            KL_WEIGHTED,
         )
         tl.store(terms_ptr + row, weight * loss)
         tl.store(terms_ptr + plane + row, is_clipped.to(tl.float32))
@@ -153,12 +172,19 @@ def policy_loss_from_logits(
             gradients,
             logits,
             *constants,
-            *options[:NUMBERS],
+            *options.numbers,
+            options.max_log_ratio,
+            options.kl_coef,
+            options.entropy_coef,
             logits.stride(0),
             vocab_size,
             num_rows,
             HAS_OLD=constants.old_logprobs is not None,
             HAS_REF=constants.ref_logprobs is not None,
+            HAS_WEIGHTS=constants.token_weights is not None,
+            FORMULA=options.formula,
+            KL=options.kl_kind,
+            KL_WEIGHTED=options.kl_weighted,
             ENTROPY=options.entropy_coef != 0,
             GRADIENT=with_gradient,
             BLOCK=surprisal.BLOCK,

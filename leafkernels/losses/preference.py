@@ -16,6 +16,8 @@ from leafkernels._core.checks import (
     values_readable,
 )
 from leafkernels._core.precision import compute_dtype
+from leafkernels.losses.tokens import unpacked
+from leafkernels.rows.find import check_cu_seqlens
 
 KINDS = ("sequence_bt", "token_bt", "token_bce", "sequence_bce")
 _SHARES = {"100%": 1.0, "50%": 0.5, "25%": 0.25}
@@ -30,6 +32,8 @@ def token_reward_loss(
     kind: str = "sequence_bt",
     scale: float = 1.0,
     margin: float = 0.0,
+    chosen_cu_seqlens: Tensor | None = None,
+    rejected_cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Preference loss on a reward for each token, a scalar. B pairs; chosen and rejected may differ in width.
 
@@ -50,6 +54,9 @@ def token_reward_loss(
         kind: one of the above.
         scale: a factor, for the two Bradley-Terry kinds.
         margin: by how much the better answer should be better, for the same.
+        chosen_cu_seqlens, rejected_cu_seqlens: (B + 1,) int32, the offsets of packed answers, whose rewards and mask
+            then are (total,). They are laid out in rows, on a CPU of the longest answer, elsewhere, where no length is
+            read, of all tokens.
 
     Returns:
         A scalar, float32 (float64 if a reward is), differentiable in both rewards.
@@ -63,10 +70,13 @@ def token_reward_loss(
         >>> leafkernels.token_reward_loss(chosen, rejected, torch.ones(1, 2), torch.ones(1, 2))
         tensor(0.3133)
     """
-    sums = token_reward_sums(
-        chosen_rewards, rejected_rewards, chosen_mask, rejected_mask, kind=kind, scale=scale, margin=margin
-    )
-    return (sums / answer_counts(chosen_mask, rejected_mask)).sum()
+    options: dict[str, Any] = {"kind": kind, "scale": scale, "margin": margin}
+    options |= {"chosen_cu_seqlens": chosen_cu_seqlens, "rejected_cu_seqlens": rejected_cu_seqlens}
+    sums = token_reward_sums(chosen_rewards, rejected_rewards, chosen_mask, rejected_mask, **options)
+    counts = answer_counts(chosen_mask, rejected_mask)
+    if chosen_cu_seqlens is not None:
+        counts[0] = chosen_cu_seqlens.shape[0] - 1
+    return (sums / counts).sum()
 
 
 def token_reward_sums(
@@ -78,6 +88,8 @@ def token_reward_sums(
     kind: str = "sequence_bt",
     scale: float = 1.0,
     margin: float = 0.0,
+    chosen_cu_seqlens: Tensor | None = None,
+    rejected_cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """(3,): what ``token_reward_loss`` sums over the pairs, the chosen tokens and the rejected ones.
 
@@ -86,8 +98,8 @@ def token_reward_sums(
     check_choice("kind", kind, KINDS)
     check_positive("scale", scale)
     check_finite("margin", margin)
-    chosen, chosen_mask = _answers("chosen", chosen_rewards, chosen_mask)
-    rejected, rejected_mask = _answers("rejected", rejected_rewards, rejected_mask)
+    chosen, chosen_mask = _answers("chosen", chosen_rewards, chosen_mask, "rewards", chosen_cu_seqlens)
+    rejected, rejected_mask = _answers("rejected", rejected_rewards, rejected_mask, "rewards", rejected_cu_seqlens)
     _check_pairs(chosen, rejected)
     if kind == "token_bce":
         sides = (softplus(-chosen), chosen_mask), (softplus(rejected), rejected_mask)
@@ -119,6 +131,8 @@ def simpo_loss(
     beta: float = 2.0,
     margin: float = 0.5,
     label_smoothing: float = 0.0,
+    chosen_cu_seqlens: Tensor | None = None,
+    rejected_cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """SimPO loss (arXiv 2405.14734), a scalar: preference learning on log-probabilities, without a reference model.
 
@@ -137,6 +151,7 @@ def simpo_loss(
         beta: positive.
         margin: by how much the better answer's mean should be higher; the paper's gamma / beta.
         label_smoothing: from 0 to less than 1, for "sigmoid".
+        chosen_cu_seqlens, rejected_cu_seqlens: as in ``token_reward_loss``.
 
     Returns:
         A scalar, float32 (float64 if a log-probability is), differentiable in both.
@@ -155,8 +170,8 @@ def simpo_loss(
     check_finite("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
-    chosen, chosen_mask = _answers("chosen", chosen_logprobs, chosen_mask, "logprobs")
-    rejected, rejected_mask = _answers("rejected", rejected_logprobs, rejected_mask, "logprobs")
+    chosen, chosen_mask = _answers("chosen", chosen_logprobs, chosen_mask, "logprobs", chosen_cu_seqlens)
+    rejected, rejected_mask = _answers("rejected", rejected_logprobs, rejected_mask, "logprobs", rejected_cu_seqlens)
     _check_pairs(chosen, rejected, "logprobs")
     x = beta * (_mean(chosen, chosen_mask) - _mean(rejected, rejected_mask) - margin)
     if kind == "hinge":
@@ -254,12 +269,18 @@ def token_reward_metrics(
     return {name: values.mean() for name, values in found.items()}
 
 
-def _answers(name: str, rewards: Any, mask: Any, what: str = "rewards") -> tuple[Tensor, Tensor]:
+def _answers(
+    name: str, rewards: Any, mask: Any, what: str = "rewards", cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     check_real(f"{name}_{what}", rewards)
-    if rewards.dim() != 2:
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, f"{name}_{what}", rewards)
+    elif rewards.dim() != 2:
         raise ValueError(f"{name}_{what} must have shape (pairs, tokens), got shape {tuple(rewards.shape)}")
     check_tensor(f"{name}_mask", mask)
     is_token = cast(Tensor, check_mask(mask, f"{name}_{what}", rewards.shape, rewards.device, f"{name}_mask"))
+    if cu_seqlens is not None:
+        rewards, is_token = unpacked(rewards, is_token, cu_seqlens)
     if values_readable(is_token):
         empty = (~is_token.any(1)).nonzero()[:, 0].tolist()
         if empty:
