@@ -14,6 +14,7 @@ from python_ref.policy_loss import policy_loss, policy_loss_backward
 from python_ref.policy_loss_from_logits import policy_loss_from_logits
 from python_ref.prefix_lengths import common_prefix_lengths
 from python_ref.prefix_tree import PrefixTree, prefix_tree
+from python_ref.returns import returns_to_go, total_returns, weighed_rewards
 from python_ref.reward_channel import channel_states, reward_channel
 from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
@@ -37,6 +38,7 @@ __all__ = [
     "policy_loss_backward",
     "policy_loss_from_logits",
     "prefix_tree",
+    "returns_to_go",
     "reward_channel",
     "rloo",
     "scatter_spans",
@@ -48,5 +50,7 @@ __all__ = [
     "surprisal_entropy_backward",
     "tempo",
     "tree_td",
+    "total_returns",
     "treerl",
+    "weighed_rewards",
 ]
