@@ -63,7 +63,7 @@ def refuse_batch_of_ranks(options: CreditOptions, gathered: GatheredGroups | Non
 def _check_gathered(gathered: Any, rollouts: Rollouts) -> None:
     if not isinstance(gathered, GatheredGroups):
         raise TypeError(f"gathered must be what gather_groups returned, got {type(gathered).__name__}")
-    rows, own = gathered.inputs["rewards"].shape[0], rollouts.rewards.shape[0]
+    rows, own = gathered.num_rows, rollouts.rewards.shape[0]
     if rows != own:
         raise ValueError(f"gathered must hold the rows of token_ids, {own}, got {rows}")
 
