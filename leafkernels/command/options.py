@@ -26,6 +26,8 @@ leafkernels.save_rollouts writes it from tensors. prompt_id, prompt and tokens
 are for display and may be missing; other fields are kept. completions must not
 be empty; token_ids may be. A position whose logprob is null is never a
 boundary. A rollout whose reward is null is left out of every mean and gets 0.
+A completion may have "step_rewards", a number for each token, which are added
+where they happen; then its reward may be missing.
 
 python -m leafkernels compare [ROLLOUTS] measures which credit scheme fits a file
 of many rollouts a prompt (compare --help).

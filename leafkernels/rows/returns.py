@@ -66,12 +66,10 @@ def earned_at_tokens(step_rewards: Tensor, rows: Rows, width: int) -> Earned:
     return Earned(sums, row_of_token, first_of_row, is_token)
 
 
-def total_returns(rewards: Tensor | None, earned: Earned, layout: Layout) -> tuple[Tensor, Earned]:
+def total_returns(rewards: Tensor, earned: Earned, layout: Layout) -> tuple[Tensor, Earned]:
     """(N,) float64, and what is earned without the rows whose return is NaN."""
     rows = torch.arange(layout.row_lengths.shape[0], device=layout.row_lengths.device)
-    totals = earned.before(rows, layout.row_lengths)
-    if rewards is not None:
-        totals = rewards.to(torch.float64) + totals
+    totals = rewards.to(torch.float64) + earned.before(rows, layout.row_lengths)
     is_out = totals.isnan()[earned.row_of_token]
     return totals, earned._replace(sums=earned.sums.masked_fill(is_out, 0.0), is_token=earned.is_token & ~is_out)
 

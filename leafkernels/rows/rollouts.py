@@ -33,6 +33,12 @@ class Rollouts(NamedTuple):
     given: tuple[Tensor | None, Tensor | None]  # rewards, (N,) or (N, functions), and step rewards, as they came
     reward_weights: list[float] | Tensor | None = None
     earned: Earned | None = None  # where there are step rewards and tokens
+    ends: Tensor | None = None  # (N,): of the rewards what comes at the end, where not all does
+
+    @property
+    def one_reward(self) -> Tensor:
+        """(N,): what each row earns at its end, from all reward functions."""
+        return self.rewards if self.ends is None else self.ends
 
     @property
     def layout(self) -> Layout:
@@ -97,10 +103,11 @@ def read_rollouts(
         given = returns = check_rewards(rewards, "token_ids", row_shape, device, shape)
     else:
         returns = logprobs.new_zeros(rows.layout.row_lengths.shape, dtype=torch.float64)
-    earned = None
+    earned = ends = None
     if flat_steps is not None and flat_steps.numel():
         earned = earned_at_tokens(flat_steps, rows, 0 if cu_seqlens is not None else shape[-1])
-        returns, earned = total_returns(returns, earned, rows.layout)
+        ends = returns
+        returns, earned = total_returns(ends, earned, rows.layout)
     rows = rows._replace(layout=rows.layout.without(returns.isnan()))
     where = {"response_mask": response_mask, "groups": groups, "group_size": group_size, "cu_seqlens": cu_seqlens}
     return Rollouts(logprobs, token_ids, returns, rows, backend, where, (given, step_rewards), reward_weights, earned)
