@@ -110,4 +110,5 @@ def read_rollouts(
         returns, earned = total_returns(ends, earned, rows.layout)
     rows = rows._replace(layout=rows.layout.without(returns.isnan()))
     where = {"response_mask": response_mask, "groups": groups, "group_size": group_size, "cu_seqlens": cu_seqlens}
-    return Rollouts(logprobs, token_ids, returns, rows, backend, where, (given, step_rewards), reward_weights, earned)
+    more = (given, step_rewards), reward_weights, earned, ends
+    return Rollouts(logprobs, token_ids, returns, rows, backend, where, *more)
