@@ -3,7 +3,7 @@
 import contextlib
 import zlib
 from array import array
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from leafkernels._core.checks import (
 from leafkernels.rows.find import build_layout, check_cu_seqlens, check_named_groups, check_one_grouping
 from leafkernels.rows.groups import read_names
 from leafkernels.rows.layout import as_rows
+from leafkernels.rows.returns import check_functions, check_step_rewards
 
 __all__ = ["GatheredGroups", "gather_groups"]
 
@@ -47,9 +48,10 @@ class GatheredGroups(NamedTuple):
 
     inputs: dict[str, Any]
     """Arguments for ``span_advantages`` or any function with its signature: ``logprobs``, ``token_ids``, ``rewards``,
-    ``response_mask``, ``groups``, ``group_size``, ``cu_seqlens``. All rows of the groups that this rank computes, also
-    those of other ranks, in the order of the ranks and without padding; constants to autograd. No row where this rank
-    computes no group."""
+    ``response_mask``, ``groups``, ``group_size``, ``cu_seqlens``, and of ``step_rewards``, ``reward_weights``,
+    ``steps`` and ``states`` those that were given. All rows of the groups that this rank computes, also those of other
+    ranks, in the order of the ranks and without padding; constants to autograd. No row where this rank computes no
+    group."""
     shape: torch.Size
     """Shape of this rank's own ``token_ids``."""
     positions: Tensor | None
@@ -60,6 +62,12 @@ class GatheredGroups(NamedTuple):
     owners: list[int]
     """The rank that computes its group, for every row of all ranks; the same on every rank."""
     process_group: "dist.ProcessGroup | None"
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of ``inputs``."""
+        rewards = self.inputs["rewards"]
+        return self.inputs["cu_seqlens"].shape[0] - 1 if rewards is None else rewards.shape[0]
 
     def local(self, tokens: Tensor) -> Tensor:
         """This rank's rows of a result for each token of ``inputs``, (total,), in the shape of its own ``token_ids``.
@@ -91,14 +99,14 @@ class GatheredGroups(NamedTuple):
         """(rows of all ranks,) in the order of the ranks, the same on every rank, from one number (rows,) for each row
         of ``inputs``. Every rank calls.
         """
-        check_like("of_rows", of_rows, "the gathered rewards", self.inputs["rewards"].shape, of_rows.device)
+        check_like("of_rows", of_rows, "the gathered rows", torch.Size([self.num_rows]), of_rows.device)
         _, world_size = place("process_group", self.process_group)
         counts = [0] * world_size
         for owner in self.owners:
             counts[owner] += 1
         gathered = gather_section(of_rows.detach(), counts, self.process_group)
-        rows = sorted(range(len(self.owners)), key=self.owners.__getitem__)
-        return torch.empty_like(gathered).index_copy(0, torch.tensor(rows, device=gathered.device).long(), gathered)
+        order = sorted(range(len(self.owners)), key=self.owners.__getitem__)
+        return torch.empty_like(gathered).index_copy(0, torch.tensor(order, device=gathered.device).long(), gathered)
 
 
 class _Header(NamedTuple):
@@ -116,7 +124,8 @@ class _Header(NamedTuple):
 
 class _Local(NamedTuple):
     header: _Header
-    rewards: Tensor
+    rewards: Tensor | None
+    """(N,), or (N, F) of F reward functions."""
     tokens: dict[str, Tensor]
     """Flat: what is sent of each token."""
     row_starts: Tensor
@@ -128,12 +137,16 @@ class _Local(NamedTuple):
 def gather_groups(
     logprobs: Tensor,
     token_ids: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | None = None,
     *,
     response_mask: Tensor | None = None,
     groups: Tensor | Iterable[Hashable] | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    step_rewards: Tensor | None = None,
+    reward_weights: Sequence[float] | Tensor | None = None,
+    steps: Tensor | None = None,
+    states: Tensor | None = None,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> GatheredGroups:
     """Bring the rows of groups that straddle ranks together, each group on one rank, to compute their advantages there.
@@ -171,6 +184,10 @@ def gather_groups(
         group_size: consecutive runs of that many rows are a prompt, counted through all ranks. None, with ``groups``
             None too: the rows of all ranks are one prompt.
         cu_seqlens: (N + 1,) int32, offsets of packed rows.
+        step_rewards: the same shape as ``token_ids``, on every rank or on none; sent as float64. Then ``rewards`` may
+            be None, on every rank.
+        reward_weights: F numbers, the same on every rank, where ``rewards`` is (N, F); see ``span_advantages``.
+        steps, states: integers shaped like ``token_ids``, on every rank or on none; see ``grpo``.
         process_group: the ranks among which rows travel (those of data parallelism), gloo or NCCL; None: all.
 
     Raises:
@@ -181,7 +198,9 @@ def gather_groups(
     rank, world_size = place("process_group", process_group)
     failure: Exception | None = None
     try:
-        local = _local_rows(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens)
+        more = {"step_rewards": step_rewards, "steps": steps, "states": states}
+        call = logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens
+        local = _local_rows(*call, reward_weights, more)
         header = local.header
     except Exception as error:
         # The other ranks are about to wait for this one, so the refusal is sent before it raises, whatever it is.
@@ -212,7 +231,8 @@ def gather_groups(
         order = torch.tensor(by_owner, dtype=torch.int64, device=device)
     positions = _positions(local, order)
     parts = {k: t if positions is None else t[positions] for k, t in local.tokens.items()}
-    parts["rewards"] = local.rewards if order is None else local.rewards[order]
+    if local.rewards is not None:
+        parts["rewards"] = local.rewards if order is None else local.rewards[order]
     if travels:
         parts = {
             name: _exchange(
@@ -225,8 +245,9 @@ def gather_groups(
     lengths = [length for rank_lengths in lengths_of_ranks for length in rank_lengths]
     ends = accumulate((lengths[row] for row in owned), initial=0)
     parts["cu_seqlens"] = torch.tensor(list(ends), dtype=torch.int64, device=device)
+    weights = {} if reward_weights is None else {"reward_weights": reward_weights}
     return GatheredGroups(
-        inputs={"response_mask": None, "groups": None, "group_size": group_size, **parts},
+        inputs={"rewards": None, "response_mask": None, "groups": None, "group_size": group_size, **parts, **weights},
         shape=token_ids.shape,
         positions=positions,
         routes=token_routes if travels else None,
@@ -294,15 +315,16 @@ def _plan(rank: int, lengths_of_ranks: list[list[int]], owners: list[int]) -> tu
 
 
 def _exchange(what: str, section: Tensor, routes: Routes, process_group: "dist.ProcessGroup | None") -> Tensor:
-    """What all ranks send to this one, in their order."""
-    size = section.element_size()
+    """What all ranks send to this one, in their order; an entry may have several numbers."""
+    entry = section.shape[1:]
+    size = section.element_size() * entry.numel()
     # A copy, because a tensor of one element may keep the stride of the table that it is a column of.
-    own = section.new_empty(section.shape[0]).copy_(section).view(torch.uint8)
-    arrived = section.new_empty(sum(routes.received))
+    own = section.new_empty(section.numel()).copy_(section.reshape(-1)).view(torch.uint8)
+    arrived = section.new_empty(sum(routes.received) * entry.numel())
     received, sent = ([size * count for count in counts] for counts in routes.back)
     with _named(what):
         dist.all_to_all_single(arrived.view(torch.uint8), own, received, sent, group=process_group)
-    return arrived
+    return arrived.reshape(sum(routes.received), *entry)
 
 
 @contextlib.contextmanager
@@ -360,11 +382,13 @@ def _check_results(dtype: torch.dtype | None, device: torch.device, process_grou
 def _local_rows(
     logprobs: Tensor,
     token_ids: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | None,
     response_mask: Tensor | None,
     groups: Any,
     group_size: int | None,
     cu_seqlens: Tensor | None,
+    reward_weights: Any,
+    more: dict[str, Tensor | None],
 ) -> _Local:
     """This rank's rows, and where each lies from its first to its last unmasked token."""
     token_ids = check_integer("token_ids", token_ids)
@@ -383,7 +407,11 @@ def _local_rows(
             )
         num_rows = token_ids.shape[0]
         bounds = torch.arange(num_rows + 1, device=device) * token_ids.shape[1]
-    rewards = check_rewards(rewards, "token_ids", (num_rows,), device, tuple(token_ids.shape)).detach()
+    given = None
+    if reward_weights is not None:
+        given, reward_weights = check_functions(rewards, reward_weights, "token_ids", (num_rows,), device)
+    elif rewards is not None or more["step_rewards"] is None:
+        given = check_rewards(rewards, "token_ids", (num_rows,), device, tuple(token_ids.shape)).to(torch.float64)
     kind, names = "None", b""
     check_one_grouping(groups, group_size)
     if isinstance(groups, Tensor):
@@ -395,6 +423,15 @@ def _local_rows(
     tokens = {"token_ids": token_ids, "logprobs": logprobs.detach()}
     if mask is not None:
         tokens["response_mask"] = mask
+    steps = check_step_rewards(more["step_rewards"], token_ids)
+    if steps is not None:
+        tokens["step_rewards"] = steps.detach().reshape(token_ids.shape)
+    for name in ("steps", "states"):
+        names_of_tokens = more[name]
+        if names_of_tokens is not None:
+            checked = check_integer(name, names_of_tokens)
+            check_like(name, checked, "token_ids", token_ids.shape, device)
+            tokens[name] = checked.to(torch.int64)
     tokens = {name: as_rows(tensor).reshape(-1) for name, tensor in tokens.items()}
     layout = build_layout(tokens["token_ids"], tokens.get("response_mask"), 1, bounds)
     lengths = layout.row_lengths.tolist()
@@ -402,11 +439,16 @@ def _local_rows(
         "token_ids": f"{token_ids.dtype} on {device.type}",
         "logprobs": str(logprobs.dtype),
         "response_mask": "None" if mask is None else "a mask",
+        "rewards": "None" if given is None else f"shape {('rows', *given.shape[1:])}",
+        "reward_weights": "a tensor" if isinstance(reward_weights, Tensor) else str(reward_weights),
+        **{name: "None" if value is None else "a tensor" for name, value in more.items()},
         "groups": kind,
         "group_size": str(group_size),
     }
     header = _Header(None, alike, array("q", lengths).tobytes(), names)
-    return _Local(header, rewards.to(torch.float64), tokens, layout.row_starts, layout.row_lengths, lengths)
+    return _Local(
+        header, None if given is None else given.detach(), tokens, layout.row_starts, layout.row_lengths, lengths
+    )
 
 
 def _positions(local: _Local, order: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@ prefixes and no shared tricks. Every module has the name of the operation in ``l
 """
 
 from python_ref.advantages import span_advantages
+from python_ref.baselines import maxrl, opo, pass_at_k, qae
 from python_ref.boundaries import select_boundaries
 from python_ref.differences import tempo, tree_td, treerl
 from python_ref.distillation import fire_opd, fire_statistics
@@ -15,6 +16,7 @@ from python_ref.policy_loss import policy_loss, policy_loss_backward
 from python_ref.policy_loss_from_logits import policy_loss_from_logits
 from python_ref.prefix_lengths import common_prefix_lengths
 from python_ref.prefix_tree import PrefixTree, prefix_tree
+from python_ref.returns import returns_to_go, total_returns, weighed_rewards
 from python_ref.reward_channel import channel_states, reward_channel
 from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
@@ -34,11 +36,16 @@ __all__ = [
     "grpo",
     "linear_surprisal_entropy",
     "linear_surprisal_entropy_backward",
+    "maxrl",
     "normalize_spans",
+    "opo",
+    "pass_at_k",
     "policy_loss",
     "policy_loss_backward",
     "policy_loss_from_logits",
     "prefix_tree",
+    "returns_to_go",
+    "qae",
     "reward_channel",
     "rloo",
     "scatter_spans",
@@ -50,5 +57,7 @@ __all__ = [
     "surprisal_entropy_backward",
     "tempo",
     "tree_td",
+    "total_returns",
     "treerl",
+    "weighed_rewards",
 ]

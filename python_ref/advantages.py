@@ -10,10 +10,11 @@ from python_ref.tree import span_tree
 def span_advantages(
     logprobs: Sequence[Sequence[float]],
     token_ids: Sequence[Sequence[int]],
-    rewards: Sequence[float],
+    rewards: Sequence[float] | None,
     *,
     response_mask: Sequence[Sequence[bool]] | None = None,
     groups: Sequence[Hashable] | None = None,
+    step_rewards: Sequence[Sequence[float]] | None = None,
     num_boundaries: int = 2,
     min_separation: int | None = None,
     boundary_scores: Sequence[Sequence[float]] | None = None,
@@ -25,6 +26,7 @@ def span_advantages(
     """One advantage per token, 0 where the mask is False.
 
     ``groups`` names the prompt of each row (all rows are of one prompt where it is missing); rows may differ in length.
+    A row's reward is all that it earns, its ``step_rewards`` included.
     """
     trees = span_tree(
         logprobs,
@@ -32,6 +34,7 @@ def span_advantages(
         rewards,
         response_mask=response_mask,
         groups=groups,
+        step_rewards=step_rewards,
         num_boundaries=num_boundaries,
         min_separation=min_separation,
         boundary_scores=boundary_scores,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from python_ref.boundaries import select_boundaries
 from python_ref.find import cut, full_mask
+from python_ref.returns import total_returns
 from python_ref.values import Span, credit, normalize_spans
 
 
@@ -36,10 +37,11 @@ def prefix_nodes(rows: Sequence[Sequence[int]], boundary: int, taking_part: Sequ
 def span_tree(
     logprobs: Sequence[Sequence[float]],
     token_ids: Sequence[Sequence[int]],
-    rewards: Sequence[float],
+    rewards: Sequence[float] | None,
     *,
     response_mask: Sequence[Sequence[bool]] | None = None,
     groups: Sequence[Hashable] | None = None,
+    step_rewards: Sequence[Sequence[float]] | None = None,
     num_boundaries: int = 2,
     min_separation: int | None = None,
     boundary_scores: Sequence[Sequence[float]] | None = None,
@@ -50,6 +52,7 @@ def span_tree(
 ) -> list[SpanTree]:
     """One tree for each group, in the order in which the groups first appear; arguments as ``span_advantages``."""
     masks = full_mask(token_ids, response_mask)
+    rewards = total_returns(token_ids, rewards, response_mask, step_rewards)
     scores = boundary_scores if boundary_scores is not None else [[-x for x in row] for row in logprobs]
     names = list(groups) if groups is not None else [0] * len(token_ids)
 

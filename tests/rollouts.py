@@ -71,6 +71,17 @@ class Rollouts:
             "cu_seqlens": lengths.cumsum(0).to(torch.int32).to(DEVICE),
         }
 
+    def laid_out(
+        self, rows: list[list], layout: str, fill: Any = 0, dtype: torch.dtype = torch.float64, extra: int = 0
+    ) -> torch.Tensor:
+        """A number for each stored token, as "packed", or padded on the "left" or "right" with ``fill``."""
+        if layout == "packed":
+            return torch.tensor(sum(rows, []), dtype=dtype, device=DEVICE)
+        width = max((len(row) for row in rows), default=0) + extra
+        padding = [[fill] * (width - len(row)) for row in rows]
+        padded = [row + pad if layout == "right" else pad + row for row, pad in zip(rows, padding, strict=True)]
+        return torch.tensor(padded, dtype=dtype, device=DEVICE).reshape(len(rows), width)
+
     def rows_of(self, advantages: torch.Tensor, side: str = "right") -> list[list[float]]:
         """Undo ``padded`` or ``packed``."""
         lengths = [len(row) for row in self.token_ids]

@@ -94,7 +94,9 @@ def test_what_it_prints(file: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert captured.err == ""
     # Always in the order of the gradients, and GRPO is there.
     names = [row["scheme"] for row in result["schemes"]]
-    assert sorted(names) == ["grpo", "leaf", "tempo", "tree_td", "treerl"]
+    is_default = [name for name, scheme in leafkernels.ESTIMATORS.items() if not scheme.is_scaled_grpo]
+    assert sorted(names) == sorted(is_default)
+    assert "opo" in names and "rloo" not in names
     agreement = [row["agreement"] for row in result["schemes"]]
     assert agreement == sorted(agreement, reverse=True)
     for row in result["schemes"]:
@@ -409,3 +411,45 @@ def test_missing_accuracy_is_null(tmp_path: Path) -> None:
     result = measured(save(tmp_path / "apart.jsonl", [record]), tmp_path)
     assert all(math.isfinite(row["agreement"]) for row in result["schemes"])
     assert all(row["token_accuracy"] in (0.0, None) for row in result["schemes"])
+
+
+def test_step_rewards_of_the_file(tmp_path: Path) -> None:
+    """Added where they happen; a completion may have no reward beside them, and another none of them."""
+    records = [prompt(number) for number in range(6)]
+    for record in records:
+        for completion in record["completions"]:
+            earned = float(completion["token_ids"][3] == 0)
+            completion["step_rewards"] = [0.0] * 3 + [earned] + [0.0] * 2
+        del record["completions"][0]["reward"]
+        del record["completions"][1]["step_rewards"]
+    result = measured(save(tmp_path / "steps.jsonl", records), tmp_path, "--schemes", "tree_td,grpo,dr_grpo")
+    parts = []
+    with RolloutFile(tmp_path / "steps.jsonl") as source:
+        for number, line in enumerate(source):
+            rows = records[number]["completions"]
+            ends = torch.tensor([row.get("reward", 0.0) for row in rows], dtype=torch.float64)
+            steps = torch.tensor([row.get("step_rewards", [0.0] * 6) for row in rows], dtype=torch.float64)
+            assert line.rewards == (ends + steps.sum(1)).tolist()
+            call = torch.zeros(len(rows), 6), torch.tensor(line.token_ids), ends
+            schemes = {name: leafkernels.ESTIMATORS[name] for name in ("tree_td", "grpo", "dr_grpo")}
+            parts.append(leafkernels.gradient_agreement(schemes, *call, step_rewards=steps, seed=number).cosines)
+    expected = dict(zip(schemes, torch.cat(parts).nanmean(1).nanmean(0).tolist(), strict=True))
+    found = {row["scheme"]: row["agreement"] for row in result["schemes"]}
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"),
+    [
+        ([1.0], "has 6 token_ids and 1 step_rewards"),
+        (["1"] * 6, r"step_rewards\[0\] must be a number, got a string"),
+        ([None] * 6, r"step_rewards\[0\] must be a number, got null"),
+        ([1e308] * 6, "sum to a number that is too large"),
+        (3, "step_rewards of completions.2. must be a list, got a number"),
+    ],
+)
+def test_step_rewards_that_are_none(steps: Any, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = prompt(0)
+    record["completions"][2]["step_rewards"] = steps
+    assert main(["compare", str(save(tmp_path / "in.jsonl", [record]))]) == 2
+    assert re.search(text, " ".join(capsys.readouterr().err.split()))

@@ -60,7 +60,7 @@ def test_spans_of_tempo_are_what_the_scatter_takes(case: Rollouts) -> None:
     mask, groups = inputs["response_mask"], inputs["groups"]
     call = inputs["logprobs"], inputs["token_ids"], inputs["rewards"], mask, groups, None, None, "torch"
     rollouts = read_rollouts(*call)
-    values, ends = _spans_of_leaving(rollouts, _TEMPO)
+    values, ends, _ = _spans_of_leaving(rollouts, _TEMPO)
     assert values.shape == ends.shape
     assert (ends.diff(dim=1) >= 0).all()
     assert (ends >= 0).all()

@@ -1121,3 +1121,51 @@ def test_the_page_of_slime_on_two_ranks(ranks: Ranks) -> None:
         assert any(row.any() for row in found)
         for i, row in zip(rows, found, strict=True):
             assert torch.equal(row, whole[i].cpu())
+
+
+@every_estimator
+@pytest.mark.parametrize("functions", [0, 3])
+def test_step_rewards_and_several_functions_on_ranks(name: str, functions: int, ranks: Ranks) -> None:
+    """Rows of one prompt on two ranks, padded on one and packed on the other: the bits of one process."""
+    generator = torch.Generator().manual_seed(functions)
+    group = {key: tensor.cpu() for key, tensor in random_group(6, 9, seed=2, vocabulary=2).items()}
+    whole: dict[str, Any] = group | {"groups": torch.arange(6) % 2}
+    whole["step_rewards"] = torch.randn(6, 9, generator=generator)
+    whole["response_mask"] = torch.arange(9) != 4 * torch.ones(6, 1)
+    if functions:
+        whole["rewards"] = torch.rand(6, functions, generator=generator)
+        whole["rewards"][2, 1] = math.nan
+    else:
+        whole["rewards"] = None
+    if functions and name == "maxrl":
+        pytest.skip("takes one reward a row")
+    more: dict[str, Any] = {"reward_weights": [1.0, -0.5, 2.0]} if functions else {}
+    if takes(name, "states"):
+        whole |= {"steps": torch.arange(9).expand(6, 9) // 4, "states": torch.arange(9).expand(6, 9) % 2}
+    expected = leafkernels.ESTIMATORS[name](**whole, **more)
+    calls = []
+    for rows in (slice(0, 2), slice(2, 6)):
+        part = {key: tensor if tensor is None else tensor[rows] for key, tensor in whole.items()}
+        if rows.start:
+            flat = {
+                key: tensor.flatten() for key, tensor in part.items() if tensor is not None and tensor.shape[1:] == (9,)
+            }
+            part |= flat | {"cu_seqlens": torch.arange(0, 37, 9, dtype=torch.int32)}
+        calls.append((part | more, {}, 2, name))
+    found = torch.cat([rows.reshape(-1, 9) for rows in ranks.call(advantages_of_rank, calls)])
+    assert torch.equal(found, expected)
+
+
+def test_rewards_that_ranks_give_in_other_forms(ranks: Ranks) -> None:
+    inputs: dict[str, Any] = {"logprobs": torch.zeros(2, 3), "token_ids": torch.zeros(2, 3, dtype=torch.int64)}
+    steps, rewards = {"step_rewards": torch.zeros(2, 3)}, {"rewards": torch.zeros(2)}
+    for first, second, text in (
+        (rewards, steps, "rewards must be alike on every rank, got shape .'rows',. on rank 0 and None on rank 1"),
+        (
+            rewards,
+            rewards | steps,
+            "step_rewards must be alike on every rank, got None on rank 0 and a tensor on rank 1",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            ranks.call(advantages_of_rank, [(inputs | first, {}, 2), (inputs | second, {}, 2)])

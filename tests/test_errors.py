@@ -104,7 +104,7 @@ def test_shapes() -> None:
         "rewards must have one entry for each row of token_ids, shape (4,), got shape (4, 1)",
         rewards=REWARDS[:, None],
     )
-    hint = ": rewards for each token are not taken, a rollout has one, such as their sum"
+    hint = ": those at tokens are step_rewards, those of several functions take reward_weights"
     for function in leafkernels.ESTIMATORS.values():
         for given, rows, shape in (
             ({"token_ids": IDS, "logprobs": LOGPROBS}, (4,), (4, 6)),

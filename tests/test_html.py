@@ -757,3 +757,26 @@ def test_a_hundred_rollouts_a_prompt_stay_small_and_open_fast(quiet: Browser, tm
         "document.body.offsetHeight; return performance.now() - start })()"
     )
     assert milliseconds < 2000
+
+
+def test_step_rewards_are_written_read_and_drawn(tmp_path: Path) -> None:
+    """From tensors to a file, to the command and its page, and straight to the page."""
+    given = {name: tensor for name, tensor in tensors().items() if name != "response_mask"}
+    steps = (given["token_ids"] % 3 == 1).double()
+    rewards = {"rewards": None, "step_rewards": steps}
+    path, out = tmp_path / "steps.jsonl", tmp_path / "out.jsonl"
+    leafkernels.save_rollouts(path, **{**given, **rewards})
+    assert main([str(path), "--html", str(tmp_path / "page.html"), "--out", str(out), "--estimator", "tree_td"]) == 0
+    expected = leafkernels.tree_td(**{**given, **rewards})
+    written = [row["advantages"] for line in out.read_text().splitlines() for row in json.loads(line)["completions"]]
+    torch.testing.assert_close(torch.tensor(written).reshape(expected.shape), expected)
+    pages = [
+        (tmp_path / "page.html").read_text(),
+        leafkernels.report(**{**given, **rewards}, estimator="tree_td").page(),
+    ]
+    for text in pages:
+        for number, shown in enumerate(data_of(text)["prompts"]):
+            torch.testing.assert_close(torch.tensor(shown["rewards"]).double(), steps[number].sum(-1))
+            torch.testing.assert_close(torch.tensor(advantages_of(shown, "step rewards")).double(), steps[number])
+            credit = torch.tensor(advantages_of(shown, "tree_td"))
+            torch.testing.assert_close(credit, expected[number], rtol=1e-4, atol=1e-5)

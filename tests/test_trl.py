@@ -989,3 +989,80 @@ def test_models_whose_head_scales(name: str, tmp_path: Path) -> None:
     mask = run.batches[0]["completion_mask"].bool()
     # Float32, in tiles or at once.
     torch.testing.assert_close(run.ranked[mask], run.batches[0]["logprobs"][mask], rtol=1e-5, atol=1e-5)
+
+
+# ---- reward functions that return a list for a completion
+
+
+def by_letter(completion_ids: list[list[int]], **_: Any) -> list[Any]:
+    """1 at every "a", for every third answer nothing, and for every fifth a number."""
+    found: list[Any] = []
+    for ids in completion_ids:
+        pairs = [(t + 1, 1.0) for t, token in enumerate(ids) if token == tiny_trl.TOKENS.index("a")]
+        found.append(None if sum(ids) % 3 == 2 else 2.0 if sum(ids) % 5 == 4 else pairs)
+    return found
+
+
+async def by_letter_later(completion_ids: list[list[int]], **_: Any) -> list[Any]:
+    return by_letter(completion_ids)
+
+
+@pytest.mark.parametrize("estimator", ["leaf", "tree_td", "grpo"])
+@pytest.mark.parametrize("function", [by_letter, by_letter_later])
+def test_lists_of_rewards(function: Any, estimator: str, tmp_path: Path) -> None:
+    """Earned at the token that ends a step, beside a function of one number; the logs have the sums."""
+    args = config(tmp_path, estimator=estimator, max_steps=1, reward_weights=[0.5, 2.0], report_every=1)
+    run = trainer(Recorded, args, [function, count_a], script(tiny_trl.model(), 4))
+    run.train()
+    (batch,) = run.batches
+    ids, mask = batch["completion_ids"], batch["completion_mask"].bool()
+    rows = [row[m].tolist() for row, m in zip(ids, mask, strict=True)]
+    lists = by_letter(rows)
+    steps, ends = torch.zeros(ids.shape, dtype=torch.float64), torch.zeros(len(rows), dtype=torch.float64)
+    for i, value in enumerate(lists):
+        ends[i] = 2.0 * count_a([rows[i]])[0] + (0.5 * value if isinstance(value, float) else 0.0)
+        for end, reward in value if isinstance(value, list) else []:
+            steps[i, end - 1] = 0.5 * reward
+    call: dict[str, Any] = {"response_mask": mask, "group_size": 4, "step_rewards": steps}
+    if estimator == "tree_td":  # as scale_rewards="group" has it
+        call["normalize"] = "reward_std"
+    expected = leafkernels.ESTIMATORS[estimator](batch["logprobs"], ids, ends, **call)
+    torch.testing.assert_close(batch["advantages"], expected)
+    assert any(isinstance(value, list) and value for value in lists)
+    sums = [math.nan if v is None else v if isinstance(v, float) else float(len(v)) for v in lists]
+    torch.testing.assert_close(batch["rewards"][:, 0].double(), torch.tensor(sums).double(), equal_nan=True)
+    assert (tmp_path / "report-0.html").exists()
+
+
+def test_rewards_at_tokens_that_are_not_trained_on(tmp_path: Path) -> None:
+    """A truncated completion has no token: what it earns comes at its end, as a number would."""
+    args = config(tmp_path, estimator="dr_grpo", max_steps=1, mask_truncated_completions=True)
+    run = trainer(Recorded, args, by_letter, script(tiny_trl.model(), 4))
+    run.train()
+    (batch,) = run.batches
+    mask = batch["completion_mask"].bool()
+    assert not mask.any(1).all()
+    rewards = batch["rewards"][:, 0].double().reshape(-1, 4)
+    first = [row.nonzero()[0].item() if row.any() else None for row in mask]
+    centred = (rewards - rewards.nanmean(1, keepdim=True)).flatten().nan_to_num(0.0)
+    for i, place in enumerate(first):
+        if place is not None:  # nothing is earned before the first token
+            assert batch["advantages"][i, place].item() == pytest.approx(centred[i].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [[(0, 1.0)], [(99, 1.0)], [1.0], [(1, None)], [("1", 1.0)]])
+def test_lists_that_are_none(value: Any, tmp_path: Path) -> None:
+    def wrong(completion_ids: list[list[int]], **_: Any) -> list[Any]:
+        return [value for _ in completion_ids]
+
+    run = trainer(LeafGRPOTrainer, config(tmp_path, max_steps=1), wrong, script(tiny_trl.model(), 4))
+    with pytest.raises(
+        ValueError, match=r"reward_funcs must return for a completion a number, None or a list of .*from 'wrong'"
+    ):
+        run.train()
+
+
+def test_lists_of_rewards_are_not_normalized_before_the_sum(tmp_path: Path) -> None:
+    args = config(tmp_path, max_steps=1, multi_objective_aggregation="normalize_then_sum")
+    with pytest.raises(ValueError, match="multi_objective_aggregation must be 'sum_then_normalize' where a reward"):
+        trainer(LeafGRPOTrainer, args, by_letter, script(tiny_trl.model(), 4)).train()

@@ -149,7 +149,9 @@ def check_rewards(
     shape = tuple(rewards.shape)
     if shape != row_shape:
         is_per_token = shape == token_shape or (shape[:-1] == row_shape and shape[-1] != 1)
-        hint = ": rewards for each token are not taken, a rollout has one, such as their sum" if is_per_token else ""
+        hint = (
+            ": those at tokens are step_rewards, those of several functions take reward_weights" if is_per_token else ""
+        )
         raise ValueError(
             f"rewards must have one entry for each row of {name}, shape {row_shape}, got shape {shape}{hint}"
         )

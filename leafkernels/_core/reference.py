@@ -54,17 +54,24 @@ def from_reference(
     return _Reference.apply(compute, gradient, constants, once, *tensors)
 
 
-def gradient_by(function: Callable[..., Any]) -> Callable[..., Sequence[Tensor | None]]:
-    """The gradient of a function of one tensor as PyTorch finds it, where ``python_ref`` has none of its own."""
+def gradient_by(function: Callable[..., Any], arguments: int = 1) -> Callable[..., Sequence[Tensor | None]]:
+    """The gradient of a function of tensors as PyTorch finds it, where ``python_ref`` has none of its own.
 
-    def gradient(*everything: Tensor) -> tuple[Tensor, ...]:
-        *grad_results, tensor = everything
+    ``arguments`` is how many there are; those that are None, or hold integers, have none.
+    """
+
+    def gradient(*everything: Tensor | None) -> list[Tensor | None]:
+        grad_results, tensors = everything[:-arguments], everything[-arguments:]
         with torch.enable_grad():
-            tensor = tensor.detach().requires_grad_()
-            found = function(tensor)
+            tensors = tuple(
+                t.detach().requires_grad_() if t is not None and t.dtype.is_floating_point else t for t in tensors
+            )
+            found = function(*tensors)
             results = found if isinstance(found, tuple) else (found,)
             pairs = [(r, g) for r, g in zip(results, grad_results, strict=True) if r.requires_grad]
             outputs, weights = zip(*pairs, strict=True)
-            return torch.autograd.grad(outputs, tensor, weights)
+            leaves = [t for t in tensors if t is not None and t.requires_grad]
+            gradients = iter(torch.autograd.grad(outputs, leaves, weights))
+        return [next(gradients) if t is not None and t.requires_grad else None for t in tensors]
 
     return gradient

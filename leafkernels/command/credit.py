@@ -110,12 +110,16 @@ def check_scheme(name: str, options: Mapping[str, Any], backend: str) -> torch.d
 
 def pack_prompt(prompt: Prompt, device: torch.device | None = None) -> dict[str, Any]:
     """The prompt's rollouts as packed rows: arguments of ``span_tree`` and of every scheme."""
-    return {
+    call = {
         "logprobs": torch.tensor([x for row in prompt.logprobs for x in row], dtype=torch.float32, device=device),
         "token_ids": torch.tensor([x for row in prompt.token_ids for x in row], dtype=torch.int64, device=device),
-        "rewards": torch.tensor(prompt.rewards, dtype=torch.float64, device=device),
+        "rewards": torch.tensor(prompt.last, dtype=torch.float64, device=device),
         "cu_seqlens": torch.tensor([0, *accumulate(map(len, prompt.token_ids))], dtype=torch.int32, device=device),
     }
+    if prompt.step_rewards is not None:
+        flat = [x for row in prompt.step_rewards for x in row]
+        call["step_rewards"] = torch.tensor(flat, dtype=torch.float64, device=device)
+    return call
 
 
 def bounded(options: Mapping[str, Any], longest: int) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class Report:
                 "holes": None if trained is None else [not trained[row][position] for row, position in tokens],
                 "credit": {
                     name: [runs.setdefault(_runs(values), len(runs)) for values in rows]
-                    for name, rows in advantages.items()
+                    for name, rows in (advantages | _earned(prompt)).items()
                 },
                 "runs": list(runs),
             }
@@ -228,6 +228,13 @@ def _logprob(value: float) -> float | str | None:
     if math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
     return None if math.isnan(value) else round(value, 3)
+
+
+def _earned(prompt: Prompt) -> dict[str, list[Tensor]]:
+    """What is earned at tokens, as the page has the credit of a scheme."""
+    if prompt.step_rewards is None:
+        return {}
+    return {"step rewards": [torch.tensor(row, dtype=torch.float64).nan_to_num(0.0) for row in prompt.step_rewards]}
 
 
 def _runs(values: Tensor) -> tuple[float, ...]:

@@ -26,6 +26,8 @@ leafkernels.save_rollouts writes it from tensors. prompt_id, prompt and tokens
 are for display and may be missing; other fields are kept. completions must not
 be empty; token_ids may be. A position whose logprob is null is never a
 boundary. A rollout whose reward is null is left out of every mean and gets 0.
+A completion may have "step_rewards", a number for each token, which are added
+where they happen; then its reward may be missing.
 
 python -m leafkernels compare [ROLLOUTS] measures which credit scheme fits a file
 of many rollouts a prompt (compare --help).
@@ -183,9 +185,8 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Left out unless asked for: with one number a rollout, they differ from grpo by a factor for each prompt,
-# which no cosine sees.
-_AS_GRPO = tuple(name for name, scheme in ESTIMATORS.items() if scheme.per == "row" and name != "grpo")
+# Left out unless asked for: but for step rewards they are grpo times a number for each prompt, which no cosine sees.
+_AS_GRPO = tuple(name for name, scheme in ESTIMATORS.items() if scheme.is_scaled_grpo)
 
 _COMPARE = """\
 Each scheme sees a few of a prompt's rollouts, and its policy gradient is held

@@ -9,7 +9,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -23,7 +23,8 @@ class Failure(Exception):
 class Prompt:
     """One line of the file, checked, with null read as NaN. ``record`` is the line as it came, to be written again.
 
-    ``is_trained``: for each rollout, whether each token counts; None: all do.
+    ``rewards`` are all that each rollout earns; of this ``step_rewards`` come at its tokens (None: nothing does) and
+    ``last`` at its end. ``is_trained``: for each rollout, whether each token counts; None: all do.
     """
 
     where: str
@@ -35,6 +36,14 @@ class Prompt:
     rewards: list[float]
     tokens: list[list[str] | None]
     is_trained: list[list[bool]] | None = None
+    step_rewards: list[list[float]] | None = None
+    last: list[float] = field(default_factory=list)
+
+    def earn(self, last: list[float], step_rewards: list[list[float]] | None) -> None:
+        """Set what the rollouts earn, at their ends and at their tokens."""
+        self.last, self.step_rewards = last, step_rewards
+        steps = step_rewards or [[] for _ in last]
+        self.rewards = [math.fsum([reward, *row]) for reward, row in zip(last, steps, strict=True)]
 
     @property
     def lengths(self) -> list[int]:
@@ -145,8 +154,14 @@ def _parse(line: bytes, number: int, where: str) -> Prompt:
         rewards=[],
         tokens=[],
     )
+    steps: list[list[float] | None] = []
     for index, completion in enumerate(completions):
-        _add_completion(prompt, completion, f"completions[{index}]")
+        steps.append(_add_completion(prompt, completion, f"completions[{index}]"))
+    filled = [row if row is not None else [0.0] * n for row, n in zip(steps, prompt.lengths, strict=True)]
+    try:
+        prompt.earn(prompt.rewards, None if all(row is None for row in steps) else filled)
+    except OverflowError as error:
+        raise _Malformed("the step_rewards of a completion sum to a number that is too large") from error
     return prompt
 
 
@@ -154,7 +169,8 @@ def _refuse_constant(name: str) -> None:
     raise _Malformed(f"not JSON: {name} is none of its numbers (null: a logprob or a reward that is not known)")
 
 
-def _add_completion(prompt: Prompt, completion: object, where: str) -> None:
+def _add_completion(prompt: Prompt, completion: object, where: str) -> list[float] | None:
+    """Its step rewards, where it has any."""
     if not isinstance(completion, dict):
         raise _Malformed(f"{where} must be an object, got {_kind(completion)}")
     token_ids = _list(completion, "token_ids", where)
@@ -168,19 +184,24 @@ def _add_completion(prompt: Prompt, completion: object, where: str) -> None:
     if completion.get("tokens") is not None:
         tokens = _list(completion, "tokens", where)
         _check_types(tokens, {str}, f"{where}.tokens", "a string")
-    for key, values in (("logprobs", logprobs), ("tokens", tokens)):
+    steps = None
+    if completion.get("step_rewards") is not None:
+        steps = _list(completion, "step_rewards", where)
+        _check_types(steps, {int, float}, f"{where}.step_rewards", "a number")
+    for key, values in (("logprobs", logprobs), ("tokens", tokens), ("step_rewards", steps)):
         if values is not None and len(values) != len(token_ids):
             raise _Malformed(f"{where} has {len(token_ids)} token_ids and {len(values)} {key}")
 
-    if "reward" not in completion:
+    if "reward" not in completion and steps is None:
         raise _Malformed(f"{where} has no 'reward' (null: cannot be scored)")
-    reward = completion["reward"]
+    reward = completion.get("reward", 0.0)
     if type(reward) not in (int, float, type(None)):
         raise _Malformed(f"{where}.reward must be a number or null, got {_kind(reward)}")
     prompt.token_ids.append(token_ids)
     prompt.logprobs.append(_numbers(logprobs, f"{where}.logprobs"))
     prompt.rewards += _numbers([reward], f"{where}.reward")
     prompt.tokens.append(tokens)
+    return None if steps is None else _numbers(steps, f"{where}.step_rewards")
 
 
 def _list(record: dict[str, Any], key: str, where: str) -> list[Any]:

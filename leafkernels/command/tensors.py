@@ -21,12 +21,14 @@ from leafkernels.rows.rollouts import read_rollouts
 def report(
     logprobs: Tensor,
     token_ids: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | None,
     *,
     response_mask: Tensor | None = None,
     groups: Tensor | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    step_rewards: Tensor | None = None,
+    reward_weights: Sequence[float] | Tensor | None = None,
     tokenizer: Tokenizer | None = None,
     prompts: Sequence[str] | None = None,
     title: str = "Rollouts",
@@ -41,7 +43,8 @@ def report(
     writes the page. Tensors are copied to the CPU, so this is not for every step of a training loop. Needs jinja2.
 
     Args:
-        logprobs, token_ids, rewards, response_mask, groups, cu_seqlens: as in ``span_advantages``.
+        logprobs, token_ids, rewards, response_mask, groups, cu_seqlens, step_rewards, reward_weights: as in
+            ``span_advantages``.
         group_size: consecutive runs of that many rows are a prompt.
         tokenizer: its ``decode`` gives the text of a list of ids; None: the page shows ids.
         prompts: the text of every prompt, in the order of their groups.
@@ -64,7 +67,8 @@ def report(
     for name in options:
         if name not in known:
             raise TypeError(f"options must be some of {', '.join(sorted(known))}, got {name!r}")
-    call = _call(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens)
+    where = response_mask, groups, group_size, cu_seqlens
+    call = _call(logprobs, token_ids, rewards, *where, step_rewards, reward_weights)
     options = {name: _on_cpu(value) for name, value in options.items()}
     tree = tree_of(call, estimator, options)
     page = Report(title, options, max_prompts, estimator, note)
@@ -93,12 +97,14 @@ def save_rollouts(
     path: str | os.PathLike[str],
     token_ids: Tensor,
     logprobs: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | None,
     *,
     response_mask: Tensor | None = None,
     groups: Tensor | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    step_rewards: Tensor | None = None,
+    reward_weights: Sequence[float] | Tensor | None = None,
     tokenizer: Tokenizer | None = None,
     prompts: Sequence[str] | None = None,
     prompt_ids: Sequence[str | int] | None = None,
@@ -110,7 +116,8 @@ def save_rollouts(
 
     Args:
         path: .jsonl or .jsonl.gz.
-        token_ids, logprobs, rewards, response_mask, groups, group_size, cu_seqlens: as in ``span_advantages``. What is
+        token_ids, logprobs, rewards, response_mask, groups, group_size, cu_seqlens, step_rewards, reward_weights: as in
+            ``span_advantages``; of several reward functions their weighed sum is written. What is
             written of a row are its tokens from the first to the last unmasked one. A token in a hole of the mask gets
             the log-probability null, as one whose log-probability is NaN does: neither is ever a boundary. A reward
             that is NaN becomes null.
@@ -127,7 +134,8 @@ def save_rollouts(
         raise TypeError(f"append must be a bool, got {type(append).__name__}")
     if os.path.realpath(path).lower().endswith(PACKED):
         raise ValueError(f"path must be plain or end in .gz (.jsonl, .jsonl.gz), got {path}")
-    call = _call(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens)
+    where = response_mask, groups, group_size, cu_seqlens
+    call = _call(logprobs, token_ids, rewards, *where, step_rewards, reward_weights)
     found = _prompts_of(call, tokenizer, prompts)
     if prompt_ids is not None and len(prompt_ids) != len(found):
         raise ValueError(f"prompt_ids must have one name for each of {len(found)} prompts, got {len(prompt_ids)}")
@@ -145,8 +153,9 @@ def save_rollouts(
                 {
                     "token_ids": token_list,
                     "logprobs": [_json_number("logprobs", x, digits) for x in values],
-                    "reward": _json_number("rewards", prompt.rewards[row], 17),
+                    "reward": _json_number("rewards", prompt.last[row], 17),
                 }
+                | ({} if prompt.step_rewards is None else {"step_rewards": _steps(prompt.step_rewards[row])})
                 | ({} if prompt.tokens[row] is None else {"tokens": prompt.tokens[row]})
             )
         named = {} if prompt_ids is None else {"prompt_id": prompt_ids[number]}
@@ -164,6 +173,12 @@ def _json_number(name: str, value: float, digits: int) -> float | None:
     return None if math.isnan(value) else float(f"{value:.{digits}g}")
 
 
+def _steps(values: list[float]) -> list[float | None]:
+    if any(map(math.isnan, values)):
+        raise ValueError("step_rewards must be numbers, got NaN: a rollout that cannot be scored has a reward of NaN")
+    return [_json_number("step_rewards", value, 17) for value in values]
+
+
 def _on_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
@@ -171,8 +186,13 @@ def _on_cpu(value: Any) -> Any:
 def _call(*arguments: Any) -> dict[str, Any]:
     """The arguments that all schemes take, checked, on the CPU."""
     names = ("logprobs", "token_ids", "rewards", "response_mask", "groups", "group_size", "cu_seqlens")
+    names += ("step_rewards", "reward_weights")
     call = {name: _on_cpu(value) for name, value in zip(names, arguments, strict=True)}
-    return call | {"token_ids": read_rollouts(**call, backend="torch").token_ids}
+    found = read_rollouts(**call, backend="torch")
+    rewards = found.one_reward
+    call |= {"token_ids": found.token_ids, "rewards": rewards.reshape(found.rows.row_shape), "reward_weights": None}
+    # Schemes of one's own need not know the last two.
+    return {name: value for name, value in call.items() if name in names[:7] or value is not None}
 
 
 def _prompts_of(
@@ -192,6 +212,7 @@ def _prompts_of(
     pieces = Texts(tokenizer)
     ids, logprobs = token_ids.reshape(-1), call["logprobs"].reshape(-1)
     rewards = call["rewards"].reshape(-1).double().tolist()
+    steps = call.get("step_rewards")
     found = []
     for number, (begin, end) in enumerate(zip(ends, ends[1:], strict=False)):
         members: list[int] = layout.rows_by_group[begin:end].tolist()
@@ -204,9 +225,11 @@ def _prompts_of(
             text="" if texts is None else texts[number],
             token_ids=rows,
             logprobs=[logprobs[place].double().tolist() for place in places],
-            rewards=[rewards[row] for row in members],
+            rewards=[],
             tokens=[pieces.of(row) for row in rows],
             is_trained=None if mask is None else [(mask.reshape(-1)[place] != 0).tolist() for place in places],
         )
+        of_rows = None if steps is None else [steps.reshape(-1)[place].double().tolist() for place in places]
+        prompt.earn([rewards[row] for row in members], of_rows)
         found.append((prompt, members, places))
     return found

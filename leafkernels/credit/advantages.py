@@ -1,15 +1,15 @@
 """LEAF span advantages: boundaries, nodes, span values, scatter, in one call."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from leafkernels._core.checks import check_like, check_real
 from leafkernels.credit.boundaries import boundaries_of_groups
 from leafkernels.credit.nodes import nodes_of_groups
 from leafkernels.credit.options import CreditOptions
-from leafkernels.credit.scatter import scatter_to_tokens
+from leafkernels.credit.scatter import credit_tokens
 from leafkernels.credit.values import SpanValues, values_of_groups
 from leafkernels.distributed import GatheredGroups
 from leafkernels.rows.layout import as_rows
@@ -63,7 +63,7 @@ def refuse_batch_of_ranks(options: CreditOptions, gathered: GatheredGroups | Non
 def _check_gathered(gathered: Any, rollouts: Rollouts) -> None:
     if not isinstance(gathered, GatheredGroups):
         raise TypeError(f"gathered must be what gather_groups returned, got {type(gathered).__name__}")
-    rows, own = gathered.inputs["rewards"].shape[0], rollouts.rewards.shape[0]
+    rows, own = gathered.num_rows, rollouts.rewards.shape[0]
     if rows != own:
         raise ValueError(f"gathered must hold the rows of token_ids, {own}, got {rows}")
 
@@ -71,12 +71,14 @@ def _check_gathered(gathered: Any, rollouts: Rollouts) -> None:
 def span_advantages(
     logprobs: Tensor,
     token_ids: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | None = None,
     *,
     response_mask: Tensor | None = None,
     groups: Tensor | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    step_rewards: Tensor | None = None,
+    reward_weights: Sequence[float] | Tensor | None = None,
     num_boundaries: int = 2,
     min_separation: int | None = None,
     boundary_scores: Tensor | None = None,
@@ -112,13 +114,20 @@ def span_advantages(
             ranked by their negative; no gradient flows to them. NaN: never a boundary.
         token_ids: the same shape; any integer dtype.
         rewards: one for each row: (G,), (P, G) or (N,); finite floating point, or integers, which are taken as float64.
-            NaN (unscorable) leaves the row out of every mean and gives it 0.
+            NaN (unscorable) leaves the row out of every mean and gives it 0. None where there are step rewards: 0.
         response_mask: the same shape; nonzero where a token counts, with holes and padding anywhere; None: all.
         groups: integers (N,) that name each row's prompt, in any order and with unequal sizes (``group_index`` makes
             them from uid strings). Triton takes a temporary int32 table: N * N for a CUDA tensor, because counting its
             groups would synchronise, N * group_size otherwise. PyTorch takes none.
         group_size: consecutive runs of that many rows are a prompt. None, with ``groups`` None too: all rows are one.
         cu_seqlens: (N + 1,) int32, offsets of packed rows: 0, ascending, the total.
+        step_rewards: shaped like ``token_ids``: what is earned at each token, holes of the mask included, beside the
+            reward of the row; outside of rows it is not read. A row's return is the sum of both, and where a scheme
+            says reward, that is meant: LEAF credits returns. NaN in a row makes its return NaN.
+        reward_weights: F numbers, where ``rewards`` has one entry for each row and each of F reward functions, (G, F)
+            and so on. A row's reward is then the sum of weight * (r - mean) / (std + 1e-6), with mean and std of each
+            function over the prompt (GDPO, arXiv 2601.05242). A function that is NaN for a row is left out of its sum;
+            where all are, the row is unscorable.
         num_boundaries: boundaries of a prompt at most (B of the paper).
         min_separation: least distance of two boundaries; default max(2, shortest row // (max(B, 1) + 1)).
         boundary_scores: shaped like ``token_ids``, ranked instead of the surprisal: entropies, or anything else.
@@ -146,13 +155,12 @@ def span_advantages(
                 [ 0.2577,  0.2577, -1.0664],
                 [-0.8599, -0.8599, -0.8599]])
     """
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    call = logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens
+    rollouts = read_rollouts(*call, backend, step_rewards, reward_weights)
     options = CreditOptions(num_boundaries, min_separation, terms, multiplicity_power, leave_one_out, normalize)
     options = check_credit(rollouts, boundary_scores, options, gathered)
     if rollouts.backend == "reference":
         refuse_batch_of_ranks(options, gathered)
         return rollouts.by_reference(span_advantages, boundary_scores=boundary_scores, **options._asdict())
     spans = credit_spans(rollouts, boundary_scores, options, gathered).spans
-    return scatter_to_tokens(
-        spans.values, spans.span_ends, rollouts.rows, token_ids.shape, torch.float32, rollouts.backend
-    )
+    return credit_tokens(rollouts, spans.values, spans.span_ends)

@@ -5,7 +5,7 @@ for any policy: noise in it lowers every cosine and favours none. A gradient nee
 of the model itself are best, and an n-gram policy fitted on the prompt's rollouts costs next to nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leafkernels._core.checks import check_choice, check_count, check_finite, check_like, check_real
 from leafkernels._core.precision import ROUNDING, is_rounding
-from leafkernels.credit.estimators import dr_grpo
+from leafkernels.credit.estimators import dr_grpo, rloo
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
 from leafkernels.rows.layout import as_rows
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
@@ -107,12 +107,14 @@ def gradient_agreement(
     schemes: Mapping[str, Scheme],
     logprobs: Tensor,
     token_ids: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | None = None,
     *,
     response_mask: Tensor | None = None,
     groups: Tensor | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    step_rewards: Tensor | None = None,
+    reward_weights: Sequence[float] | Tensor | None = None,
     num_rollouts: int = 8,
     num_splits: int = 8,
     context: int = 4,
@@ -132,6 +134,9 @@ def gradient_agreement(
         schemes: functions by name, called as ``grpo`` is with tensors (splits, K, T): ``leafkernels.ESTIMATORS``, or
             ``{"mine": functools.partial(leafkernels.tree_td, shrinkage=8.0)}``.
         logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens: as in ``span_advantages``.
+        step_rewards: as there. Schemes get them as ``step_rewards=``, RLOO too; a rollout's reward is, above, all that
+            it earns.
+        reward_weights: as there. Mean and deviation are those of all rollouts of a prompt, and schemes get one reward.
         num_rollouts: K, how many rollouts a scheme sees.
         num_splits: how often a prompt's rollouts are split at random.
         context: tokens that the n-gram policy looks back. Its parameters are the logits of the next token after each
@@ -167,7 +172,8 @@ def gradient_agreement(
         ("context", context, 0),
     ):
         check_count(name, value, least)
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, "auto")
+    call = logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens
+    rollouts = read_rollouts(*call, "auto", step_rewards, reward_weights)
     too_large = rollouts.rewards.abs() > _LARGEST_REWARD
     if bool(too_large.any()):
         raise ValueError(
@@ -223,11 +229,16 @@ class _ScoredRollouts:
         live = is_token if response_mask is None else is_token & (_taken(as_rows(response_mask), places) != 0)
         self.mask = live.cpu()
         self.rewards = rollouts.rewards[rows].detach().to("cpu", torch.float64)
+        self.ends = rollouts.one_reward[rows].detach().to("cpu", torch.float64)
+        steps = rollouts.given[1]
+        self.step_rewards = None if steps is None else _taken(as_rows(steps), places).detach().cpu().double()
 
     def credit(self, scheme: Scheme, members: Tensor, name: str = "dr_grpo") -> Tensor:
         """(splits, k, T) float64 of the rows ``members`` (splits, k), 0 where the mask is False."""
         mask, result = self.mask[members], f"what {name} returns"
-        credit = scheme(self.logprobs[members], self.token_ids[members], self.rewards[members], response_mask=mask)
+        more = {} if self.step_rewards is None else {"step_rewards": self.step_rewards[members]}
+        call = self.logprobs[members], self.token_ids[members], self.ends[members]
+        credit = scheme(*call, response_mask=mask, **more)
         check_real(result, credit)
         check_like(result, credit, "token_ids", mask.shape, mask.device)
         credit = credit.to(torch.float64).masked_fill(~mask, 0.0)
@@ -329,8 +340,9 @@ def _hold_against(
     others: Tensor,
 ) -> Tensor:
     """(3, splits, S): credit of the schemes on ``members`` (splits, K) against that of RLOO on ``others``."""
-    # RLOO is Dr. GRPO times G / (G - 1), a factor that no cosine depends on.
-    truth = policy.gradients(prompt.credit(dr_grpo, others), others)
+    # Without step rewards RLOO is Dr. GRPO times G / (G - 1), a factor that no cosine depends on.
+    unbiased = dr_grpo if prompt.step_rewards is None else rloo
+    truth = policy.gradients(prompt.credit(unbiased, others), others)
     token_truth, is_known = _token_truth(prompt, members, others)
     flat, live = prompt.credit(dr_grpo, members), prompt.mask[members]
     found = []

@@ -1,5 +1,6 @@
 """Credit from what a token changed: TEMPO, its variant with shrinkage and TreeRL, called as ``span_advantages`` is."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,13 @@ from leafkernels._core.precision import is_rounding
 from leafkernels.credit.advantages import check_credit, credit_spans
 from leafkernels.credit.options import CreditOptions
 from leafkernels.credit.prefix_lengths import prefix_lengths_of_groups
-from leafkernels.credit.scatter import scatter_to_tokens
-from leafkernels.rows.layout import Layout, as_rows
+from leafkernels.credit.scatter import credit_tokens
+from leafkernels.rows.layout import as_rows
+from leafkernels.rows.returns import Earned
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
 
-# Pairs of rows in one chunk.
-_CHUNK = 1 << 18
+# Pairs of rows in one chunk; with step rewards triples.
+_CHUNK, _CHUNK_OF_STEPS = 1 << 18, 1 << 22
 
 
 class _Weights(NamedTuple):
@@ -33,12 +35,14 @@ _TEMPO = _Weights(shrinkage=0.0, group_weight=1.0, is_divided=True)
 def tempo(
     logprobs: Tensor,
     token_ids: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | None = None,
     *,
     response_mask: Tensor | None = None,
     groups: Tensor | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    step_rewards: Tensor | None = None,
+    reward_weights: Sequence[float] | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """GRPO plus, at every token where rollouts diverge, what the token changed (TEMPO, arXiv 2509.18314).
@@ -55,6 +59,11 @@ def tempo(
     is credited to no token. A row has up to 2 G spans, G the size of a prompt (of the whole call where ``groups`` is a
     CUDA tensor): their values are float64, their ends int32, beside the prefix lengths.
 
+    With ``step_rewards`` A_t = (R_t - mean + Q_t - V_t) / (std + 1e-6): R_t is the row's reward and what it earns from
+    token t on, mean and std are those of the prompt's returns (all equal: 0), Q_t is the mean of R_t over the rows that
+    share the first t + 1 tokens, V_t over those that share the first t, where a row that ends there has its reward
+    left. The time grows with the square of G a row.
+
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
 
@@ -65,19 +74,22 @@ def tempo(
                 [-0.5773, -0.2887, -1.4434],
                 [-0.5773, -1.1547, -0.5773]])
     """
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    call = logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens
+    rollouts = read_rollouts(*call, backend, step_rewards, reward_weights)
     return rollouts.by_reference(tempo) if rollouts.backend == "reference" else _credit_differences(rollouts, _TEMPO)
 
 
 def tree_td(
     logprobs: Tensor,
     token_ids: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | None = None,
     *,
     response_mask: Tensor | None = None,
     groups: Tensor | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    step_rewards: Tensor | None = None,
+    reward_weights: Sequence[float] | Tensor | None = None,
     shrinkage: float = 0.0,
     group_weight: float = 0.5,
     normalize: str = "none",
@@ -93,7 +105,8 @@ def tree_td(
     temporal-difference error, hence the name. With ``shrinkage=0``, ``group_weight=1`` and
     ``normalize="reward_std"`` this is ``tempo``; with ``shrinkage=math.inf`` and ``group_weight=1``, ``dr_grpo``.
 
-    The other arguments, layouts, memory and errors are those of ``tempo``.
+    The other arguments, layouts, memory and errors are those of ``tempo``; with ``step_rewards`` this is Q_t - V_t +
+    group_weight * (R_t - mean), Q_t pulled towards V_t as V_k is towards V_{k-1}.
 
     Args:
         shrinkage: how many rollouts the parent's value counts as at a node, at least 0. inf: every node has the value
@@ -115,7 +128,8 @@ def tree_td(
     check_shrinkage(shrinkage)
     check_finite("group_weight", group_weight)
     check_choice("normalize", normalize, ("none", "reward_std"))
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    call = logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens
+    rollouts = read_rollouts(*call, backend, step_rewards, reward_weights)
     if rollouts.backend == "reference":
         options = {"shrinkage": shrinkage, "group_weight": group_weight, "normalize": normalize}
         return rollouts.by_reference(tree_td, **options)
@@ -131,37 +145,36 @@ def check_shrinkage(value: Any) -> None:
 
 
 def _credit_differences(rollouts: Rollouts, weights: _Weights) -> Tensor:
-    shape = rollouts.token_ids.shape
     if rollouts.rewards.shape[0] == 0:
         return torch.zeros_like(rollouts.token_ids, dtype=torch.float32)
-    return scatter_to_tokens(
-        *_spans_of_leaving(rollouts, weights), rollouts.rows, shape, torch.float32, rollouts.backend
-    )
+    return credit_tokens(rollouts, *_spans_of_leaving(rollouts, weights))
 
 
-def _spans_of_leaving(rollouts: Rollouts, weights: _Weights) -> tuple[Tensor, Tensor]:
+def _spans_of_leaving(rollouts: Rollouts, weights: _Weights) -> tuple[Tensor, Tensor, Tensor]:
     """Values (N, 2 G) float64 and ends (N, 2 G) int32: for each member of a group the stretch up to the token at which
-    it diverges from the row, and that token. Members that diverge together, or never, have empty spans.
+    it diverges from the row, and that token. Members that diverge together, or never, have empty spans. Then (N,): the
+    weight of what a row has earned before a token.
 
-    One number for each pair of rows: PyTorch on every backend, without a synchronisation.
+    One number for each pair of rows, and with step rewards one for each three: PyTorch on every backend, without a
+    synchronisation.
     """
-    layout, is_out, rewards = rollouts.layout, rollouts.rewards.isnan(), rollouts.rewards.to(torch.float64)
     shared = prefix_lengths_of_groups(as_rows(rollouts.token_ids), rollouts.rows, None, rollouts.backend)
     num_rows, group = shared.shape
     values = rollouts.rewards.new_empty((num_rows, 2 * group), dtype=torch.float64)
-    ends = shared.new_empty((num_rows, 2 * group))
+    ends, weight = shared.new_empty((num_rows, 2 * group)), values.new_empty(num_rows)
     # Each row needs its own line of the table alone, so a chunk of lines bounds the memory. A compiler would unroll
     # the loop.
-    step = num_rows if torch.compiler.is_compiling() else max(1, _CHUNK // group)
+    line = group if rollouts.earned is None else group * group
+    chunk = _CHUNK if rollouts.earned is None else _CHUNK_OF_STEPS
+    step = num_rows if torch.compiler.is_compiling() else max(1, chunk // line)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
-        values[rows], ends[rows] = _spans_of_rows(rewards, is_out, shared, layout, rows, weights)
-    return values, ends
+        values[rows], ends[rows], weight[rows] = _spans_of_rows(rollouts, shared, rows, weights)
+    return values, ends, weight
 
 
-def _spans_of_rows(
-    rewards: Tensor, is_out: Tensor, shared: Tensor, layout: Layout, rows: slice, weights: _Weights
-) -> tuple[Tensor, Tensor]:
+def _spans_of_rows(rollouts: Rollouts, shared: Tensor, rows: slice, weights: _Weights) -> tuple[Tensor, Tensor, Tensor]:
+    layout, is_out, rewards = rollouts.layout, rollouts.rewards.isnan(), rollouts.rewards.to(torch.float64)
     group = shared.shape[1]
     itself = torch.arange(shared.shape[0], device=shared.device)[rows, None]
     members, is_member = layout.members(rows)
@@ -180,24 +193,53 @@ def _spans_of_rows(
 
     # Members in the order in which they diverge from the row; places without one come first.
     shared, order = shared[rows].masked_fill(is_other, -1).sort(dim=1, stable=True)
-    member_rewards = member_rewards.gather(1, order)
+    member_rewards, members = member_rewards.gather(1, order), members.gather(1, order)
     first = is_other.sum(1, keepdim=True).clamp_max(group - 1)
 
     # Mean of a member and those that diverge no sooner, minus that of those that diverge later (ties diverge together).
     means = _sums_from(member_rewards) / torch.arange(group, 0, -1, device=shared.device)
     later = torch.searchsorted(shared, shared, right=True).clamp_max(group - 1)
+    if rollouts.earned is not None:
+        means = means + _earned_apart(rollouts.earned, itself, members, shared, later, first)
     node_values = means if weights.shrinkage == 0 else _shrink(means, shared, first, weights.shrinkage)
     difference = node_values.gather(1, later) - node_values
 
     mean = means.gather(1, first)
     own = ((own - mean) * weights.group_weight).expand_as(difference)
     values = torch.stack([own, own + difference], dim=2).flatten(1)
+    weight = torch.full_like(mean, weights.group_weight).masked_fill(first >= group - 1, 0.0)
     if weights.is_divided:
-        values = values / (_deviation(member_rewards, mean, first) + 1e-6)
+        deviation = _deviation(member_rewards, mean, first)
+        values, weight = (x / (deviation + 1e-6) for x in (values, weight))
+        if rollouts.earned is not None:
+            # Equal returns may have been earned at other tokens.
+            values, weight = (x.masked_fill(deviation == 0.0, 0.0) for x in (values, weight))
 
     lengths = layout.row_lengths[rows, None].to(torch.int32)
     ends = torch.stack([shared, shared + 1], dim=2).flatten(1).clamp_min(0).minimum(lengths)
-    return values, ends.cummax(1).values
+    return values, ends.cummax(1).values, weight.squeeze(1)
+
+
+def _earned_apart(
+    earned: Earned, rows: Tensor, members: Tensor, shared: Tensor, later: Tensor, first: Tensor
+) -> Tensor:
+    """(n, G): what is added to the mean return of a node, so that differences are those of returns to go.
+
+    Rows that share a prefix may have earned different rewards on it. At the token where some leave, the mean of what
+    remains changes by what those who stay had earned more, or less, than all that were there; that adds up along a row.
+    """
+    group = shared.shape[1]
+    # (n, G, G): what each member had earned before the place at which another leaves, less what the row itself had.
+    apart = earned.before(members[:, None, :], shared[:, :, None]) - earned.before(rows, shared)[:, :, None]
+    apart = _sums_from(apart)
+    place = torch.arange(group, device=shared.device)
+    here = apart.diagonal(dim1=1, dim2=2) / (group - place)
+    staying = torch.searchsorted(shared, shared, right=True)
+    beyond = apart.gather(2, later[:, :, None]).squeeze(2) / (group - staying).clamp_min(1)
+    # Members that leave together do so once, and the last ones leave nobody behind.
+    is_leaving = (shared != pad(shared[:, :-1], (1, 0), value=-2)) & (place >= first) & (staying < group)
+    change = torch.where(is_leaving, here - beyond, 0.0)
+    return pad(_sums_from(change.flip(1)).flip(1)[:, :-1], (1, 0))
 
 
 def _shrink(means: Tensor, shared: Tensor, first: Tensor, shrinkage: float) -> Tensor:
@@ -232,13 +274,13 @@ def _deviation(member_rewards: Tensor, mean: Tensor, first: Tensor) -> Tensor:
 
 
 def _sums_from(entries: Tensor) -> Tensor:
-    """(N, G): each entry plus all after it, in an order that entries before it do not change.
+    """(N, ..., G): each entry plus all after it, in an order that entries before it do not change.
 
     A scan of its own, because torch.cumsum of floats counts as not deterministic on CUDA.
     """
     step = 1
-    while step < entries.shape[1]:
-        entries = entries + pad(entries[:, step:], (0, step))
+    while step < entries.shape[-1]:
+        entries = entries + pad(entries[..., step:], (0, step))
         step *= 2
     return entries
 
@@ -246,12 +288,14 @@ def _sums_from(entries: Tensor) -> Tensor:
 def treerl(
     logprobs: Tensor,
     token_ids: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | None = None,
     *,
     response_mask: Tensor | None = None,
     groups: Tensor | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    step_rewards: Tensor | None = None,
+    reward_weights: Sequence[float] | Tensor | None = None,
     num_boundaries: int = 2,
     min_separation: int | None = None,
     boundary_scores: Tensor | None = None,
@@ -282,7 +326,8 @@ def treerl(
                 [ 0.3536,  0.3536, -1.1768],
                 [-1.0000, -1.0000, -1.0000]])
     """
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    call = logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens
+    rollouts = read_rollouts(*call, backend, step_rewards, reward_weights)
     options = CreditOptions(num_boundaries, min_separation, "global", 0.5, leave_one_out=True, normalize="none")
     options = check_credit(rollouts, boundary_scores, options)
     if rollouts.backend == "reference":
@@ -291,4 +336,4 @@ def treerl(
     spans = credit_spans(rollouts, boundary_scores, options).spans
     # The global term is G / (G - 1) * (mean of r over the node - mean) / sqrt(n), and that is V / sqrt(n).
     values = 2.0 * spans.values - pad(spans.values[:, :-1], (1, 0))
-    return scatter_to_tokens(values, spans.span_ends, rollouts.rows, token_ids.shape, torch.float32, rollouts.backend)
+    return credit_tokens(rollouts, values, spans.span_ends)

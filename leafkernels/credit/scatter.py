@@ -12,6 +12,7 @@ from leafkernels._core.operation import operation
 from leafkernels._core.reference import from_reference
 from leafkernels.rows.find import Rows, find_rows, to_lists, to_tokens
 from leafkernels.rows.layout import Layout, to_int32
+from leafkernels.rows.rollouts import Rollouts
 
 
 @operation("scatter")
@@ -75,6 +76,18 @@ def scatter_to_tokens(
     if values.requires_grad:
         return _ScatterSpans.apply(values, span_ends, rows, size, dtype, backend).reshape(shape)
     return _scatter_spans(backend, values, span_ends, rows.mask, layout, size, dtype).reshape(shape)
+
+
+def credit_tokens(rollouts: Rollouts, values: Tensor, span_ends: Tensor, earned_weight: Tensor | None = None) -> Tensor:
+    """The credit of tokens, float32 and shaped like their ids: that of their span, (N, S), and where there are step
+    rewards, less ``earned_weight`` (N,) times what their row had earned before them."""
+    rows, shape, backend = rollouts.rows, rollouts.token_ids.shape, rollouts.backend
+    if rollouts.earned is None or earned_weight is None:
+        return scatter_to_tokens(values, span_ends, rows, shape, torch.float32, backend)
+    earned = rollouts.earned
+    of_spans = scatter_to_tokens(values, span_ends, rows, shape, torch.float64, backend).reshape(-1)
+    before = (earned_weight[earned.row_of_token] * earned.before_tokens()).masked_fill(~earned.is_token, 0.0)
+    return (of_spans - before).to(torch.float32).reshape(shape)
 
 
 def _by_reference(values: Tensor, span_ends: list, rows: Rows, size: list[int], dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,6 @@
 """The prefix tree of the advantages, for debugging and display."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,14 @@ class SpanTree(NamedTuple):
 def span_tree(
     logprobs: Tensor,
     token_ids: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | None = None,
     *,
     response_mask: Tensor | None = None,
     groups: Tensor | None = None,
     group_size: int | None = None,
     cu_seqlens: Tensor | None = None,
+    step_rewards: Tensor | None = None,
+    reward_weights: Sequence[float] | Tensor | None = None,
     boundary_scores: Tensor | None = None,
     gathered: GatheredGroups | None = None,
     backend: str = "auto",
@@ -51,7 +54,8 @@ def span_tree(
         >>> tree.boundaries.tolist(), tree.nodes.tolist()
         ([2, -1], [[0, -1], [0, -1], [-1, -1]])
     """
-    rollouts = read_rollouts(logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens, backend)
+    call = logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens
+    rollouts = read_rollouts(*call, backend, step_rewards, reward_weights)
     checked = check_credit(rollouts, boundary_scores, CreditOptions(**options), gathered)
     rows, layout = rollouts.rows, rollouts.layout
     if rollouts.backend == "reference":

@@ -29,9 +29,10 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
 
 from leafkernels.integrations._trl_loss import LossConfig, OwnLoss, check_own_loss
 from leafkernels.integrations._trl_masks import SamplingMaskConfig
-from leafkernels.integrations._trl_options import TokenCredit, check_options
+from leafkernels.integrations._trl_options import check_options
 from leafkernels.integrations._trl_report import check_report, write_report
 from leafkernels.integrations._trl_sharing import SharedPrefixesConfig
+from leafkernels.integrations._trl_steps import StepRewards
 
 _logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class LeafGRPOConfig(LossConfig, SharedPrefixesConfig, SamplingMaskConfig, trl.G
         super().__post_init__()
 
 
-class LeafGRPOTrainer(OwnLoss, TokenCredit, GRPOTrainer):
+class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
     """``GRPOTrainer`` whose advantages are one for each token: LEAF's, or those of ``estimator``; same arguments.
 
     Also a mixin for trainers derived from ``GRPOTrainer``, where it comes first:
@@ -125,6 +126,8 @@ class LeafGRPOTrainer(OwnLoss, TokenCredit, GRPOTrainer):
     - Boundaries are ranked by ``old_per_token_logps`` where TRL has computed them, else by the log-probabilities that
       vLLM sampled with, else (the default on-policy path) by those of one forward pass more, in eval mode, so that
       dropout neither adds noise nor draws random numbers.
+    - A reward function may return a list of (end, reward) for a completion: rewards earned at the last of its first
+      ``end`` tokens, the ``step_rewards`` of the estimator. TRL's logs have their sum.
     - Rewards are weighted and summed as TRL does. A row that no reward function scored is left out of every mean and
       gets 0; an infinite reward is none, and is counted in ``rewards/NAME/nonfinite``. Tool tokens and truncated
       completions (``mask_truncated_completions``) get 0; a truncated completion's reward counts in the group's mean,
@@ -165,7 +168,13 @@ class LeafGRPOTrainer(OwnLoss, TokenCredit, GRPOTrainer):
         ESTIMATORS[args.estimator](one, one.long(), one[0], **self._options())
 
     def token_advantages(
-        self, logprobs: Tensor, token_ids: Tensor, rewards: Tensor, response_mask: Tensor, group_size: int
+        self,
+        logprobs: Tensor,
+        token_ids: Tensor,
+        rewards: Tensor,
+        response_mask: Tensor,
+        group_size: int,
+        step_rewards: Tensor | None = None,
     ) -> Tensor:
         """One advantage for every token of (N, T), 0 where the mask is False.
 
@@ -178,11 +187,14 @@ class LeafGRPOTrainer(OwnLoss, TokenCredit, GRPOTrainer):
             rewards: (N,), NaN for rows that no function scored.
             response_mask: (N, T) bool; False on padding, tool tokens and truncated completions.
             group_size: rows of a prompt; they follow each other.
+            step_rewards: (N, T) float64, given where a reward function returned a list for a completion; ``rewards``
+                is then what comes beside it.
         """
+        more = {} if step_rewards is None else {"step_rewards": step_rewards}
         if self.args.estimator != "leaf":
             estimate = ESTIMATORS[self.args.estimator]
             rows = {"response_mask": response_mask, "group_size": group_size}
-            return estimate(logprobs, token_ids, rewards, **rows, **self._options())
+            return estimate(logprobs, token_ids, rewards, **rows, **more, **self._options())
         tree = span_tree(
             logprobs,
             token_ids,
@@ -190,6 +202,7 @@ class LeafGRPOTrainer(OwnLoss, TokenCredit, GRPOTrainer):
             response_mask=response_mask,
             group_size=group_size,
             gathered=self._gathered,
+            **more,
             **self._options(),
         )
         ends = tree.spans.span_ends
@@ -251,8 +264,9 @@ class LeafGRPOTrainer(OwnLoss, TokenCredit, GRPOTrainer):
         rewards = self._row_rewards(group_size)[first : first + rows]
         call = {"logprobs": logprobs, "token_ids": token_ids, "rewards": rewards, "response_mask": mask}
         call["group_size"] = group_size
+        call |= self._earned(call, self._rewards_per_function[first : first + rows])
         if self.accelerator.num_processes == 1:
-            advantages = self.token_advantages(logprobs, token_ids, rewards, mask, group_size)
+            advantages = self._advantages_of(call)
         else:
             self._gathered = gather_groups(**call)
             call = self._gathered.inputs
@@ -291,8 +305,15 @@ class LeafGRPOTrainer(OwnLoss, TokenCredit, GRPOTrainer):
         def padded(tokens: Tensor) -> Tensor:
             return tokens.new_zeros(is_token.shape).masked_scatter(is_token, tokens)
 
-        logprobs, token_ids, mask = (padded(inputs[name]) for name in ("logprobs", "token_ids", "response_mask"))
-        return self.token_advantages(logprobs, token_ids, inputs["rewards"], mask, inputs["group_size"])[is_token]
+        names = ("logprobs", "token_ids", "response_mask", "step_rewards")
+        tokens = {name: padded(inputs[name]) for name in names if name in inputs}
+        return self._advantages_of(inputs | tokens)[is_token]
+
+    def _advantages_of(self, call: dict[str, Any]) -> Tensor:
+        # By position, and step rewards where there are any: a function of one's own may name its arguments otherwise.
+        names = ("logprobs", "token_ids", "rewards", "response_mask", "group_size")
+        more = {"step_rewards": call["step_rewards"]} if "step_rewards" in call else {}
+        return self.token_advantages(*(call[name] for name in names), **more)
 
     def _row_rewards(self, group_size: int) -> Tensor:
         """(N,) one reward for every row of all ranks, NaN where no function gave one, or their sum is infinite."""

@@ -206,6 +206,7 @@
 
     const line = put(item, "div", "tokens" + (piece.isNode ? " cut" : ""));
     const marked = new Set(boundaries);
+    const earned = tree.credit["step rewards"] ? creditOf(tree, piece, "step rewards", null) : null;
     for (let t = 0; t < piece.end - piece.start; t++) {
       const rank = tree.tokens[piece.offset + t];
       const text = data.texts[rank];
@@ -214,6 +215,7 @@
       if (text === null) kind += " number";
       else if (text.includes("\n")) kind += " nl";
       if (tree.holes && tree.holes[piece.offset + t]) kind += " hole";
+      if (earned && (earned.low[t] !== 0 || earned.high[t] !== 0)) kind += " earned";
       if (t > 0 && marked.has(piece.start + t)) kind += " edge";
       cell.kind = kind;
       cell.tabIndex = -1;
@@ -359,6 +361,8 @@
     const row = piece.rows.includes(state.row) ? state.row : null;
     fact("Rollouts", row === null ? String(piece.rows.length) : `#${row} of ${piece.rows.length}`);
     if (tree.holes && tree.holes[piece.offset + t]) fact("Mask", "not trained on");
+    const earned = tree.credit["step rewards"] ? creditOf(tree, piece, "step rewards", row) : null;
+    if (earned && (earned.low[t] !== 0 || earned.high[t] !== 0)) fact("Earned here", signed(earned.mean[t]));
     put(facts, "div", "rule");
     for (const { key, name } of data.schemes) {
       put(facts, "dt", key === state.scheme ? "active" : "", name);
