@@ -6,11 +6,23 @@ from typing import Any
 import pytest
 import torch
 from engines import engine_settings, trained_weights
-from test_token_reward_trainer import ALONG, OF_KIND, ONE_OUTPUT, datasets, logged, pairs, scored, trainer
+from test_token_reward_trainer import (
+    ALONG,
+    OF_KIND,
+    ONE_OUTPUT,
+    datasets,
+    listening,
+    logged,
+    low_or_high,
+    pairs,
+    scored,
+    trainer,
+)
 from tiny_decoders import build_model
 
 from leafkernels.lookahead import RewardTransformer
 from leafkernels.losses.preference import KINDS
+from leafkernels.rows.recordings import find_encoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -89,23 +101,27 @@ def test_what_shares_too_little_is_run_by_rows(tmp_path: Path, caplog: pytest.Lo
     assert all(line["tokens_per_node"] == 1 for line in logged(run))
 
 
-def test_a_pair_hears_its_recording_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "changes"), [("qwen2_audio", ALONG), ("granite_speech", {}), ("qwen2_5_omni", {})])
+def test_a_pair_hears_its_recording_once(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Beside a pair that has none."""
     tiny = pytest.importorskip("tiny_listeners", reason="needs the extra speech")
-    from test_token_reward_trainer import listening, low_or_high
-
-    for name in ("qwen2_audio", "granite_speech"):
-        runs = []
-        for shares in (True, False):
-            model, processor = tiny.build(name)
-            options = {**PLAIN, "train_model": True, "simpo_weight": 0.5, "max_steps": 2, "share_prefixes": shares}
-            rows = low_or_high(tiny, 16, 0)
-            run = listening(tiny, tmp_path / name / str(shares), rows, (model, processor), **options)
-            run.train()
-            runs.append(run)
-        for name_, weight in runs[0].model.named_parameters():
-            other = dict(runs[1].model.named_parameters())[name_]
-            torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-5, msg=name_)
-        assert min(line["tokens_per_node"] for line in logged(runs[0])) > 1.2
+    rows = [*low_or_high(tiny, 7, 0), {"prompt": "hab", "audio": None, "chosen": "a", "rejected": "b"}]
+    runs = []
+    for shares in (True, False):
+        options = {**PLAIN, "max_steps": 2, "share_prefixes": shares, **changes}
+        run = listening(tiny, tmp_path / str(shares), rows, tiny.MODELS[name](), **options)
+        heard: list[int] = []
+        find_encoder(run.model.model).register_forward_hook(lambda _, args, out, heard=heard: heard.append(len(out[0])))
+        run.train()
+        runs.append((run, heard[-1]))
+    (found, ours), (expected, theirs) = runs
+    assert 2 * ours == theirs
+    assert min(line.pop("tokens_per_node") for line in logged(found)) > 1.2
+    for line, other in zip(logged(found), logged(expected), strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
+    others = dict(expected.model.named_parameters())
+    for part, weight in found.model.named_parameters():
+        torch.testing.assert_close(weight, others[part], rtol=1e-4, atol=1e-5, msg=part)
 
 
 def on_engine(rank: int, engine: str, kind: str, folder: str, shares: bool) -> dict[str, Any]:
