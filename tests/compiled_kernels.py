@@ -215,6 +215,66 @@ def clipped_loss(backend: str, importance: str, dtype: torch.dtype) -> Any:
     return *found, *torch.autograd.grad(found.loss, new)
 
 
+def kinds() -> list[tuple[str, dict[str, Any]]]:
+    """Every formula, with every statistic of a row, kind of KL and option of the kernel among them."""
+    return [
+        ("cispo", {"clip": (0.1, 0.2), "kl_kind": "k1"}),
+        ("sapo", {"kl_kind": "k2", "kl_weighted": True, "max_log_ratio": 0.3}),
+        ("sapo", {"importance": "sequence", "kl_kind": "abs"}),
+        ("vespo", {"kl_kind": "k3+", "kl_weighted": True}),
+        ("gmpo", {"clip": (0.1, 0.2), "kl_weighted": True}),
+        ("dppo_tv", {"clip": (0.02, 0.03), "max_ratio": 1.2}),
+        ("dppo_kl", {"clip": (0.01, 0.02)}),
+        ("dro", {"beta": 0.3}),
+        ("reinforce", {}),
+        ("kl_cov", {"share": 0.3}),
+        ("fipo", {"half_life": 3.0, "future_clip": (0.5, 0.5)}),
+    ]
+
+
+@case(2e-5, at=slice(0, 6), packed=False)
+@case(2e-5, at=slice(6, None), packed=False)
+@case(2e-5, at=slice(0, 6), packed=True)
+@case(2e-5, at=slice(6, None), packed=True)
+def losses_of_all_kinds(backend: str, at: slice, packed: bool) -> Any:
+    import leafkernels
+
+    new, reference = (-random(3, 1100, seed=seed) - 0.05 for seed in range(2))
+    old, credit, mask = new + 0.3 * random(3, 1100, seed=2) - 0.15, random(3, 1100, seed=3) - 0.5, holes(3, 1100)
+    tensors = [new, old, credit, mask, reference, random(3, 1100, seed=4)]
+    layout = {}
+    if packed:
+        tensors = [tensor.flatten() for tensor in tensors]
+        layout = {"cu_seqlens": torch.tensor([0, 1029, 1029, 3300], dtype=torch.int32)}
+    new, old, credit, mask, reference, weights = tensors
+    found: list[Tensor] = []
+    for kind, options in kinds()[at]:
+        leaf = new.clone().requires_grad_()
+        options = {**options, **layout, "ref_logprobs": reference, "kl_coef": 0.1, "token_weights": weights}
+        loss = leafkernels.policy_loss(leaf, old, credit, mask, kind=kind, aggregate="sum", backend=backend, **options)
+        # Sums of 3,300 numbers of order 1.
+        found += [*(x / 3300 if name == "loss" else x for name, x in loss._asdict().items())]
+        found += torch.autograd.grad(loss.loss, leaf)
+    return found
+
+
+@case(2e-5, dtype=torch.float32)
+def losses_of_all_kinds_from_logits(backend: str, dtype: torch.dtype) -> Any:
+    import leafkernels
+
+    old, credit, mask = torch.tensor([[-0.1, -2.0, -7.0]]), torch.tensor([[1.0, -0.5, 2.0]]), torch.ones(1, 3) > 0
+    found: list[Tensor] = []
+    for kind, options in kinds()[:9]:
+        if kind in ("vespo", "gmpo") or "importance" in options:
+            continue
+        leaf = rows_of_logits(dtype, 4103, False)[None].requires_grad_()
+        options = {**options, "ref_logprobs": old - 0.1, "kl_coef": 0.1, "token_weights": credit.abs()}
+        ids = torch.tensor([[30, 8, 3]])
+        loss = leafkernels.policy_loss_from_logits(leaf, ids, old, credit, mask, kind=kind, backend=backend, **options)
+        found += [*loss, *torch.autograd.grad(loss.loss, leaf)]
+    return found
+
+
 @case(1e-5, dtype=torch.float32)
 @case(1e-5, dtype=torch.bfloat16)
 def distillation(backend: str, dtype: torch.dtype) -> Any:

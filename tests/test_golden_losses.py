@@ -1,10 +1,13 @@
 """The policy losses against those of TRL, called here, and of verl, whose numbers are kept in a file."""
 
+import itertools
 import json
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
+import pages
 import pytest
 import torch
 import verl_losses
@@ -12,6 +15,8 @@ from rollouts import DEVICE
 from torch import Tensor
 
 import leafkernels
+from leafkernels.losses.aggregates import AGGREGATES
+from leafkernels.losses.kinds import KINDS, KL_KINDS
 
 GOLDEN = json.loads(verl_losses.FILE.read_text())
 
@@ -169,3 +174,32 @@ def test_losses_are_those_of_trl(
         (gradient,) = torch.autograd.grad(found.loss, leaf)
         torch.testing.assert_close(found.loss, expected, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-14)
+
+
+def table(page: str, heading: str) -> list[list[str]]:
+    """Cells of the first table below a heading."""
+    lines = pages.read(page).partition(f"## {heading}\n")[2].splitlines()
+    rows = [re.split(r"(?<!\\)\|", line.strip("|")) for line in lines if line.startswith("|")]
+    width = len(rows[0])
+    return [[cell.strip() for cell in row] for row in itertools.takewhile(lambda row: len(row) == width, rows)][2:]
+
+
+def test_the_page_has_every_kind_with_its_options() -> None:
+    listed = {}
+    for kind, value, options, source, *_ in table("losses.md", "The kinds"):
+        assert value and source
+        listed[kind.strip("`")] = {} if options == "-" else eval(f"dict({options.replace('`', '')})")
+    assert listed == {kind: entry.options for kind, entry in KINDS.items()}
+    text = pages.read("losses.md")
+    of_tokens = re.search(r"From logits, (.*?) and `importance", text, re.S)
+    assert of_tokens
+    assert set(re.findall(r"`(\w+)`", of_tokens[1])) == {k for k, entry in KINDS.items() if entry.reads != "token"}
+    of_rows = re.search(r'`importance="sequence"` gives (.*?) the ratio', text, re.S)
+    assert of_rows
+    assert set(re.findall(r"`(\w+)`", of_rows[1])) == {kind for kind, entry in KINDS.items() if entry.sequences}
+
+
+def test_the_page_has_every_divergence_and_aggregate() -> None:
+    assert {row[0].strip("`") for row in table("losses.md", "The divergence from a reference")} == set(KL_KINDS)
+    names = [name for row in table("losses.md", "How tokens are averaged") for name in re.findall("`([^`]+)`", row[0])]
+    assert sorted(names) == sorted(AGGREGATES)

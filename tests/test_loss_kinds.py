@@ -1,6 +1,7 @@
 """The kinds of policy losses: each backend against the reference, and the reference against the written formulas."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import leafkernels
 import python_ref
+from leafkernels import surprisal_entropy
 from leafkernels.losses.aggregates import AGGREGATES
 from leafkernels.losses.kinds import KINDS, KL_KINDS
 
@@ -388,3 +390,93 @@ def test_the_losses_of_micro_batches_add_up(aggregate: str) -> None:
     torch.testing.assert_close(sum(part[0].loss for part in parts), whole.loss, rtol=1e-13, atol=1e-14)
     for i, want in enumerate(expected):
         torch.testing.assert_close(torch.cat([part[1 + i] for part in parts]), want, rtol=1e-13, atol=1e-14)
+
+
+def test_errors() -> None:
+    tensors = in_layout(inputs(0, [3, 4]), [3, 4], packed=False)
+    tensors = {name: tensor.nan_to_num(0.0) for name, tensor in tensors.items()}
+
+    def check_refuses(error: type[Exception], message: str, **changes: Any) -> None:
+        for backend in ("torch", "reference"):
+            with pytest.raises(error, match=f"^{re.escape(message)}"):
+                leafkernels.policy_loss(**{**tensors, **changes}, backend=backend)
+
+    check_refuses(ValueError, f"kind must be one of {', '.join(map(repr, KINDS))}, got 'ppo'", kind="ppo")
+    message = "tau must be left out with kind='clip', which reads clip, dual_clip, max_log_ratio, got tau=(1.0, 1.0)"
+    check_refuses(ValueError, message, tau=(1.0, 1.0))
+    message = "clip must be left out with kind='reinforce', which reads no option, got clip=(0.2, 0.2)"
+    check_refuses(ValueError, message, kind="reinforce", clip=(0.2, 0.2))
+    check_refuses(ValueError, "dual_clip must be left out with kind='cispo'", kind="cispo", dual_clip=3.0)
+    check_refuses(TypeError, "klcoef is no option of a policy loss; kind='clip' reads clip, dual_clip", klcoef=0.1)
+    message = "importance must be 'token' with kind='gmpo', got 'sequence', which 'clip', 'cispo', 'sapo' have"
+    check_refuses(ValueError, message, kind="gmpo", importance="sequence")
+    message = "clip must be (below, above) with below >= 0 and above >= 0, got (-0.1, 0.4)"
+    check_refuses(ValueError, message, kind="gmpo", clip=(-0.1, 0.4))
+    check_refuses(ValueError, "clip must be (below, above) with 0 <= below <= 1", kind="cispo", clip=(2.0, 0.4))
+    check_refuses(TypeError, "tau must be a pair (where the advantage is positive", kind="sapo", tau=1.0)
+    check_refuses(ValueError, "tau must be positive, got 0", kind="sapo", tau=(0, 1))
+    check_refuses(TypeError, "beta must be a number, got str", kind="dro", beta="1")
+    check_refuses(ValueError, "max_ratio must be positive, got -1", kind="dppo_tv", max_ratio=-1)
+    check_refuses(ValueError, "share must be at most 1, got 2", kind="kl_cov", share=2)
+    message = "covariance must be (low, high) with low < high, got (1, 1)"
+    check_refuses(ValueError, message, kind="clip_cov", covariance=(1, 1))
+    check_refuses(ValueError, "future_clip must be at least 0, got -1", kind="fipo", future_clip=(-1, 0))
+    check_refuses(ValueError, "kl_kind must be one of 'k3', 'k1', 'k2', 'abs', 'k3+', got 'k4'", kl_kind="k4")
+    check_refuses(TypeError, "kl_weighted must be a bool, got int", kl_weighted=1)
+    for wrong in (-0.5, math.nan):
+        weights = tensors["token_weights"].masked_fill(tensors["response_mask"], wrong)
+        message = f"token_weights must be at least 0 where the mask is True, got {wrong}"
+        check_refuses(ValueError, message, token_weights=weights)
+    check_refuses(
+        ValueError,
+        "token_weights must have the shape of logprobs, (2, 4), got shape (2, 1)",
+        token_weights=tensors["token_weights"][:, :1],
+    )
+    message = "num_tokens must be None with aggregate='sequence_mean', which does not divide by it"
+    check_refuses(ValueError, message, aggregate="sequence_mean", num_tokens=3)
+    check_refuses(ValueError, "num_rows must be None with aggregate='token_mean'", num_rows=3)
+    check_refuses(ValueError, "num_tokens must be at least 1, got 0", num_tokens=0)
+    check_refuses(ValueError, "num_tokens must be positive, got -2.0", num_tokens=torch.tensor(-2, device=DEVICE))
+    check_refuses(ValueError, "num_tokens must be one number, got shape (2,)", num_tokens=torch.ones(2))
+    check_refuses(ValueError, "constant must be given with aggregate='dr_grpo', and only then", aggregate="dr_grpo")
+    offsets = torch.tensor([0, 3, 8], device=DEVICE)
+    check_refuses(ValueError, "logprobs must have shape (total,) together with cu_seqlens", cu_seqlens=offsets)
+    flat = {name: tensor.flatten() for name, tensor in tensors.items()}
+    message = "cu_seqlens must end at the number of tokens, 8, got 7"
+    check_refuses(ValueError, message, **flat, cu_seqlens=torch.tensor([0, 3, 7], device=DEVICE))
+    message = "constant must be given with aggregate='seq-mean-token-sum-norm' where rows are packed, got None"
+    check_refuses(ValueError, message, **flat, cu_seqlens=offsets, aggregate="seq-mean-token-sum-norm")
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_from_logits(kind: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind, padded and packed, on and off policy, is surprisal_entropy and policy_loss; and the reference."""
+    lengths = [3, 0, 4]
+    for options, packed in ((OPTIONS[kind][0], False), (OPTIONS[kind][-1], True)):
+        tensors = in_layout(inputs(5, lengths, torch.float32), lengths, packed)
+        tensors = {name: x if name == "cu_seqlens" else x.nan_to_num(0.0) for name, x in tensors.items()}
+        tensors.pop("entropy")
+        shape = tensors.pop("logprobs").shape
+        generator = torch.Generator().manual_seed(3)
+        logits = torch.randn(*shape, 11, generator=generator).to(DEVICE)
+        ids = torch.randint(0, 11, shape, generator=generator).to(DEVICE)
+        drawn = torch.rand(shape, generator=generator).to(DEVICE)
+        for module in ("policy_loss", "policy_loss_from_logits"):
+            monkeypatch.setattr(f"leafkernels.losses.{module}.drawn_numbers", lambda _, drawn=drawn: drawn)
+        arguments = {**tensors, "kind": kind, "kl_coef": 0.2, "kl_weighted": True, "entropy_coef": 0.1, **options}
+        arguments["aggregate"] = "sequence_mean"
+        found = surprisal_entropy(logits, ids, response_mask=tensors["response_mask"])
+        arguments["old_logprobs"] = found.logprobs - 0.2 * (0.5 - drawn)
+        results = []
+        for backend in ("composed", "torch", "triton", "reference"):
+            leaf = logits.clone().requires_grad_()
+            if backend == "composed":
+                rows = surprisal_entropy(leaf, ids, response_mask=tensors["response_mask"])
+                result = leafkernels.policy_loss(rows.logprobs, **arguments, entropy=rows.entropy)
+            else:
+                call = {**arguments, "token_ids": ids, "backend": backend}
+                result = leafkernels.policy_loss_from_logits(leaf, **call)
+            result.loss.backward()
+            results.append((*result, leaf.grad))
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=2e-5, atol=2e-5)

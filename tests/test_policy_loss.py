@@ -12,6 +12,7 @@ from rollouts import BACKENDS, DEVICE
 
 import leafkernels
 import python_ref
+from leafkernels.losses.aggregates import AGGREGATES
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -407,7 +408,7 @@ def test_errors() -> None:
     check_refuses(ValueError, "importance must be one of 'token', 'sequence', got 'row'", importance="row")
     check_refuses(
         ValueError,
-        "aggregate must be one of 'token_mean', 'sequence_mean', 'sum', 'constant', got 'mean'",
+        f"aggregate must be one of {', '.join(map(repr, AGGREGATES))}, got 'mean'",
         aggregate="mean",
     )
     for value in (1, 0.5, -3.0):
