@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from leafkernels.credit.advantages import span_advantages
 from leafkernels.credit.agreement import GradientAgreement, gradient_agreement
+from leafkernels.credit.baselines import maxrl, opo, pass_at_k, qae
 from leafkernels.credit.boundaries import select_boundaries
 from leafkernels.credit.differences import tempo, tree_td, treerl
 from leafkernels.credit.distillation import FireOPD, FireStatistics, fire_opd, fire_statistics, fire_teachers
@@ -41,6 +42,10 @@ __all__ = [
     "gradient_agreement",
     "group_index",
     "grpo",
+    "maxrl",
+    "opo",
+    "pass_at_k",
+    "qae",
     "report",
     "rloo",
     "save_rollouts",

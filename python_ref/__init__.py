@@ -5,6 +5,7 @@ prefixes and no shared tricks. Every module has the name of the operation in ``l
 """
 
 from python_ref.advantages import span_advantages
+from python_ref.baselines import maxrl, opo, pass_at_k, qae
 from python_ref.boundaries import select_boundaries
 from python_ref.differences import tempo, tree_td, treerl
 from python_ref.distillation import fire_opd, fire_statistics
@@ -33,12 +34,16 @@ __all__ = [
     "grpo",
     "linear_surprisal_entropy",
     "linear_surprisal_entropy_backward",
+    "maxrl",
     "normalize_spans",
+    "opo",
+    "pass_at_k",
     "policy_loss",
     "policy_loss_backward",
     "policy_loss_from_logits",
     "prefix_tree",
     "returns_to_go",
+    "qae",
     "reward_channel",
     "rloo",
     "scatter_spans",

@@ -1121,6 +1121,8 @@ def test_step_rewards_and_several_functions_on_ranks(name: str, functions: int, 
         whole["rewards"][2, 1] = math.nan
     else:
         whole["rewards"] = None
+    if functions and name == "maxrl":
+        pytest.skip("takes one reward a row")
     more: dict[str, Any] = {"reward_weights": [1.0, -0.5, 2.0]} if functions else {}
     if takes(name, "states"):
         whole |= {"steps": torch.arange(9).expand(6, 9) // 4, "states": torch.arange(9).expand(6, 9) % 2}

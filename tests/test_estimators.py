@@ -1,5 +1,6 @@
 """GRPO, Dr. GRPO and RLOO: what is special to schemes of whole rollouts; tests/test_laws.py has the laws of all."""
 
+import math
 import re
 from typing import Any
 
@@ -41,6 +42,54 @@ def test_neither_logprobs_nor_tokens_matter_to_estimators_of_whole_rollouts(name
     result = getattr(leafkernels, name)(**first)
     assert torch.equal(result, getattr(leafkernels, name)(second["logprobs"], second["token_ids"], first["rewards"]))
     assert torch.equal(result, result[:, :1].expand(result.shape))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_baselines_by_hand(backend: str) -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 0], [1, 0, 0, 0]], device=DEVICE)
+    call: dict[str, Any] = {"token_ids": torch.zeros(3, 4, dtype=torch.int64, device=DEVICE), "backend": backend}
+    call["logprobs"] = torch.zeros(3, 4, device=DEVICE)
+
+    def first(name: str, rewards: list[float], **options: Any) -> list[float]:
+        found = ESTIMATORS[name](**call, rewards=torch.tensor(rewards, device=DEVICE), **options)
+        return [round(value, 4) for value in found[:, 0].tolist()]
+
+    # Four, two and one tokens: 4 * 1 + 2 * 0 + 1 * 3 over 7 is 1.
+    assert first("opo", [1.0, 0.0, 3.0], response_mask=mask) == [0.0, -1.0, 2.0]
+    # Deviation of 0, 1, 3: the root of 7/3. A share of 1/3 has at most 0, of 2/3 at most 1.
+    std = (7 / 3) ** 0.5
+    for quantile, baseline in ((0.0, 0.0), (1 / 3, 0.0), (0.4, 1.0), (2 / 3, 1.0), (1.0, 3.0)):
+        expected = [round((r - baseline) / std, 3) for r in (1.0, 0.0, 3.0)]
+        assert [round(value, 3) for value in first("qae", [1.0, 0.0, 3.0], quantile=quantile)] == expected
+    assert first("maxrl", [1.0, 0.0, 2.0]) == [0.0, -1.0, 1.0]
+    assert first("maxrl", [1.0, -1.0, 0.0]) == [0.0, 0.0, 0.0]
+    # Pairs of 1, 0, 3 are best at 1, 3, 3, with mean 7/3 and deviation sqrt(8/9); with row 0 at 1, 3, with row 1 too.
+    best = (8 / 9) ** 0.5
+    assert first("pass_at_k", [1.0, 0.0, 3.0]) == [round(x / best, 4) for x in (-1 / 3, -1 / 3, 2 / 3)]
+    assert first("pass_at_k", [1.0, 0.0, 3.0], k=1) == [
+        round((r - 4 / 3) / (14 / 9) ** 0.5, 4) for r in (1.0, 0.0, 3.0)
+    ]
+    assert first("pass_at_k", [1.0, 0.0, 3.0], k=3) == first("pass_at_k", [1.0, 0.0, 3.0], k=99) == [0.0, 0.0, 0.0]
+
+
+@given(st.integers(2, 12), st.integers(1, 11), st.integers(1, 12))
+@examples(torch=40)
+def test_pass_at_k_of_right_and_wrong_is_the_closed_form(rows: int, right: int, k: int) -> None:
+    """arXiv 2508.10751: of N rows, of which some are wrong, C(wrong, k) / C(N, k) sets have none that is right."""
+    if right >= rows or k > rows:
+        return
+    wrong = rows - right
+    rewards = torch.tensor([1.0] * right + [0.0] * wrong, device=DEVICE)
+    call = torch.zeros(rows, 1, device=DEVICE), torch.zeros(rows, 1, dtype=torch.int64, device=DEVICE), rewards
+    found = leafkernels.pass_at_k(*call, k=k)[:, 0].tolist()
+    mean = 1 - math.comb(wrong, k) / math.comb(rows, k)
+    std = math.sqrt(mean * (1 - mean))
+    if std == 0:
+        assert found == [0.0] * rows
+        return
+    held = 1 - math.comb(wrong - 1, k - 1) / math.comb(rows - 1, k - 1)
+    assert found[0] == pytest.approx((1 - mean) / (std + 1e-6), rel=1e-6)
+    assert found[-1] == pytest.approx((held - mean) / (std + 1e-6), rel=1e-6, abs=1e-7)
 
 
 @given(rollouts())

@@ -185,9 +185,8 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Left out unless asked for: with one number a rollout, they differ from grpo by a factor for each prompt,
-# which no cosine sees.
-_AS_GRPO = tuple(name for name, scheme in ESTIMATORS.items() if scheme.per == "row" and name != "grpo")
+# Left out unless asked for: but for step rewards they are grpo times a number for each prompt, which no cosine sees.
+_AS_GRPO = tuple(name for name, scheme in ESTIMATORS.items() if scheme.is_scaled_grpo)
 
 _COMPARE = """\
 Each scheme sees a few of a prompt's rollouts, and its policy gradient is held

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from leafkernels.credit.advantages import span_advantages
+from leafkernels.credit.baselines import maxrl, opo, pass_at_k, qae
 from leafkernels.credit.differences import tempo, tree_td, treerl
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
 
@@ -32,6 +33,10 @@ class Estimator:
     whose default is in its signature."""
     is_shift_invariant: bool = True
     """Whether adding one number to all rewards of a prompt changes nothing."""
+    is_odd: bool = True
+    """Whether turning the sign of all rewards turns that of the credit."""
+    is_scaled_grpo: bool = False
+    """Whether the credit is GRPO's times a number for each prompt, which no cosine of a prompt's gradient sees."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.function(*args, **kwargs)
@@ -85,8 +90,50 @@ ESTIMATORS: dict[str, Estimator] = _Estimators(
         reads_logprobs=False,
         normalization="reward_std",
     ),
-    dr_grpo=Estimator(dr_grpo, "Dr. GRPO", "r - mean", "arXiv 2503.20783", per="row", reads_logprobs=False),
-    rloo=Estimator(rloo, "RLOO", "G / (G - 1) * (r - mean)", "arXiv 2402.14740", per="row", reads_logprobs=False),
+    dr_grpo=Estimator(
+        dr_grpo, "Dr. GRPO", "r - mean", "arXiv 2503.20783", per="row", reads_logprobs=False, is_scaled_grpo=True
+    ),
+    rloo=Estimator(
+        rloo,
+        "RLOO",
+        "G / (G - 1) * (r - mean)",
+        "arXiv 2402.14740",
+        per="row",
+        reads_logprobs=False,
+        is_scaled_grpo=True,
+    ),
+    opo=Estimator(opo, "OPO", "r - sum(l r) / sum(l)", "arXiv 2505.23585", per="row", reads_logprobs=False),
+    qae=Estimator(
+        qae,
+        "QAE",
+        "(r - quantile) / (std + 1e-6)",
+        "arXiv 2509.22611",
+        per="row",
+        reads_logprobs=False,
+        normalization="reward_std",
+        is_odd=False,
+    ),
+    maxrl=Estimator(
+        maxrl,
+        "MaxRL",
+        "(r - mean) / abs(mean)",
+        "arXiv 2602.02710",
+        per="row",
+        reads_logprobs=False,
+        normalization="reward_std",
+        is_shift_invariant=False,
+        is_scaled_grpo=True,
+    ),
+    pass_at_k=Estimator(
+        pass_at_k,
+        "pass@k",
+        "(best of k with the row - best of k) / (std of it + 1e-6)",
+        "arXiv 2508.10751",
+        per="row",
+        reads_logprobs=False,
+        normalization="reward_std",
+        is_odd=False,
+    ),
     tempo=Estimator(
         tempo,
         "TEMPO",

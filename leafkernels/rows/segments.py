@@ -33,6 +33,8 @@ class Statistics(NamedTuple):
     """How many entries count."""
     std: Tensor
     """ddof 1; exactly 0 where they differ by rounding alone."""
+    is_out: Tensor
+    """Whether the entry does not count."""
 
     def over_std(self, values: Tensor) -> Tensor:
         """``values`` / (std + 1e-6); 0 where the entries are equal."""
@@ -51,8 +53,12 @@ class Segments(NamedTuple):
 
     def totals(self, entries: Tensor) -> Tensor:
         """(E,): of each entry, in the caller's order, the sum over its segment."""
-        sums = running_sums(entries[self.order], self.starts, self.longest)[self.lasts]
+        sums = self.totals_in_order(entries[self.order])
         return torch.empty_like(sums).index_copy(0, self.order, sums)
+
+    def totals_in_order(self, entries: Tensor) -> Tensor:
+        """The same of entries in the order of the segments."""
+        return running_sums(entries, self.starts, self.longest)[self.lasts]
 
     def statistics(self, values: Tensor, is_in: Tensor) -> Statistics:
         """Of the float64 values (E,) of the entries that count. Counted from the least, so that equal ones are 0."""
@@ -72,7 +78,8 @@ class Segments(NamedTuple):
         variance = self.totals(centred.square()) / (number - 1.0).clamp_min(1.0)
         # The derivative of the root is infinite at 0, and would turn gradients of 0 into NaN.
         is_zero = variance == 0.0
-        return Statistics(centred, number, variance.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0))
+        std = variance.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
+        return Statistics(centred, number, std, ~is_in)
 
 
 def segments_of_groups(layout: Layout) -> Segments:
