@@ -21,6 +21,7 @@ from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
 from python_ref.tree import SpanTree, span_tree
 from python_ref.values import normalize_spans, span_values
+from python_ref.weights import entropy_weights, stare_weights
 
 __all__ = [
     "PrefixTree",
@@ -28,6 +29,7 @@ __all__ = [
     "channel_states",
     "common_prefix_lengths",
     "dr_grpo",
+    "entropy_weights",
     "fire_opd",
     "fire_statistics",
     "gather_spans",
@@ -51,6 +53,7 @@ __all__ = [
     "span_advantages",
     "span_tree",
     "span_values",
+    "stare_weights",
     "surprisal_entropy",
     "surprisal_entropy_backward",
     "tempo",
