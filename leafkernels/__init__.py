@@ -18,6 +18,7 @@ from leafkernels.credit.registry import ESTIMATORS, Estimator
 from leafkernels.credit.scatter import scatter_spans
 from leafkernels.credit.tree import SpanTree, span_tree
 from leafkernels.credit.values import SpanValues, span_values
+from leafkernels.credit.weights import entropy_weights, stare_weights
 from leafkernels.losses.equal import DroppedEqual, drop_equal
 from leafkernels.losses.policy_loss import PolicyLoss, policy_loss
 from leafkernels.losses.policy_loss_from_logits import policy_loss_from_logits
@@ -42,6 +43,7 @@ __all__ = [
     "Estimator",
     "GradientAgreement",
     "dr_grpo",
+    "entropy_weights",
     "gradient_agreement",
     "group_index",
     "grpo",
@@ -53,6 +55,7 @@ __all__ = [
     "rloo",
     "save_rollouts",
     "span_advantages",
+    "stare_weights",
     "tempo",
     "tree_td",
     "treerl",

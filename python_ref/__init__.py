@@ -22,6 +22,7 @@ from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
 from python_ref.tree import SpanTree, span_tree
 from python_ref.values import normalize_spans, span_values
+from python_ref.weights import entropy_weights, stare_weights
 
 __all__ = [
     "LOSS_KINDS",
@@ -30,6 +31,7 @@ __all__ = [
     "channel_states",
     "common_prefix_lengths",
     "dr_grpo",
+    "entropy_weights",
     "fire_opd",
     "fire_statistics",
     "gather_spans",
@@ -53,6 +55,7 @@ __all__ = [
     "span_advantages",
     "span_tree",
     "span_values",
+    "stare_weights",
     "surprisal_entropy",
     "surprisal_entropy_backward",
     "tempo",

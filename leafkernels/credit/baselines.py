@@ -247,8 +247,8 @@ def pass_at_k(
         best = ordered.totals_in_order(values * holding * size / number.clamp_min(1.0))
         spread = (values - best).square() * holding * size / number.clamp_min(1.0)
         std = ordered.totals_in_order(spread).clamp_min(0.0)
-        # One set has no spread; the rounding of its parts has.
-        is_zero = (std == 0.0) | (size == number)
+        # Sets whose best are equal have no spread; the rounding of its parts has.
+        is_zero = std <= 1e-24 * found.std[ordered.order].square()
         std = torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, std).sqrt())
         # Another row is the best of those that hold this one: k - 2 further rows below it, of n - 2.
         others = values * share(below - 1.0, number - 2.0, size - 2.0) * (size - 1.0) / (number - 1.0).clamp_min(1.0)

@@ -31,7 +31,7 @@ class Rollouts(NamedTuple):
     backend: str
     where: dict[str, Any]  # the arguments that say where rows lie and whose they are, as they came
     given: tuple[Tensor | None, Tensor | None]  # rewards, (N,) or (N, functions), and step rewards, as they came
-    reward_weights: list[float] | Tensor | None = None
+    reward_weights: Sequence[float] | Tensor | None = None
     earned: Earned | None = None  # where there are step rewards and tokens
     ends: Tensor | None = None  # (N,): of the rewards what comes at the end, where not all does
 
