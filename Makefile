@@ -1,5 +1,5 @@
 # What .ci/run does, in the environment that is active.
-.PHONY: check quick lint test hub
+.PHONY: check quick lint test ptx hub
 
 check: lint test
 
@@ -16,6 +16,10 @@ lint:
 
 test:
 	pytest
+
+# Every kernel as compiled for GPUs, executed on the CPU by more seeds than in tests: the table of docs/performance.md.
+ptx:
+	TRITON_INTERPRET=0 PYTHONPATH=. python tests/compiled_kernels.py --write --seeds 1 2 3 4 5 6 7 8 9 10 11 12
 
 # A build for the Kernel Hub below hub/, for kernels.get_local_kernel(Path("hub")).
 hub:

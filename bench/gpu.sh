@@ -1,18 +1,24 @@
 #!/usr/bin/env bash
-# All GPU tests, the table of errors, and all benches, within ten minutes, on a machine with nothing but this repository,
-# torch, triton, pytest, hypothesis, pytest-benchmark and rich. Results go to $OUT (default bench/results).
-# Parts by name, which give each more of the ten minutes: `bench/gpu.sh tests errors growth`, `bench/gpu.sh benches`, and
-# `bench/gpu.sh tune`, which tries settings of the vocabulary kernels for about three minutes. Peers are timed where they
-# are installed, or lie in build/peers: see bench/peers.py.
+# What only a GPU can answer, within twelve minutes, on a machine with nothing but this repository, torch, triton, pytest,
+# pytest-benchmark and rich (transformers for the last question). The list, in order, is bench/questions.py; results go to
+# $OUT (default bench/results), one JSON and one page, written after each answer. `bench/gpu.sh --tiny` needs no GPU and
+# proves that it runs.
+# Parts by name, within ten minutes: `bench/gpu.sh tests errors growth` for all GPU tests (they need hypothesis), the table
+# of errors and the goals of growth, `bench/gpu.sh benches`, and `bench/gpu.sh tune`, which tries settings of the
+# vocabulary kernels for about three minutes. Peers are timed where they are installed, or lie in build/peers: see
+# bench/peers.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if [ -d build/peers ]; then PYTHONPATH="$PYTHONPATH:$PWD/build/peers"; fi
-parts=" ${*:-tests errors growth benches} "
-unset TRITON_INTERPRET # kernels are to run on the GPU
 out=${OUT:-bench/results}
+if [ "${*:-}" = --tiny ]; then
+    exec python3 bench/questions.py --tiny --out "$out"
+fi
+parts=" ${*:-questions} "
+unset TRITON_INTERPRET # kernels are to run on the GPU
 start=$SECONDS
-limit=585 # seconds for everything
+limit=585 # seconds for everything but the questions
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python3 - <<'PYTHON'
@@ -23,6 +29,10 @@ PYTHON
 
 # A part that fails or runs out of time does not keep the other from running; the script fails in the end.
 status=0
+if [[ $parts == *" questions "* ]]; then
+    echo "== questions"
+    timeout --kill-after=5 710 python3 bench/questions.py --out "$out" --limit 690 || status=$?
+fi
 if [[ $parts == *" tests "* ]]; then
     echo "== tests"
     # Without the tests of the command, the examples and README, which do nothing on a GPU.

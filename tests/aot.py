@@ -3,8 +3,9 @@
     python tests/aot.py [NAME]     prints the table, of the kernels whose names begin so
 
 Registers, spills, stack, width of the widest access, exponentials, programs that a multiprocessor's registers allow;
-and for each hot loop the instructions and the bytes of one element, and a prediction for four GPUs. A multiprocessor
-issues at most 128 lane-instructions a clock, of which three quarters is what to count on, so that beside
+what ``ptx_counts.py`` counts when it executes the kernel as compiled for sm_90; and for each hot loop the instructions
+and the bytes of one element, and a prediction for four GPUs. A multiprocessor issues at most 128 lane-instructions a
+clock, of which three quarters is what to count on, so that beside
 
     memory time = bytes / copy bandwidth       stands       issue time = slots / (3/4 * 128 * processors * clock)
 
@@ -572,10 +573,20 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
     return subprocess.run([tool, flag, cubin], capture_output=True, text=True, check=True).stdout
 
 
+def executed(names: tuple[str, ...]) -> dict[str, Any]:
+    """What ``ptx_counts.py`` counts of each kernel, in a process and with a cache where nothing is assembled."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, str(Path(__file__).with_name("ptx_counts.py")), "--json", *names]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return {row["kernel"]: row for row in json.loads(run.stdout)}
+
+
 def main() -> None:
     """Print the table, or one JSON object for each line of it with --json."""
     as_json = "--json" in sys.argv[1:]
     names = tuple(argument for argument in sys.argv[1:] if argument != "--json")
+    counts = {} if as_json else executed(names)
     if not as_json:
         print(f"{'kernel':46} {'arch':>6} registers programs spills stack widest access exp2/element")
     for case in CASES:
@@ -591,6 +602,11 @@ def main() -> None:
                 f"{row.widest:11} B {row.exponentials:12.2f}",
                 flush=True,
             )
+            if arch == 90 and (count := counts.pop(case.name.split()[0], None)):
+                print(
+                    f"{'':12}executed: {count['instructions']:g} instructions of PTX each {count['element']}, "
+                    f"{count['asked']:g} bytes asked for and {count['moved']:g} moved in sectors"
+                )
             for slots, bytes_moved in row.loops:
                 print(f"{'':12}loop: {slots:.1f} slots and {bytes_moved:g} bytes an element;", end=" predicted: ")
                 shares = ((gpu, predicted_share(slots, bytes_moved, gpu)) for gpu in GPUS if gpu.arch == arch)

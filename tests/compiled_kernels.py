@@ -8,11 +8,17 @@ lets some run far ahead. ``make ptx`` runs more seeds on all architectures, and 
 
 import argparse
 import contextlib
+import datetime
 import functools
 import importlib
+import importlib.metadata
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +40,9 @@ def case(tolerance: float = 0.0, **parameters: Any) -> Callable[[Callable[..., A
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    """The same numbers on every device: that of the context."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.rand(shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 @contextlib.contextmanager
@@ -342,13 +350,47 @@ def run(arch: int, seeds: list[int | None], cases: list[str], shared: str | None
     return {"failed": failed, "seen": seen, "kernels": kernels, "results": results}
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+MARKS = "<!-- compiled kernels: make ptx -->\n", "<!-- end -->\n"
+ARCHITECTURES = (80, 90, 100)
+
+
+def write_table(seeds: list[int]) -> None:
+    """Execute everything on all architectures, each in a process of its own, and write what came of it to the page."""
+    kernels: dict[str, list[Any]] = {}
+    for arch in ARCHITECTURES:
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+            command = [sys.executable, __file__, "--arch", str(arch), "--seeds", *map(str, seeds)]
+            found = json.loads(subprocess.run(command, capture_output=True, check=True, env=environment).stdout)
+        if found["failed"] or found["seen"]:
+            sys.exit(f"sm_{arch}: {json.dumps([found['failed'], found['seen']], indent=1)}")
+        for name, numbers in found["kernels"].items():
+            total = kernels.setdefault(name, [0, 0, 0])
+            kernels[name] = [a + b for a, b in zip(total, numbers, strict=True)]
+    lines = ["| kernel | variants | launches | programs | findings |", "|---|---|---|---|---|"]
+    for name, numbers in sorted(kernels.items()):
+        stem = name.removeprefix("_").removesuffix("_kernel")
+        lines.append(f"| `{stem}` | {' | '.join(f'{number:,}' for number in numbers)} | 0 |")
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    about = (
+        f"{len(CASES)} cases on sm_{', sm_'.join(map(str, ARCHITECTURES))}, in order and by {len(seeds)} seeds, "
+        f"{datetime.date.today()}, Triton {importlib.metadata.version('triton')}.\n\n"
+    )
+    PAGE.write_text(before + MARKS[0] + about + "\n".join(lines) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--cases", nargs="*", default=[])
     parser.add_argument("--other", help="a folder with another executor, to compare with")
+    parser.add_argument("--write", action="store_true", help="all cases and architectures, and the table of the page")
     options = parser.parse_args()
+    if options.write:
+        write_table(options.seeds)
+        return
     sys.stdout.write(json.dumps(run(options.arch, [None, *options.seeds], options.cases, options.other)))
 
 

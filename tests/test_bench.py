@@ -1,6 +1,7 @@
 """The benches run, on tiny shapes, and their report is written: JSON and Markdown."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -212,6 +213,36 @@ def test_tuning_runs_on_a_tiny_shape(tmp_path: Path) -> None:
     tried = {(row["kernel"], row["block"]) for row in found["rows"] if row["num_warps"] == 1}
     assert tried >= {(kernel, block) for kernel in ("states", "backward", "loss and gradient") for block in (256, 512)}
     assert all(row["seconds"] > 0 for row in found["rows"])
+
+
+def test_the_list_of_what_only_a_gpu_can_answer(tmp_path: Path) -> None:
+    """Every question has an answer under the interpreter; without a GPU the list itself refuses to run."""
+    pytest.importorskip("triton")
+    script = str(ROOT / "bench" / "gpu.sh")
+    # The script's python3 is that of these tests.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", script, "--tiny"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OUT": str(tmp_path), "PATH": path},
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (results,) = tmp_path.glob("*-questions-tiny.json")
+    answers = json.loads(results.read_text())["answers"]
+    assert [answer["why_not"] for answer in answers] == [None] * 7
+    assert answers[0]["question"] == "kernels_are_right"
+    assert all(answer["rows"] for answer in answers)
+    (page,) = tmp_path.glob("*-questions-tiny.md")
+    assert page.read_text().count("\n## ") == 7
+
+
+def test_the_questions_fit_twelve_minutes() -> None:
+    code = "from bench import questions; print(sum(questions.QUESTIONS.values()), questions.LIMIT)"
+    asked, limit = map(int, run_python("-c", code, TRITON_INTERPRET="1").stdout.split())
+    assert asked <= limit < 12 * 60 - 20
+    assert f"--limit {limit}" in (ROOT / "bench" / "gpu.sh").read_text()
 
 
 def test_what_ranks_send() -> None:
