@@ -177,8 +177,14 @@ def test_what_is_refused(saved: dict[str, tuple[Path, Path]], tmp_path: Path) ->
     with pytest.raises(FileNotFoundError, match="folder must be one that RewardTransformer.save_pretrained wrote"):
         engine_arguments(str(model), tmp_path / "none")
     transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model must be the base of the channel in .* of model_type llama, got"):
+        engine_arguments(str(saved["qwen2"][0]), channel)
+    said = json.loads((channel / "reward_channel.json").read_text())
+    said["base"] |= {"model_type": "gpt2", "num_hidden_layers": 1, "hidden_size": 8, "vocab_size": 50257}
+    (tmp_path / "reward_channel.json").write_text(json.dumps(said))
+    (tmp_path / "reward_channel.safetensors").write_bytes((channel / "reward_channel.safetensors").read_bytes())
     with pytest.raises(ValueError, match="hands out the hidden states of its layers in vLLM .* got GPT2LMHeadModel"):
-        engine_arguments(str(tmp_path), channel)
+        engine_arguments(str(tmp_path), tmp_path)
     with pytest.raises(ValueError, match="model must be of an architecture that this vLLM has, got Nonesuch"):
         reward_class("Nonesuch")
 
