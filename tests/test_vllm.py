@@ -177,8 +177,14 @@ def test_what_is_refused(saved: dict[str, tuple[Path, Path]], tmp_path: Path) ->
     with pytest.raises(FileNotFoundError, match="folder must be one that RewardTransformer.save_pretrained wrote"):
         engine_arguments(str(model), tmp_path / "none")
     transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model must be the base of the channel in .* of model_type llama, got"):
+        engine_arguments(str(saved["qwen2"][0]), channel)
+    said = json.loads((channel / "reward_channel.json").read_text())
+    said["base"] |= {"model_type": "gpt2", "num_hidden_layers": 1, "hidden_size": 8, "vocab_size": 50257}
+    (tmp_path / "reward_channel.json").write_text(json.dumps(said))
+    (tmp_path / "reward_channel.safetensors").write_bytes((channel / "reward_channel.safetensors").read_bytes())
     with pytest.raises(ValueError, match="hands out the hidden states of its layers in vLLM .* got GPT2LMHeadModel"):
-        engine_arguments(str(tmp_path), channel)
+        engine_arguments(str(tmp_path), tmp_path)
     with pytest.raises(ValueError, match="model must be of an architecture that this vLLM has, got Nonesuch"):
         reward_class("Nonesuch")
 
@@ -198,7 +204,7 @@ async def serving(engine: Any, limits: Limits) -> AsyncIterator[Any]:
         address = f"http://127.0.0.1:{socket.getsockname()[1]}"
         limit = httpx.Limits(max_connections=None)
         headers = {"authorization": "Bearer secret"}
-        async with httpx.AsyncClient(base_url=address, timeout=120, limits=limit, headers=headers) as client:
+        async with httpx.AsyncClient(base_url=address, timeout=600, limits=limit, headers=headers) as client:
             while not server.started:
                 await asyncio.sleep(0.02)
             yield client
@@ -332,7 +338,7 @@ async def _load(client: Any, engine: Any) -> None:
         assert found[number] == await ask(number)
     # The room of those that have left is free: this search needs all of it.
     everything = {"prompt": "abc", "max_tokens": 8, "width": 4, "depth": 1, "chunk": 2}
-    assert (await asyncio.wait_for(client.post("/v1/completions", json=everything), 60)).status_code == 200
+    assert (await asyncio.wait_for(client.post("/v1/completions", json=everything), 300)).status_code == 200
 
 
 LEAF = """
@@ -403,9 +409,9 @@ def test_the_command(saved: dict[str, tuple[Path, Path]]) -> None:
             assert server.stdout is not None
             lines = iter(server.stdout.readline, "")
             (address,) = next(found for line in lines if (found := re.findall(r"http://\S+", line)))
-            answer = httpx.post(f"{address}/completions", json={"prompt": "abc", "max_tokens": 12}, timeout=60)
+            answer = httpx.post(f"{address}/completions", json={"prompt": "abc", "max_tokens": 12}, timeout=300)
             assert answer.json()["choices"][0]["finish_reason"] in ("length", "stop")
             server.send_signal(signal.SIGINT)
-            assert server.wait(60) in (0, 130)
+            assert server.wait(300) in (0, 130)
         finally:
             server.kill()

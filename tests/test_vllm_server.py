@@ -15,8 +15,9 @@ from tiny_decoders import build_tokenizer
 from leafkernels.lookahead import RewardChannel
 from leafkernels.lookahead.__main__ import main
 from leafkernels.lookahead.folder import write_channel
+from leafkernels.lookahead.vllm import AsyncVLLMStepper, VLLMStepper, engine_arguments
 from leafkernels.lookahead.vllm.asked import Asked, Limits, RefusedError, Text, check_limits, read
-from leafkernels.lookahead.vllm.model import _check_config, _with_rewards
+from leafkernels.lookahead.vllm.model import _with_rewards, check_config
 from leafkernels.lookahead.vllm.room import Room
 
 pytest.importorskip("transformers", reason="needs transformers: pip install -e '.[lookahead]'")
@@ -262,6 +263,40 @@ def test_serving_says_what_it_needs(capsys: pytest.CaptureFixture[str], tmp_path
     assert "width must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_an_engine_without_rewards_is_refused() -> None:
+    config = SimpleNamespace(hf_config=SimpleNamespace(), logprobs_mode="raw_logits", max_model_len=9)
+    engine = SimpleNamespace(model_config=config)
+    with pytest.raises(
+        ValueError, match=r"llm must be an engine of engine_arguments\(model, channel\), got .* without a"
+    ):
+        AsyncVLLMStepper(engine)
+    config.hf_config.reward_channel, config.logprobs_mode = "folder", "raw_logprobs"
+    with pytest.raises(ValueError, match="got one with logprobs_mode='raw_logprobs'"):
+        VLLMStepper(SimpleNamespace(llm_engine=engine))
+    config.logprobs_mode = "raw_logits"
+    with pytest.raises(ValueError, match="ahead must be at least 1, got 0"):
+        VLLMStepper(SimpleNamespace(llm_engine=engine), ahead=0)
+    VLLMStepper(SimpleNamespace(llm_engine=engine))
+
+
+def test_vllm_must_find_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = SimpleNamespace(name="leafkernels", value="leafkernels.lookahead.vllm:register")
+    found = [SimpleNamespace(name="other", value="other:register")]
+    monkeypatch.setattr("leafkernels.lookahead.vllm.engine.entry_points", lambda group: found)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    with pytest.raises(ValueError, match="leafkernels must be installed .* for vLLM to find its plugin, got none"):
+        engine_arguments("model", "channel")
+    found.append(point)
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(ValueError, match="VLLM_PLUGINS must name leafkernels too, got 'other'"):
+        engine_arguments("model", "channel")
+    monkeypatch.setenv("VLLM_PLUGINS", "other,leafkernels")
+    with pytest.raises(ValueError, match="max_logprobs must be left to the rewards' engine, got 5"):
+        engine_arguments("model", "channel", max_logprobs=5)
+    with pytest.raises(TypeError, match="hf_overrides must be a dict, got <function"):
+        engine_arguments("model", "channel", hf_overrides=lambda config: config)
+
+
 class Base(torch.nn.Module):
     """What a model of vLLM is to the plugin."""
 
@@ -350,8 +385,8 @@ def test_a_model_that_hands_out_no_layers_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_an_engine_that_would_give_other_rewards_is_refused(changes: Any, message: str, tmp_path: Path) -> None:
-    _check_config(config_of(tmp_path))
+    check_config(config_of(tmp_path))
     with pytest.raises(ValueError, match=message):
-        _check_config(config_of(tmp_path, **changes))
+        check_config(config_of(tmp_path, **changes))
     with pytest.raises(ValueError, match="hf_overrides must name the folder of a channel"):
-        _check_config(config_of(None))
+        check_config(config_of(None))

@@ -68,7 +68,7 @@ def reward_class(architecture: str) -> type[nn.Module]:
 def _with_rewards(base: Any) -> type[nn.Module]:
     class WithRewards(base):
         def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
-            _check_config(vllm_config)
+            check_config(vllm_config)
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
             config = vllm_config.model_config.hf_config
             self._channel_folder = getattr(config, SETTING)
@@ -112,7 +112,7 @@ def _with_rewards(base: Any) -> type[nn.Module]:
     return WithRewards
 
 
-def _check_config(config: Any) -> None:
+def check_config(config: Any) -> None:
     """Raise ValueError for what would give other rewards, or none."""
     if not getattr(config.model_config.hf_config, SETTING, None):
         raise ValueError(f"hf_overrides must name the folder of a channel as {SETTING!r}, got none")

@@ -70,9 +70,12 @@ async def _serve(args: Any, own: argparse.Namespace, limits: Limits) -> None:
     import uvicorn
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from leafkernels.lookahead.vllm.model import check_config
     from leafkernels.lookahead.vllm.server import Server
 
-    engine = AsyncLLM.from_engine_args(args)
+    config = args.create_engine_config()
+    check_config(config)  # the engine's process would say it amid its log
+    engine = AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
     try:
         app = Server(engine, limits, own.api_key).app()
         config = uvicorn.Config(app, own.host, own.port, log_level="warning", timeout_graceful_shutdown=5)

@@ -35,7 +35,7 @@ class Server:
     def __init__(
         self, engine: Any, limits: Limits, key: str | None = None, make_stepper: Callable[..., Any] = AsyncVLLMStepper
     ) -> None:
-        self._engine, self._limits, self._key, self._make_stepper = engine, limits, key, make_stepper
+        self._engine, self._key, self._make_stepper = engine, key, make_stepper
         config = engine.model_config
         served = config.served_model_name
         self._models = [served] if isinstance(served, str) else list(served)
@@ -45,6 +45,8 @@ class Server:
         self._suppressed = tuple(token for token in suppressed if 0 <= token < self._vocabulary)
         if not self._ends:
             self._ends = _ids(getattr(config.hf_config, "eos_token_id", None))
+        # One that the engine hands out no tokens for would fail when it forks.
+        self._limits = limits._replace(max_width=min(limits.max_width, config.max_logprobs - len(self._suppressed)))
         self._room = Room(limits.all_branches, limits.max_waiting)
 
     def app(self) -> Starlette:
