@@ -12,7 +12,7 @@ import tiny_listeners
 import tiny_viewers
 from test_tree_logprobs import gradients
 
-from leafkernels.models import tree_logprobs
+from leafkernels.models import tree_logprobs, tree_stats
 from leafkernels.rows.recordings import PromptReader, find_encoder, join_features
 
 pytestmark = pytest.mark.slow
@@ -40,6 +40,9 @@ def test_a_recording_is_heard_once(name: str, run_as: Any) -> None:
     tree_logprobs(model, ids, mask, **options)  # and twice more, for the comparison with rows
     assert len(heard) == 3
     ours = tree_logprobs(model, ids, mask, **options)
+    assert len(heard) == 4
+    stats = tree_stats(model, ids, mask, group_size=ROWS, inputs=options["inputs"])
+    assert stats.plan in ("trunks", "tree below trunks") and stats.trunks == len(prompts) and stats.forwards == 2
     handle.remove()
     assert len(heard) == 4
     each = join_features([prompt for prompt in prompts for _ in range(ROWS)])
