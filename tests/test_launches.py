@@ -314,3 +314,17 @@ def test_more_tokens_than_int32_counts_on_a_gpu() -> None:
         logprobs[last].view(2, -1), ids[last].view(2, -1), rewards[-2:], **options, backend="triton"
     )
     torch.testing.assert_close(found[last].view(2, -1), alone, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what Triton's interpreter launches")
+@pytest.mark.parametrize("trained", [False, True])
+def test_kept_ids_take_two_launches_a_pass(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows and ids; one more for the gradient of the head. Nothing of the whole vocabulary is launched."""
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(40, 8, requires_grad=trained)
+    mask = leafkernels.SamplingMask.from_lists([[1, 2, 3], [4], [5, 6], [7] * 20, [8, 39]])
+    names = kernels_launched(monkeypatch)
+    ids = torch.tensor([1, 4, 5, 7, 9])
+    found = leafkernels.linear_surprisal_entropy(hidden, weight, ids, sampling_mask=mask, backend="triton")
+    assert names == ["kept_products", "kept_statistics"]
+    (found.surprisal + found.entropy).sum().backward()
+    assert names[2:] == ["kept_statistics_backward", "add_hidden_gradient", *["add_weight_gradient"] * trained]

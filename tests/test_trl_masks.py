@@ -127,6 +127,7 @@ RUNS: list[dict[str, Any]] = [
     {"generation_kwargs": {"top_p": 0.6}, "top_p": 1.0, "importance_sampling_level": "sequence"},
     {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 4},
     {"per_device_train_batch_size": 4, "steps_per_generation": 4, "max_steps": 5},
+    {"loss": "leafkernels", "num_iterations": 2, "max_steps": 4},
     {"beta": 0.2, "peft_config": adapter},
 ]
 

@@ -122,6 +122,7 @@ def add_weight_gradient(gradients: Tensor, grad_products: Tensor, hidden: Tensor
     for rows, at in zip((ids if is_exact else place).split(step), order.split(step), strict=True):
         terms = hidden[kept.rows[at]].to(dtype).mul_(grad_products[at, None])
         ids_here, counts = rows.unique_consecutive(return_counts=True)
-        total[ids_here] += torch.segment_reduce(terms, "sum", lengths=counts, unsafe=True)
+        # Each id once, so that the order in which entries are added does not matter.
+        total.index_add_(0, ids_here, torch.segment_reduce(terms, "sum", lengths=counts, unsafe=True))
     if not is_exact:
         gradients[found] += total.to(gradients.dtype)
