@@ -50,6 +50,7 @@ class OwnLoss:
 
     args: Any
     accelerator: Any
+    _metrics: Any  # TRL's
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self.args.loss == "trl":
