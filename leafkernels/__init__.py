@@ -22,7 +22,8 @@ from leafkernels.credit.weights import entropy_weights, stare_weights
 from leafkernels.losses.equal import DroppedEqual, drop_equal
 from leafkernels.losses.policy_loss import PolicyLoss, policy_loss
 from leafkernels.losses.policy_loss_from_logits import policy_loss_from_logits
-from leafkernels.losses.preference import simpo_loss, simpo_metrics, token_reward_loss, token_reward_metrics
+from leafkernels.losses.preference import simpo_loss, token_reward_loss
+from leafkernels.losses.preference_metrics import simpo_metrics, token_reward_metrics
 from leafkernels.losses.rollout_weights import RolloutWeights, rollout_weights
 from leafkernels.rows.groups import group_index
 from leafkernels.rows.prefix_tree import PrefixTree, prefix_tree

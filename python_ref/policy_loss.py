@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from python_ref.values import mean
@@ -258,12 +259,19 @@ def sapo(
 
 
 def dppo(
-    logprob: float, old: float, log_ratio: float, ratio: float, advantage: float, moves: bool, options: dict[str, Any]
+    logprob: float,
+    old: float,
+    log_ratio: float,
+    ratio: float,
+    advantage: float,
+    moves: bool,
+    options: dict[str, Any],
+    is_variation: bool = False,
 ) -> tuple[float, float, bool]:
     """-sg(min(r, max_ratio)) A log p, 0 where the probability has moved too far on the advantage's side."""
     low, high = options["clip"]
     p, q = exp(logprob), exp(old)
-    if "total_variation" in options:
+    if is_variation:
         is_far = p - q > high if advantage > 0 else q - p > low
     else:
         # Of the two events "this token" and "another one".
@@ -290,7 +298,7 @@ def reinforce(logprob: float, advantage: float, *_: Any) -> tuple[float, float, 
 SURROGATES: dict[str, Callable[..., tuple[float, float, bool]]] = {
     "cispo": cispo,
     "sapo": sapo,
-    "dppo_tv": lambda *numbers: dppo(*numbers[:-1], {**numbers[-1], "total_variation": True}),
+    "dppo_tv": partial(dppo, is_variation=True),
     "dppo_kl": dppo,
     "dro": dro,
     "reinforce": lambda logprob, *numbers: reinforce(logprob, numbers[3]),

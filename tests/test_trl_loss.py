@@ -148,3 +148,23 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda *_: torch.zeros(()))
     with pytest.raises(RuntimeError, match="^loss must be 'trl' with LeafGRPOTrainer in TRL"):
         run._compute_loss(run.model, {"completion_mask": MASK, "advantages": CREDIT})
+
+
+def test_equal_rewards_are_left_out(tmp_path: Path) -> None:
+    """Of a prompt whose answers are all worth the same, neither the loss nor the KL sees a token."""
+
+    def rewards(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [1.0 if i < 4 else float(i) for i in range(len(completion_ids))]
+
+    run = trainer(Flat, config(tmp_path, drop_equal=True, loss_type="dapo", max_steps=1), reward=rewards)
+    batches = []
+    original = run._generate_and_score_completions
+    run._generate_and_score_completions = lambda inputs: batches.append(original(inputs)) or batches[-1]
+    run.train()
+    (batch,) = batches
+    counted = batch["completion_mask"] * batch["tool_mask"]
+    assert not counted[:4].any() and counted[4:].any(1).all()
+    assert int(batch["num_items_in_batch"]) == int(counted.sum())
+    assert run.state.log_history[0]["leaf/equal_rewards"] == 0.5
+    with pytest.raises(ValueError, match="^drop_equal must be False with top_entropy_quantile=0.5, got True"):
+        trainer(Flat, config(tmp_path, drop_equal=True, top_entropy_quantile=0.5))

@@ -13,6 +13,7 @@ import torch
 import trl
 from torch import Tensor
 
+from leafkernels.losses.equal import drop_equal
 from leafkernels.losses.kinds import KINDS, check_loss
 from leafkernels.losses.policy_loss import policy_loss
 
@@ -42,6 +43,10 @@ class LossConfig:
         default=None,
         metadata={"help": "With loss='leafkernels': options of the kind, as policy_loss takes them, over TRL's own."},
     )
+    drop_equal: bool = field(
+        default=False,
+        metadata={"help": "Leave completions out of loss and KL whose prompt's rewards are all equal; either loss."},
+    )
     kl_kind: str = field(default="k3", metadata={"help": "With loss='leafkernels': 'k1', 'k2', 'k3', 'abs' or 'k3+'."})
 
 
@@ -50,6 +55,7 @@ class OwnLoss:
 
     args: Any
     accelerator: Any
+    _metrics: Any  # TRL's
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self.args.loss == "trl":
@@ -81,6 +87,20 @@ class OwnLoss:
                 f"{name}, so that no other can be put in its place"
             )
         return self._own_loss(found[0], found[1], inputs) + extra
+
+    def _drop_equal(self, batch: dict[str, Any], rewards: Tensor, group_size: int) -> None:
+        """Let no token count of the rows of equal rewards, of ``rewards`` (N,) of all ranks, and log their share."""
+        if not (self.args.drop_equal and self.model.training):  # type: ignore[attr-defined]
+            return
+        mask = batch["completion_mask"]
+        found = drop_equal(torch.ones_like(rewards)[:, None], rewards, group_size=group_size)
+        first = self.accelerator.process_index * len(mask)
+        kept = found.response_mask[first : first + len(mask)].to(mask.device)
+        # TRL leaves tokens of tools out of loss, KL and means by this mask.
+        batch["tool_mask"] = batch.get("tool_mask", torch.ones_like(mask)) * kept
+        counted = (mask * batch["tool_mask"]).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(counted).sum()
+        self._metrics["train"]["leaf/equal_rewards"].append(float(found.dropped_rows) / max(len(rewards), 1))
 
     def _beside_the_policy(self, loss: Tensor, theirs: Any) -> Tensor | float:
         """What TRL adds to its policy loss: the entropy bonus, and the loss of a router."""
@@ -217,6 +237,11 @@ def check_own_loss(args: Any, trainer: str) -> None:
     Raises:
         TypeError, ValueError: the message names the option.
     """
+    if args.drop_equal and getattr(args, "top_entropy_quantile", 1.0) < 1:
+        raise ValueError(
+            f"drop_equal must be False with top_entropy_quantile={args.top_entropy_quantile}, got True: where all "
+            "completions are left out, there is no quantile"
+        )
     if args.loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {args.loss!r}")
     if args.loss == "trl":

@@ -261,7 +261,8 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
         # Rewards are known of all ranks: TRL gathers them, a number for each row.
         rows = token_ids.shape[0]
         first = self.accelerator.process_index * rows
-        rewards = self._row_rewards(group_size)[first : first + rows]
+        all_rewards = self._row_rewards(group_size)
+        rewards = all_rewards[first : first + rows]
         call = {"logprobs": logprobs, "token_ids": token_ids, "rewards": rewards, "response_mask": mask}
         call["group_size"] = group_size
         call |= self._earned(call, self._rewards_per_function[first : first + rows])
@@ -274,6 +275,7 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
         write_report(self, call, batch, _takes(self.args.estimator, "num_boundaries"), self._options())
         self._replace_logged(self.accelerator.gather(advantages.sum(1) / mask.sum(1).clamp(min=1)))
         batch["advantages"] = advantages.contiguous()
+        self._drop_equal(batch, all_rewards, group_size)
         return batch
 
     def _ranking_logprobs(self, batch: dict[str, Any]) -> Tensor:

@@ -312,7 +312,8 @@ def _policy_loss_kernel(
             row_number = _bounded(row_number, _LEAST_LOG_WEIGHT, _MOST_LOG_WEIGHT)
         else:
             row_number = row_number / tl.maximum(tl.sum(count, axis=0), 1.0)
-        row_number = zeros + row_number
+        if STATISTIC != "mean":
+            row_number = zeros + row_number
     losses, clips, moves, ratios, kls, entropies, tokens = zeros, zeros, zeros, zeros, zeros, zeros, zeros
     for block in range(0, tl.cdiv(size, BLOCK)):
         start = block * BLOCK
@@ -323,7 +324,7 @@ def _policy_loss_kernel(
         advantage = _load(advantages_ptr, advantages_row, start, size, live, BLOCK)
         log_ratio = token_log_ratio
         if STATISTIC == "mean":
-            log_ratio = row_number
+            log_ratio = zeros + row_number
         ref_logprob, entropy = zeros, zeros
         if HAS_REF:
             ref_logprob = _load(ref_logprobs_ptr, row * stride_ref_row + slot, start, size, live, BLOCK)
@@ -360,7 +361,9 @@ def _policy_loss_kernel(
             away, sign = divergence(-log_ratio, "abs")
             loss += _times(away, penalty)
             slope += _times(sign, penalty)
-        kls += tl.where(live, kl, 0.0)
+        if KL_WEIGHTED:
+            kl = tl.where(live, kl, 0.0)  # the ratio may be that of a row, and NaN
+        kls += kl
         losses += tl.where(live, loss, 0.0)
         clips += tl.where(live & is_clipped, 1.0, 0.0)
         moves += exp_tail(token_log_ratio)

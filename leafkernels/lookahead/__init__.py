@@ -6,7 +6,8 @@ from leafkernels.lookahead.reward_channel import RewardChannel
 from leafkernels.lookahead.search import Candidate, Commit, Search, Stepper, search, search_all
 from leafkernels.lookahead.stepper import TransformersStepper
 from leafkernels.lookahead.transformers import RewardTransformer
-from leafkernels.losses.preference import token_reward_loss, token_reward_metrics
+from leafkernels.losses.preference import token_reward_loss
+from leafkernels.losses.preference_metrics import token_reward_metrics
 
 __all__ = [
     "Candidate",

@@ -21,11 +21,10 @@ from leafkernels.losses.preference import (
     KINDS,
     answer_counts,
     simpo_loss,
-    simpo_metrics,
     token_reward_loss,
-    token_reward_metrics,
     token_reward_sums,
 )
+from leafkernels.losses.preference_metrics import simpo_metrics, token_reward_metrics
 from leafkernels.models import tree_batch
 from leafkernels.models.asking import normalises_by_batch
 from leafkernels.models.tree_logprobs import Prepared, prepare

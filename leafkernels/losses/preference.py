@@ -20,7 +20,6 @@ from leafkernels.losses.tokens import unpacked
 from leafkernels.rows.find import check_cu_seqlens
 
 KINDS = ("sequence_bt", "token_bt", "token_bce", "sequence_bce")
-_SHARES = {"100%": 1.0, "50%": 0.5, "25%": 0.25}
 
 
 def token_reward_loss(
@@ -98,18 +97,18 @@ def token_reward_sums(
     check_choice("kind", kind, KINDS)
     check_positive("scale", scale)
     check_finite("margin", margin)
-    chosen, chosen_mask = _answers("chosen", chosen_rewards, chosen_mask, "rewards", chosen_cu_seqlens)
-    rejected, rejected_mask = _answers("rejected", rejected_rewards, rejected_mask, "rewards", rejected_cu_seqlens)
-    _check_pairs(chosen, rejected)
+    chosen, chosen_mask = answers("chosen", chosen_rewards, chosen_mask, "rewards", chosen_cu_seqlens)
+    rejected, rejected_mask = answers("rejected", rejected_rewards, rejected_mask, "rewards", rejected_cu_seqlens)
+    check_pairs(chosen, rejected)
     if kind == "token_bce":
         sides = (softplus(-chosen), chosen_mask), (softplus(rejected), rejected_mask)
         return pad(torch.stack([0.5 * torch.where(mask, x, 0.0).sum() for x, mask in sides]), (1, 0))
     if kind == "sequence_bt":
-        difference = _mean(chosen, chosen_mask) - _mean(rejected, rejected_mask)
+        difference = mean_over(chosen, chosen_mask) - mean_over(rejected, rejected_mask)
         loss_per_pair = softplus(-scale * (difference - margin))
     elif kind == "token_bt":
         difference, is_token = _aligned(chosen, chosen_mask, rejected, rejected_mask)
-        loss_per_pair = _mean(softplus(-scale * (difference - margin)), is_token)
+        loss_per_pair = mean_over(softplus(-scale * (difference - margin)), is_token)
     else:
         loss_per_pair = -0.5 * (_log_mean_sigmoid(chosen, chosen_mask) + _log_mean_sigmoid(-rejected, rejected_mask))
     return pad(loss_per_pair.sum()[None], (0, 2))
@@ -170,106 +169,16 @@ def simpo_loss(
     check_finite("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {label_smoothing}")
-    chosen, chosen_mask = _answers("chosen", chosen_logprobs, chosen_mask, "logprobs", chosen_cu_seqlens)
-    rejected, rejected_mask = _answers("rejected", rejected_logprobs, rejected_mask, "logprobs", rejected_cu_seqlens)
-    _check_pairs(chosen, rejected, "logprobs")
-    x = beta * (_mean(chosen, chosen_mask) - _mean(rejected, rejected_mask) - margin)
+    chosen, chosen_mask = answers("chosen", chosen_logprobs, chosen_mask, "logprobs", chosen_cu_seqlens)
+    rejected, rejected_mask = answers("rejected", rejected_logprobs, rejected_mask, "logprobs", rejected_cu_seqlens)
+    check_pairs(chosen, rejected, "logprobs")
+    x = beta * (mean_over(chosen, chosen_mask) - mean_over(rejected, rejected_mask) - margin)
     if kind == "hinge":
         return (1 - x).clamp_min(0).mean()
     return ((1 - label_smoothing) * softplus(-x) + label_smoothing * softplus(x)).mean()
 
 
-@torch.no_grad()
-def simpo_metrics(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    chosen_mask: Tensor,
-    rejected_mask: Tensor,
-    *,
-    beta: float = 2.0,
-) -> dict[str, Tensor]:
-    """Metrics of preference on log-probabilities, by name. Arguments as in ``simpo_loss``.
-
-    Each is a mean over the pairs, under the name that preference trainers log: ``logps/chosen`` and ``logps/rejected``,
-    an answer's mean log-probability a token; ``rewards/chosen`` and ``rewards/rejected``, ``beta`` times that;
-    ``rewards/margins``, their difference; ``rewards/accuracies``, the share of pairs where it is above 0.
-
-    Returns:
-        Scalars on the device of the log-probabilities.
-
-    Example:
-        >>> chosen, rejected = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-2.0, -3.0]])
-        >>> leafkernels.simpo_metrics(chosen, rejected, torch.ones(1, 2), torch.ones(1, 2))["rewards/margins"]
-        tensor(3.)
-    """
-    check_positive("beta", beta)
-    means = {}
-    for name, logprobs, mask in (
-        ("chosen", chosen_logprobs, chosen_mask),
-        ("rejected", rejected_logprobs, rejected_mask),
-    ):
-        means[name] = _mean(*_answers(name, logprobs, mask, "logprobs"))
-    _check_pairs(means["chosen"], means["rejected"], "logprobs")
-    margins = beta * (means["chosen"] - means["rejected"])
-    found = {f"rewards/{name}": beta * values for name, values in means.items()}
-    found |= {"rewards/accuracies": (margins > 0).to(margins.dtype), "rewards/margins": margins}
-    found |= {f"logps/{name}": values for name, values in means.items()}
-    return {name: values.mean() for name, values in found.items()}
-
-
-@torch.no_grad()
-def token_reward_metrics(
-    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_mask: Tensor, rejected_mask: Tensor
-) -> dict[str, Tensor]:
-    """Metrics of preference on rewards, by name, also early in the answers. Arguments as in ``token_reward_loss``.
-
-    Each is a mean over the pairs, under the name that the authors log:
-
-    - ``chosen_value_50%``, ``rejected_value_50%`` (100%, 50%, 25%): mean reward of the first half of an answer, at
-      least of one token; ``[-1]``: of its last token;
-    - ``diff_value_50%``: mean of chosen minus rejected, token by token, over that part of the shorter answer;
-      ``diff_value_acc_50%``, ``diff_value_acc>=_50%``: share of these above 0, and not below 0;
-    - ``diff_value_seq_mean``, ``diff_value_[-1]`` and their ``acc``: of the answers' mean, and last, rewards.
-
-    Returns:
-        Scalars on the device of the rewards.
-
-    Example:
-        >>> chosen, rejected = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 2.0]])
-        >>> found = leafkernels.token_reward_metrics(chosen, rejected, torch.ones(1, 2), torch.ones(1, 2))
-        >>> found["diff_value_acc_50%"], found["diff_value_acc_[-1]"]
-        (tensor(0.), tensor(1.))
-    """
-    sides = {}
-    for name, rewards, mask in (
-        ("chosen", chosen_rewards, chosen_mask),
-        ("rejected", rejected_rewards, rejected_mask),
-    ):
-        rewards, mask = _answers(name, rewards, mask)
-        sides[name] = _packed(rewards, mask), mask.sum(1)
-    (chosen, chosen_lengths), (rejected, rejected_lengths) = sides.values()
-    _check_pairs(chosen, rejected)
-    found = {}
-    for name, (rewards, lengths) in sides.items():
-        for part, share in _SHARES.items():
-            found[f"{name}_value_{part}"] = _mean(rewards, _first(rewards, lengths, share))
-        found[f"{name}_value_[-1]"] = _last(rewards, lengths)
-    last = found["chosen_value_[-1]"] - found["rejected_value_[-1]"]
-    means = found["chosen_value_100%"] - found["rejected_value_100%"]
-    width = min(chosen.shape[1], rejected.shape[1])
-    difference = chosen[:, :width] - rejected[:, :width]
-    shorter = torch.minimum(chosen_lengths, rejected_lengths)
-    found |= {"diff_value_[-1]": last, "diff_value_acc_[-1]": (last > 0).to(last.dtype)}
-    found |= {"diff_value_seq_mean": means, "diff_value_acc_seq_mean": (means > 0).to(means.dtype)}
-    for part, share in _SHARES.items():
-        tokens = _first(difference, shorter, share)
-        found[f"diff_value_{part}"] = _mean(difference, tokens)
-        found[f"diff_value_acc_{part}"] = _mean((difference > 0).to(difference.dtype), tokens)
-        found[f"diff_value_acc>=_{part}"] = _mean((difference >= 0).to(difference.dtype), tokens)
-    return {name: values.mean() for name, values in found.items()}
-
-
-def _answers(
+def answers(
     name: str, rewards: Any, mask: Any, what: str = "rewards", cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     check_real(f"{name}_{what}", rewards)
@@ -289,7 +198,7 @@ def _answers(
     return torch.where(is_token, rewards, 0.0), is_token
 
 
-def _check_pairs(chosen: Tensor, rejected: Tensor, what: str = "rewards") -> None:
+def check_pairs(chosen: Tensor, rejected: Tensor, what: str = "rewards") -> None:
     if chosen.shape[0] != rejected.shape[0] or chosen.shape[0] == 0:
         raise ValueError(
             f"rejected_{what} must have the rows of chosen_{what}, {chosen.shape[0]}, and at least one, got "
@@ -299,12 +208,12 @@ def _check_pairs(chosen: Tensor, rejected: Tensor, what: str = "rewards") -> Non
         raise ValueError(f"rejected_{what} must be on {chosen.device}, got {rejected.device}")
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
+def mean_over(values: Tensor, mask: Tensor) -> Tensor:
     """Over the last dimension, where the mask is True."""
     return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1)
 
 
-def _packed(rewards: Tensor, mask: Tensor) -> Tensor:
+def tokens_first(rewards: Tensor, mask: Tensor) -> Tensor:
     """The rewards of each row's tokens first, in their order."""
     order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     return rewards.gather(1, order)
@@ -316,7 +225,7 @@ def _aligned(chosen: Tensor, chosen_mask: Tensor, rejected: Tensor, rejected_mas
     at = torch.arange(max(chosen.shape[1], rejected.shape[1]), device=chosen.device)
     for rewards, mask in ((chosen, chosen_mask), (rejected, rejected_mask)):
         length = mask.sum(1, keepdim=True)
-        sides.append(_packed(rewards, mask).gather(1, at.minimum((length - 1).clamp_min(0))))
+        sides.append(tokens_first(rewards, mask).gather(1, at.minimum((length - 1).clamp_min(0))))
         lengths.append(length)
     return sides[0] - sides[1], at < torch.maximum(*lengths)
 
@@ -324,13 +233,3 @@ def _aligned(chosen: Tensor, chosen_mask: Tensor, rejected: Tensor, rejected_mas
 def _log_mean_sigmoid(rewards: Tensor, mask: Tensor) -> Tensor:
     """(B,): the logarithm of the mean of sigmoid(r) over the tokens, also where each sigmoid is 0 in float32."""
     return logsigmoid(rewards).masked_fill(~mask, -torch.inf).logsumexp(1) - mask.sum(1).to(rewards.dtype).log()
-
-
-def _first(rewards: Tensor, lengths: Tensor, share: float) -> Tensor:
-    """(B, T) bool: the first ``share`` of each row's tokens, rounded down, at least one."""
-    counts = (lengths * share).floor().clamp_min(1)
-    return torch.arange(rewards.shape[1], device=rewards.device) < counts[:, None]
-
-
-def _last(rewards: Tensor, lengths: Tensor) -> Tensor:
-    return rewards.gather(1, (lengths - 1).clamp_min(0)[:, None])[:, 0]
