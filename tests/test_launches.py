@@ -333,8 +333,9 @@ def test_number_of_launches_with_step_rewards(name: str, monkeypatch: pytest.Mon
     today = list(kernels)
     kernels.clear()
     more = {"states": group["token_ids"]} if "states" in name else {}
+    steps = torch.rand(8, 40)
     with _Launches() as launches:
-        scheme(**group, step_rewards=torch.rand(8, 40), **more, backend="triton")
+        scheme(**group, step_rewards=steps, **more, backend="triton")
     assert kernels == (["regular_layout"] if more else today)
     assert not {"_local_scalar_dense", "nonzero"} & set(launches.names)
     assert len(launches.names) <= WITH_STEPS[name], len(launches.names)
