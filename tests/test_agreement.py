@@ -472,7 +472,8 @@ def test_what_is_not_finite_does_not_pass_for_no_agreement(value: float) -> None
 def test_rewards_that_are_too_large_are_refused(value: float) -> None:
     call = prompts(1)
     largest = call | {"rewards": (call["rewards"] - 0.5) * 2e37}
-    found, expected = gradient_agreement(ESTIMATORS, **largest), gradient_agreement(ESTIMATORS, **call)
+    schemes = {name: scheme for name, scheme in ESTIMATORS.items() if scheme.is_shift_invariant}
+    found, expected = gradient_agreement(schemes, **largest), gradient_agreement(schemes, **call)
     torch.testing.assert_close(found.cosines, expected.cosines, rtol=0, atol=1e-6, equal_nan=True)
     call["rewards"][0, 3] = value
     with pytest.raises(ValueError) as raised:

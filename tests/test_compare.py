@@ -384,7 +384,7 @@ def test_what_a_person_can_mend(file: Path, tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--schemes", "leaf,ppo"], "must be some of leaf,grpo,dr_grpo,rloo,tempo,tree_td,treerl, got 'ppo'"),
+        (["--schemes", "leaf,ppo"], f"must be some of {','.join(leafkernels.ESTIMATORS)}, got 'ppo'"),
         (["--rollouts", "1"], "must be an integer of at least 2, got '1'"),
         (["--splits", str(10**30)], f"must be an integer of at most 10000, got '{10**30}'"),
         (["--splits", "0"], "must be an integer of at least 1, got '0'"),

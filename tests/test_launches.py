@@ -328,3 +328,28 @@ def test_kept_ids_take_two_launches_a_pass(trained: bool, monkeypatch: pytest.Mo
     assert names == ["kept_products", "kept_statistics"]
     (found.surprisal + found.entropy).sum().backward()
     assert names[2:] == ["kept_statistics_backward", "add_hidden_gradient", *["add_weight_gradient"] * trained]
+
+
+# PyTorch's launches on 8 rows of 40 tokens: running sums double their reach, over 40 tokens in six steps.
+WITH_STEPS = {"leaf": 75, "grpo": 205, "tree_td": 220, "grpo with states": 340}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what Triton's interpreter launches")
+@pytest.mark.parametrize("name", WITH_STEPS)
+def test_number_of_launches_with_step_rewards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel more, none that waits, and no more operations of PyTorch than a few numbers a row are worth."""
+    group: dict[str, Any] = random_group(8, 40, seed=1, vocabulary=2) | {"group_size": 4}
+    scheme = leafkernels.ESTIMATORS[name.split()[0]]
+    for module in ("leafkernels.rows.find", "leafkernels._core.checks"):  # as for CUDA tensors
+        monkeypatch.setattr(f"{module}.values_readable", lambda _: False)
+    kernels = kernels_launched(monkeypatch)
+    scheme(**group, backend="triton")
+    today = list(kernels)
+    kernels.clear()
+    more = {"states": group["token_ids"]} if "states" in name else {}
+    steps = torch.rand(8, 40)
+    with _Launches() as launches:
+        scheme(**group, step_rewards=steps, **more, backend="triton")
+    assert kernels == (["regular_layout"] if more else today)
+    assert not {"_local_scalar_dense", "nonzero"} & set(launches.names)
+    assert len(launches.names) <= WITH_STEPS[name], len(launches.names)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from rollouts import BACKENDS, DEVICE, Rollouts, assert_rows_close, random_group, rollouts
-from support import every_estimator, examples, options_of, reference_of, takes
+from support import compare_with_compiled, every_estimator, examples, options_of, reference_of, takes
 
 import leafkernels
 import python_ref
@@ -490,6 +490,21 @@ def test_refusals_of_steps_and_states(name: str, key: str) -> None:
         ESTIMATORS[name](**call, **{key: IDS.float()})
     with pytest.raises(ValueError, match=rf"{key} must have the shape of token_ids, \(2, 3\), got shape \(2, 2\)"):
         ESTIMATORS[name](**call, **{key: IDS[:, :2]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ESTIMATORS, "grpo with states"])
+def test_torch_compile(name: str) -> None:
+    """In one graph, with the gradients of the step rewards."""
+    group = random_group(6, 20, seed=4, vocabulary=2)
+    more = {"states": group["token_ids"]} if "states" in name else {}
+
+    def loss(logprobs: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        call = logprobs.detach(), group["token_ids"], group["rewards"]
+        credit = ESTIMATORS[name.split()[0]](*call, step_rewards=steps, group_size=3, **more)
+        return (credit * logprobs).sum()
+
+    compare_with_compiled(loss, group["logprobs"], torch.rand(6, 20, device=DEVICE))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="stands in for what a CUDA tensor would do")

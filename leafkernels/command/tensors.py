@@ -186,13 +186,13 @@ def _on_cpu(value: Any) -> Any:
 def _call(*arguments: Any) -> dict[str, Any]:
     """The arguments that all schemes take, checked, on the CPU."""
     names = ("logprobs", "token_ids", "rewards", "response_mask", "groups", "group_size", "cu_seqlens")
-    names += ("step_rewards", "reward_weights")
-    call = {name: _on_cpu(value) for name, value in zip(names, arguments, strict=True)}
+    more = ("step_rewards", "reward_weights")
+    call = {name: _on_cpu(value) for name, value in zip(names + more, arguments, strict=True)}
     found = read_rollouts(**call, backend="torch")
     rewards = found.one_reward
     call |= {"token_ids": found.token_ids, "rewards": rewards.reshape(found.rows.row_shape), "reward_weights": None}
     # Schemes of one's own need not know the last two.
-    return {name: value for name, value in call.items() if name in names[:7] or value is not None}
+    return {name: value for name, value in call.items() if name in names or value is not None}
 
 
 def _prompts_of(

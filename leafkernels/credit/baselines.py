@@ -121,7 +121,7 @@ def qae(
     Example:
         >>> token_ids = torch.zeros(4, 2, dtype=torch.int64)
         >>> leafkernels.qae(torch.zeros(4, 2), token_ids, torch.tensor([1.0, 0.0, 0.0, 0.0]))[:, 0]
-        tensor([2., 0., 0., 0.])
+        tensor([2.0000, 0.0000, 0.0000, 0.0000])
     """
     check_finite("quantile", quantile)
     if not 0 <= quantile <= 1:

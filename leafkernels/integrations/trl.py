@@ -190,7 +190,7 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
             step_rewards: (N, T) float64, given where a reward function returned a list for a completion; ``rewards``
                 is then what comes beside it.
         """
-        more = {} if step_rewards is None else {"step_rewards": step_rewards}
+        more: dict[str, Any] = {} if step_rewards is None else {"step_rewards": step_rewards}
         if self.args.estimator != "leaf":
             estimate = ESTIMATORS[self.args.estimator]
             rows = {"response_mask": response_mask, "group_size": group_size}

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from leafkernels._core.precision import is_rounding
 from leafkernels.rows.layout import Layout
@@ -16,10 +15,11 @@ from leafkernels.rows.layout import Layout
 
 def running_sums(entries: Tensor, starts: Tensor, longest: int) -> Tensor:
     """(E,): each entry plus all before it, from place ``starts`` (E,) on, less than ``longest`` places away."""
-    places = torch.arange(entries.shape[0], device=entries.device)
+    before = torch.arange(entries.shape[0], device=entries.device) - starts
     step = 1
     while step < min(longest, entries.shape[0]):
-        entries = entries + torch.where(places - step >= starts, pad(entries[:-step], (step, 0)), 0.0)
+        reached = torch.where(before[step:] >= step, entries[:-step], 0.0)
+        entries = torch.cat([entries[:step], entries[step:] + reached])
         step *= 2
     return entries
 
