@@ -292,6 +292,8 @@ def test_what_our_kernels_do_not_use_is_refused_by_name() -> None:
     for line in ("sin.approx.f32 %r9, %r0;", "vote.sync.any.pred %p1, %p2, -1;", "ld.local.b32 %r9, [%r2];"):
         with pytest.raises(Refused, match=line.split()[0].replace(".", r"\.")):
             execute(line)
+    with pytest.raises(Refused, match="under a predicate"):
+        execute("@%p1 shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1;")
     with pytest.raises(Refused, match="barrier 0"):
         execute("bar.sync 1;")
     with pytest.raises(Refused, match=r"%clock"):
@@ -299,6 +301,11 @@ def test_what_our_kernels_do_not_use_is_refused_by_name() -> None:
 
 
 # ---- faults that are put in, each with what must be seen
+
+
+def test_each_program_has_the_shared_memory_of_a_device() -> None:
+    with pytest.raises(ValueError, match="240000 bytes of shared memory"):
+        execute("", shared=240_000)
 
 
 def words(number: int = 64) -> Tensor:
