@@ -254,25 +254,27 @@ def test_threads_of_a_warp() -> None:
     assert found.tolist() == [values[k // 32 * 32 + (k + 1) % 32] for k in range(64)]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_matrices(transposed: bool) -> None:
-    """Four of 8 x 8: lane i holds the numbers 2 (i % 4) and 2 (i % 4) + 1 of row i // 4, or of that column."""
+@pytest.mark.parametrize(("transposed", "number"), [(False, 4), (True, 4), (False, 2), (False, 1)])
+def test_matrices(transposed: bool, number: int) -> None:
+    """Of 8 x 8 numbers: lane i holds the numbers 2 (i % 4) and 2 (i % 4) + 1 of row i // 4, or of that column."""
     numbers = torch.arange(256, dtype=torch.int16)  # the row of each lane is 8 of them
-    result = torch.zeros(128, dtype=torch.int32)
+    result = torch.zeros(32 * number, dtype=torch.int32)
+    registers = ", ".join(f"%r{20 + k}" for k in range(number))
+    vector = f".v{number}" if number > 1 else ""
     body = f"""mad.wide.u32 %d5, %r0, 16, %d1;
         ld.global.v4.b32 {{ %r10, %r11, %r12, %r13 }}, [ %d5 + 0 ];
         shl.b32 %r4, %r0, 4;
         add.s32 %r4, %r4, %r3;
         st.shared.v4.b32 [%r4], {{%r10, %r11, %r12, %r13}};
         bar.sync 0;
-        ldmatrix.sync.aligned.m8n8.x4{".trans" if transposed else ""}.shared.b16 {{%r20, %r21, %r22, %r23}}, [%r4];
-        mad.wide.u32 %d6, %r0, 16, %d0;
-        st.global.v4.b32 [ %d6 + 0 ], {{ %r20, %r21, %r22, %r23 }};"""
+        ldmatrix.sync.aligned.m8n8.x{number}{".trans" if transposed else ""}.shared.b16 {{{registers}}}, [%r4];
+        mad.wide.u32 %d6, %r0, {4 * number}, %d0;
+        st.global{vector}.b32 [ %d6 + 0 ], {{ {registers} }};"""
     assert kinds(execute(body, result, numbers, threads=32)) == set()
-    matrices = numbers.view(4, 8, 8)
-    expected = (matrices.mT if transposed else matrices).reshape(4, 32, 2)
-    assert torch.equal(result.view(torch.int16).view(32, 4, 2), expected.transpose(0, 1))
-    if not transposed:
+    matrices = numbers.view(4, 8, 8)[:number]
+    expected = (matrices.mT if transposed else matrices).reshape(number, 32, 2)
+    assert torch.equal(result.view(torch.int16).view(32, number, 2), expected.transpose(0, 1))
+    if not transposed and number == 4:
         stored = torch.zeros(128, dtype=torch.int32)
         body = (
             body.split("mad.wide.u32 %d6")[0].replace("ldmatrix", "bar.sync 0;\nldmatrix")
@@ -480,7 +482,7 @@ PARTS = {
         "mask_stretches column_maxima select_boundaries prefix_nodes span_values normalize_spans scatter_spans",
     ),
     "tokens": (
-        ["spans_and_their_gradient", "vocabulary", "clipped_loss", "distillation", "reward_channel"],
+        ["spans_and_their_gradient", "vocabulary", "kept_ids", "clipped_loss", "distillation", "reward_channel"],
         "regular_layout mask_stretches scatter_spans gather_spans surprisal_states merge_surprisal_states policy_loss "
         "surprisal_entropy_backward policy_loss_from_logits scale_gradient fire_statistics fire_weights "
         "normalize_hidden channel_state",
