@@ -17,7 +17,7 @@ import pytest
 import torch
 from pages import ROOT
 from ptx import Refused, Session, Settings, run_text
-from support import run_python
+from support import cells_of, run_python
 from torch import Tensor
 
 HEAD = """.version 9.0
@@ -475,20 +475,26 @@ def test_seeds_interleave() -> None:
 # ---- every kernel of the package
 
 
+# Cases, and the kernels that they launch; some launch others, too.
 PARTS = {
-    "rows": (
-        ["pairs_of_rows", "rows_whose_programs_meet", "ties_of_rows", "tree_of_rows", "boundaries_of_groups", "credit"],
-        "compare_pairs represent first_mismatch refine_ties prefix_table order_rows tree_nodes regular_layout "
-        "mask_stretches column_maxima select_boundaries prefix_nodes span_values normalize_spans scatter_spans",
+    "prefixes": (
+        ["pairs_of_rows", "rows_whose_programs_meet", "ties_of_rows"],
+        "compare_pairs represent first_mismatch refine_ties prefix_table",
+    ),
+    "spans": (
+        ["tree_of_rows", "boundaries_of_groups", "credit"],
+        "order_rows tree_nodes regular_layout mask_stretches column_maxima select_boundaries prefix_nodes span_values "
+        "normalize_spans",
+    ),
+    "vocabulary": (
+        ["vocabulary", "kept_ids", "clipped_loss_from_logits"],
+        "surprisal_states merge_surprisal_states surprisal_entropy_backward policy_loss_from_logits scale_gradient",
     ),
     "tokens": (
-        ["spans_and_their_gradient", "vocabulary", "kept_ids", "clipped_loss", "distillation", "reward_channel"],
-        "regular_layout mask_stretches scatter_spans gather_spans surprisal_states merge_surprisal_states policy_loss "
-        "surprisal_entropy_backward policy_loss_from_logits scale_gradient fire_statistics fire_weights "
-        "normalize_hidden channel_state",
+        ["spans_and_their_gradient", "clipped_loss token", "clipped_loss sequence", "distillation", "reward_channel"],
+        "scatter_spans gather_spans policy_loss fire_statistics fire_weights normalize_hidden channel_state",
     ),
 }
-"""Cases, and the kernels that they launch."""
 
 # One of each kernel, for the other architectures.
 FEW = ["rows_whose_programs_meet torch.int32", "tree_of_rows 0", "credit span", "spans_and_their_gradient True"]
@@ -526,6 +532,14 @@ def test_every_kernel_has_a_case() -> None:
     assert [name for name in compiled_kernels.CASES if not name.startswith(prefixes)] == []
 
 
+def test_the_page_shows_what_was_executed() -> None:
+    """``make ptx`` writes the table, and only if nothing was seen."""
+    rows = [row for row in cells_of((ROOT / "docs" / "performance.md").read_text()) if len(row) == 5 and row[4] == "0"]
+    names = {f"_{row[0].strip('`')}_kernel" for row in rows}
+    assert len(names) >= 25
+    assert names <= launched()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_kernels_in_order_and_interleaved(part: str, tmp_path: Path) -> None:
@@ -534,7 +548,7 @@ def test_kernels_in_order_and_interleaved(part: str, tmp_path: Path) -> None:
     found = executed(tmp_path, "--seeds", 1, 2, 3, "--cases", *cases)
     assert found["failed"] == {}
     assert found["seen"] == []
-    assert set(found["kernels"]) == full_names(kernels)
+    assert set(found["kernels"]) >= full_names(kernels)
 
 
 @pytest.mark.slow
@@ -564,7 +578,7 @@ def test_results_agree_with_another_executor(shared: Path, tmp_path: Path) -> No
 
 # Of each kernel with an element a token, a logit or a number: PTX instructions, and bytes moved over bytes asked for. A
 # thread of column_maxima and fire_statistics reads 32 bytes by two loads, which each touch every sector: with twice the
-# warps the ratios are 1.16 and 1.00, and the instructions 35 and 48. The second load finds its sectors in the cache.
+# warps the ratios are 1.16 and 1.00, the instructions 35 and 48. The second load should find its sectors in the cache.
 COUNTED = {
     "mask_stretches": (5.6, 1.06),
     "column_maxima": (29.1, 1.74),
