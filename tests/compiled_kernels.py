@@ -374,10 +374,10 @@ def write_table(seeds: list[int]) -> None:
         lines.append(f"| `{stem}` | {' | '.join(f'{number:,}' for number in numbers)} | 0 |")
     before, _, rest = PAGE.read_text().partition(MARKS[0])
     about = (
-        f"{len(CASES)} cases on sm_{', sm_'.join(map(str, ARCHITECTURES))}, in order and by {len(seeds)} seeds, "
+        f"\n{len(CASES)} cases on sm_{', sm_'.join(map(str, ARCHITECTURES))}, in order and by {len(seeds)} seeds, "
         f"{datetime.date.today()}, Triton {importlib.metadata.version('triton')}.\n\n"
     )
-    PAGE.write_text(before + MARKS[0] + about + "\n".join(lines) + "\n" + MARKS[1] + rest.partition(MARKS[1])[2])
+    PAGE.write_text(before + MARKS[0] + about + "\n".join(lines) + "\n\n" + MARKS[1] + rest.partition(MARKS[1])[2])
 
 
 def main() -> None:

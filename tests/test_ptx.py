@@ -17,7 +17,7 @@ import pytest
 import torch
 from pages import ROOT
 from ptx import Refused, Session, Settings, run_text
-from support import run_python
+from support import cells_of, run_python
 from torch import Tensor
 
 HEAD = """.version 9.0
@@ -254,25 +254,27 @@ def test_threads_of_a_warp() -> None:
     assert found.tolist() == [values[k // 32 * 32 + (k + 1) % 32] for k in range(64)]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_matrices(transposed: bool) -> None:
-    """Four of 8 x 8: lane i holds the numbers 2 (i % 4) and 2 (i % 4) + 1 of row i // 4, or of that column."""
+@pytest.mark.parametrize(("transposed", "number"), [(False, 4), (True, 4), (False, 2), (False, 1)])
+def test_matrices(transposed: bool, number: int) -> None:
+    """Of 8 x 8 numbers: lane i holds the numbers 2 (i % 4) and 2 (i % 4) + 1 of row i // 4, or of that column."""
     numbers = torch.arange(256, dtype=torch.int16)  # the row of each lane is 8 of them
-    result = torch.zeros(128, dtype=torch.int32)
+    result = torch.zeros(32 * number, dtype=torch.int32)
+    registers = ", ".join(f"%r{20 + k}" for k in range(number))
+    vector = f".v{number}" if number > 1 else ""
     body = f"""mad.wide.u32 %d5, %r0, 16, %d1;
         ld.global.v4.b32 {{ %r10, %r11, %r12, %r13 }}, [ %d5 + 0 ];
         shl.b32 %r4, %r0, 4;
         add.s32 %r4, %r4, %r3;
         st.shared.v4.b32 [%r4], {{%r10, %r11, %r12, %r13}};
         bar.sync 0;
-        ldmatrix.sync.aligned.m8n8.x4{".trans" if transposed else ""}.shared.b16 {{%r20, %r21, %r22, %r23}}, [%r4];
-        mad.wide.u32 %d6, %r0, 16, %d0;
-        st.global.v4.b32 [ %d6 + 0 ], {{ %r20, %r21, %r22, %r23 }};"""
+        ldmatrix.sync.aligned.m8n8.x{number}{".trans" if transposed else ""}.shared.b16 {{{registers}}}, [%r4];
+        mad.wide.u32 %d6, %r0, {4 * number}, %d0;
+        st.global{vector}.b32 [ %d6 + 0 ], {{ {registers} }};"""
     assert kinds(execute(body, result, numbers, threads=32)) == set()
-    matrices = numbers.view(4, 8, 8)
-    expected = (matrices.mT if transposed else matrices).reshape(4, 32, 2)
-    assert torch.equal(result.view(torch.int16).view(32, 4, 2), expected.transpose(0, 1))
-    if not transposed:
+    matrices = numbers.view(4, 8, 8)[:number]
+    expected = (matrices.mT if transposed else matrices).reshape(number, 32, 2)
+    assert torch.equal(result.view(torch.int16).view(32, number, 2), expected.transpose(0, 1))
+    if not transposed and number == 4:
         stored = torch.zeros(128, dtype=torch.int32)
         body = (
             body.split("mad.wide.u32 %d6")[0].replace("ldmatrix", "bar.sync 0;\nldmatrix")
@@ -292,6 +294,8 @@ def test_what_our_kernels_do_not_use_is_refused_by_name() -> None:
     for line in ("sin.approx.f32 %r9, %r0;", "vote.sync.any.pred %p1, %p2, -1;", "ld.local.b32 %r9, [%r2];"):
         with pytest.raises(Refused, match=line.split()[0].replace(".", r"\.")):
             execute(line)
+    with pytest.raises(Refused, match="under a predicate"):
+        execute("@%p1 shfl.sync.bfly.b32 %r5, %r0, 1, 31, -1;")
     with pytest.raises(Refused, match="barrier 0"):
         execute("bar.sync 1;")
     with pytest.raises(Refused, match=r"%clock"):
@@ -299,6 +303,11 @@ def test_what_our_kernels_do_not_use_is_refused_by_name() -> None:
 
 
 # ---- faults that are put in, each with what must be seen
+
+
+def test_each_program_has_the_shared_memory_of_a_device() -> None:
+    with pytest.raises(ValueError, match="240000 bytes of shared memory"):
+        execute("", shared=240_000)
 
 
 def words(number: int = 64) -> Tensor:
@@ -466,20 +475,26 @@ def test_seeds_interleave() -> None:
 # ---- every kernel of the package
 
 
+# Cases, and the kernels that they launch; some launch others, too.
 PARTS = {
-    "rows": (
-        ["pairs_of_rows", "rows_whose_programs_meet", "ties_of_rows", "tree_of_rows", "boundaries_of_groups", "credit"],
-        "compare_pairs represent first_mismatch refine_ties prefix_table order_rows tree_nodes regular_layout "
-        "mask_stretches column_maxima select_boundaries prefix_nodes span_values normalize_spans scatter_spans",
+    "prefixes": (
+        ["pairs_of_rows", "rows_whose_programs_meet", "ties_of_rows"],
+        "compare_pairs represent first_mismatch refine_ties prefix_table",
+    ),
+    "spans": (
+        ["tree_of_rows", "boundaries_of_groups", "credit"],
+        "order_rows tree_nodes regular_layout mask_stretches column_maxima select_boundaries prefix_nodes span_values "
+        "normalize_spans",
+    ),
+    "vocabulary": (
+        ["vocabulary", "kept_ids", "clipped_loss_from_logits"],
+        "surprisal_states merge_surprisal_states surprisal_entropy_backward policy_loss_from_logits scale_gradient",
     ),
     "tokens": (
-        ["spans_and_their_gradient", "vocabulary", "clipped_loss", "distillation", "reward_channel"],
-        "regular_layout mask_stretches scatter_spans gather_spans surprisal_states merge_surprisal_states policy_loss "
-        "surprisal_entropy_backward policy_loss_from_logits scale_gradient fire_statistics fire_weights "
-        "normalize_hidden channel_state",
+        ["spans_and_their_gradient", "clipped_loss token", "clipped_loss sequence", "distillation", "reward_channel"],
+        "scatter_spans gather_spans policy_loss fire_statistics fire_weights normalize_hidden channel_state",
     ),
 }
-"""Cases, and the kernels that they launch."""
 
 # One of each kernel, for the other architectures.
 FEW = ["rows_whose_programs_meet torch.int32", "tree_of_rows 0", "credit span", "spans_and_their_gradient True"]
@@ -517,6 +532,14 @@ def test_every_kernel_has_a_case() -> None:
     assert [name for name in compiled_kernels.CASES if not name.startswith(prefixes)] == []
 
 
+def test_the_page_shows_what_was_executed() -> None:
+    """``make ptx`` writes the table, and only if nothing was seen."""
+    rows = [row for row in cells_of((ROOT / "docs" / "performance.md").read_text()) if len(row) == 5 and row[4] == "0"]
+    names = {f"_{row[0].strip('`')}_kernel" for row in rows}
+    assert len(names) >= 25
+    assert names <= launched()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_kernels_in_order_and_interleaved(part: str, tmp_path: Path) -> None:
@@ -525,7 +548,7 @@ def test_kernels_in_order_and_interleaved(part: str, tmp_path: Path) -> None:
     found = executed(tmp_path, "--seeds", 1, 2, 3, "--cases", *cases)
     assert found["failed"] == {}
     assert found["seen"] == []
-    assert set(found["kernels"]) == full_names(kernels)
+    assert set(found["kernels"]) >= full_names(kernels)
 
 
 @pytest.mark.slow
@@ -555,7 +578,7 @@ def test_results_agree_with_another_executor(shared: Path, tmp_path: Path) -> No
 
 # Of each kernel with an element a token, a logit or a number: PTX instructions, and bytes moved over bytes asked for. A
 # thread of column_maxima and fire_statistics reads 32 bytes by two loads, which each touch every sector: with twice the
-# warps the ratios are 1.16 and 1.00, and the instructions 35 and 48. The second load finds its sectors in the cache.
+# warps the ratios are 1.16 and 1.00, the instructions 35 and 48. The second load should find its sectors in the cache.
 COUNTED = {
     "mask_stretches": (5.6, 1.06),
     "column_maxima": (29.1, 1.74),

@@ -8,14 +8,10 @@ disagree are seen without a GPU.
     machine      straight pieces, warps and programs in order or by a seed, barriers
     launcher     ``kernel[grid](...)`` on CPU tensors: Triton's own specialisation and compiler, this machine
 
-What it does not know: the weak order of memory (a race is reported, not played out), what ptxas makes of PTX (it may
-contract ``mul`` and ``add``, and keep values in registers), and time. An instruction that our kernels do not use is
-refused by name.
+docs/design.md says what it does not know. An instruction that our kernels do not use is refused by name.
 """
 
-from ptx.launcher import Session, install, run_text
-from ptx.machine import Settings
-from ptx.memory import Finding, Findings
+from ptx.launcher import Session, Settings, install, run_text
 from ptx.reading import Refused
 
-__all__ = ["Finding", "Findings", "Refused", "Session", "Settings", "install", "run_text"]
+__all__ = ["Refused", "Session", "Settings", "install", "run_text"]

@@ -15,12 +15,9 @@ WARP = 32
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
 s4, s8 = np.int32, np.int64
 f2, f4, f8 = np.float16, np.float32, np.float64
-TYPES: dict[str, Any] = {f"b{8 * size}": kind for size, kind in ((1, u1), (2, u2), (4, u4), (8, u8))}
-TYPES |= {f"u{8 * size}": kind for size, kind in ((1, u1), (2, u2), (4, u4), (8, u8))}
-TYPES |= {"s8": np.int8, "s16": np.int16, "s32": s4, "s64": s8, "f16": f2, "f32": f4, "f64": f8, "pred": np.bool_}
-
-
-# Floats
+_BITS = (("b", "u"), ("u", "u"), ("s", "i"))
+TYPES: dict[str, Any] = {f"{name}{8 * n}": np.dtype(f"{kind}{n}").type for name, kind in _BITS for n in (1, 2, 4, 8)}
+TYPES |= {"f16": f2, "f32": f4, "f64": f8, "pred": np.bool_}
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -104,9 +101,6 @@ def to_integer(x: Array, kind: Any) -> Array:
     return np.where(inside >= float(limits.max), limits.max, inside.astype(kind)).astype(kind)
 
 
-# Integers
-
-
 def quotient(a: Array, b: Array) -> Array:
     """Toward 0; all bits are set where the divisor is 0, as devices do."""
     divisor = np.where(b == 0, b.dtype.type(1), b)
@@ -150,9 +144,6 @@ def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
         byte = ((both >> ((choice & u4(7)).astype(u8) * u8(8))) & u8(255)).astype(u4)
         found |= np.where(choice & u4(8), (byte >> u4(7)) * u4(255), byte) << u4(8 * k)
     return found
-
-
-# Threads of a warp
 
 
 def shuffle(mode: str, values: Array, by: Array, bounds: Array, members: Array) -> Array:

@@ -5,7 +5,6 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,10 +25,12 @@ class Session:
     launches: Counter[str] = field(default_factory=Counter)
     programs: Counter[str] = field(default_factory=Counter)
     variants: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    # Is told of every access: of kernel and instruction, the space, the threads' numbers, addresses, and bytes.
     watch: Callable[..., None] | None = None
-    """Is told of every access: of kernel and instruction, the space, the threads' numbers, addresses, and bytes."""
-    instructions: Counter[str] = field(default_factory=Counter)
-    """Executed by warps."""
+    instructions: Counter[str] = field(default_factory=Counter)  # executed by warps
+
+
+MOST_SHARED = 227 * 1024  # on sm_90 and sm_100
 
 
 @functools.cache
@@ -41,6 +42,8 @@ def run_text(text: str, shared: int, grid: tuple[int, int, int], arguments: list
     """Execute PTX with tensors, integers, or pairs of a ``struct`` format and a number for its parameters."""
     translated = _translated(text, session.settings.seed is not None)
     kernel = translated.kernel
+    if shared > MOST_SHARED:
+        raise ValueError(f"{kernel.name} needs {shared} bytes of shared memory, and a program gets {MOST_SHARED}")
     values = dict.fromkeys(kernel.parameters, 0)  # behind the arguments stands memory that no kernel here asks for
     regions: dict[int, Region] = {}
     for name, value in zip(kernel.parameters, arguments, strict=False):
@@ -49,15 +52,15 @@ def run_text(text: str, shared: int, grid: tuple[int, int, int], arguments: list
             if not value.numel():
                 continue
             if (start := storage.data_ptr()) not in regions:
-                raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+                raw = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
                 base = (len(regions) + 1) * SPACING + SPACING // 2 + start % 256
                 regions[start] = Region(raw, base, value.element_size(), name)
             regions[start].cell = min(regions[start].cell, value.element_size())
             values[name] = regions[start].base + value.data_ptr() - start
         else:
             values[name] = int.from_bytes(struct.pack(*value), "little") if isinstance(value, tuple) else int(value)
-    memory = Memory(kernel, translated.strong, list(regions.values()), session.findings, session.watch)
-    machine = Machine(translated, grid, values, memory)
+    memory = Memory(kernel, translated.strong, list(regions.values()), session.findings)
+    memory.watch, machine = session.watch, Machine(translated, grid, values, memory)
     machine.run(session.settings, shared)
     session.launches[kernel.name] += 1
     session.programs[kernel.name] += int(np.prod(grid))
@@ -82,7 +85,7 @@ def install(arch: int = 90) -> Session:
     session = Session(arch)
     asked = {"target": GPUTarget("cuda", arch, 32), "device": 0, "stream": 0}  # when Triton compiles
     answers = {f"get_current_{name}": lambda *_, value=value: value for name, value in asked.items()}
-    triton.runtime.driver.set_active(SimpleNamespace(**answers))
+    triton.runtime.driver.set_active(type("Device", (), answers)())
     CUDABackend.make_cubin = lambda *_: b"not assembled"
     compile_only = JITFunction.run
 
@@ -110,12 +113,10 @@ def install(arch: int = 90) -> Session:
 
 
 def _poisoned(allocate: Any) -> Any:
-    @functools.wraps(allocate)
     def poisoned(*arguments: Any, **named: Any) -> Any:
         tensor = allocate(*arguments, **named)
         if tensor.device.type == "cpu" and tensor.numel():
-            plain_empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(POISON)
+            torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(POISON)
         return tensor
 
-    plain_empty = torch.empty if not hasattr(torch.empty, "__wrapped__") else torch.empty.__wrapped__
     return poisoned

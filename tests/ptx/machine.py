@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ptx.arithmetic import TYPES, WARP, Array
-from ptx.meaning import LEAVING, TOGETHER, Meaning, Step, access_bytes, is_strong
+from ptx.meaning import LEAVING, TOGETHER, Meaning, Step
 from ptx.memory import EPOCH, POISON, Memory
 from ptx.reading import Instruction, Kernel, Refused
 
@@ -15,9 +15,8 @@ from ptx.reading import Instruction, Kernel, Refused
 class Settings:
     """How launches are executed."""
 
+    # None: in order. Else warps take turns at random at every access to memory; after an odd seed some run far ahead.
     seed: int | None = None
-    """None: in order, as fast as possible. Else warps and programs take turns at random at every access to memory, and
-    after an odd seed some run far ahead of the others."""
     threads: int = 16_384  # in flight together, at most
     steps: int = 2_000_000  # after which a launch counts as endless
 
@@ -32,10 +31,7 @@ class Piece:
     last: Instruction
     after: int
     target: int
-    together: bool
-    """Whether all threads of a warp have to be there."""
-    reads: list[str]
-    writes: list[str]
+    together: bool  # whether all threads of a warp have to be there
 
 
 class Translated:
@@ -43,38 +39,41 @@ class Translated:
 
     def __init__(self, kernel: Kernel, fine: bool) -> None:
         self.kernel, code = kernel, kernel.code
-        steps = Meaning(kernel).steps
-        sizes = {space: [access_bytes(i, space) for i in code] for space in ("shared", "global")}
-        self.shared_cell = min((size for size in sizes["shared"] if size), default=4)
-        starts = {0, *kernel.labels.values()} | {
-            at + 1 for at, i in enumerate(code) if i.name in LEAVING and steps[at] is None
+        meaning = Meaning(kernel)
+        steps, self.strong = meaning.steps, [i.name == "atom" or ".volatile" in i.op for i in code]
+        self.shared_cell = min((size for space, size in meaning.accesses.values() if space == "shared"), default=4)
+        starts = {
+            0,
+            *kernel.labels.values(),
+            *(at + 1 for at, i in enumerate(code) if i.name in LEAVING and not steps[at]),
         }
         if fine:
-            starts |= {at for at in range(len(code)) if sizes["shared"][at] or sizes["global"][at]}
+            starts |= set(meaning.accesses)
         bounds = [*sorted(at for at in starts if at < len(code)), len(code)]
         number = {at: k for k, at in enumerate(bounds)}
         self.pieces = []
         for k, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
             part, last = code[begin:end], code[end - 1]
             target = number[kernel.labels[str(last.operands[0])]] if last.name == "bra" else -1
-            names = [self._registers(i) for i in part]
-            read, written = ({name for pair in names for name in pair[way]} for way in (0, 1))
             does = [step for step in steps[begin:end] if step]
             together = any(i.name in TOGETHER for i in part)
-            order = sorted(read | written), sorted(written)
-            self.pieces.append(Piece(does, end - begin, begin, last, k + 1, target, together, *order))
-        self.strong = [is_strong(i) for i in code]
+            self.pieces.append(Piece(does, end - begin, begin, last, k + 1, target, together))
 
-    def _registers(self, instruction: Instruction) -> tuple[set[str], set[str]]:
-        """Those that an instruction may read, and those that it may write."""
-        groups = [self._names(operand) for operand in instruction.operands]
-        writes = groups[0] if groups and instruction.name not in ("st", "stmatrix", *LEAVING) else set()
-        guard = {instruction.guard} if instruction.guard else set()
-        return set().union(guard, *groups), writes
 
-    def _names(self, operand: Any) -> set[str]:
-        parts = operand if isinstance(operand, tuple) else (operand,)
-        return {part for part in parts if isinstance(part, str) and part in self.kernel.bits}
+class Own(dict[str, Array]):
+    """Registers of some threads, taken from those of all threads when they are first asked for."""
+
+    def __init__(self, everybodys: dict[str, Array], lanes: Array) -> None:
+        self.everybodys, self.lanes, self.taken = everybodys, lanes, dict[str, Array]()
+
+    def __missing__(self, name: str) -> Array:
+        self[name] = self.taken[name] = self.everybodys[name][self.lanes]
+        return self[name]
+
+    def give_back(self) -> None:
+        for name, value in self.items():
+            if value is not self.taken.get(name):
+                self.everybodys[name][self.lanes] = value
 
 
 class Threads:
@@ -88,17 +87,12 @@ class Threads:
 class Machine:
     """One launch; ``memory`` and ``instructions`` tell what came of it."""
 
-    def __init__(
-        self, translated: Translated, grid: tuple[int, int, int], values: dict[str, int], memory: Memory
-    ) -> None:
+    def __init__(self, translated: Translated, grid: tuple[int, ...], values: dict[str, int], memory: Memory) -> None:
         self.translated, self.kernel, self.pieces = translated, translated.kernel, translated.pieces
         self.grid, self.values, self.memory = grid, values, memory
         self.end, self.waiting = len(self.pieces), len(self.pieces) + 1
         self.together = np.array([*(piece.together for piece in self.pieces), False, False])
-        self.instructions = 0
-        """Executed, of warps."""
-        if self.kernel.threads % WARP:
-            raise Refused("a program of broken warps")
+        self.instructions = 0  # executed, of warps
 
     def run(self, settings: Settings, shared_bytes: int) -> None:
         self.settings, self.shared_bytes = settings, shared_bytes
@@ -136,8 +130,6 @@ class Machine:
             self._execute(self.pieces[self.at[chosen[0]]], chosen)
         raise RuntimeError(f"{self.kernel.name} does not end")
 
-    # Who goes next
-
     def _able(self) -> Array:
         """Threads that can go on: where a warp has to act together, all of it must be there."""
         warps = self.at.reshape(-1, WARP)
@@ -146,21 +138,12 @@ class Machine:
 
     def _in_order(self) -> Array | None:
         """All threads at the first piece that somebody is at: those that are ahead wait for the others."""
-        first = int(self.at.min())
-        if first >= self.end:
-            return None
-        here = self.at == first
-        if here.all():
+        if (self.at == self.at[0]).all() and self.at[0] < self.end:
             return self.everybody
-        if self.pieces[first].together:
-            able = self._able()
-            if not able.any():
-                return None
-            here = able & (self.at == self.at[able].min())
-        return np.flatnonzero(here)
+        able = self._able()
+        return np.flatnonzero(able & (self.at == self.at[able].min())) if able.any() else None
 
     def _by_chance(self) -> Array | None:
-        assert self.rng is not None and self.settings.seed is not None
         at, far_ahead = self.at.reshape(-1, WARP), self.settings.seed % 2
         if far_ahead and self.rng.random() > 0.02:  # who runs goes on until it has to wait, or somebody hurries
             mine = at[self.running]
@@ -178,17 +161,13 @@ class Machine:
         company[warp] = True
         return np.flatnonzero(here & company[:, None])
 
-    # What they do
-
     def _execute(self, piece: Piece, lanes: Array) -> None:
-        everybody = len(lanes) == len(self.at)
-        own = self.registers if everybody else {name: self.registers[name][lanes] for name in piece.reads}
+        own = self.registers if len(lanes) == len(self.at) else Own(self.registers, lanes)
         t = Threads(self, lanes, own)
         for step in piece.steps:
             step(t)
-        if not everybody:
-            for name in piece.writes:
-                self.registers[name][lanes] = own[name]
+        if isinstance(own, Own):
+            own.give_back()
         self.instructions += (np.count_nonzero(np.diff(lanes // WARP)) + 1) * piece.length
         last = piece.last
         guarded = None if last.guard is None or last.name not in LEAVING else own[last.guard] ^ last.unless
@@ -222,22 +201,14 @@ class Machine:
         self.when[t.lanes] += 1
         t.when = self.when[t.lanes]
 
-    # What is given
-
     def parameter(self, name: str, kind: Any) -> Any:
         size = kind().itemsize
         return np.frombuffer((self.values[name] & ((1 << 8 * size) - 1)).to_bytes(size, "little"), kind)[0]
 
     def special(self, name: str, t: Threads) -> Any:
         """A register that the device sets."""
-        thread, program = t.ids % self.kernel.threads, t.ids // self.kernel.threads
-        x, y, z = self.grid
-        known = {
-            "%tid.x": thread,
-            "%ctaid.x": program % x,
-            "%ctaid.y": program // x % y,
-            "%ctaid.z": program // (x * y),
-        }
+        thread, program, (x, y, _) = t.ids % self.kernel.threads, t.ids // self.kernel.threads, self.grid
+        known = {"%tid.x": thread, "%ctaid.x": program % x, "%ctaid.y": program // x % y, "%ctaid.z": program // x // y}
         known |= {f"%nctaid.{axis}": np.full(t.n, many) for axis, many in zip("xyz", self.grid, strict=True)}
         if name not in known:
             raise Refused(f"the register {name} of {self.kernel.name}")

@@ -59,10 +59,6 @@ def _in_halves(function: Callable[..., Any]) -> Callable[..., Any]:
     return both
 
 
-def _of_three(function: Callable[..., Any], a: Array, b: Array, c: Array) -> Array:
-    return function(function(a, b), c)
-
-
 def _narrow_pair(kind: str) -> Callable[..., Any]:
     narrow = do.to_bf16 if kind == "bf16" else lambda x: np.asarray(x).astype(np.float16).view(u2)
     return lambda a, b: (narrow(a).astype(u4) << u4(16)) | narrow(b).astype(u4)
@@ -120,23 +116,9 @@ FORMULAS: dict[str, Callable[..., Formula]] = {
 
 TOGETHER = ("shfl", "redux", "ldmatrix", "stmatrix")  # by all threads of a warp at once
 LEAVING = ("bra", "ret", "exit", "bar")  # the last of a piece
-_MATRIX = r"(?:(ld)|st)matrix\.sync\.aligned\.m8n8\.x4((?(1)\.trans|(?!)))?\.shared\.b16"
+_MATRIX = r"(?:(ld)|st)matrix\.sync\.aligned\.m8n8\.x[124]((?(1)\.trans|(?!)))?\.shared\.b16"
 _ACCESS = r"(ld|st)(?:\.(volatile))?\.(global|shared)(?:::cta)?(?:\.v([248]))?\.([bus]\d+)"
 _ATOMIC = r"atom\.global\.gpu\.(?:relaxed|acq_rel)\.(add|min|max)\.([us]\d\d)"
-
-
-def access_bytes(instruction: Instruction, space: str) -> int | None:
-    """Bytes of an element, of an access to global or shared memory; None for all else."""
-    if found := re.match(_ACCESS + "$", instruction.op):
-        return TYPES[found[5]]().itemsize if found[3] == space else None
-    if re.match(_MATRIX + "$", instruction.op):
-        return (2 if ".trans" in instruction.op else 4) if space == "shared" else None
-    return TYPES[found[2]]().itemsize if (found := re.match(_ATOMIC, instruction.op)) and space == "global" else None
-
-
-def is_strong(instruction: Instruction) -> bool:
-    """Whether the access may meet others of its kind without a race."""
-    return instruction.name == "atom" or ".volatile" in instruction.op
 
 
 class Meaning:
@@ -144,17 +126,23 @@ class Meaning:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+        self.accesses: dict[int, tuple[str, int]] = {}  # of instructions: which memory, and the bytes of an element
         self.steps = [self._step(number, instruction) for number, instruction in enumerate(kernel.code)]
 
     def _step(self, number: int, instruction: Instruction) -> Step | None:
         op, operands = instruction.op, instruction.operands
+        if instruction.guard and (
+            instruction.name in (*TOGETHER, "bar") or "mov" in op and Vector in map(type, operands)
+        ):
+            raise Refused(f"{op} under a predicate, at {instruction.where}")
         if op in ("bra", "bra.uni", "ret", "exit", "bar.sync"):
-            if op == "bar.sync" and (operands != (Number(0, False),) or instruction.guard):
-                raise Refused(f"{op} {operands}: only barrier 0, by all threads")
+            if op == "bar.sync" and operands != (Number(0),):
+                raise Refused(f"{op} {operands}: only barrier 0, of all threads")
             return None
         if op == "bar.warp.sync":
             return lambda t: t.machine.pass_warp_barrier(t)
-        mask = self._mask(instruction)
+        name, unless = instruction.guard, instruction.unless
+        mask = name and (lambda t: ~t.registers[name] if unless else t.registers[name])
         if found := re.match(_ACCESS + "$", op):
             return self._access(number, operands, mask, found.groups())
         if found := re.match(_MATRIX + "$", op):
@@ -162,8 +150,7 @@ class Meaning:
         if found := re.match(_ATOMIC + "$", op):
             return self._atomic(number, operands, mask, *found.groups())
         if found := re.match(r"ld\.param\.([bus]\d+)$", op):
-            write, place = self._write(operands[0], found[1], mask), operands[1]
-            kind = TYPES[found[1]]
+            write, place, kind = self._write(operands[0], found[1], mask), operands[1], TYPES[found[1]]
             return lambda t: write(t, t.machine.parameter(place.base, kind))
         if found := re.match(r"mov\.b(\d\d)$", op):
             if isinstance(operands[0], Vector):
@@ -174,21 +161,13 @@ class Meaning:
             if found := re.match(pattern + "$", op):
                 kind, kinds, function = build(*found.groups())
                 if len(operands) == 4 and op.startswith(("min", "max")):  # of three, on sm_100
-                    kinds, function = (kind,) * 3, partial(_of_three, function)
+                    kinds, function = (kind,) * 3, partial(lambda of_two, a, b, c: of_two(of_two(a, b), c), function)
                 if len(operands) != len(kinds) + 1:
                     raise Refused(f"{op} with {len(operands)} operands, at {instruction.where}")
                 write = self._write(operands[0], kind, mask)
                 values = [self._value(*pair) for pair in zip(operands[1:], kinds, strict=True)]
                 return lambda t: write(t, function(*[value(t) for value in values]))
         raise Refused(f"the instruction {op}, at {instruction.where} of {self.kernel.name}")
-
-    def _mask(self, instruction: Instruction) -> Value | None:
-        if instruction.guard is None:
-            return None
-        name, unless = instruction.guard, instruction.unless
-        return lambda t: ~t.registers[name] if unless else t.registers[name]
-
-    # Operands
 
     def _value(self, operand: Operand, kind: str) -> Value:
         """What an operand holds, as the numpy type of ``kind``."""
@@ -250,8 +229,6 @@ class Meaning:
         parts = [(value, wide(k * part)) for k, value in enumerate(values)]
         return lambda t: write(t, sum((value(t).astype(wide) << by for value, by in parts), wide(0)))
 
-    # Memory
-
     def _address(self, place: Operand, space: str) -> Value:
         assert isinstance(place, Place)
         base, distance = self._value(place.base, "u64" if space == "global" else "u32"), place.distance
@@ -260,6 +237,7 @@ class Meaning:
     def _access(self, number: int, operands: Any, mask: Value | None, words: tuple[Any, ...]) -> Step:
         name, _, space, count, kind = words
         size, unsigned = TYPES[kind]().itemsize, TYPES[f"u{kind[1:]}"]
+        self.accesses[number] = space, size
         place, data = operands if name == "st" else operands[::-1]
         names = data if isinstance(data, Vector) else (data,)
         if len(names) != int(count or 1):
@@ -284,6 +262,7 @@ class Meaning:
     def _atomic(self, number: int, operands: Any, mask: Value | None, name: str, kind: str) -> Step:
         write, address, value = self._write(operands[0], kind, mask), self._address(operands[1], "global"), operands[2]
         read = self._value(value, kind)
+        self.accesses[number] = "global", TYPES[kind]().itemsize
 
         def step(t: Threads) -> None:
             values = np.broadcast_to(read(t), t.n)
@@ -292,7 +271,7 @@ class Meaning:
         return step
 
     def _matrix(self, number: int, operands: Any, is_load: bool, transposed: bool) -> Step:
-        """Four matrices of 8 x 8 16-bit numbers; lanes 8 i to 8 i + 7 hold the addresses of the rows of matrix i."""
+        """Matrices of 8 x 8 16-bit numbers; lanes 8 i to 8 i + 7 hold the addresses of the rows of matrix i."""
         place, data = operands[::-1] if is_load else operands
         address = self._address(place, "shared")
         lane = np.arange(WARP)
@@ -301,6 +280,7 @@ class Meaning:
         if transposed:  # two neighbours of one column
             spots = [(2 * (lane % 4) + k, 2 * (lane // 4)) for k in range(2)]
         size = 4 // len(spots)
+        self.accesses[number] = "shared", size
         ends = [self._write(r, "b32") if is_load else self._value(r, "b32") for r in data]
 
         def step(t: Threads) -> None:

@@ -1,4 +1,4 @@
-"""Memory of a launch: who touched what, in which order, and how much of it had to move.
+"""Memory of a launch: who touched what, and in which order.
 
 A byte that nobody wrote is ``POISON``: a word of memory that is read and holds nothing else was never written.
 """
@@ -36,9 +36,8 @@ class Findings:
     examples: dict[Finding, str] = field(default_factory=dict)
 
     def add(self, kind: str, kernel: str, where: str, times: int, example: str = "") -> None:
-        finding = Finding(kind, kernel, where)
-        self.times[finding] += times
-        self.examples.setdefault(finding, example)
+        self.times[Finding(kind, kernel, where)] += times
+        self.examples.setdefault(Finding(kind, kernel, where), example)
 
     def faults(self) -> list[Finding]:
         """Without the places where threads write one value together, which is harmless."""
@@ -51,8 +50,8 @@ class Region:
     def __init__(self, raw: Array, base: int, cell: int, name: str) -> None:
         self.raw, self.base, self.cell, self.name = raw, base, cell, name
         self.by_size = {size: raw[: len(raw) // size * size].view(kind) for size, kind in UNSIGNED.items()}
+        # Reads before the first write: where nobody writes, nobody asks who read.
         self.pending: list[Access] | None = []
-        """Reads before the first write: where nobody writes, nobody asks who read."""
 
     def open_books(self) -> None:
         """Of each cell who last wrote and who last read: the thread, when, and by which instruction."""
@@ -83,11 +82,9 @@ class Access(NamedTuple):
 class Memory:
     """What the threads of a launch load and store."""
 
-    def __init__(
-        self, kernel: Kernel, strong: list[bool], regions: list[Region], findings: Findings, watch: Any
-    ) -> None:
+    def __init__(self, kernel: Kernel, strong: list[bool], regions: list[Region], findings: Findings) -> None:
         self.kernel, self.threads, self.strong, self.findings = kernel, kernel.threads, np.array(strong, bool), findings
-        self.watch = watch
+        self.watch: Any = None
         self.regions = {region.base // SPACING: region for region in regions}
         self.shared = Region(np.zeros(0, np.uint8), 0, 1, "shared memory")
         self.stride = self.shared_bytes = 0
@@ -102,8 +99,7 @@ class Memory:
         self.shared_bytes, self.stride = shared_bytes, -(-shared_bytes // 16) * 16
         self.shared = Region(np.full(count * self.stride, POISON, np.uint8), 0, cell, "shared memory")
 
-    # Accesses; ``address`` and ``mask`` have an entry for each thread of ``t``, results too.
-
+    # ``address`` and ``mask`` have an entry for each thread of ``t``, results too.
     def load(self, space: str, site: int, t: Any, address: Array, mask: Array | None, size: int, count: int) -> Array:
         found = np.full((t.n, count * size), POISON, np.uint8).view(UNSIGNED[size])
         for region, chosen, offset in self._find(space, site, t, address, mask, size * count):
@@ -144,9 +140,7 @@ class Memory:
         where = self.kernel.code[site].where + ("" if other is None else f" after {self.kernel.code[other].where}")
         self.findings.add(kind, self.kernel.name, where, times, example)
 
-    def _find(
-        self, space: str, site: int, t: Any, address: Array, mask: Array | None, width: int
-    ) -> list[tuple[Region, Array, Array]]:
+    def _find(self, space: str, site: int, t: Any, address: Array, mask: Array | None, width: int) -> list[Any]:
         """The buffers that are met, by which threads, and where in each. What is wrong is reported and left out."""
         chosen = np.arange(t.n) if mask is None else np.flatnonzero(mask)
         address = address[chosen]

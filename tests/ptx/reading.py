@@ -14,7 +14,6 @@ class Number(NamedTuple):
     """An immediate operand: an integer, or the bits of a float."""
 
     value: int
-    is_float: bool
 
 
 class Place(NamedTuple):
@@ -35,11 +34,9 @@ Operand = str | Number | Place | Vector
 class Instruction:
     op: str
     operands: tuple[Operand, ...]
-    guard: str | None
-    """A predicate; where it does not hold (``unless``: where it holds) the thread does nothing."""
+    guard: str | None  # a predicate; where it does not hold (``unless``: where it holds) the thread does nothing
     unless: bool
-    where: str
-    """Line of the source, and of the PTX."""
+    where: str  # line of the source, and of the PTX
 
     @property
     def name(self) -> str:
@@ -52,10 +49,8 @@ class Kernel:
     threads: int
     parameters: list[str]
     code: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)
-    """Of each label the number of the instruction behind it."""
-    bits: dict[str, int] = field(default_factory=dict)
-    """Width of each register; 1 for predicates."""
+    labels: dict[str, int] = field(default_factory=dict)  # of each the number of the instruction behind it
+    bits: dict[str, int] = field(default_factory=dict)  # the width of each register; 1 for predicates
 
 
 SHARED = "global_smem"  # Triton's name of the memory that the threads of a program share, at address 0
@@ -67,10 +62,12 @@ def read(text: str) -> Kernel:
         raise Refused("a module of several kernels, or with functions that are called")
     head, _, body = text.partition(".entry")[2].partition("{")
     first_line = text[: len(text) - len(body)].count("\n") + 1
-    threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", head)
+    threads = re.search(r"\.reqntid\s+(\d+)", head)
+    if not threads or int(threads[1]) % 32:
+        raise Refused("a kernel without a number of whole warps")
     kernel = Kernel(
         name=re.match(r"\s*([\w$]+)", head)[1],  # type: ignore[index]
-        threads=int(threads[1]) if threads else 32,
+        threads=int(threads[1]),
         parameters=re.findall(r"\.param\b[^,\n)]*?([\w$]+)\s*(?=[,\n)])", head),
     )
     files = {number: Path(path).name for number, path in re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', text)}
@@ -125,7 +122,7 @@ def _operand(text: str) -> Operand:
         base, distance = re.match(r"\[\s*([^\s+\-\]]+)\s*(?:\+?\s*(-?\d+))?\s*\]", text).groups()  # type: ignore[union-attr]
         return Place(base, int(distance or 0))
     if re.match(r"0[fFdD][0-9a-fA-F]{8,16}$", text):
-        return Number(int(text[2:], 16), True)
+        return Number(int(text[2:], 16))
     if re.match(r"-?(0[xX][0-9a-fA-F]+|\d+)U?$", text):
-        return Number(int(text.rstrip("U"), 0), False)
+        return Number(int(text.rstrip("U"), 0))
     return text
