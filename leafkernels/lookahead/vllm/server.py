@@ -10,16 +10,20 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 
 from leafkernels.lookahead.search import Search
 from leafkernels.lookahead.transformers import holds_any
 from leafkernels.lookahead.vllm.asked import Asked, Limits, RefusedError, Text, read
 from leafkernels.lookahead.vllm.asynchronous import AsyncVLLMStepper, search_async
 from leafkernels.lookahead.vllm.room import Room
+
+try:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError as error:
+    raise ImportError(f"{__name__} needs starlette, which vLLM brings: pip install -e '.[vllm]'") from error
 
 
 class Server:
