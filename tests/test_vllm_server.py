@@ -254,6 +254,12 @@ def test_too_many_that_wait_are_refused() -> None:
                     pass
             assert refused.value.status == 429
         await waiting
+        # Where none may wait, those that need not are served.
+        room = Room(2, 0)
+        async with room.hold(2):
+            with pytest.raises(RefusedError, match="0 searches wait already"):
+                room.check(1)
+        room.check(2)
 
     asyncio.run(run())
 

@@ -15,15 +15,16 @@ class Room:
         self._free, self._most_waiting = most, waiting
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    def check(self) -> None:
-        """Raise RefusedError (429) where too many wait."""
-        if len(self._queue) >= self._most_waiting:
+    def check(self, branches: int) -> None:
+        """Raise RefusedError (429) where so many branches would wait, and too many wait already."""
+        if self._must_wait(branches) and len(self._queue) >= self._most_waiting:
             raise RefusedError(f"{len(self._queue)} searches wait already: try again later", None, 429)
 
     @asynccontextmanager
     async def hold(self, branches: int) -> AsyncIterator[None]:
         """Wait for room for so many branches, and keep it; raises as ``check`` does."""
-        if self._queue or branches > self._free:
+        self.check(branches)
+        if self._must_wait(branches):
             await self._wait(branches)
         else:
             self._free -= branches
@@ -32,8 +33,10 @@ class Room:
         finally:
             self._give(branches)
 
+    def _must_wait(self, branches: int) -> bool:
+        return bool(self._queue) or branches > self._free
+
     async def _wait(self, branches: int) -> None:
-        self.check()
         entry = branches, asyncio.get_running_loop().create_future()
         self._queue.append(entry)
         try:

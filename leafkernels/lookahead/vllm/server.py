@@ -1,6 +1,7 @@
 """An HTTP server whose answers look ahead, with OpenAI's API of completions and chat."""
 
 import asyncio
+import hmac
 import json
 import sys
 import time
@@ -85,7 +86,8 @@ class Server:
         return await self._answer(request, is_chat=True)
 
     def _check_key(self, request: Request) -> None:
-        if self._key and request.headers.get("authorization") != f"Bearer {self._key}":
+        sent = request.headers.get("authorization", "")
+        if self._key and not hmac.compare_digest(sent.encode(), f"Bearer {self._key}".encode()):
             raise RefusedError("Authorization must be the server's key: Bearer KEY", None, 401, "invalid_api_key")
 
     async def _answer(self, request: Request, is_chat: bool) -> Response:
@@ -105,7 +107,7 @@ class Server:
         )
         said = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid4().hex}", "created": int(time.time())}
         said["model"] = body.get("model") or self._models[0]
-        self._room.check()
+        self._room.check(asked.branches)
         if asked.is_streamed:
             return StreamingResponse(self._stream(request, asked, said), media_type="text/event-stream")
         return await self._whole(request, asked, said)
