@@ -42,16 +42,17 @@ class Room:
         try:
             await entry[1]
         except asyncio.CancelledError:
-            if entry in self._queue:
+            if not entry[1].cancelled():  # room was given as it left
+                self._give(branches)
+            elif entry in self._queue:
                 self._queue.remove(entry)
                 self._give(0)  # what waits behind it may fit
-            else:  # room was given as it left
-                self._give(branches)
             raise
 
     def _give(self, branches: int) -> None:
         self._free += branches
-        while self._queue and self._queue[0][0] <= self._free:
+        while self._queue and (self._queue[0][1].cancelled() or self._queue[0][0] <= self._free):
             wanted, future = self._queue.popleft()
-            self._free -= wanted
-            future.set_result(None)
+            if not future.cancelled():
+                self._free -= wanted
+                future.set_result(None)
