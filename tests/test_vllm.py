@@ -190,14 +190,14 @@ def test_what_is_refused(saved: dict[str, tuple[Path, Path]], tmp_path: Path) ->
 
 
 @asynccontextmanager
-async def serving(engine: Any, limits: Limits) -> AsyncIterator[Any]:
+async def serving(engine: Any, limits: Limits, make_stepper: Any = AsyncVLLMStepper) -> AsyncIterator[Any]:
     """A client of a server in this process."""
     import httpx
     import uvicorn
 
     from leafkernels.lookahead.vllm.server import Server
 
-    config = uvicorn.Config(Server(engine, limits, key="secret").app(), port=0, log_level="error")
+    config = uvicorn.Config(Server(engine, limits, "secret", make_stepper).app(), port=0, log_level="error")
     socket, server = config.bind_socket(), uvicorn.Server(config)
     task = asyncio.create_task(server.serve(sockets=[socket]))
     try:
@@ -219,7 +219,6 @@ async def streamed(client: Any, path: str, body: dict[str, Any]) -> list[dict[st
         async for line in response.aiter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 events.append(json.loads(line.removeprefix("data: ")))
-    assert line == "" or line == "data: [DONE]"
     return events
 
 
@@ -267,8 +266,40 @@ async def _under_load(model: Path, channel: Path) -> None:
         async with serving(engine, limits) as client:
             await _answers(client, wanted, engine.get_tokenizer())
             await _load(client, engine)
+        async with serving(engine, limits, Broken) as client:
+            await _fail(client)
+        await settled(engine)
     finally:
         engine.shutdown()
+
+
+class Broken(AsyncVLLMStepper):
+    """An engine that fails once an answer has begun."""
+
+    calls = 0
+
+    async def extend(self, parents: torch.Tensor, token_ids: torch.Tensor) -> Any:
+        self.calls += 1
+        if self.calls == 9:
+            raise RuntimeError("no memory")
+        return await super().extend(parents, token_ids)
+
+
+async def _fail(client: Any) -> None:
+    """More often than there is room for, if it were not given back."""
+    body = {"prompt": "abc", "max_tokens": 24, "width": 4, "depth": 1, "chunk": 2}
+    for _ in range(3):
+        failed = await client.post("/v1/completions", json=body)
+        assert failed.status_code == 500
+        assert failed.json()["error"] | {"param": None, "code": None} == {
+            "message": "the search has failed: no memory",
+            "type": "server_error",
+            "param": None,
+            "code": None,
+        }
+        *begun, last = await streamed(client, "/v1/completions", body)
+        assert begun and all("choices" in event for event in begun)
+        assert last["error"]["message"] == "the search has failed: no memory"
 
 
 async def _answers(client: Any, wanted: list[Search], tokenizer: Any) -> None:
@@ -316,7 +347,7 @@ async def _answers(client: Any, wanted: list[Search], tokenizer: Any) -> None:
 
 async def _load(client: Any, engine: Any) -> None:
     """50 requests at once, for four of which there is room, and some of whose clients leave; each as it is alone."""
-    bodies = [{"prompt": [2 + (7 * n + i) % 50 for i in range(3 + n)], "max_tokens": 12 + n % 9} for n in range(50)]
+    bodies = [{"prompt": [2 + (7 * n + i) % 50 for i in range(3 + n)], "max_tokens": 8 + n % 5} for n in range(50)]
 
     async def ask(number: int) -> str:
         if number % 3:

@@ -243,6 +243,31 @@ def test_room_is_given_in_order_and_taken_back() -> None:
     assert set(order) >= {n for n in range(40) if n % 7 != 5}
 
 
+def test_room_passes_over_one_that_leaves_as_it_is_given() -> None:
+    async def run(leaves_late: bool) -> None:
+        room, served = Room(1, 9), []
+
+        async def one(number: int) -> None:
+            async with room.hold(1):
+                served.append(number)
+
+        async with room.hold(1):
+            first, second = (asyncio.create_task(one(number)) for number in (1, 2))
+            await asyncio.sleep(0)
+            if not leaves_late:
+                first.cancel()
+        if leaves_late:  # it has room, and does not know it yet
+            first.cancel()
+        await asyncio.wait_for(second, 5)
+        await asyncio.gather(first, return_exceptions=True)
+        assert served == [2]
+        room.check(1)
+        assert not room._must_wait(1)
+
+    asyncio.run(run(True))
+    asyncio.run(run(False))
+
+
 def test_too_many_that_wait_are_refused() -> None:
     async def run() -> None:
         room = Room(1, 1)
@@ -254,6 +279,12 @@ def test_too_many_that_wait_are_refused() -> None:
                     pass
             assert refused.value.status == 429
         await waiting
+        # Where none may wait, those that need not are served.
+        room = Room(2, 0)
+        async with room.hold(2):
+            with pytest.raises(RefusedError, match="0 searches wait already"):
+                room.check(1)
+        room.check(2)
 
     asyncio.run(run())
 

@@ -15,15 +15,16 @@ class Room:
         self._free, self._most_waiting = most, waiting
         self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    def check(self) -> None:
-        """Raise RefusedError (429) where too many wait."""
-        if len(self._queue) >= self._most_waiting:
+    def check(self, branches: int) -> None:
+        """Raise RefusedError (429) where so many branches would wait, and too many wait already."""
+        if self._must_wait(branches) and len(self._queue) >= self._most_waiting:
             raise RefusedError(f"{len(self._queue)} searches wait already: try again later", None, 429)
 
     @asynccontextmanager
     async def hold(self, branches: int) -> AsyncIterator[None]:
         """Wait for room for so many branches, and keep it; raises as ``check`` does."""
-        if self._queue or branches > self._free:
+        self.check(branches)
+        if self._must_wait(branches):
             await self._wait(branches)
         else:
             self._free -= branches
@@ -32,23 +33,26 @@ class Room:
         finally:
             self._give(branches)
 
+    def _must_wait(self, branches: int) -> bool:
+        return bool(self._queue) or branches > self._free
+
     async def _wait(self, branches: int) -> None:
-        self.check()
         entry = branches, asyncio.get_running_loop().create_future()
         self._queue.append(entry)
         try:
             await entry[1]
         except asyncio.CancelledError:
-            if entry in self._queue:
+            if not entry[1].cancelled():  # room was given as it left
+                self._give(branches)
+            elif entry in self._queue:
                 self._queue.remove(entry)
                 self._give(0)  # what waits behind it may fit
-            else:  # room was given as it left
-                self._give(branches)
             raise
 
     def _give(self, branches: int) -> None:
         self._free += branches
-        while self._queue and self._queue[0][0] <= self._free:
+        while self._queue and (self._queue[0][1].cancelled() or self._queue[0][0] <= self._free):
             wanted, future = self._queue.popleft()
-            self._free -= wanted
-            future.set_result(None)
+            if not future.cancelled():
+                self._free -= wanted
+                future.set_result(None)

@@ -1,6 +1,7 @@
 """An HTTP server whose answers look ahead, with OpenAI's API of completions and chat."""
 
 import asyncio
+import hmac
 import json
 import sys
 import time
@@ -10,16 +11,20 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 
 from leafkernels.lookahead.search import Search
 from leafkernels.lookahead.transformers import holds_any
 from leafkernels.lookahead.vllm.asked import Asked, Limits, RefusedError, Text, read
 from leafkernels.lookahead.vllm.asynchronous import AsyncVLLMStepper, search_async
 from leafkernels.lookahead.vllm.room import Room
+
+try:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError as error:
+    raise ImportError(f"{__name__} needs starlette, which vLLM brings: pip install -e '.[vllm]'") from error
 
 
 class Server:
@@ -81,7 +86,8 @@ class Server:
         return await self._answer(request, is_chat=True)
 
     def _check_key(self, request: Request) -> None:
-        if self._key and request.headers.get("authorization") != f"Bearer {self._key}":
+        sent = request.headers.get("authorization", "")
+        if self._key and not hmac.compare_digest(sent.encode(), f"Bearer {self._key}".encode()):
             raise RefusedError("Authorization must be the server's key: Bearer KEY", None, 401, "invalid_api_key")
 
     async def _answer(self, request: Request, is_chat: bool) -> Response:
@@ -101,7 +107,7 @@ class Server:
         )
         said = {"id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid4().hex}", "created": int(time.time())}
         said["model"] = body.get("model") or self._models[0]
-        self._room.check()
+        self._room.check(asked.branches)
         if asked.is_streamed:
             return StreamingResponse(self._stream(request, asked, said), media_type="text/event-stream")
         return await self._whole(request, asked, said)
