@@ -63,16 +63,17 @@ def choose(
     why: dict[str, str | None] = {}
     if in_step:
         # Each comparison is a forward pass, on every rank.
-        for kind in KINDS:
-            why[kind] = _why_not(model, kind, inputs, True)
-            if check and why[kind] is None:
-                why[kind] = compared(model, kind, batch, inputs, True)
+        for each in KINDS:
+            why[each] = _why_not(model, each, inputs, True)
+            if check and why[each] is None:
+                why[each] = compared(model, each, batch, inputs, True)
     costs = {kind: found[kind][1] if kind in found else _INFINITE for kind in KINDS}
     counts = {kind: len(found[kind][0].pieces) if kind in found else 0 for kind in KINDS}
     if in_step:
         costs, counts = _agreed(rows.ids.device, costs if rows.lengths else dict.fromkeys(KINDS, 0.0), counts, in_step)
     wanted = _KINDS_OF_PLAN[plan]
-    kind, able = None, {kind: costs[kind] for kind in wanted if costs[kind] < _INFINITE}
+    kind: str | None = None
+    able = {each: costs[each] for each in wanted if costs[each] < _INFINITE}
     while able and kind is None:
         best = cheapest(able)
         if best not in why:

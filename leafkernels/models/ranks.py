@@ -1,6 +1,6 @@
 """Where the weights of a model are, and the ranks that run each of its forward passes together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ def placed(model: nn.Module) -> Placed:
     for module in model.modules():
         if isinstance(module, dist.fsdp.FullyShardedDataParallel):
             groups[id(module.process_group)] = module.process_group
-        for weight in module._parameters.values():
+        weights: Iterable[Any] = module._parameters.values()
+        for weight in weights:
             if weight is None:
                 continue
             devices.add(weight.device)

@@ -318,7 +318,7 @@ def _forward(
         more["logits_to_keep"] = keep if run.head is None else 1
     if "position_ids" in names and positions is not None:
         more["position_ids"] = positions
-    hooked = hidden_states(bare_model(run.model)) if run.head or run.read else nullcontext([])
+    hooked: Any = hidden_states(bare_model(run.model)) if run.head or run.read else nullcontext([])
     with hooked as found:
         output = run.model(input_ids=ids, attention_mask=mask, **more)
     states = output.logits if run.head is None else found[-1]
