@@ -63,7 +63,8 @@ def run_piece(run: Run, rows: Rows, piece: Piece) -> Found:
     if run.in_step:
         # Whoever asks for a gradient sends one, if of zeros, through every forward pass.
         tie = sum(part.kept[:, -1].sum() * 0.0 for part in states)
-        found = Found(*(None if part is None else part + tie for part in found))
+        read = None if found.read is None else found.read + tie
+        found = Found(found.logprobs + tie, found.entropy + tie, read)
     return found
 
 
