@@ -132,7 +132,7 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("changes", RUNS, ids=str)
+@pytest.mark.parametrize("changes", RUNS, ids=lambda changes: "-".join(changes) or "plain")
 def test_every_pass_of_the_loss_is_over_the_kept_ids(changes: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(1)
     more = {name: make() for name, make in changes.items() if name == "peft_config"}

@@ -113,6 +113,8 @@ class SamplingMasks(SharedPrefixes):
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *more: Any, **options: Any
     ) -> Any:
         self._width = logits_to_keep
+        if self._masks is not None:
+            _head(model)
         call = (model, input_ids, attention_mask, logits_to_keep)
         return super()._get_per_token_logps_and_entropies(*call, *more, **options)
 
@@ -173,6 +175,7 @@ class SamplingMasks(SharedPrefixes):
         is_training = self.model.training
         size = getattr(self.args, f"per_device_{'train' if is_training else 'eval'}_batch_size")
         parts = []
+        _head(self.model)
         with evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
             for start in range(0, len(ids), size):
                 rows = slice(start, start + size)
@@ -270,10 +273,15 @@ def _check_options(args: Any, has_aux_loss: bool) -> None:
         )
 
 
+def _head(model: Any) -> Head | None:
+    """Asked for first where no recordings are being heard: the trial that finds it would hear one of a row."""
+    return None if placed(bare_model(model)).in_step else head_of(model)
+
+
 def _states(model: Any, ids: Tensor, mask: Tensor, keep: int) -> tuple[Head | None, Tensor]:
     """(rows, keep, size): what the head is given before each of the last tokens, or without a head their logits."""
     bare = bare_model(model)
-    head = None if placed(bare).in_step else head_of(model)
+    head = _head(model)
     more: dict[str, Any] = {name: value for name, value in (("use_cache", False),) if name in parameters_of(model)}
     if "logits_to_keep" in parameters_of(model):
         more["logits_to_keep"] = keep + 1 if head is None else 1
