@@ -3,7 +3,9 @@
 import argparse
 import asyncio
 import dataclasses
+import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from leafkernels.lookahead.vllm.asked import Limits, check_limits
@@ -81,6 +83,10 @@ async def _serve(args: Any, own: argparse.Namespace, limits: Limits) -> None:
         config = uvicorn.Config(app, own.host, own.port, log_level="warning", timeout_graceful_shutdown=5)
         socket = config.bind_socket()
         server = uvicorn.Server(config)
+        # uvicorn would raise the signal again at its end, before the engine's processes are told.
+        server.capture_signals = nullcontext
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
         serving = asyncio.create_task(server.serve(sockets=[socket]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.05)
