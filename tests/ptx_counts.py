@@ -141,6 +141,26 @@ def vocabulary() -> None:
     (found.surprisal.sum() - 0.3 * found.entropy.sum()).backward()
 
 
+KEPT, WIDTH = 32, 1024
+
+
+@case(
+    kept_products=(64 * KEPT * WIDTH, "product"),
+    kept_statistics=(64 * KEPT, "kept id"),
+    kept_statistics_backward=(64 * KEPT, "kept id"),
+    add_hidden_gradient=(64 * KEPT * WIDTH, "product"),
+    add_weight_gradient=(64 * KEPT * WIDTH, "product"),
+)
+def kept_ids() -> None:
+    import leafkernels
+
+    hidden, weight = random(64, WIDTH).requires_grad_(), random(512, WIDTH, seed=1).requires_grad_()
+    ids = torch.stack([torch.arange(KEPT) * 16 + row % 16 for row in range(64)])
+    mask = leafkernels.SamplingMask(ids.flatten(), KEPT * torch.arange(65))
+    found = leafkernels.linear_surprisal_entropy(hidden, weight, ids[:, 0], sampling_mask=mask, backend="triton")
+    (found.surprisal.sum() - 0.3 * found.entropy.sum()).backward()
+
+
 @case(policy_loss=ALL)
 def loss() -> None:
     import leafkernels
