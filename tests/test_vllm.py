@@ -12,8 +12,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,7 @@ async def _load(client: Any, engine: Any) -> None:
 
 LEAF = """
 import sys
+import time
 
 import datasets, torch, transformers
 import vllm.model_executor.layers.linear as linear
@@ -435,7 +437,7 @@ def test_the_command(saved: dict[str, tuple[Path, Path]]) -> None:
     model, channel = saved["qwen2"]
     command = [sys.executable, "-m", "leafkernels.lookahead", "serve", "--channel", str(channel), "--model", str(model)]
     command += ["--port", "0", "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--width", "3"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as server:
         try:
             assert server.stdout is not None
             lines = iter(server.stdout.readline, "")
@@ -444,5 +446,10 @@ def test_the_command(saved: dict[str, tuple[Path, Path]]) -> None:
             assert answer.json()["choices"][0]["finish_reason"] in ("length", "stop")
             server.send_signal(signal.SIGINT)
             assert server.wait(300) in (0, 130)
+            with pytest.raises(ProcessLookupError):  # the engine's processes have gone with it
+                for _ in range(100):
+                    os.killpg(server.pid, 0)
+                    time.sleep(0.2)
         finally:
-            server.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
