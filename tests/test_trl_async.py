@@ -2,13 +2,17 @@
 
 import asyncio
 import copy
+import importlib.util
+import json
 import math
 import multiprocessing
 import pickle
 import queue
 import sys
+import threading
 import warnings
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +24,7 @@ import torch
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "on_cpu")]
 pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 
+import accelerate
 import tiny_trl
 from datasets import Dataset
 from transformers import AttentionInterface, Qwen2ForCausalLM, TrainingArguments
@@ -113,6 +118,7 @@ class Worker:
         self.metrics_queue: queue.Queue[Any] = queue.Queue()
 
     def loop(self) -> Any:
+        accelerate.PartialState(cpu=True)  # without which TRL cannot write its log
         tokenizer = tiny_trl.tokenizer()
         tokenizer.response_template = "any"
         context = multiprocessing.get_context("spawn")
@@ -186,6 +192,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, worker: Any, **changes: Any) -> Any:
+    pytest.importorskip("requests", reason="TRL's client of vLLM needs it")
     tiny_trl.model().save_pretrained(folder / "model")
     settings = {"per_device_train_batch_size": ROWS, "max_steps": 2, "learning_rate": LR, "optim": "sgd"}
     settings |= {"max_grad_norm": 0.0, "token_budget": 0, "estimator": "tree_td", "normalize": "none"}
@@ -366,3 +373,57 @@ def test_the_trainer_leaves_a_worker_of_ones_own_alone(tmp_path: Path) -> None:
     own = Worker()
     del own._loop_cls
     assert not hasattr(run(tmp_path, own).rollout_worker, "_loop_cls")
+
+
+class Engine(BaseHTTPRequestHandler):
+    """Answers as vLLM does, with completions of two tokens of which the first is the same."""
+
+    answers = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        Engine.answers += 1
+        choice = {"token_ids": [6, 3 + Engine.answers % 2], "logprobs": {"token_logprobs": [-0.5, -1.5]}}
+        body = json.dumps({"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("aiohttp", "vllm")), reason="TRL's worker needs both"
+)
+def test_the_process_of_trls_worker_sends_advantages_of_tokens() -> None:
+    accelerate.PartialState(cpu=True)
+    server = HTTPServer(("127.0.0.1", 0), Engine)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    tokenizer = tiny_trl.tokenizer()
+    tokenizer.response_template = "any"
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    worker = TRAINER.AsyncRolloutWorker(
+        model_name="tiny",
+        dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": "ab"}]] * 4}),
+        reward_funcs=[tiny_trl.count_a],  # of token 3
+        processing_class=tokenizer,
+        eos_token_ids=[3, 4],
+        vllm_server_url=f"http://127.0.0.1:{server.server_port}",
+        num_generations=2,
+        max_inflight_tasks=2,
+    )
+    worker._loop_cls = partial(plug._credited_loop, LOOP, {"estimator": "tree_td"})
+    worker.start()
+    try:
+        found = [worker.rollout_buffer.get(timeout=60) for _ in range(2)]
+    finally:
+        worker.stop()
+        server.shutdown()
+        server.server_close()
+    # V of the first token is the mean; the second is worth the reward less it, and half of that is each token's.
+    credit = {int(sample.input_ids[-1]): list(sample.advantage) for sample in found}
+    prompt = [0.0] * (len(found[0].input_ids) - 2)
+    assert credit == {3: [*prompt, 0.25, 0.75], 4: [*prompt, -0.25, -0.75]}
+    assert all(isinstance(sample.advantage, plug.TokenAdvantages) for sample in found)
