@@ -21,6 +21,7 @@ PACKAGES = {
     "Look-ahead": "leafkernels.lookahead",
     "Layouts of trainers": "leafkernels.integrations.layouts",
     "TRL": "leafkernels.integrations.trl",
+    "TRL, asynchronous": "leafkernels.integrations.trl_async",
     "TRL, audio": "leafkernels.integrations.trl_audio",
     "TRL, distillation": "leafkernels.integrations.trl_distillation",
     "Rewards of speech": "leafkernels.integrations.speech_rewards",

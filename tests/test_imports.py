@@ -195,7 +195,7 @@ def test_without_its_trainer_a_plug_says_what_to_install(name: str) -> None:
     assert last.endswith(f"pip install 'leafkernels[{name}]'")
 
 
-@pytest.mark.parametrize("name", ["trl", "trl_audio", "trl_distillation"])
+@pytest.mark.parametrize("name", ["trl", "trl_async", "trl_audio", "trl_distillation"])
 def test_a_trl_whose_lazy_import_fails_is_told_of_as_well(name: str) -> None:
     """TRL loads its modules when they are asked for, and raises a RuntimeError of several lines where one fails."""
     code = f"""
@@ -266,7 +266,7 @@ def test_every_public_name_is_on_one_page_of_the_reference(monkeypatch: pytest.M
     monkeypatch.delitem(sys.modules, "hooks")
     texts = hooks.api_pages()
     on_pages = re.findall(r"^::: ([\w.]+)$", "\n".join(texts.values()), re.M)
-    plugs = {"trl", "trl_audio", "trl_distillation", "speech_rewards", "verl"}
+    plugs = {"trl", "trl_async", "trl_audio", "trl_distillation", "speech_rewards", "verl"}
     names = []
     for path in on_pages:
         shown_whole = path in ("leafkernels.distributed", "leafkernels.integrations.layouts")

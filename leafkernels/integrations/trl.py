@@ -27,6 +27,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
         "pip install 'leafkernels[trl]'"
     ) from error
 
+from leafkernels.integrations._trl_credit import CreditConfig
 from leafkernels.integrations._trl_loss import LossConfig, OwnLoss, check_own_loss
 from leafkernels.integrations._trl_masks import SamplingMaskConfig
 from leafkernels.integrations._trl_options import check_options
@@ -52,43 +53,12 @@ _MODEL_INPUTS = (
 
 
 @dataclass
-class LeafGRPOConfig(LossConfig, SharedPrefixesConfig, SamplingMaskConfig, trl.GRPOConfig):
+class LeafGRPOConfig(CreditConfig, LossConfig, SharedPrefixesConfig, SamplingMaskConfig, trl.GRPOConfig):
     """``GRPOConfig`` with the options of ``leafkernels.span_advantages`` and ``tree_td``, under the same names.
 
     For a config of your own: ``@dataclass class MyConfig(LeafGRPOConfig, TheConfigOfMyTrainer)``.
     """
 
-    estimator: str = field(
-        default="leaf",
-        metadata={"help": f"The credit: {', '.join(map(repr, ESTIMATORS))}. Each takes those of the options it knows."},
-    )
-    num_boundaries: int = field(
-        default=2, metadata={"help": "Positions of a prompt where the tree of its completions may fork, at most."}
-    )
-    min_separation: int | None = field(
-        default=None,
-        metadata={"help": "Least distance of two boundaries. None: max(2, shortest completion // (boundaries + 1))."},
-    )
-    terms: str = field(
-        default="both",
-        metadata={"help": "'both', 'global' (against the group) or 'local' (against the parent node)."},
-    )
-    multiplicity_power: float = field(
-        default=0.5, metadata={"help": "Spans shared by n completions are scaled by n ** -multiplicity_power."}
-    )
-    leave_one_out: bool = field(default=False, metadata={"help": "The unbiased variant."})
-    normalize: str | None = field(
-        default=None,
-        metadata={
-            "help": "'span', 'batch', 'reward_std' or 'none'. None follows scale_rewards: 'span' for 'group', 'batch' "
-            "for 'batch', 'none' for 'none'; 'batch' with multi_objective_aggregation='normalize_then_sum'. tree_td "
-            "has 'reward_std', also for 'group', and 'none'."
-        },
-    )
-    shrinkage: float = field(
-        default=0.0, metadata={"help": "tree_td: how many rollouts' worth the parent's value counts at a node."}
-    )
-    group_weight: float = field(default=0.5, metadata={"help": "tree_td: weight of the reward less the group's mean."})
     report_every: int | None = field(
         default=None,
         metadata={"help": "Write leafkernels.report of a batch into output_dir every so many steps. None: never."},
