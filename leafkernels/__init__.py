@@ -12,6 +12,7 @@ from leafkernels.credit.boundaries import select_boundaries
 from leafkernels.credit.differences import tempo, tree_td, treerl
 from leafkernels.credit.distillation import FireOPD, FireStatistics, fire_opd, fire_statistics, fire_teachers
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
+from leafkernels.credit.key_tokens import ktae
 from leafkernels.credit.options import PRESETS
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
 from leafkernels.credit.registry import ESTIMATORS, Estimator
@@ -48,6 +49,7 @@ __all__ = [
     "gradient_agreement",
     "group_index",
     "grpo",
+    "ktae",
     "maxrl",
     "opo",
     "pass_at_k",

@@ -10,6 +10,7 @@ from python_ref.boundaries import select_boundaries
 from python_ref.differences import tempo, tree_td, treerl
 from python_ref.distillation import fire_opd, fire_statistics
 from python_ref.estimators import dr_grpo, grpo, rloo
+from python_ref.key_tokens import ktae
 from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
 from python_ref.policy_loss import KINDS as LOSS_KINDS
 from python_ref.policy_loss import policy_loss, policy_loss_backward
@@ -36,6 +37,7 @@ __all__ = [
     "fire_statistics",
     "gather_spans",
     "grpo",
+    "ktae",
     "linear_surprisal_entropy",
     "linear_surprisal_entropy_backward",
     "maxrl",
