@@ -19,7 +19,7 @@ from leafkernels.credit.registry import ESTIMATORS, Estimator
 from leafkernels.credit.scatter import scatter_spans
 from leafkernels.credit.tree import SpanTree, span_tree
 from leafkernels.credit.values import SpanValues, span_values
-from leafkernels.credit.weights import entropy_weights, stare_weights
+from leafkernels.credit.weights import entropy_weights, stare_weights, top_entropy_weights
 from leafkernels.losses.equal import DroppedEqual, drop_equal
 from leafkernels.losses.policy_loss import PolicyLoss, policy_loss
 from leafkernels.losses.policy_loss_from_logits import policy_loss_from_logits
@@ -60,6 +60,7 @@ __all__ = [
     "span_advantages",
     "stare_weights",
     "tempo",
+    "top_entropy_weights",
     "tree_td",
     "treerl",
     # Trees

@@ -23,7 +23,7 @@ from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
 from python_ref.tree import SpanTree, span_tree
 from python_ref.values import normalize_spans, span_values
-from python_ref.weights import entropy_weights, stare_weights
+from python_ref.weights import entropy_weights, stare_weights, top_entropy_weights
 
 __all__ = [
     "LOSS_KINDS",
@@ -61,6 +61,7 @@ __all__ = [
     "surprisal_entropy",
     "surprisal_entropy_backward",
     "tempo",
+    "top_entropy_weights",
     "tree_td",
     "total_returns",
     "treerl",
