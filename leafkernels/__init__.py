@@ -12,13 +12,14 @@ from leafkernels.credit.boundaries import select_boundaries
 from leafkernels.credit.differences import tempo, tree_td, treerl
 from leafkernels.credit.distillation import FireOPD, FireStatistics, fire_opd, fire_statistics, fire_teachers
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
+from leafkernels.credit.key_tokens import ktae
 from leafkernels.credit.options import PRESETS
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
 from leafkernels.credit.registry import ESTIMATORS, Estimator
 from leafkernels.credit.scatter import scatter_spans
 from leafkernels.credit.tree import SpanTree, span_tree
 from leafkernels.credit.values import SpanValues, span_values
-from leafkernels.credit.weights import entropy_weights, stare_weights
+from leafkernels.credit.weights import entropy_weights, stare_weights, top_entropy_weights
 from leafkernels.losses.equal import DroppedEqual, drop_equal
 from leafkernels.losses.policy_loss import PolicyLoss, policy_loss
 from leafkernels.losses.policy_loss_from_logits import policy_loss_from_logits
@@ -48,6 +49,7 @@ __all__ = [
     "gradient_agreement",
     "group_index",
     "grpo",
+    "ktae",
     "maxrl",
     "opo",
     "pass_at_k",
@@ -58,6 +60,7 @@ __all__ = [
     "span_advantages",
     "stare_weights",
     "tempo",
+    "top_entropy_weights",
     "tree_td",
     "treerl",
     # Trees

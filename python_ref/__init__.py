@@ -10,6 +10,7 @@ from python_ref.boundaries import select_boundaries
 from python_ref.differences import tempo, tree_td, treerl
 from python_ref.distillation import fire_opd, fire_statistics
 from python_ref.estimators import dr_grpo, grpo, rloo
+from python_ref.key_tokens import ktae
 from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
 from python_ref.policy_loss import KINDS as LOSS_KINDS
 from python_ref.policy_loss import policy_loss, policy_loss_backward
@@ -22,7 +23,7 @@ from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
 from python_ref.tree import SpanTree, span_tree
 from python_ref.values import normalize_spans, span_values
-from python_ref.weights import entropy_weights, stare_weights
+from python_ref.weights import entropy_weights, stare_weights, top_entropy_weights
 
 __all__ = [
     "LOSS_KINDS",
@@ -36,6 +37,7 @@ __all__ = [
     "fire_statistics",
     "gather_spans",
     "grpo",
+    "ktae",
     "linear_surprisal_entropy",
     "linear_surprisal_entropy_backward",
     "maxrl",
@@ -59,6 +61,7 @@ __all__ = [
     "surprisal_entropy",
     "surprisal_entropy_backward",
     "tempo",
+    "top_entropy_weights",
     "tree_td",
     "total_returns",
     "treerl",

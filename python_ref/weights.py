@@ -1,4 +1,4 @@
-"""Weights of tokens that keep a policy's entropy up, from their definitions."""
+"""Weights of tokens by their entropy, from their definitions."""
 
 import math
 from collections.abc import Sequence
@@ -27,6 +27,16 @@ def stare_weights(
         for t in ranked[: math.ceil(share * len(ranked) - 1e-9)]:
             weights[t] = weight
     return weights
+
+
+def top_entropy_weights(
+    entropy: Sequence[float], mask: Sequence[bool] | None = None, *, share: float = 0.2
+) -> list[float]:
+    """1 for the share of highest entropy, 0 for the rest."""
+    ranked = [t for t in range(len(entropy)) if (mask is None or mask[t]) and not math.isnan(entropy[t])]
+    ranked.sort(key=lambda t: -entropy[t])
+    chosen = ranked[: math.ceil(share * len(ranked) - 1e-9)]
+    return [1.0 if t in chosen else 0.0 for t in range(len(entropy))]
 
 
 def entropy_weights(

@@ -107,6 +107,13 @@ LOGPROBS = [[-0.1, -0.1, -5.0, -0.1, -3.0, -0.1]] * 4
 S = 1 / (0.5 + 1e-6)
 THIRD = 1 / 3
 ROOT = math.sqrt(0.5)
+# Of 6 tokens of right rows and 18 of wrong ones: 3/6 over 1/6 + 1 + 1/2, and 3/18 over 1/18 + 1 + 3/2.
+OFTEN, SELDOM = 0.5 / (1 / 6 + 1.5), (1 / 6) / (1 / 18 + 2.5)
+# Without the token all are wrong, with it half are right: H(1/4) - 1/2 bits.
+GAIN = 0.5 - 0.75 * math.log2(0.75) - 0.5
+KEY = math.tanh(
+    GAIN * (math.pi / 2 - math.asin(math.sqrt(THIRD)) + OFTEN / (SELDOM + 1e-5) - SELDOM / (OFTEN + 1e-5)) / 4
+)
 BY_HAND = {
     # Step by step in docs/leaf.md.
     "leaf": [
@@ -123,6 +130,14 @@ BY_HAND = {
     "maxrl": [[3.0] * 6] + [[-1.0] * 6] * 3,
     # Half of the six pairs hold row 0; of the three pairs that hold another, one does.
     "pass_at_k": [[0.5 * S] * 6] + [[(THIRD - 0.5) * S] * 6] * 3,
+    # Row 0 alone is right. Tokens 1 and 2 are in all rows; 3 and 4 in two, of which one is right: p = 1, and KEY goes
+    # with them; those of right rows alone are so often in them that tanh is 1, and those of wrong ones -1.
+    "ktae": [
+        [0.75 * S] * 2 + [0.75 * S + KEY] * 2 + [0.75 * S + 1] * 2,
+        [-0.25 * S] * 2 + [-0.25 * S + KEY] * 2 + [-0.25 * S - 1] * 2,
+        [-0.25 * S] * 2 + [-0.25 * S - 1] * 4,
+        [-0.25 * S] * 2 + [-0.25 * S - 1] * 4,
+    ],
     # V is 1/4 for the first two tokens; then 1/2 for rows 0 and 1, and 0 for the others; then each row's reward.
     "tempo": [
         [0.75 * S, 0.75 * S, 1.0 * S, 0.75 * S, 1.25 * S, 0.75 * S],

@@ -202,6 +202,9 @@ def test_advantages_are_those_of_the_reference(options: dict[str, Any], masked: 
         ({"estimator": "tempo", "scale_rewards": "batch"}, {}),
         ({"estimator": "treerl", "num_boundaries": 3}, {"num_boundaries": 3}),
         ({"estimator": "rloo"}, {}),
+        ({"estimator": "qae"}, {}),
+        ({"estimator": "qae", "quantile": 0.75}, {"quantile": 0.75}),
+        ({"estimator": "pass_at_k", "k": 1}, {"k": 1}),
     ],
     ids=str,
 )  # fmt: skip
@@ -237,9 +240,20 @@ def test_estimators_that_cannot_be(tmp_path: Path) -> None:
             "normalize must be one of 'none', 'reward_std', got 'batch'",
         ),
         ({"estimator": "tree_td", "shrinkage": -1.0}, "shrinkage must be at least 0, got -1"),
+        ({"estimator": "qae", "quantile": 1.5}, "quantile must lie between 0 and 1, got 1.5"),
+        ({"estimator": "pass_at_k", "k": 0}, "k must be .*, got 0"),
+        ({"quantile": 0.4}, "quantile must be None with estimator='leaf', which does not read it, got 0.4"),
+        ({"estimator": "qae", "k": 3}, "k must be None with estimator='qae', which does not read it, got 3"),
     ):
         with pytest.raises(ValueError, match=text):
             trainer(LeafGRPOTrainer, config(tmp_path, **changes))
+
+
+def test_the_config_has_every_option_of_the_schemes() -> None:
+    """But for the scores of boundaries, which are a tensor."""
+    known = {field.name for field in dataclasses.fields(LeafGRPOConfig)}
+    for name, estimator in leafkernels.ESTIMATORS.items():
+        assert set(estimator.options) - {"boundary_scores", "gathered"} <= known, name
 
 
 @pytest.mark.parametrize(("scale", "normalize"), [("group", "span"), ("batch", "batch"), ("none", "none")])

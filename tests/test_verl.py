@@ -1,6 +1,7 @@
 """Our estimators: in verl itself where it is installed, and by the contract of its registry everywhere."""
 
 import importlib.machinery
+import math
 import os
 import re
 import subprocess
@@ -19,9 +20,17 @@ from pages import ROOT
 from rollouts import Rollouts, assert_rows_close, rollouts, unmasked
 from support import examples
 
+import leafkernels
 import python_ref
 
 MODULE = "leafkernels.integrations.verl"
+
+
+THEIRS = ("grpo", "rloo", "opo", "gae")
+
+
+def theirs(**_: Any) -> Any:
+    raise AssertionError("an estimator of verl's own")
 
 
 class Batch:
@@ -34,10 +43,15 @@ class Batch:
 
 def contract(passes_batch: bool) -> types.ModuleType:
     """The registry, and the call of an estimator: of 0.9, or of one that passes the batch to those that take it."""
-    registry: dict[str, Callable] = {}
+    registry: dict[str, Callable] = dict.fromkeys(THEIRS, theirs)
 
     def register_adv_est(name: str) -> Callable:
-        return lambda function: registry.setdefault(name, function)
+        def decorator(function: Callable) -> Callable:
+            if registry.setdefault(name, function) != function:
+                raise ValueError(f"Adv estimator {name} has already been registered")
+            return function
+
+        return decorator
 
     def compute_advantage(data: Any, adv_estimator: str, config: Any = None) -> Any:
         more = {"batch": data.batch, "non_tensor_batch": data.non_tensor_batch} if passes_batch else {}
@@ -51,6 +65,7 @@ def contract(passes_batch: bool) -> types.ModuleType:
         return data
 
     module = types.ModuleType("verl.trainer.ppo.core_algos")
+    module.ADV_ESTIMATOR_REGISTRY = registry
     module.register_adv_est = register_adv_est
     module.compute_advantage = compute_advantage
     return module
@@ -141,6 +156,92 @@ def test_other_estimators_by_name(plug: types.ModuleType, name: str) -> None:
         check({name: {"normalize": "none", "group_weight": 0.5}}, group_weight=0.5)
     else:
         check({"norm_adv_by_std_in_grpo": False, "leaf": {"num_boundaries": 0}})
+
+
+def registry_of_verl() -> dict[str, Callable]:
+    return sys.modules["verl.trainer.ppo.core_algos"].ADV_ESTIMATOR_REGISTRY
+
+
+def test_names_of_verl_stay_its_own(plug: types.ModuleType) -> None:
+    registry = registry_of_verl()
+    ours = {name for name, function in registry.items() if getattr(function, "func", None) is plug.compute_advantage_of}
+    assert ours == set(leafkernels.ESTIMATORS) - set(THEIRS)
+    assert set(registry) >= set(THEIRS)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("qae", {}), ("qae", {"quantile": 1.0}), ("maxrl", {}), ("pass_at_k", {"k": 3})]
+)
+def test_schemes_of_whole_rows(plug: types.ModuleType, name: str, options: dict[str, Any]) -> None:
+    case = unmasked([[1, 2, 3], [1, 2, 4], [1], [2, 2]], [1.0, 0.0, 0.5, 0.25])
+    data = plug.compute_advantage(data_of(plug, as_verl(case)), adv_estimator=name, config={name: options})
+    expected = getattr(python_ref, name)(case.logprobs, case.token_ids, case.rewards, groups=case.groups, **options)
+    assert_rows_close(case.rows_of(data.batch["advantages"]), expected)
+
+
+@pytest.mark.parametrize("name", ["dr_grpo", "qae", "maxrl", "pass_at_k", "leaf", "tempo", "tree_td", "treerl"])
+def test_rewards_at_tokens(plug: types.ModuleType, name: str) -> None:
+    """What is earned before a row's last token is earned there; at it and behind it, at the end of the row."""
+    case = unmasked([[1, 2, 3], [1, 2, 4], [1], [2, 2], [1, 2]], [1.0, 0.0, 0.5, 0.25, math.nan])
+    case.mask[1] = [True, False, True]
+    steps = [[0.5, -1.0, 0.0], [0.0, 2.0, 0.0], [0.0], [0.25, 0.0], [1.0, 0.0]]
+    batch = as_verl(case)
+    for row, earned in enumerate(steps):
+        for t, reward in enumerate(earned):
+            batch.batch["token_level_rewards"][row, t] += reward
+    # Of two places at or behind the last token that counts, neither is a step.
+    batch.batch["token_level_rewards"][0, 2:] = 0.5
+    none = {"normalize": "none"} if name in ("leaf", "tree_td") else {}
+    data = plug.compute_advantage(data_of(plug, batch), adv_estimator=name, config={name: none})
+    reference = python_ref.span_advantages if name == "leaf" else getattr(python_ref, name)
+    rows = (case.logprobs, case.token_ids, case.rewards)
+    want = reference(*rows, response_mask=case.mask, groups=case.groups, step_rewards=steps, **none)
+    assert_rows_close(case.rows_of(data.batch["advantages"]), want)
+
+
+@pytest.mark.parametrize("name", ["dr_grpo", "qae", "leaf", "tree_td"])
+def test_rewards_at_the_last_token_are_those_of_rows(plug: types.ModuleType, name: str) -> None:
+    """The bits of a call without step rewards, also where a row is not scored."""
+    case = unmasked([[1, 2, 3], [1, 2], [1, 5, 5], [1]], [1.0, 0.3, math.nan, 0.25])
+    ends = as_verl(case)
+    for row, (ids, reward) in enumerate(zip(case.token_ids, case.rewards, strict=True)):
+        ends.batch["token_level_rewards"][row] = 0.0
+        ends.batch["token_level_rewards"][row, len(ids) - 1] = reward
+    one, other = (
+        plug.compute_advantage(data_of(plug, batch), adv_estimator=name).batch["advantages"]
+        for batch in (ends, as_verl(case))
+    )
+    tensors = case.padded(extra=1)
+    normalize = leafkernels.ESTIMATORS[name].normalization == "option"
+    more = {"normalize": leafkernels.ESTIMATORS[name].normalized} if normalize else {}
+    want = leafkernels.ESTIMATORS[name](**{key: value.cpu() for key, value in tensors.items()}, **more)
+    assert torch.equal(one, other) and torch.equal(one, want)
+
+
+def test_a_scheme_of_one_s_own_without_step_rewards(plug: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets their sum."""
+
+    def mine(
+        logprobs: torch.Tensor, token_ids: torch.Tensor, rewards: torch.Tensor, *, cu_seqlens: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        return rewards.float().repeat_interleave(cu_seqlens.diff().long())
+
+    monkeypatch.setitem(leafkernels.ESTIMATORS, "mine", mine)
+    batch = as_verl(unmasked([[1, 2], [1]], [1.0, 0.5])).batch
+    batch["token_level_rewards"][0, 0] = 2.0
+    scores, mask = batch["token_level_rewards"], batch["response_mask"]
+    found = plug.compute_advantage_of("mine", scores, mask, index=["a", "a"], batch=batch)[0]
+    assert found.tolist() == [[3.0, 3.0, 0.0], [0.5, 0.0, 0.0]]
+
+
+def test_steps_of_a_session_are_those_of_its_last_row(plug: types.ModuleType) -> None:
+    case = unmasked([[1, 2], [3, 4, 5], [6, 7], [8, 9]], [0.0, 1.0, 3.0, 0.0])
+    batch = as_verl(case)
+    batch.batch["token_level_rewards"][1, 1] = 0.5
+    batch.batch["token_level_rewards"][2, 0] = 7.0
+    batch.keys = ["u_1_0", "u_0_1", "u_0_0", "u_2_0"]
+    actual = case.rows_of(through_the_mixin(plug, batch, None, "dr_grpo"))
+    assert_rows_close(actual, [[-0.5] * 2, [1.0, 1.0, 0.5], [1.0] * 2, [-0.5] * 2])
 
 
 def test_the_sampler_s_log_probabilities_serve_too(plug: types.ModuleType) -> None:

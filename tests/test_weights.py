@@ -53,6 +53,34 @@ def test_entropy_weights_agree_with_the_reference(pairs: list[tuple[float, float
     assert all(weight > 0 for weight in found.tolist())
 
 
+@given(st.data(), st.integers(0, 12), SHARES, st.booleans())
+@examples(torch=100)
+def test_top_entropy_agrees_with_the_reference(data: Any, size: int, share: float, masked: bool) -> None:
+    values = st.sampled_from([0.0, 0.5, 0.5, 2.0, math.inf, -math.inf, math.nan])
+    entropy = data.draw(st.lists(values, min_size=size, max_size=size))
+    mask = data.draw(st.lists(st.booleans(), min_size=size, max_size=size)) if masked else None
+    found = leafkernels.top_entropy_weights(
+        torch.tensor(entropy, device=DEVICE).float(),
+        None if mask is None else torch.tensor(mask, device=DEVICE).bool(),
+        share=share,
+    )
+    assert found.tolist() == python_ref.top_entropy_weights(entropy, mask, share=share)
+
+
+def test_top_entropy_by_hand() -> None:
+    """A fifth of ten tokens, over all rows; a masked one is none of them."""
+    entropy = torch.tensor([[0.1, 2.0, 0.3, 0.2, 0.1], [0.2, 1.0, 0.0, 9.0, 3.0]], device=DEVICE)
+    assert leafkernels.top_entropy_weights(entropy).tolist() == [[0] * 5, [0, 0, 0, 1, 1]]
+    mask = torch.ones(2, 5, device=DEVICE)
+    mask[1, 3] = 0
+    assert leafkernels.top_entropy_weights(entropy, mask).tolist() == [[0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]
+    assert leafkernels.top_entropy_weights(entropy, share=0.0).sum() == 0
+    with pytest.raises(ValueError, match="share must lie between 0 and 1, got 1.2"):
+        leafkernels.top_entropy_weights(entropy, share=1.2)
+    with pytest.raises(TypeError, match="entropy must be floating point .*, got torch.int64"):
+        leafkernels.top_entropy_weights(mask.long())
+
+
 def test_by_hand() -> None:
     """Of four tokens above 0 the half of least log-probability, over all rows; of two below 0 one."""
     advantages = torch.tensor([[1.0, 2.0, -1.0], [1.0, 1.0, -1.0]], device=DEVICE)

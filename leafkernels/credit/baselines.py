@@ -18,8 +18,9 @@ from leafkernels.rows.segments import Segments, Statistics, running_sums, segmen
 _Formula = Callable[[Rollouts, Segments, Statistics], tuple[Tensor, Tensor]]
 
 
-def _credit_rows(rollouts: Rollouts, formula: _Formula, is_linear: bool = True) -> Tensor:
-    """``formula`` gives (N,) numbers and what divides them, which also divides what was earned before a token."""
+def credit_rows(rollouts: Rollouts, formula: _Formula, is_linear: bool = True, beside: Tensor | None = None) -> Tensor:
+    """``formula`` gives (N,) numbers and what divides them, which also divides what was earned before a token;
+    ``beside`` (M,) is what tokens get beside that."""
     groups, rewards = segments_of_groups(rollouts.layout), rollouts.rewards.to(torch.float64)
     found = groups.statistics(rewards, ~rewards.isnan())
     values, divisor = formula(rollouts, groups, found)
@@ -27,7 +28,7 @@ def _credit_rows(rollouts: Rollouts, formula: _Formula, is_linear: bool = True) 
     divisor = divisor.masked_fill(is_zero, 1.0)
     values, weight = ((x / divisor).masked_fill(is_zero, 0.0) for x in (values, torch.ones_like(values)))
     ends = to_int32(rollouts.layout.row_lengths)
-    return credit_tokens(rollouts, values[:, None], ends[:, None], weight if is_linear else None)
+    return credit_tokens(rollouts, values[:, None], ends[:, None], weight if is_linear else None, beside)
 
 
 def _in_order(values: Tensor, groups: Segments, found: Statistics) -> Segments:
@@ -72,14 +73,14 @@ def opo(
         return rollouts.by_reference(opo)
 
     def formula(rollouts: Rollouts, groups: Segments, found: Statistics) -> tuple[Tensor, Tensor]:
-        lengths = _live_lengths(rollouts).to(torch.float64)
+        lengths = live_lengths(rollouts).to(torch.float64)
         baseline = groups.totals(lengths * found.centred) / groups.totals(lengths).clamp_min(1.0)
         return found.centred - baseline, torch.ones_like(baseline)
 
-    return _credit_rows(rollouts, formula)
+    return credit_rows(rollouts, formula)
 
 
-def _live_lengths(rollouts: Rollouts) -> Tensor:
+def live_lengths(rollouts: Rollouts) -> Tensor:
     """(N,) int64: unmasked tokens of each row, 0 for those without a return."""
     layout, mask = rollouts.layout, rollouts.rows.mask
     if mask is None:
@@ -141,7 +142,7 @@ def qae(
         std = found.std
         return found.centred - baseline, torch.where(std == 0.0, 0.0, std + 1e-6)
 
-    return _credit_rows(rollouts, formula)
+    return credit_rows(rollouts, formula)
 
 
 def maxrl(
@@ -187,7 +188,7 @@ def maxrl(
         # What rounding leaves of rewards that cancel is no mean.
         return found.centred, total.masked_fill(total <= 2.0**-40 * size, 0.0) / found.number.clamp_min(1.0)
 
-    return _credit_rows(rollouts, formula)
+    return credit_rows(rollouts, formula)
 
 
 def pass_at_k(
@@ -258,4 +259,4 @@ def pass_at_k(
         divisor = torch.where(std == 0.0, 0.0, std + 1e-6)
         return credit[back], divisor[back]
 
-    return _credit_rows(rollouts, formula, is_linear=False)
+    return credit_rows(rollouts, formula, is_linear=False)

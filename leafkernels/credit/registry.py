@@ -11,6 +11,7 @@ from leafkernels.credit.advantages import span_advantages
 from leafkernels.credit.baselines import maxrl, opo, pass_at_k, qae
 from leafkernels.credit.differences import tempo, tree_td, treerl
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
+from leafkernels.credit.key_tokens import ktae
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,16 @@ ESTIMATORS: dict[str, Estimator] = _Estimators(
         per="row",
         reads_logprobs=False,
         normalization="reward_std",
+        is_odd=False,
+    ),
+    ktae=Estimator(
+        ktae,
+        "KTAE",
+        "(r - mean) / (std + 1e-6) + tanh((F + IG) D / 4)",
+        "arXiv 2505.16826",
+        reads_logprobs=False,
+        normalization="reward_std",
+        is_shift_invariant=False,
         is_odd=False,
     ),
     tempo=Estimator(

@@ -78,16 +78,26 @@ def scatter_to_tokens(
     return _scatter_spans(backend, values, span_ends, rows.mask, layout, size, dtype).reshape(shape)
 
 
-def credit_tokens(rollouts: Rollouts, values: Tensor, span_ends: Tensor, earned_weight: Tensor | None = None) -> Tensor:
+def credit_tokens(
+    rollouts: Rollouts,
+    values: Tensor,
+    span_ends: Tensor,
+    earned_weight: Tensor | None = None,
+    beside: Tensor | None = None,
+) -> Tensor:
     """The credit of tokens, float32 and shaped like their ids: that of their span, (N, S), and where there are step
-    rewards, less ``earned_weight`` (N,) times what their row had earned before them."""
+    rewards, less ``earned_weight`` (N,) times what their row had earned before them; and ``beside`` (M,)."""
     rows, shape, backend = rollouts.rows, rollouts.token_ids.shape, rollouts.backend
-    if rollouts.earned is None or earned_weight is None:
+    earned = None if earned_weight is None else rollouts.earned
+    if earned is None and beside is None:
         return scatter_to_tokens(values, span_ends, rows, shape, torch.float32, backend)
-    earned = rollouts.earned
-    of_spans = scatter_to_tokens(values, span_ends, rows, shape, torch.float64, backend).reshape(-1)
-    before = (earned_weight[earned.row_of_token] * earned.before_tokens()).masked_fill(~earned.is_token, 0.0)
-    return (of_spans - before).to(torch.float32).reshape(shape)
+    credit = scatter_to_tokens(values, span_ends, rows, shape, torch.float64, backend).reshape(-1)
+    if earned is not None and earned_weight is not None:
+        before = earned_weight[earned.row_of_token] * earned.before_tokens()
+        credit = credit - before.masked_fill(~earned.is_token, 0.0)
+    if beside is not None:
+        credit = credit + beside
+    return credit.to(torch.float32).reshape(shape)
 
 
 def _by_reference(values: Tensor, span_ends: list, rows: Rows, size: list[int], dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights of tokens that keep a policy's entropy up: factors of their advantages, for ``token_weights`` of a loss."""
+"""Weights of tokens by their entropy: factors of their advantages, for ``token_weights`` of a loss."""
 
 import torch
 from torch import Tensor
@@ -45,24 +45,17 @@ def stare_weights(
     check_real("logprobs", logprobs)
     check_like("logprobs", logprobs, "advantages", advantages.shape, advantages.device)
     mask = check_mask(response_mask, "advantages", advantages.shape, advantages.device)
-    check_finite("share", share)
-    if not 0 <= share <= 1:
-        raise ValueError(f"share must lie between 0 and 1, got {share}")
+    _check_share(share)
     check_positive("up", up)
     check_positive("down", down)
     if (entropy is None) != (target_entropy is None):
         raise ValueError("entropy and target_entropy must be given together, got one of them")
     surprisal = -logprobs.detach().reshape(-1)
     live = ~surprisal.isnan() if mask is None else mask.reshape(-1) & ~surprisal.isnan()
-    flat, places = advantages.detach().reshape(-1), torch.arange(surprisal.shape[0], device=surprisal.device)
+    flat = advantages.detach().reshape(-1)
     weights = torch.ones_like(flat, dtype=torch.float32)
     for is_one, weight in ((live & (flat > 0), up), (live & (flat < 0), down)):
-        order = torch.argsort(surprisal.masked_fill(~is_one, -torch.inf), descending=True, stable=True)
-        # Log-probabilities of -inf tie with none: those of other tokens come last.
-        order = order[torch.argsort((~is_one[order]).to(torch.int8), stable=True)]
-        rank = torch.empty_like(order).index_copy(0, order, places)
-        number = (is_one.sum() * share - 1e-9).ceil()
-        weights = weights.masked_fill(is_one & (rank < number), weight)
+        weights = weights.masked_fill(_largest(surprisal, is_one, share), weight)
     if entropy is not None and target_entropy is not None:
         check_real("entropy", entropy)
         check_like("entropy", entropy, "advantages", advantages.shape, advantages.device)
@@ -71,6 +64,48 @@ def stare_weights(
         total = entropy.detach().reshape(-1).double().masked_fill(~counted, 0.0).sum()
         weights = torch.where(total < target_entropy * counted.sum(), weights, 1.0)
     return weights.reshape(advantages.shape)
+
+
+def _check_share(share: float) -> None:
+    check_finite("share", share)
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie between 0 and 1, got {share}")
+
+
+def _largest(values: Tensor, is_one: Tensor, share: float) -> Tensor:
+    """(M,) bool: of the values (M,) of some tokens the ceil(share * number) largest; of equal ones the first."""
+    order = torch.argsort(values.masked_fill(~is_one, -torch.inf), descending=True, stable=True)
+    # Values of -inf are no ties with those of other tokens, which come last.
+    order = order[torch.argsort((~is_one[order]).to(torch.int8), stable=True)]
+    rank = torch.empty_like(order).index_copy(0, order, torch.arange(order.shape[0], device=order.device))
+    return is_one & (rank < (is_one.sum() * share - 1e-9).ceil())
+
+
+def top_entropy_weights(entropy: Tensor, response_mask: Tensor | None = None, *, share: float = 0.2) -> Tensor:
+    """1 for the ceil(share * number) unmasked tokens of highest entropy in the call, 0 for all others.
+
+    With them only the forks of an answer are trained on (arXiv 2506.01939, which takes a fifth). Of equal entropies the
+    first in order counts; one that is NaN never does. PyTorch, without a synchronisation.
+
+    Args:
+        entropy: of any shape, floating point, a constant; the surprisal of the sampled tokens where there is none.
+        response_mask: of that shape, nonzero where a token counts; None: all.
+        share: from 0 to 1.
+
+    Returns:
+        float32, shaped like ``entropy``.
+
+    Example:
+        >>> leafkernels.top_entropy_weights(torch.tensor([[0.1, 2.0, 0.3], [0.2, 0.1, 0.0]]))
+        tensor([[0., 1., 1.],
+                [0., 0., 0.]])
+    """
+    check_real("entropy", entropy)
+    mask = check_mask(response_mask, "entropy", entropy.shape, entropy.device)
+    _check_share(share)
+    values = entropy.detach().reshape(-1)
+    is_one = ~values.isnan() if mask is None else mask.reshape(-1) & ~values.isnan()
+    return _largest(values, is_one, share).to(torch.float32).reshape(entropy.shape)
 
 
 def entropy_weights(advantages: Tensor, entropy: Tensor, *, alpha: float = 0.4, kappa: float = 2.0) -> Tensor:

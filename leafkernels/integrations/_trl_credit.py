@@ -40,3 +40,9 @@ class CreditConfig:
         default=0.0, metadata={"help": "tree_td: how many rollouts' worth the parent's value counts at a node."}
     )
     group_weight: float = field(default=0.5, metadata={"help": "tree_td: weight of the reward less the group's mean."})
+    quantile: float | None = field(
+        default=None, metadata={"help": "qae: the share of a prompt's rewards that its baseline reaches. None: 0.4."}
+    )
+    k: int | None = field(
+        default=None, metadata={"help": "pass_at_k: completions of which the best one counts. None: 2."}
+    )

@@ -54,7 +54,7 @@ _MODEL_INPUTS = (
 
 @dataclass
 class LeafGRPOConfig(CreditConfig, LossConfig, SharedPrefixesConfig, SamplingMaskConfig, trl.GRPOConfig):
-    """``GRPOConfig`` with the options of ``leafkernels.span_advantages`` and ``tree_td``, under the same names.
+    """``GRPOConfig`` with the options of ``leafkernels.span_advantages`` and of other schemes, under the same names.
 
     For a config of your own: ``@dataclass class MyConfig(LeafGRPOConfig, TheConfigOfMyTrainer)``.
     """
@@ -198,8 +198,9 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
     def _options(self) -> dict[str, Any]:
         """Those of the config that the estimator takes."""
         args = self.args
-        names = ("shrinkage", "group_weight", *CreditOptions._fields)
+        names = ("shrinkage", "group_weight", *_REFUSED, *CreditOptions._fields)
         options = {name: getattr(args, name) for name in names if _takes(args.estimator, name)}
+        options = {name: value for name, value in options.items() if name not in _REFUSED or value is not None}
         if args.normalize is None and "normalize" in options:
             # As TRL has it: what is normalised before the sum is scaled over the batch after it.
             scale = "batch" if self._sums_normalized() else args.scale_rewards
@@ -304,6 +305,10 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
         logged.extend(advantages.tolist())
 
 
+# Options that are None unless set, and then refused with an estimator that does not read them.
+_REFUSED = ("quantile", "k")
+
+
 def _takes(estimator: str, option: str) -> bool:
     return option in ESTIMATORS[estimator].options
 
@@ -342,6 +347,12 @@ def _check_trainer(trainer: type, args: Any) -> None:
         )
     if args.estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {args.estimator!r}")
+    for name in _REFUSED:
+        if getattr(args, name) is not None and not _takes(args.estimator, name):
+            raise ValueError(
+                f"{name} must be None with estimator={args.estimator!r}, which does not read it, "
+                f"got {getattr(args, name)!r}"
+            )
     check_options(args, "LeafGRPOTrainer")
     check_own_loss(args, "LeafGRPOTrainer")
     if any(base.__name__ in ("RLOOTrainer", "GMPOTrainer") for base in trainer.__mro__):

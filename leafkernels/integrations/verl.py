@@ -1,8 +1,9 @@
-"""Advantage estimators of verl: ``algorithm.adv_estimator=leaf``, or ``tempo``, ``tree_td`` or ``treerl``.
+"""Advantage estimators of verl: ``algorithm.adv_estimator=leaf``, or another name of ``leafkernels.ESTIMATORS``.
 
-Importing this module registers them, in the process that imports it: let verl do that with
-``VERL_USE_EXTERNAL_MODULES=leafkernels.integrations.verl``. Options of the function go under its name, as in
-``+algorithm.leaf.num_boundaries=4`` and ``+algorithm.tree_td.shrinkage=8.0``; for ``leaf`` and ``tree_td``,
+Importing this module registers those whose names verl does not have (``grpo``, ``rloo`` and ``opo`` of 0.9 stay its
+own), in the process that imports it: let verl do that with
+``VERL_USE_EXTERNAL_MODULES=leafkernels.integrations.verl``. Options of a function go under its name, as in
+``+algorithm.leaf.num_boundaries=4`` and ``+algorithm.qae.quantile=0.5``; for ``leaf`` and ``tree_td``,
 ``norm_adv_by_std_in_grpo=False`` asks for ``normalize="none"``, unless they say otherwise.
 
 verl (0.9) shows an estimator the rewards, the mask and the uids, but neither token ids nor log-probabilities. A version
@@ -10,10 +11,11 @@ that passes ``batch`` to estimators whose signature has it needs no more. For ot
 ``LeafAdvantage``, a mixin for trainers, or by ``compute_advantage``, for loops that call verl's function themselves.
 
 An agent loop may give several rows for one session (its context was cut, or it has sub-agents). With ``LeafAdvantage``
-they are one rollout, whose tokens are those of its rows in their order and whose reward, that of its last row, counts
+they are one rollout, whose tokens are those of its rows in their order and whose rewards, those of its last row, count
 once, as verl's own GRPO has it. What stood before the later rows differs, so those share no prefix with other sessions.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,7 +28,7 @@ from torch import Tensor
 from leafkernels import ESTIMATORS, group_index
 
 try:
-    from verl.trainer.ppo.core_algos import register_adv_est
+    from verl.trainer.ppo import core_algos
 except (ImportError, RuntimeError) as error:  # the latter from lazy imports of what verl imports, in several lines
     raise ImportError(
         f"leafkernels.integrations.verl needs verl, which cannot be imported here ({' '.join(str(error).split())}); "
@@ -59,7 +61,8 @@ def compute_advantage_of(
 
     Args:
         name: of the estimator, and of its options in ``config``.
-        token_level_rewards: (bs, R), summed over the tokens of a row; NaN: an unscorable row.
+        token_level_rewards: (bs, R). NaN: an unscorable row. What is earned before a row's last token that counts is
+            earned there, the ``step_rewards`` of a scheme that takes them; all else is the reward of the row.
         response_mask: (bs, R), 0 on padding, tool tokens and rejected tokens. Responses begin in the first column.
         index: (bs,) uids of prompts, an array of objects.
         config: ``algorithm`` of verl's configuration.
@@ -88,11 +91,14 @@ def compute_advantage_of(
     sessions = _sessions(keys, len(mask))
     packed = _pack(sessions, held["logprobs"], token_ids, mask)
     last = [rows[-1] for rows in sessions]
+    rewards, earned = _rewards(name, token_level_rewards, mask, _index(last, mask.device))
+    if earned is not None:
+        options["step_rewards"] = packed.pack(earned, earned.new_zeros(len(earned)))
     advantages = packed.rows_of(
         ESTIMATORS[name](
             packed.logprobs,
             packed.token_ids,
-            token_level_rewards.sum(-1)[_index(last, mask.device)],
+            rewards,
             response_mask=packed.mask,
             groups=group_index([index[row] for row in last], mask.device),
             cu_seqlens=packed.cu_seqlens,
@@ -103,11 +109,29 @@ def compute_advantage_of(
     return advantages, advantages
 
 
-for _name, _estimator in ESTIMATORS.items():
-    if _estimator.per == "row":
-        continue  # of which verl has its own
-    # A version that passes the batch looks at the signature, which a partial keeps.
-    register_adv_est(_name)(partial(compute_advantage_of, _name))
+for _name in ESTIMATORS:
+    # Without a registry to ask, verl's own function refuses names that are taken.
+    if _name not in getattr(core_algos, "ADV_ESTIMATOR_REGISTRY", ()):
+        # A version that passes the batch looks at the signature, which a partial keeps.
+        core_algos.register_adv_est(_name)(partial(compute_advantage_of, _name))
+
+
+def _rewards(name: str, by_token: Tensor, mask: Tensor, last: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(sessions,) rewards, and (bs, R) what is earned before them at a token; None where nothing is.
+
+    The rows ``last`` have them. verl computes advantages on a CPU, where asking whether there are any waits for
+    nothing.
+    """
+    total = by_token.sum(-1)[last]
+    if "step_rewards" not in inspect.signature(ESTIMATORS[name]).parameters:
+        return total, None
+    counts = mask.long()
+    is_before = counts.flip(1).cumsum(1).flip(1) - counts > 0
+    own = by_token.double()[last]
+    earned = torch.where(is_before[last] & ~total.isnan()[:, None], own, 0.0)
+    if not earned.any():
+        return total, None
+    return (own - earned).sum(-1), torch.zeros_like(by_token, dtype=torch.float64).index_copy(0, last, earned)
 
 
 def _find(name: str, batch: Mapping[str, Tensor] | None) -> tuple[dict[str, Tensor], Sequence[str] | None]:
@@ -155,9 +179,17 @@ class _Packed(NamedTuple):
     """(total,) in the flattened rows, each of which has one place more than the responses."""
     shape: torch.Size
 
+    def pack(self, rows: Tensor, separators: Tensor) -> Tensor:
+        return _in_places(self.places, rows, separators)
+
     def rows_of(self, tokens: Tensor) -> Tensor:
         rows, width = self.shape
         return tokens.new_empty(len(tokens)).index_copy(0, self.places, tokens).view(rows, width + 1)[:, :-1]
+
+
+def _in_places(places: Tensor, rows: Tensor, separators: Tensor) -> Tensor:
+    """(total,) of (bs, R), with (bs,) for what stands behind each row."""
+    return torch.cat([rows, separators[:, None]], 1).flatten()[places]
 
 
 def _pack(sessions: list[list[int]], logprobs: Tensor, token_ids: Tensor, mask: Tensor) -> _Packed:
@@ -174,7 +206,7 @@ def _pack(sessions: list[list[int]], logprobs: Tensor, token_ids: Tensor, mask: 
     places = (order[:, None] * (width + 1) + torch.arange(width + 1, device=device)).flatten()[places]
 
     def pack(tensor: Tensor, separators: Tensor) -> Tensor:
-        return torch.cat([tensor, separators[:, None]], 1).flatten()[places]
+        return _in_places(places, tensor, separators)
 
     separators = torch.empty_like(order).index_copy(0, order, -1 - numbers)
     # Rollouts are compared from their first place on, also where the token in it has been rejected.
