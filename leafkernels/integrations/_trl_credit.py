@@ -1,8 +1,13 @@
 """The options of the credit in the configs of TRL's trainers: ``CreditConfig``."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from leafkernels import ESTIMATORS
+from leafkernels.credit.options import CreditOptions
+
+# None unless set, and then refused with an estimator that does not read them.
+_OPTIONAL = ("quantile", "k")
 
 
 @dataclass
@@ -46,3 +51,17 @@ class CreditConfig:
     k: int | None = field(
         default=None, metadata={"help": "pass_at_k: completions of which the best one counts. None: 2."}
     )
+
+
+def options_of(args: Any) -> dict[str, Any]:
+    """Those of a config that its estimator takes; raises ValueError where one is set that it does not read."""
+    taken = ESTIMATORS[args.estimator].options
+    for name in _OPTIONAL:
+        if getattr(args, name) is not None and name not in taken:
+            raise ValueError(
+                f"{name} must be None with estimator={args.estimator!r}, which does not read it, "
+                f"got {getattr(args, name)!r}"
+            )
+    names = ("shrinkage", "group_weight", *_OPTIONAL, *CreditOptions._fields)
+    found = {name: getattr(args, name) for name in names if name in taken}
+    return {name: value for name, value in found.items() if name not in _OPTIONAL or value is not None}

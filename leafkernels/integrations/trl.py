@@ -14,7 +14,6 @@ from torch import Tensor
 
 from leafkernels import ESTIMATORS, PRESETS, scatter_spans, span_tree
 from leafkernels._core.precision import is_rounding
-from leafkernels.credit.options import CreditOptions
 from leafkernels.distributed import GatheredGroups, gather_groups
 from leafkernels.models.asking import evaluating
 
@@ -27,7 +26,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
         "pip install 'leafkernels[trl]'"
     ) from error
 
-from leafkernels.integrations._trl_credit import CreditConfig
+from leafkernels.integrations._trl_credit import CreditConfig, options_of
 from leafkernels.integrations._trl_loss import LossConfig, OwnLoss, check_own_loss
 from leafkernels.integrations._trl_masks import SamplingMaskConfig
 from leafkernels.integrations._trl_options import check_options
@@ -198,9 +197,7 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
     def _options(self) -> dict[str, Any]:
         """Those of the config that the estimator takes."""
         args = self.args
-        names = ("shrinkage", "group_weight", *_REFUSED, *CreditOptions._fields)
-        options = {name: getattr(args, name) for name in names if _takes(args.estimator, name)}
-        options = {name: value for name, value in options.items() if name not in _REFUSED or value is not None}
+        options = options_of(args)
         if args.normalize is None and "normalize" in options:
             # As TRL has it: what is normalised before the sum is scaled over the batch after it.
             scale = "batch" if self._sums_normalized() else args.scale_rewards
@@ -305,10 +302,6 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
         logged.extend(advantages.tolist())
 
 
-# Options that are None unless set, and then refused with an estimator that does not read them.
-_REFUSED = ("quantile", "k")
-
-
 def _takes(estimator: str, option: str) -> bool:
     return option in ESTIMATORS[estimator].options
 
@@ -347,12 +340,7 @@ def _check_trainer(trainer: type, args: Any) -> None:
         )
     if args.estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {args.estimator!r}")
-    for name in _REFUSED:
-        if getattr(args, name) is not None and not _takes(args.estimator, name):
-            raise ValueError(
-                f"{name} must be None with estimator={args.estimator!r}, which does not read it, "
-                f"got {getattr(args, name)!r}"
-            )
+    options_of(args)
     check_options(args, "LeafGRPOTrainer")
     check_own_loss(args, "LeafGRPOTrainer")
     if any(base.__name__ in ("RLOOTrainer", "GMPOTrainer") for base in trainer.__mro__):

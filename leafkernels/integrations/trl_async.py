@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from leafkernels import ESTIMATORS
-from leafkernels.credit.options import CreditOptions
-from leafkernels.integrations._trl_credit import CreditConfig
+from leafkernels.integrations._trl_credit import CreditConfig, options_of
 
 try:
     import trl
@@ -195,8 +194,7 @@ def _credit_options(args: Any) -> dict[str, Any]:
             "credited one at a time"
         )
     scheme = ESTIMATORS[args.estimator]
-    names = ("shrinkage", "group_weight", *CreditOptions._fields)
-    options = {name: getattr(args, name) for name in names if name in scheme.options}
+    options = options_of(args)
     if options.get("normalize", "") is None:
         options["normalize"] = scheme.normalized
     one = SimpleNamespace(input_ids=[0], completion_mask=[1], old_log_probs=[0.0])
