@@ -1153,7 +1153,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ({"append": 1}, TypeError, "append must be a bool, got int"),
         ({"prompts": ["x"]}, ValueError, "prompts must have one text for each of 3 prompts, got 1"),
         ({"prompt_ids": ["x"]}, ValueError, "prompt_ids must have one name for each of 3 prompts, got 1"),
-        ({"rewards": torch.zeros(3, 4, 9)}, ValueError, "rewards for each token are not taken"),
+        ({"rewards": torch.zeros(3, 4, 9)}, ValueError, "shape (3, 4, 9): those at tokens are step_rewards"),
         ({"rewards": torch.full((3, 4), math.inf)}, ValueError, "rewards must be finite, or NaN where it is not known"),
         ({"token_ids": torch.zeros(3, 4, 9)}, TypeError, "token_ids must hold integers, got torch.float32"),
         ({"group_size": 4}, ValueError, "group_size must be None where token_ids is (prompts, rows, tokens)"),
