@@ -164,7 +164,7 @@ def test_what_rollouts_share_stands_once(tmp_path: Path) -> None:
     rows = [completion([1] * 200, 1.0)] * 60 + [completion([1] * 150 + [2] * 50, 0.0)] * 40
     (prompt,) = data_of(write_report(tmp_path, [{"completions": rows}]).read_text())["prompts"]
     assert len(prompt["tokens"]) == 250
-    assert len(prompt["runs"]) < 20
+    assert len(prompt["runs"]) <= 2 * len(leafkernels.ESTIMATORS)
 
 
 def test_the_charts_by_hand(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_what_runs_is_what_is_counted() -> None:
     ids, mask = padded(rows)
     stats = tree_stats(model, ids, mask)
     # A second forward pass costs more than the few tokens of another plan.
-    assert stats == ("tree", "fewer tokens", 5, 1, 5 * 23, 20 + 5 * 3, 35, 35, 1)
+    assert stats == ("tree", "fewer tokens", 5, 1, 5 * 23, 20 + 5 * 3, 35, 35, 1, 0)
     seen: list[int] = []
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
