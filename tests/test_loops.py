@@ -558,6 +558,21 @@ def test_page_shared_prefixes() -> None:
     assert not torch.equal(weights[0][0], next(build_model("llama").to(DEVICE).parameters()))
 
 
+def test_page_sampling_masks() -> None:
+    """Log-probabilities are those of logits where all but the kept ids are -inf; TRL's line is in its own tests."""
+    logprobs_of = snippets("Sampling masks")["masked_logprobs"]
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 3, 4, device=DEVICE), torch.randn(7, 4, device=DEVICE)
+    ids = torch.tensor([[0, 1, 2], [3, 4, 0]], device=DEVICE)
+    live = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool, device=DEVICE)
+    kept = [[0, 5], [1, 2, 6], [2], [3, 0], [4, 6]]
+    logits = (hidden @ weight.T)[live] / 0.8
+    is_kept = torch.tensor([[i in row for i in range(7)] for row in kept], device=DEVICE)
+    expected = logits.masked_fill(~is_kept, -torch.inf).log_softmax(-1).gather(-1, ids[live][:, None])[:, 0]
+    found = logprobs_of(hidden, weight, ids, live, kept, 0.8)
+    torch.testing.assert_close(found[live], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_page_verl() -> None:
     pytest.importorskip("verl.trainer.ppo.v1", reason="needs verl: pip install -e '.[verl]'")
     assert snippets("verl")["LeafTrainer"].__mro__[1].__name__ == "LeafAdvantage"
