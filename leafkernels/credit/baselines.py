@@ -139,8 +139,7 @@ def qae(
         starts = torch.empty_like(groups.starts).index_copy(0, groups.order, groups.starts)
         at = (starts + rank - 1).clamp(0, max(rank.shape[0] - 1, 0))
         baseline = found.centred[ordered.order][at]
-        std = found.std
-        return found.centred - baseline, torch.where(std == 0.0, 0.0, std + 1e-6)
+        return found.centred - baseline, found.divisor
 
     return credit_rows(rollouts, formula)
 

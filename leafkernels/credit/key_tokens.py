@@ -55,7 +55,7 @@ def ktae(
         return rollouts.by_reference(ktae)
 
     def formula(rollouts: Rollouts, groups: Segments, found: Statistics) -> tuple[Tensor, Tensor]:
-        return found.centred, torch.where(found.std == 0.0, 0.0, found.std + 1e-6)
+        return found.centred, found.divisor
 
     return credit_rows(rollouts, formula, beside=_key_values(rollouts) if rollouts.token_ids.numel() else None)
 

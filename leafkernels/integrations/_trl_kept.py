@@ -10,15 +10,6 @@ from torch.nn.functional import pad
 from leafkernels.vocabulary.sampling_mask import SamplingMask
 
 
-def is_kept(mask: SamplingMask, token_ids: Tensor) -> Tensor:
-    """(N,) whether a token is among the kept ids of its row, of ``from_logits``."""
-    lengths = mask.offsets.diff()
-    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-    found = torch.zeros_like(token_ids, dtype=torch.bool)
-    found[rows[mask.token_ids == token_ids[rows]]] = True
-    return found
-
-
 def padded(
     prompts: list[list[int]], completions: list[list[int]], fill: int, device: Any
 ) -> tuple[Tensor, Tensor, int]:

@@ -17,13 +17,13 @@ import trl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leafkernels.integrations._trl_kept import is_kept, joined, of_engine, of_rows, padded
+from leafkernels.integrations._trl_kept import joined, of_engine, of_rows, padded
 from leafkernels.integrations._trl_sharing import SharedPrefixes
 from leafkernels.models.asking import bare_model, evaluating, parameters_of
 from leafkernels.models.heads import Head, head_of, hidden_states, score
 from leafkernels.models.ranks import placed
 from leafkernels.models.tree_logprobs import Prepared
-from leafkernels.vocabulary.sampling_mask import SamplingMask
+from leafkernels.vocabulary.sampling_mask import SamplingMask, are_missing
 from leafkernels.vocabulary.surprisal import surprisal_entropy
 
 _logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class SamplingMasks(SharedPrefixes):
         numbers: list[Tensor] = []
         step = max(1, _CHUNK // _vocabulary(head, states))
         for some, sampled in zip(states.split(step), tokens.split(step), strict=True):
-            logits = _logits(head, some)
+            logits = some if head is None else head.logits(some)
             if banned:
                 logits = logits.index_fill(1, torch.tensor(banned, device=logits.device), -torch.inf)
             part = SamplingMask.from_logits(logits, **self._sampler)
@@ -206,7 +206,7 @@ class SamplingMasks(SharedPrefixes):
             kept = surprisal_entropy(logits, sampled, sampling_mask=part, **options).logprobs
             mass = (surprisal_entropy(logits, sampled, **options).logprobs - kept).exp()
             parts.append(part)
-            numbers.append(torch.stack((kept, mass, (~is_kept(part, sampled)).to(kept.dtype))))
+            numbers.append(torch.stack((kept, mass, are_missing(part, sampled).to(kept.dtype))))
         whole = torch.cat(numbers, 1) if numbers else states.new_zeros((3, 0))
         logprobs, mass, missing = (whole.new_zeros(live.shape).masked_scatter(live, row) for row in whole)
         return of_rows(parts, live.sum(1).tolist(), ids.device), logprobs, mass, missing
@@ -294,10 +294,3 @@ def _states(model: Any, ids: Tensor, mask: Tensor, keep: int) -> tuple[Head | No
 
 def _vocabulary(head: Head | None, states: Tensor) -> int:
     return states.shape[-1] if head is None else head.linear.weight.shape[0]
-
-
-def _logits(head: Head | None, states: Tensor) -> Tensor:
-    if head is None:
-        return states
-    logits = head.linear(states) * head.scale
-    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap

@@ -61,7 +61,7 @@ class TransformersStepper:
         if self._base is not None:
             self._counts_itself = "position_ids" not in inspect.signature(self._base.forward).parameters
             self._cache_name = name_of_cache(self._base)
-        cannot_pack = _cannot_pack(config, is_own=self._base is None)
+        cannot_pack = "" if packed is False else _cannot_pack(config, is_own=self._base is None)
         if packed and cannot_pack:
             raise ValueError(f"packed branches need {cannot_pack}, or ask for packed=False")
         self._packed = not cannot_pack and trial.packs(self) if packed is None else packed

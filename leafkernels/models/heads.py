@@ -22,6 +22,9 @@ class Head(NamedTuple):
     scale: float
     softcap: float | None
 
+    def logits(self, states: Tensor) -> Tensor:
+        return _scaled(self.linear(states), self.scale, self.softcap)
+
 
 # Of models that were asked: scale and softcap; None: their logits are not those of a linear head.
 _known: "weakref.WeakKeyDictionary[Any, tuple[float, float | None] | None]" = weakref.WeakKeyDictionary()
@@ -42,6 +45,11 @@ def head_of(model: Any) -> Head | None:
         _known[bare] = _find(bare, linear)
     found = _known[bare]
     return None if found is None else Head(linear, *found)
+
+
+def _scaled(products: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = products * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def _is_compiled(model: Any) -> bool:
@@ -73,10 +81,8 @@ def _find(bare: Any, linear: Any) -> tuple[float, float | None] | None:
     bound = 1e-4 if linear.weight.dtype in (torch.float32, torch.float64) else 3e-2
     for factor in (scale, scaling and 1.0 / scaling, 1.0):
         for cap in (softcap, None):
-            if factor:
-                made = raw * factor if cap is None else torch.tanh(raw * factor / cap) * cap
-                if float((made - logits).norm()) <= bound * float(logits.norm()):
-                    return float(factor), cap
+            if factor and float((_scaled(raw, factor, cap) - logits).norm()) <= bound * float(logits.norm()):
+                return float(factor), cap
     return None
 
 

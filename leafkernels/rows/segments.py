@@ -36,6 +36,11 @@ class Statistics(NamedTuple):
     is_out: Tensor
     """Whether the entry does not count."""
 
+    @property
+    def divisor(self) -> Tensor:
+        """std + 1e-6; 0 where the entries are equal."""
+        return torch.where(self.std == 0.0, 0.0, self.std + 1e-6)
+
     def over_std(self, values: Tensor) -> Tensor:
         """``values`` / (std + 1e-6); 0 where the entries are equal."""
         return (values / (self.std + 1e-6)).masked_fill(self.std == 0.0, 0.0)

@@ -159,11 +159,7 @@ class SamplingMask(NamedTuple):
         live = check_mask(response_mask, "token_ids", ids.shape, ids.device)
         ids = ids.reshape(-1).to(torch.int64)
         checked = check_sampling_mask(self, ids.shape[0], ids.device)
-        row = rows_of(checked).clamp(0, max(ids.shape[0] - 1, 0))
-        if not ids.shape[0] or not row.shape[0]:
-            return ids.new_zeros(())
-        lengths, is_sampled = checked.offsets.diff(), checked.token_ids.to(torch.int64) == ids[row]
-        missing = (lengths > 0) & (count_by_row(is_sampled, checked.offsets) == 0)
+        missing = are_missing(checked, ids)
         return (missing if live is None else missing & live.reshape(-1)).sum()
 
     @property
@@ -252,6 +248,14 @@ def lists_of(mask: SamplingMask | None, rows: Sequence[int]) -> list[list[int]] 
         return None
     ids, offsets = mask.token_ids.tolist(), mask.offsets.tolist()
     return [ids[offsets[row] : offsets[row + 1]] for row in rows]
+
+
+def are_missing(mask: SamplingMask, token_ids: Tensor) -> Tensor:
+    """(N,) whether the sampled id (N,) int64 is not among the kept ids of its row, which has some."""
+    if not token_ids.shape[0]:
+        return torch.zeros_like(token_ids, dtype=torch.bool)
+    is_sampled = mask.token_ids == token_ids[rows_of(mask).clamp(0, token_ids.shape[0] - 1)]
+    return (mask.offsets.diff() > 0) & (count_by_row(is_sampled, mask.offsets) == 0)
 
 
 def rows_of(mask: SamplingMask) -> Tensor:
