@@ -547,7 +547,8 @@ def test_the_page_shows_what_was_executed() -> None:
 def test_kernels_in_order_and_interleaved(part: str, tmp_path: Path) -> None:
     """Results are those of the PyTorch backend, and nothing is seen. Threads may write one value together."""
     cases, kernels = PARTS[part]
-    seeds = [1] if part == "losses" else [1, 2, 3]  # twelve kinds of one kernel, which "tokens" has by three
+    # Programs of the two parts tell each other something by memory; those of the others are alone, and take longer.
+    seeds = [1, 2, 3] if part in ("prefixes", "spans") else [1]
     found = executed(tmp_path, "--seeds", *seeds, "--cases", *cases)
     assert found["failed"] == {}
     assert found["seen"] == []
