@@ -12,8 +12,8 @@ from uuid import uuid4
 
 import torch
 
+from leafkernels.lookahead.inputs import holds_any
 from leafkernels.lookahead.search import Search
-from leafkernels.lookahead.transformers import holds_any
 from leafkernels.lookahead.vllm.asked import Asked, Limits, RefusedError, Text, read
 from leafkernels.lookahead.vllm.asynchronous import AsyncVLLMStepper, search_async
 from leafkernels.lookahead.vllm.room import Room
