@@ -14,7 +14,7 @@ from bench.harness import Bench, Call, Prepare, compiled
 from bench.rollouts import Batch, Shape
 from leafkernels.eager import policy_loss
 from leafkernels.losses.kinds import LossOptions
-from leafkernels.losses.policy_loss import LossInputs
+from leafkernels.losses.tokens import LossInputs
 
 INPUTS = ("sampled", "ragged")
 OP = "policy_loss with gradient"

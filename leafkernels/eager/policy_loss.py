@@ -10,7 +10,7 @@ from leafkernels._core.precision import compute_dtype
 
 if TYPE_CHECKING:
     from leafkernels.losses.kinds import LossOptions
-    from leafkernels.losses.policy_loss import LossInputs
+    from leafkernels.losses.tokens import LossInputs
 
 _LEAST_LOG_WEIGHT, _MOST_LOG_WEIGHT = math.log(1e-8), 20.0
 

@@ -18,7 +18,7 @@ from leafkernels.kernels._shared import FP_FUSION, exp_tail, expm1, load_block, 
 
 if TYPE_CHECKING:
     from leafkernels.losses.kinds import LossOptions
-    from leafkernels.losses.policy_loss import LossInputs
+    from leafkernels.losses.tokens import LossInputs
 
 SUMS = 7  # loss, clipped, e^x - 1 - x of the log-ratio, ratio, KL, entropy, tokens
 BLOCK = 1024

@@ -13,7 +13,14 @@ from leafkernels._core.precision import compute_dtype
 from leafkernels._core.reference import from_reference
 from leafkernels.losses.aggregates import check_aggregate, row_weights
 from leafkernels.losses.kinds import LossOptions, check_loss
-from leafkernels.losses.tokens import batch_weights, check_token_weights, drawn_numbers, row_lists, spread_rows
+from leafkernels.losses.tokens import (
+    LossInputs,
+    batch_weights,
+    check_token_weights,
+    drawn_numbers,
+    row_lists,
+    spread_rows,
+)
 from leafkernels.rows.find import check_cu_seqlens
 
 
@@ -34,18 +41,6 @@ class PolicyLoss(NamedTuple):
     """Mean estimate of the KL divergence to the reference policy, as ``kl_kind`` has it; 0 without one."""
     mean_entropy: Tensor
     """Mean of ``entropy``; 0 without it."""
-
-
-class LossInputs(NamedTuple):
-    """What the losses of tokens (N, T), or (total,) with ``cu_seqlens``, need beside their log-probabilities."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    mask: Tensor
-    ref_logprobs: Tensor | None
-    token_weights: Tensor | None
-    penalties: Tensor | None  # of the absolute log-ratio
-    cu_seqlens: Tensor | None
 
 
 @operation("policy_loss")

@@ -1,6 +1,6 @@
-"""What a loss takes from other tokens of its row or batch, as weights of tokens; and packed rows."""
+"""What the losses of tokens read, and what they take from other tokens of a row or batch; packed rows."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +8,17 @@ from torch import Tensor
 from leafkernels._core.checks import values_readable
 from leafkernels._core.precision import compute_dtype
 
-if TYPE_CHECKING:
-    from leafkernels.losses.policy_loss import LossInputs
+
+class LossInputs(NamedTuple):
+    """What the losses of tokens (N, T), or (total,) with ``cu_seqlens``, need beside their log-probabilities."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    ref_logprobs: Tensor | None
+    token_weights: Tensor | None
+    penalties: Tensor | None  # of the absolute log-ratio
+    cu_seqlens: Tensor | None
 
 
 def check_token_weights(token_weights: Tensor | None, mask: Tensor) -> None:
@@ -27,8 +36,8 @@ def drawn_numbers(logprobs: Tensor) -> Tensor:
 
 
 def batch_weights(
-    kind: str, logprobs: Tensor, inputs: "LossInputs", drawn: Tensor | None, options: dict[str, Any]
-) -> "LossInputs":
+    kind: str, logprobs: Tensor, inputs: LossInputs, drawn: Tensor | None, options: dict[str, Any]
+) -> LossInputs:
     """The inputs, with what the kind takes from other tokens in ``token_weights`` and ``penalties``."""
     if kind == "fipo":
         low, high = options["future_clip"]
@@ -44,11 +53,11 @@ def batch_weights(
     return inputs
 
 
-def _product(inputs: "LossInputs", factors: Tensor) -> Tensor:
+def _product(inputs: LossInputs, factors: Tensor) -> Tensor:
     return factors if inputs.token_weights is None else factors * inputs.token_weights
 
 
-def _marked(logprobs: Tensor, inputs: "LossInputs", drawn: Tensor | None, options: dict[str, Any]) -> Tensor:
+def _marked(logprobs: Tensor, inputs: LossInputs, drawn: Tensor | None, options: dict[str, Any]) -> Tensor:
     """Bool: the share of tokens with the highest covariance, or of those ``drawn`` among those with a high one."""
     mask = inputs.mask
     policy, old, advantages = (
@@ -70,7 +79,7 @@ def _marked(logprobs: Tensor, inputs: "LossInputs", drawn: Tensor | None, option
     return torch.zeros_like(is_first).scatter(0, order, is_first).view(mask.shape) & is_candidate
 
 
-def _discounted_future(logprobs: Tensor, inputs: "LossInputs", half_life: float) -> Tensor:
+def _discounted_future(logprobs: Tensor, inputs: LossInputs, half_life: float) -> Tensor:
     """Of each token the sum of its row's log-ratios from it on, each counting half as much ``half_life`` tokens on."""
     dtype = compute_dtype(logprobs.dtype)
     sums = torch.where(inputs.mask, logprobs.to(dtype) - inputs.old_logprobs.to(dtype), 0.0)
