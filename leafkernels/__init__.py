@@ -30,6 +30,7 @@ from leafkernels.rows.groups import group_index
 from leafkernels.rows.prefix_tree import PrefixTree, prefix_tree
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
 from leafkernels.vocabulary.sampling_mask import SamplingMask
+from leafkernels.vocabulary.statistics import TokenStatistics
 from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ __all__ = [
     # Vocabulary
     "SamplingMask",
     "SurprisalEntropy",
+    "TokenStatistics",
     "linear_surprisal_entropy",
     "surprisal_entropy",
     # Losses
