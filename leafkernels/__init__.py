@@ -17,6 +17,7 @@ from leafkernels.credit.options import PRESETS
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
 from leafkernels.credit.registry import ESTIMATORS, Estimator
 from leafkernels.credit.scatter import scatter_spans
+from leafkernels.credit.token_baseline import otb
 from leafkernels.credit.tree import SpanTree, span_tree
 from leafkernels.credit.values import SpanValues, span_values
 from leafkernels.credit.weights import entropy_weights, stare_weights, top_entropy_weights
@@ -53,6 +54,7 @@ __all__ = [
     "ktae",
     "maxrl",
     "opo",
+    "otb",
     "pass_at_k",
     "qae",
     "report",

@@ -25,6 +25,7 @@ from python_ref.returns import returns_to_go, total_returns, weighed_rewards
 from python_ref.reward_channel import channel_states, reward_channel
 from python_ref.scatter import gather_spans, scatter_spans
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward, token_statistics
+from python_ref.token_baseline import otb
 from python_ref.tree import SpanTree, span_tree
 from python_ref.values import normalize_spans, span_values
 from python_ref.weights import entropy_weights, stare_weights, top_entropy_weights
@@ -48,6 +49,7 @@ __all__ = [
     "maxrl",
     "normalize_spans",
     "opo",
+    "otb",
     "pass_at_k",
     "policy_loss",
     "policy_loss_backward",

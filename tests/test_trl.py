@@ -240,6 +240,7 @@ def test_estimators_that_cannot_be(tmp_path: Path) -> None:
             "normalize must be one of 'none', 'reward_std', got 'batch'",
         ),
         ({"estimator": "tree_td", "shrinkage": -1.0}, "shrinkage must be at least 0, got -1"),
+        ({"estimator": "otb"}, "estimator must be one that needs no sum_squares .*, got 'otb'"),
         ({"estimator": "qae", "quantile": 1.5}, "quantile must lie between 0 and 1, got 1.5"),
         ({"estimator": "pass_at_k", "k": 0}, "k must be .*, got 0"),
         ({"quantile": 0.4}, "quantile must be None with estimator='leaf', which does not read it, got 0.4"),
@@ -253,7 +254,7 @@ def test_the_config_has_every_option_of_the_schemes() -> None:
     """But for the scores of boundaries, which are a tensor."""
     known = {field.name for field in dataclasses.fields(LeafGRPOConfig)}
     for name, estimator in leafkernels.ESTIMATORS.items():
-        assert set(estimator.options) - {"boundary_scores", "gathered"} <= known, name
+        assert set(estimator.options) - {"boundary_scores", "gathered", "sum_squares"} <= known, name
 
 
 @pytest.mark.parametrize(("scale", "normalize"), [("group", "span"), ("batch", "batch"), ("none", "none")])

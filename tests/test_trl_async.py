@@ -357,6 +357,8 @@ def test_what_cannot_be_credited_is_refused(samples: list[Any], tmp_path: Path) 
         credit_samples(conversations(0), [1.0])
     with pytest.raises(ValueError, match="estimator must be one of 'leaf', .* got 'none'"):
         credit_samples([], [], estimator="none")
+    with pytest.raises(ValueError, match="estimator must be one that needs no sum_squares .*, got 'otb'"):
+        credit_samples([], [], estimator="otb")
     row = SimpleNamespace(input_ids=[1, 2], completion_mask=[0, 1], old_log_probs=[0.0])
     with pytest.raises(ValueError, match="must be of one length, got 2, 2, 1"):
         credit_samples([[row]], [1.0])

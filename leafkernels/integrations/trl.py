@@ -26,7 +26,7 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
         "pip install 'leafkernels[trl]'"
     ) from error
 
-from leafkernels.integrations._trl_credit import CreditConfig, options_of
+from leafkernels.integrations._trl_credit import CreditConfig, check_estimator, options_of
 from leafkernels.integrations._trl_loss import LossConfig, OwnLoss, check_own_loss
 from leafkernels.integrations._trl_masks import SamplingMaskConfig
 from leafkernels.integrations._trl_options import check_options
@@ -338,8 +338,7 @@ def _check_trainer(trainer: type, args: Any) -> None:
             f"args must be a LeafGRPOConfig, or a dataclass derived from it and your own config, "
             f"got {type(args).__name__}"
         )
-    if args.estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {args.estimator!r}")
+    check_estimator(args.estimator)
     options_of(args)
     check_options(args, "LeafGRPOTrainer")
     check_own_loss(args, "LeafGRPOTrainer")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from leafkernels import ESTIMATORS
-from leafkernels.integrations._trl_credit import CreditConfig, options_of
+from leafkernels.integrations._trl_credit import CreditConfig, check_estimator, options_of
 
 try:
     import trl
@@ -81,8 +81,7 @@ def credit_samples(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
+    check_estimator(estimator)
     if len(rewards) != len(conversations):
         raise ValueError(f"rewards must be one for each of {len(conversations)} conversations, got {len(rewards)}")
     samples = [sample for rows in conversations for sample in rows]
@@ -186,8 +185,7 @@ def _credit_options(args: Any) -> dict[str, Any]:
             "args must be a LeafAsyncGRPOConfig, or a dataclass derived from it and your own config, "
             f"got {type(args).__name__}"
         )
-    if args.estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {args.estimator!r}")
+    check_estimator(args.estimator)
     if args.normalize == "batch":
         raise ValueError(
             "normalize must be 'span', 'reward_std' or 'none' with LeafAsyncGRPOTrainer, got 'batch': groups are "
