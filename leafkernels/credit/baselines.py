@@ -214,8 +214,9 @@ def pass_at_k(
     """(best of k with the row - best of k) / (std + 1e-6) over all sets of k rows of a prompt (arXiv 2508.10751).
 
     Best of k is the largest reward of a set, a mean over all sets, or over those that hold the row; std is its
-    deviation over all sets. For rewards 0 and 1 that is the paper's pass@k in closed form, checked
-    against its authors' code. Returns are credited as a whole, ``step_rewards`` too, since a best is no sum. The other arguments, layouts and errors are those of ``opo``.
+    deviation over all sets. For rewards 0 and 1 that is the paper's pass@k in closed form, checked against its authors'
+    code. Returns are credited as a whole, ``step_rewards`` too, since a best is no sum. The other arguments, layouts
+    and errors are those of ``opo``.
 
     Args:
         k: rows of a set, at least 1; at most those of the prompt, and then all rows get 0.
