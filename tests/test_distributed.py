@@ -1002,6 +1002,31 @@ def loss_of_rank(logits: torch.Tensor, tensors: dict[str, Any], options: dict[st
     return tuple(f.detach() for f in result), leaf.grad
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_the_loss_from_slices_over_kept_ids(importance: str, backend: str, ranks: Ranks) -> None:
+    """Rows that keep all ids, ids of one slice alone, or of two; and masked ones. That of whole rows, filled with -inf."""
+    inputs = {name: tensor.cpu() for name, tensor in loss_inputs(7, 2, 4, 12, torch.float64).items()}
+    logits = inputs.pop("logits")
+    kept = [[], [0, 1, 2], [11], [], [3, 9], [0, 11], list(range(12)), [5]]
+    mask = leafkernels.SamplingMask.from_lists(kept)
+    options = {"kl_coef": 0.1, "entropy_coef": 0.05, "importance": importance, "backend": backend}
+    sizes = (3, 0, 7, 2)
+    calls = [(part, inputs, {**options, "sampling_mask": mask}, 4) for part in logits.split(sizes, -1)]
+    answers = ranks.call(loss_of_rank, calls)
+    whole = loss_of_rank(logits, inputs, {**options, "sampling_mask": mask}, None)
+    flat = logits.flatten(0, 1).tolist()
+    filled = mask_logits(flat, inputs["token_ids"].flatten().tolist(), kept)
+    by_hand = loss_of_rank(torch.tensor(filled, dtype=torch.float64).view_as(logits), inputs, options, None)
+    for found, _ in answers:
+        torch.testing.assert_close(found, whole[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, by_hand[0], rtol=1e-9, atol=1e-12)
+    gradient = torch.cat([answer[1] for answer in answers], -1)
+    torch.testing.assert_close(gradient, whole[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, by_hand[1], rtol=1e-9, atol=1e-12)
+    assert gradient[:, :, 3:10].any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_loss_from_slices_is_that_from_whole_rows(world: int, backend: str, ranks: Ranks) -> None:

@@ -31,7 +31,8 @@ def ktae(
     direction, is asin(sqrt(share of the right rows)) - asin(sqrt(share of the wrong rows)) + T / (W + 1e-5) - W / (T +
     1e-5). T and W are 3 f / (f + 1 + l / mean l), f the share of the token among all l tokens of the right, or the
     wrong, rows. That is KTAE (arXiv 2505.16826) as its authors' code computes it, against which formula and constants
-    were checked, with all its weights 1, but that no id is exempt, as 151643 is there. Where all rows of a prompt are right, or all are wrong, it is GRPO's credit.
+    were checked, with all its weights 1, but that no id is exempt, as 151643 is there. Where all rows of a prompt are
+    right, or all are wrong, it is GRPO's credit.
 
     A token that right rows alone have gets next to 1 more than GRPO's, one of wrong rows alone 1 less. Of ``logprobs``
     only the shape matters. Arguments, layouts and errors are those of ``opo``. With ``step_rewards`` the first term is
