@@ -1005,7 +1005,7 @@ def loss_of_rank(logits: torch.Tensor, tensors: dict[str, Any], options: dict[st
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("importance", ["token", "sequence"])
 def test_the_loss_from_slices_over_kept_ids(importance: str, backend: str, ranks: Ranks) -> None:
-    """Rows that keep all ids, ids of one slice alone, or of two; and masked ones. That of whole rows, filled with -inf."""
+    """Rows that keep all ids, those of one slice, or of two, and masked ones: as whole rows that -inf fills."""
     inputs = {name: tensor.cpu() for name, tensor in loss_inputs(7, 2, 4, 12, torch.float64).items()}
     logits = inputs.pop("logits")
     kept = [[], [0, 1, 2], [11], [], [3, 9], [0, 11], list(range(12)), [5]]
