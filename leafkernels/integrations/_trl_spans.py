@@ -24,7 +24,7 @@ def credit_and_counts(
 
     Rows are padded, (N, T), or packed. ``options`` are those of ``span_tree``.
     """
-    where = {"response_mask": response_mask, "cu_seqlens": cu_seqlens}
+    where: dict[str, Any] = {"response_mask": response_mask, "cu_seqlens": cu_seqlens}
     tree = span_tree(logprobs, token_ids, rewards, group_size=group_size, **where, **options)
     ends = tree.spans.span_ends
 

@@ -129,19 +129,17 @@ def _credited(
     token_ids, prompt_of = torch.cat(ids, 1)
     response_mask = torch.cat(masks)
     reward = torch.tensor([float(value) for value in rewards], dtype=torch.float64)
-    call = (
-        _joined([sample.old_log_probs for sample in samples], torch.float32),
-        token_ids + prompt_of * (token_ids.max() + 1),
-        reward.masked_fill(~reward.isfinite(), torch.nan),
-    )
-    where: dict[str, Any] = {"response_mask": response_mask, "cu_seqlens": torch.tensor(ends, dtype=torch.int32)}
-    options = options | ({} if earned is None else {"step_rewards": earned})
+    logprobs = _joined([sample.old_log_probs for sample in samples], torch.float32)
+    names = token_ids + prompt_of * (token_ids.max() + 1)
+    scored = reward.masked_fill(~reward.isfinite(), torch.nan)
+    more: dict[str, Any] = {} if earned is None else {"step_rewards": earned}
+    more |= options | {"response_mask": response_mask, "cu_seqlens": torch.tensor(ends, dtype=torch.int32)}
     logs = {}
     if estimator == "leaf":
-        credit, totals = credit_and_counts(*call, group_size=len(rewards), **where, **options)
+        credit, totals = credit_and_counts(logprobs, names, scored, group_size=len(rewards), **more)
         logs = {f"leaf/{name}": rate for name, rate in rates_of(totals, len(rewards)).items()}
     else:
-        credit = ESTIMATORS[estimator](*call, **where, **options)
+        credit = ESTIMATORS[estimator](logprobs, names, scored, **more)
     counts = [len(sample.input_ids) for sample in samples]
     parts = zip(credit.split(counts), response_mask.split(counts), strict=True)
     found = iter([_advantages(*part) for part in parts])

@@ -185,11 +185,12 @@ class HalfStates(NamedTuple):
     ids: Tensor
 
 
-def _states_and_likeliest(backend: str, hidden: Tensor, *others: Any) -> HalfStates:
-    options: HeadOptions = others[-1]
+def _states_and_likeliest(
+    backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: SampledTokens, options: HeadOptions
+) -> HalfStates:
     likeliest = Likeliest.none(hidden.new_empty(0, dtype=compute_dtype(options.dtype)), hidden.shape[0] + 1)
     with torch.autocast(hidden.device.type, enabled=False):
-        states, _ = _states_of_slices(backend, hidden, *others, likeliest)
+        states, _ = _states_of_slices(backend, hidden, weight, bias, tokens, options, likeliest)
     return HalfStates(states.clone(), *(numbers[:-1].clone() for numbers in likeliest))
 
 
@@ -231,8 +232,8 @@ def _more_statistics(
     """
     log_total = statistics.log_total
     found = {"top_logprobs": 0.0 - log_total}
-    if set(wanted) <= found.keys():
-        return found
+    if not {"sum_squares", "top_ids"} & set(wanted):
+        return {name: found[name] for name in wanted}
     half = at_half(tokens)
     states, picked, ids = _linear_states(backend, hidden, weight, bias, half, options)
     likeliest, of_kept = Likeliest(picked, ids), None
@@ -419,7 +420,7 @@ def _by_reference(
     options: HeadOptions,
     vocab_group: "dist.ProcessGroup | None",
     sampling_mask: SamplingMask | None,
-    wanted: Sequence[str],
+    wanted: Sequence[str] | None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     import python_ref
 
@@ -462,7 +463,7 @@ def _by_reference(
         found = python_ref.linear_token_statistics(hidden[rows].tolist(), whole_weight, ids, **others)
         more = from_lists(found, rows, hidden)
     surprisal, entropy = from_reference("linear_surprisal_entropy", compute, gradient, hidden, weight, bias)
-    return surprisal, entropy, {name: more[name] for name in wanted}
+    return surprisal, entropy, {name: more[name] for name in wanted or ()}
 
 
 def _dtype_of_products(tensor: Tensor) -> torch.dtype:
@@ -483,7 +484,7 @@ def linear_surprisal_entropy(
     logit_softcap: float | None = None,
     num_live: int | None = None,
     chunk_tokens: int | None = None,
-    statistics: tuple[()] = (),
+    statistics: None = None,
     **options: "Unpack[VocabularyOptions]",
 ) -> SurprisalEntropy: ...
 @overload
@@ -514,7 +515,7 @@ def linear_surprisal_entropy(
     chunk_tokens: int | None = None,
     sampling_mask: SamplingMask | None = None,
     vocab_group: "dist.ProcessGroup | None" = None,
-    statistics: Sequence[str] = (),
+    statistics: Sequence[str] | None = None,
     backend: str = "auto",
 ) -> SurprisalEntropy | TokenStatistics:
     """``surprisal_entropy`` of ``hidden @ lm_head_weight.T + bias``, without ever holding those logits.
@@ -630,7 +631,7 @@ def linear_surprisal_entropy(
             with torch.no_grad():
                 more = _more_statistics(wanted, found, *head, options, kept, live, own, backend, vocab_group)
     shape = token_ids.shape
-    if not wanted:
+    if wanted is None:
         return SurprisalEntropy(surprisal.view(shape), entropy.view(shape))
     shaped = {name: numbers.view(shape) for name, numbers in more.items()}
     return TokenStatistics(surprisal.view(shape), entropy.view(shape), **shaped)

@@ -36,8 +36,10 @@ class TokenStatistics(NamedTuple):
         return -self.surprisal
 
 
-def check_statistics(statistics: Any) -> tuple[str, ...]:
-    """The names; raise unless they are some of ``STATISTICS``."""
+def check_statistics(statistics: Any) -> tuple[str, ...] | None:
+    """The names, or None where nobody asks; raise unless they are some of ``STATISTICS``."""
+    if statistics is None:
+        return None
     if isinstance(statistics, str) or not isinstance(statistics, Sequence):
         raise TypeError(f"statistics must be a list of names, got {type(statistics).__name__}")
     for name in statistics:

@@ -208,7 +208,7 @@ def _by_reference(
     vocab_group: "dist.ProcessGroup | None",
     in_place: bool,
     sampling_mask: SamplingMask | None,
-    wanted: Sequence[str],
+    wanted: Sequence[str] | None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     import python_ref
 
@@ -242,7 +242,7 @@ def _by_reference(
         more = from_lists(python_ref.token_statistics(whole[rows].tolist(), ids, **options), rows, logits)
     once = "surprisal_entropy with inplace_backward=True" if in_place else ""
     surprisal, entropy = from_reference("surprisal_entropy", compute, gradient, logits, once=once)
-    return surprisal, entropy, {name: more[name] for name in wanted}
+    return surprisal, entropy, {name: more[name] for name in wanted or ()}
 
 
 @overload
@@ -250,7 +250,7 @@ def surprisal_entropy(
     logits: Tensor,
     token_ids: Tensor,
     *,
-    statistics: tuple[()] = (),
+    statistics: None = None,
     inplace_backward: bool = False,
     **options: "Unpack[VocabularyOptions]",
 ) -> SurprisalEntropy: ...
@@ -272,7 +272,7 @@ def surprisal_entropy(
     sampling_mask: SamplingMask | None = None,
     vocab_group: "dist.ProcessGroup | None" = None,
     inplace_backward: bool = False,
-    statistics: Sequence[str] = (),
+    statistics: Sequence[str] | None = None,
     backend: str = "auto",
 ) -> SurprisalEntropy | TokenStatistics:
     """Surprisal of each sampled token and entropy of the distribution it was drawn from, from one read of the logits.
@@ -365,7 +365,7 @@ def surprisal_entropy(
                 call = rows, tokens, kept, live, own, backend, vocab_group
                 more = _more_statistics(wanted, found, *call)
     shape = token_ids.shape
-    if not wanted:
+    if wanted is None:
         return SurprisalEntropy(surprisal.view(shape), entropy.view(shape))
     shaped = {name: numbers.view(shape) for name, numbers in more.items()}
     return TokenStatistics(surprisal.view(shape), entropy.view(shape), **shaped)
