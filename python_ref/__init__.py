@@ -24,6 +24,7 @@ from python_ref.prefix_tree import PrefixTree, prefix_tree
 from python_ref.returns import returns_to_go, total_returns, weighed_rewards
 from python_ref.reward_channel import channel_states, reward_channel
 from python_ref.scatter import gather_spans, scatter_spans
+from python_ref.segments import running_sums
 from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward, token_statistics
 from python_ref.token_baseline import otb
 from python_ref.tree import SpanTree, span_tree
@@ -59,6 +60,7 @@ __all__ = [
     "qae",
     "reward_channel",
     "rloo",
+    "running_sums",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",

@@ -185,6 +185,7 @@ def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.Monkey
         prefix_tree,
         reward_channel,
         scatter,
+        segments,
         surprisal,
         values,
     )
@@ -211,6 +212,7 @@ def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.Monkey
         values._span_values_kernel,
         values._normalize_spans_kernel,
         scatter._scatter_spans_kernel,
+        segments._running_sums_kernel,
     ]
 
     def compiled() -> int:

@@ -12,7 +12,7 @@ from leafkernels._core.checks import check_count, check_finite
 from leafkernels.credit.scatter import credit_tokens
 from leafkernels.rows.layout import to_int32
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
-from leafkernels.rows.segments import Segments, Statistics, running_sums, segments_of_groups
+from leafkernels.rows.segments import Segments, Statistics, segments_of_groups
 
 # Of the returns of rows what they are credited, and what divides it.
 _Formula = Callable[[Rollouts, Segments, Statistics], tuple[Tensor, Tensor]]
@@ -21,7 +21,7 @@ _Formula = Callable[[Rollouts, Segments, Statistics], tuple[Tensor, Tensor]]
 def credit_rows(rollouts: Rollouts, formula: _Formula, is_linear: bool = True, beside: Tensor | None = None) -> Tensor:
     """``formula`` gives (N,) numbers and what divides them, which also divides what was earned before a token;
     ``beside`` (M,) is what tokens get beside that."""
-    groups, rewards = segments_of_groups(rollouts.layout), rollouts.rewards.to(torch.float64)
+    groups, rewards = segments_of_groups(rollouts.layout, rollouts.backend), rollouts.rewards.to(torch.float64)
     found = groups.statistics(rewards, ~rewards.isnan())
     values, divisor = formula(rollouts, groups, found)
     is_zero = (divisor == 0.0) | (found.number < 2.0)
@@ -260,7 +260,7 @@ def pass_at_k(
         std = torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, std).sqrt())
         # Another row is the best of those that hold this one: k - 2 further rows below it, of n - 2.
         others = values * share(below - 1.0, number - 2.0, size - 2.0) * (size - 1.0) / (number - 1.0).clamp_min(1.0)
-        above = ordered.totals_in_order(others) - running_sums(others, groups.starts, groups.longest)
+        above = ordered.totals_in_order(others) - ordered.running_sums(others)
         credit = values * holding + above - best
         back = torch.empty_like(ordered.order).index_copy(0, ordered.order, places)
         divisor = torch.where(std == 0.0, 0.0, std + 1e-6)

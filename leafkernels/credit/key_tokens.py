@@ -69,10 +69,10 @@ def _key_values(rollouts: Rollouts) -> Tensor:
     if earned is None:
         nothing = torch.zeros(ids.shape[0], dtype=torch.float64, device=ids.device)
         width = 0 if rollouts.where["cu_seqlens"] is not None else rollouts.token_ids.shape[-1]
-        earned = earned_at_tokens(nothing, rollouts.rows, width)
+        earned = earned_at_tokens(nothing, rollouts.rows, width, rollouts.backend)
     row, is_token = earned.row_of_token, earned.is_token
 
-    groups, returns = segments_of_groups(layout), rollouts.rewards.detach().to(torch.float64)
+    groups, returns = segments_of_groups(layout, rollouts.backend), rollouts.rewards.detach().to(torch.float64)
     scored = ~returns.isnan()
     is_flat = groups.statistics(returns, scored).std == 0.0
     size = groups.totals(returns.masked_fill(~scored, 0.0).abs())
@@ -81,10 +81,10 @@ def _key_values(rollouts: Rollouts) -> Tensor:
 
     # Tokens that do not count are a row, and a prompt, of their own.
     prompt = torch.where(is_token, layout.group_of_row[row], layout.group_starts.shape[0])
-    in_row = segments_of_names(ids, torch.where(is_token, row, -1))
+    in_row = segments_of_names(ids, torch.where(is_token, row, -1), backend=rollouts.backend)
     places = torch.arange(ids.shape[0], device=ids.device)
     is_first = torch.empty_like(is_token).index_copy(0, in_row.order, places == in_row.starts)
-    tokens, lengths = segments_of_names(ids, prompt), live_lengths(rollouts).to(torch.float64)
+    tokens, lengths = segments_of_names(ids, prompt, backend=rollouts.backend), live_lengths(rollouts).to(torch.float64)
 
     def counts(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of each token: the rows of its prompt, those that have it, all their tokens, and those that are it."""

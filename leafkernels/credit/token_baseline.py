@@ -8,7 +8,7 @@ from torch import Tensor
 from leafkernels._core.checks import check_like, check_real
 from leafkernels.rows.returns import earned_at_tokens
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
-from leafkernels.rows.segments import running_sums, segments_of_names
+from leafkernels.rows.segments import segments_of_names
 
 
 def otb(
@@ -71,14 +71,13 @@ def otb(
     earned = rollouts.earned
     if earned is None:
         nothing = torch.zeros(token_ids.numel(), dtype=torch.float64, device=token_ids.device)
-        earned = earned_at_tokens(nothing, rollouts.rows, shape[-1] if cu_seqlens is None else 0)
+        earned = earned_at_tokens(nothing, rollouts.rows, shape[-1] if cu_seqlens is None else 0, rollouts.backend)
     row, is_token = earned.row_of_token, earned.is_token
-    first = earned.first_of_row[row]
-    moved = running_sums(_moved(rollouts, sum_squares).masked_fill(~is_token, 0.0), first, layout.max_length)
-    number = running_sums(is_token.to(torch.float64), first, layout.max_length).long()
+    moved = earned.along_rows(_moved(rollouts, sum_squares).masked_fill(~is_token, 0.0))
+    number = earned.along_rows(is_token.to(torch.float64)).long()
     # Tokens that do not count are a prompt of their own, after all others.
     prompt = layout.group_of_row[row].masked_fill(~is_token, layout.group_starts.shape[0])
-    rows = segments_of_names(number, prompt)._replace(longest=layout.max_group)
+    rows = segments_of_names(number, prompt, backend=rollouts.backend)._replace(longest=layout.max_group)
     to_go = (rollouts.rewards.to(torch.float64)[row] - earned.before_tokens()).masked_fill(~is_token, 0.0)
     found = rows.statistics(to_go, is_token)
     total = rows.totals(moved)
