@@ -17,6 +17,7 @@ from leafkernels.credit.options import PRESETS
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
 from leafkernels.credit.registry import ESTIMATORS, Estimator
 from leafkernels.credit.scatter import scatter_spans
+from leafkernels.credit.token_baseline import otb
 from leafkernels.credit.tree import SpanTree, span_tree
 from leafkernels.credit.values import SpanValues, span_values
 from leafkernels.credit.weights import entropy_weights, stare_weights, top_entropy_weights
@@ -30,6 +31,7 @@ from leafkernels.rows.groups import group_index
 from leafkernels.rows.prefix_tree import PrefixTree, prefix_tree
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
 from leafkernels.vocabulary.sampling_mask import SamplingMask
+from leafkernels.vocabulary.statistics import TokenStatistics
 from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ __all__ = [
     "ktae",
     "maxrl",
     "opo",
+    "otb",
     "pass_at_k",
     "qae",
     "report",
@@ -76,6 +79,7 @@ __all__ = [
     # Vocabulary
     "SamplingMask",
     "SurprisalEntropy",
+    "TokenStatistics",
     "linear_surprisal_entropy",
     "surprisal_entropy",
     # Losses

@@ -11,7 +11,11 @@ from python_ref.differences import tempo, tree_td, treerl
 from python_ref.distillation import fire_opd, fire_statistics
 from python_ref.estimators import dr_grpo, grpo, rloo
 from python_ref.key_tokens import ktae
-from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
+from python_ref.linear_surprisal import (
+    linear_surprisal_entropy,
+    linear_surprisal_entropy_backward,
+    linear_token_statistics,
+)
 from python_ref.policy_loss import KINDS as LOSS_KINDS
 from python_ref.policy_loss import policy_loss, policy_loss_backward
 from python_ref.policy_loss_from_logits import policy_loss_from_logits
@@ -20,7 +24,9 @@ from python_ref.prefix_tree import PrefixTree, prefix_tree
 from python_ref.returns import returns_to_go, total_returns, weighed_rewards
 from python_ref.reward_channel import channel_states, reward_channel
 from python_ref.scatter import gather_spans, scatter_spans
-from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
+from python_ref.segments import running_sums
+from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward, token_statistics
+from python_ref.token_baseline import otb
 from python_ref.tree import SpanTree, span_tree
 from python_ref.values import normalize_spans, span_values
 from python_ref.weights import entropy_weights, stare_weights, top_entropy_weights
@@ -40,9 +46,11 @@ __all__ = [
     "ktae",
     "linear_surprisal_entropy",
     "linear_surprisal_entropy_backward",
+    "linear_token_statistics",
     "maxrl",
     "normalize_spans",
     "opo",
+    "otb",
     "pass_at_k",
     "policy_loss",
     "policy_loss_backward",
@@ -52,6 +60,7 @@ __all__ = [
     "qae",
     "reward_channel",
     "rloo",
+    "running_sums",
     "scatter_spans",
     "select_boundaries",
     "span_advantages",
@@ -61,6 +70,7 @@ __all__ = [
     "surprisal_entropy",
     "surprisal_entropy_backward",
     "tempo",
+    "token_statistics",
     "top_entropy_weights",
     "tree_td",
     "total_returns",

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward
+from python_ref.surprisal import surprisal_entropy, surprisal_entropy_backward, token_statistics
 
 Matrix = Sequence[Sequence[float]]
 
@@ -22,6 +22,22 @@ def linear_surprisal_entropy(
     """Surprisal and entropy of each row's logits s (hidden . weight of an id + bias), capped at c as c tanh(x / c)."""
     logits = _logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
     return surprisal_entropy(logits, token_ids, temperature=temperature, sampling_mask=sampling_mask)
+
+
+def linear_token_statistics(
+    hidden: Matrix,
+    lm_head_weight: Matrix,
+    token_ids: Sequence[int],
+    *,
+    bias: Sequence[float] | None = None,
+    temperature: float | Sequence[float] = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    sampling_mask: Sequence[Sequence[int]] | None = None,
+) -> tuple[list[float], list[int], list[float]]:
+    """``token_statistics`` of the same logits."""
+    logits = _logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
+    return token_statistics(logits, token_ids, temperature=temperature, sampling_mask=sampling_mask)
 
 
 def linear_surprisal_entropy_backward(

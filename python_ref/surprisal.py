@@ -40,6 +40,35 @@ def surprisal_entropy(
     return surprisals, entropies
 
 
+def token_statistics(
+    logits: Sequence[Sequence[float]],
+    token_ids: Sequence[int],
+    *,
+    temperature: float | Sequence[float] = 1.0,
+    sampling_mask: Sequence[Sequence[int]] | None = None,
+) -> tuple[list[float], list[int], list[float]]:
+    """Of each row's distribution p, as above: sum p^2, the likeliest id, of equal ones the least, and its log p.
+
+    NaN, -1 and NaN where there is no distribution.
+    """
+    banned = mask_logits(logits, token_ids, sampling_mask)
+    temperatures = [temperature] * len(banned) if isinstance(temperature, int | float) else temperature
+    squares, tops, logprobs = [], [], []
+    for row, t in zip(banned, temperatures, strict=True):
+        top = max(range(len(row)), key=row.__getitem__, default=-1)
+        if top < 0 or any(math.isnan(x) for x in row) or math.isinf(row[top]):
+            squares.append(math.nan)
+            tops.append(-1)
+            logprobs.append(math.nan)
+            continue
+        weights = [math.exp((x - row[top]) / t) for x in row]
+        total = math.fsum(weights)
+        squares.append(math.fsum((weight / total) ** 2 for weight in weights))
+        tops.append(top)
+        logprobs.append(-surprisal_entropy([row], [top], temperature=t)[0][0])
+    return squares, tops, logprobs
+
+
 def surprisal_entropy_backward(
     surprisal_gradients: Sequence[float],
     entropy_gradients: Sequence[float],

@@ -42,6 +42,7 @@ from leafkernels.kernels import (
     reward_channel,
     sampling_mask,
     scatter,
+    segments,
     surprisal,
     values,
 )
@@ -430,6 +431,13 @@ CASES = [
             ),
         )
         for states in ("*fp32", "*bf16")
+    ),
+    Case(
+        "running_sums",
+        segments._running_sums_kernel,
+        "*fp64 *fp64 *i64 *i64 i32",
+        {"STRETCH": 64, "TILE": 1024, "BLOCK": 64},
+        False,
     ),
     Case(
         "gather_spans",

@@ -127,6 +127,18 @@ def credit(backend: str, normalize: str) -> Any:
     return leafkernels.span_advantages(logprobs, ids, rewards, normalize=normalize, backend=backend, **options)
 
 
+@case(1e-12)
+def sums_of_segments(backend: str) -> Any:
+    """Of one entry, of a block, of a tile and more, beside each other."""
+    from leafkernels.rows.segments import running_sums
+
+    lengths = torch.tensor([1, 5, 16, 17, 1, 70])
+    ends = lengths.cumsum(0)
+    starts, lasts = (ends - lengths).repeat_interleave(lengths), (ends - 1).repeat_interleave(lengths)
+    with sizes("segments", STRETCH=32, TILE=32, BLOCK=16):
+        return running_sums(random(110).double(), starts, lasts, 70, backend)
+
+
 @case(1e-6, masked=False)
 @case(1e-6, masked=True)
 def spans_and_their_gradient(backend: str, masked: bool) -> Any:

@@ -119,6 +119,14 @@ def tree() -> None:
     leafkernels.prefix_tree(ids, group_size=ROWS, max_nodes=ROWS * 512, backend="triton")
 
 
+@case(running_sums=(ROWS * 2048, "token"))
+def sums_of_segments() -> None:
+    from leafkernels.rows.segments import running_sums
+
+    starts = (torch.arange(ROWS) * 2048).repeat_interleave(2048)
+    running_sums(random(ROWS * 2048).double(), starts, starts + 2047, 2048, "triton")
+
+
 @case(gather_spans=ALL)
 def gradient_of_spans() -> None:
     import leafkernels

@@ -64,8 +64,9 @@ def call_everything(backend: str) -> None:
         (found.surprisal + 2 * found.entropy).sum().backward()
     hidden, weight, bias = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((4, 10, 5), (9, 5), 9))
     for options in ({}, {"bias": bias, "response_mask": mask, "logit_softcap": 3.0, "chunk_tokens": 16}):
-        found = leafkernels.linear_surprisal_entropy(hidden, weight, ids, **options, backend=backend)
-        (found.surprisal + 2 * found.entropy).sum().backward()
+        more = {"statistics": ["sum_squares", "top_ids"], **options}
+        result = leafkernels.linear_surprisal_entropy(hidden, weight, ids, **more, backend=backend)
+        (result.surprisal + 2 * result.entropy).sum().backward()
     some = leafkernels.SamplingMask.from_lists([[0, 3, 3, 8], [], [9, 7]] * 13 + [[1]], device=DEVICE)
     for options in ({}, {"response_mask": mask, "temperature": temperature, "inplace_backward": True}):
         found = leafkernels.surprisal_entropy(logits * 1, ids, sampling_mask=some, **options, backend=backend)
@@ -184,6 +185,7 @@ def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.Monkey
         prefix_tree,
         reward_channel,
         scatter,
+        segments,
         surprisal,
         values,
     )
@@ -210,6 +212,7 @@ def test_a_new_length_compiles_nothing(refines: bool, monkeypatch: pytest.Monkey
         values._span_values_kernel,
         values._normalize_spans_kernel,
         scatter._scatter_spans_kernel,
+        segments._running_sums_kernel,
     ]
 
     def compiled() -> int:

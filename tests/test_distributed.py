@@ -30,6 +30,7 @@ import leafkernels
 import python_ref
 from bench.bench_distributed import LAYOUTS, counted, groups_of_ranks, traffic
 from leafkernels.distributed import GatheredGroups, gather_groups, owners_of_rows
+from leafkernels.vocabulary.statistics import STATISTICS
 from python_ref.sampling_mask import mask_logits
 
 
@@ -682,6 +683,50 @@ def test_a_split_vocabulary_gives_what_the_whole_one_gives(world: int, backend: 
     check_split(case, ranks.call(surprisal_of_rank, case.calls(case.options(backend))))
 
 
+def statistics_of_rank(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    options: dict[str, Any],
+    world: int,
+) -> list[torch.Tensor]:
+    """On each rank both forms, of its slice."""
+    options = {**options, "statistics": STATISTICS, "vocab_group": process_group(world)}
+    found = leafkernels.surprisal_entropy(logits, ids, **options)
+    from_states = leafkernels.linear_surprisal_entropy(hidden, weight, ids, **options, chunk_tokens=2)
+    return [tensor for result in (found, from_states) for tensor in result if tensor is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_statistics_of_a_split_vocabulary(backend: str, ranks: Ranks) -> None:
+    """The top in any slice, in two of them, banned slices, a slice without ids, kept ids, masks."""
+    generator = torch.Generator().manual_seed(5)
+    hidden, weight = torch.randn(6, 3, generator=generator), torch.randn(11, 3, generator=generator)
+    logits = torch.randint(-2, 3, (6, 11), generator=generator).float()
+    logits[0, [2, 9]] = 9.0
+    logits[1, :7] = -INF
+    logits[2] = -INF
+    ids = torch.tensor([1, 10, 3, 7, 0, 12])
+    for kept in (None, [[], [], [], [9, 2, 7], [3], [10]]):
+        options: dict[str, Any] = {
+            "temperature": 0.5,
+            "response_mask": torch.tensor([1, 1, 1, 1, 0, 1]),
+            "backend": backend,
+        }
+        options["sampling_mask"] = None if kept is None else leafkernels.SamplingMask.from_lists(kept)
+        sizes = (7, 0, 3, 1)
+        parts = zip(logits.split(sizes, 1), weight.split(sizes), strict=True)
+        answers = ranks.call(statistics_of_rank, [(part, hidden, rows, ids, options, 4) for part, rows in parts])
+        more: dict[str, Any] = {**options, "statistics": STATISTICS}
+        whole = leafkernels.surprisal_entropy(logits, ids, **more)
+        from_states = leafkernels.linear_surprisal_entropy(hidden, weight, ids, **more)
+        for answer in answers:
+            for actual, want in zip(answer, [*whole, *from_states], strict=True):
+                torch.testing.assert_close(actual, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def collectives_of_rank(logits: torch.Tensor, ids: torch.Tensor, world: int) -> tuple[list[int], list[int]]:
     """Bytes of the collectives of the forward pass, and of the backward pass."""
     with counted_collectives() as forward:
@@ -955,6 +1000,31 @@ def loss_of_rank(logits: torch.Tensor, tensors: dict[str, Any], options: dict[st
         again = leafkernels.policy_loss_from_logits(leaf, **tensors, **options)
     torch.testing.assert_close(tuple(again), tuple(f.detach() for f in result), rtol=1e-6, atol=1e-7)
     return tuple(f.detach() for f in result), leaf.grad
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_the_loss_from_slices_over_kept_ids(importance: str, backend: str, ranks: Ranks) -> None:
+    """Rows that keep all ids, those of one slice, or of two, and masked ones: as whole rows that -inf fills."""
+    inputs = {name: tensor.cpu() for name, tensor in loss_inputs(7, 2, 4, 12, torch.float64).items()}
+    logits = inputs.pop("logits")
+    kept = [[], [0, 1, 2], [11], [], [3, 9], [0, 11], list(range(12)), [5]]
+    mask = leafkernels.SamplingMask.from_lists(kept)
+    options = {"kl_coef": 0.1, "entropy_coef": 0.05, "importance": importance, "backend": backend}
+    sizes = (3, 0, 7, 2)
+    calls = [(part, inputs, {**options, "sampling_mask": mask}, 4) for part in logits.split(sizes, -1)]
+    answers = ranks.call(loss_of_rank, calls)
+    whole = loss_of_rank(logits, inputs, {**options, "sampling_mask": mask}, None)
+    flat = logits.flatten(0, 1).tolist()
+    filled = mask_logits(flat, inputs["token_ids"].flatten().tolist(), kept)
+    by_hand = loss_of_rank(torch.tensor(filled, dtype=torch.float64).view_as(logits), inputs, options, None)
+    for found, _ in answers:
+        torch.testing.assert_close(found, whole[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, by_hand[0], rtol=1e-9, atol=1e-12)
+    gradient = torch.cat([answer[1] for answer in answers], -1)
+    torch.testing.assert_close(gradient, whole[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, by_hand[1], rtol=1e-9, atol=1e-12)
+    assert gradient[:, :, 3:10].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -126,6 +126,7 @@ BY_HAND = {
     "dr_grpo": [[0.75] * 6] + [[-0.25] * 6] * 3,
     "rloo": [[1.0] * 6] + [[-THIRD] * 6] * 3,
     "opo": [[0.75] * 6] + [[-0.25] * 6] * 3,  # all rows are of one length
+    "otb": [[0.75] * 6] + [[-0.25] * 6] * 3,  # log-probabilities are the same in all rows
     "qae": [[S] * 6] + [[0.0] * 6] * 3,  # of 0, 0, 0, 1 the second
     "maxrl": [[3.0] * 6] + [[-1.0] * 6] * 3,
     # Half of the six pairs hold row 0; of the three pairs that hold another, one does.

@@ -492,8 +492,16 @@ PARTS = {
         "kept_statistics kept_statistics_backward kept_products add_hidden_gradient add_weight_gradient",
     ),
     "tokens": (
-        ["spans_and_their_gradient", "clipped_loss token", "clipped_loss sequence", "distillation", "reward_channel"],
-        "scatter_spans gather_spans policy_loss fire_statistics fire_weights normalize_hidden channel_state",
+        [
+            "spans_and_their_gradient",
+            "sums_of_segments",
+            "clipped_loss token",
+            "clipped_loss sequence",
+            "distillation",
+            "reward_channel",
+        ],
+        "scatter_spans gather_spans running_sums policy_loss fire_statistics fire_weights normalize_hidden "
+        "channel_state",
     ),
     "losses": (["losses_of_all_kinds"], "policy_loss policy_loss_from_logits"),
 }

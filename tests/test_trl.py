@@ -240,6 +240,7 @@ def test_estimators_that_cannot_be(tmp_path: Path) -> None:
             "normalize must be one of 'none', 'reward_std', got 'batch'",
         ),
         ({"estimator": "tree_td", "shrinkage": -1.0}, "shrinkage must be at least 0, got -1"),
+        ({"estimator": "otb"}, "estimator must be one that needs no sum_squares .*, got 'otb'"),
         ({"estimator": "qae", "quantile": 1.5}, "quantile must lie between 0 and 1, got 1.5"),
         ({"estimator": "pass_at_k", "k": 0}, "k must be .*, got 0"),
         ({"quantile": 0.4}, "quantile must be None with estimator='leaf', which does not read it, got 0.4"),
@@ -253,7 +254,7 @@ def test_the_config_has_every_option_of_the_schemes() -> None:
     """But for the scores of boundaries, which are a tensor."""
     known = {field.name for field in dataclasses.fields(LeafGRPOConfig)}
     for name, estimator in leafkernels.ESTIMATORS.items():
-        assert set(estimator.options) - {"boundary_scores", "gathered"} <= known, name
+        assert set(estimator.options) - {"boundary_scores", "gathered", "sum_squares"} <= known, name
 
 
 @pytest.mark.parametrize(("scale", "normalize"), [("group", "span"), ("batch", "batch"), ("none", "none")])
@@ -1076,7 +1077,40 @@ def test_lists_that_are_none(value: Any, tmp_path: Path) -> None:
         run.train()
 
 
-def test_lists_of_rewards_are_not_normalized_before_the_sum(tmp_path: Path) -> None:
-    args = config(tmp_path, max_steps=1, multi_objective_aggregation="normalize_then_sum")
-    with pytest.raises(ValueError, match="multi_objective_aggregation must be 'sum_then_normalize' where a reward"):
-        trainer(LeafGRPOTrainer, args, by_letter, script(tiny_trl.model(), 4)).train()
+def at_the_first_or_last(completion_ids: list[list[int]], **_: Any) -> list[Any]:
+    """The same sum for all, earned at other tokens."""
+    return [[(1 if sum(ids) % 2 else len(ids), 0.3)] for ids in completion_ids]
+
+
+def test_lists_of_rewards_normalized_before_the_sum(tmp_path: Path) -> None:
+    """Each function's steps by the deviation of its sums, beside one of one number, and one whose sums are equal."""
+    settings = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [0.5, 2.0, 3.0]}
+    args = config(tmp_path, max_steps=1, estimator="dr_grpo", **settings)
+    run = trainer(Recorded, args, [by_letter, count_a, at_the_first_or_last], script(tiny_trl.model(), 4))
+    run.train()
+    (batch,) = run.batches
+    mask, weights = batch["completion_mask"].bool(), [0.5, 2.0]
+    given = [by_letter(rows := [row[m].tolist() for row, m in zip(batch["completion_ids"], mask, strict=True)])]
+    given.append(count_a(rows))
+    for first in range(0, len(rows), 4):
+        totals, to_go = [0.0] * 4, [[0.0] * len(rows[first + i]) for i in range(4)]
+        for weight, values in zip(weights, (column[first : first + 4] for column in given), strict=True):
+            sums = [sum(r for _, r in v) if isinstance(v, list) else v for v in values]
+            known = [v for v in sums if v is not None]
+            mean = sum(known) / max(len(known), 1)
+            std = math.sqrt(sum((v - mean) ** 2 for v in known) / max(len(known) - 1, 1))
+            for i, (value, total) in enumerate(zip(values, sums, strict=True)):
+                if total is None or std == 0.0:
+                    continue
+                scale = weight / (std + 1e-4)
+                totals[i] += scale * (total - mean)
+                for t in range(len(to_go[i])):
+                    gone = sum(r for end, r in value if end <= t) if isinstance(value, list) else 0.0
+                    to_go[i][t] += scale * (total - mean - gone)
+        for i in range(4):
+            want = [value - sum(totals) / 4 for value in to_go[i]]
+            found = batch["advantages"][first + i][: len(want)].tolist()
+            # TRL's table of rewards is float32.
+            assert found == pytest.approx(want, rel=1e-4, abs=1e-5)
+    assert batch["advantages"].isfinite().all()
+    assert (batch["advantages"][:, 0] - batch["advantages"][:, 3]).abs().max() > 0.5

@@ -81,6 +81,10 @@ def conversations(group: int) -> list[list[Any]]:
     return found
 
 
+def sampled_of(rows: list[Any]) -> list[int]:
+    return [token for row in rows for token, kept in zip(row.input_ids, row.completion_mask, strict=True) if kept]
+
+
 def by_hand(found: list[list[Any]], rewards: list[float | None]) -> list[list[float]]:
     """tree_td, token by token, of each row: V(after the token) - V(before it) + (r - mean) / 2."""
     whole = [
@@ -134,14 +138,14 @@ class Worker:
             **dict.fromkeys(shared, context.Value("i", 0)),
         )
 
-    def samples(self, loop: Any, group: int) -> list[Any]:
+    def samples(self, loop: Any, group: int, rewards: Any = None) -> list[Any]:
         found = conversations(group)
         size = len(found)
         fields = {
             "prompts": [[]] * size,
-            "reward_kwargs": {"reward": REWARDS[group]},
+            "reward_kwargs": {"reward": REWARDS[group] if rewards is None else rewards},
             "completions": [[]] * size,
-            "completions_ids": [[]] * size,
+            "completions_ids": [sampled_of(rows) for rows in found],
             "completions_sequences": found,
             "tool_call_counts": [0] * size,
             "tool_failure_counts": [0] * size,
@@ -273,6 +277,80 @@ def test_the_worker_credits_rows_that_are_forked_unscored_or_empty(samples: list
         assert f"{sent:.2f}" == f"{float(sent):.2f}"
 
 
+def test_the_worker_takes_rewards_at_tokens() -> None:
+    """tree_td by its definition, with what each conversation has still to earn; the holes of tools are in between."""
+    lists = [[(2, 1.0), (5, 0.5)], 0.25, [(3, 2.0)], [(1, -1.0), (4, 0.5)], 1.0, None]
+    worker = Worker()
+    worker._loop_cls = partial(plug._credited_loop, LOOP, {"estimator": "tree_td"})
+    samples = worker.samples(worker.loop(), 0, lists)
+    sums = [1.5, 0.25, 2.0, -0.5, 1.0]
+    assert [sample.metrics["reward"] for sample in samples] == pytest.approx(
+        [*sums[:3], -0.5, -0.5, math.nan], nan_ok=True
+    )
+    streams, to_go = [], []
+    for rows, given in zip(conversations(0)[:5], lists[:5], strict=True):
+        mask = [kept for row in rows for kept in row.completion_mask]
+        ids = [token for row in rows for token in row.input_ids]
+        start, end = (mask.index(1), len(mask) - mask[::-1].index(1)) if rows else (0, 0)
+        places = [t - start for t in range(start, end) if mask[t]]
+        earned = [0.0] * (end - start + 1)
+        for last, reward in given if isinstance(given, list) else []:
+            earned[places[last - 1]] += reward
+        earned[-1] += 0.0 if isinstance(given, list) else given
+        streams.append((ids[start:end], places))
+        to_go.append([sum(earned[t:]) for t in range(end - start + 1)])
+    found = iter(samples)
+    for i, rows in enumerate(conversations(0)[:5]):
+        credit = [value for _ in rows for value in next(found).advantage]
+        mask = [kept for row in rows for kept in row.completion_mask]
+        ids, places = streams[i]
+        trained = [value for value, kept in zip(credit, mask, strict=True) if kept]
+        for t, actual in zip(places, trained, strict=True):
+
+            def value(length: int, t: int = t, ids: list[int] = ids) -> float:
+                same = [j for j, (other, _) in enumerate(streams) if other[:length] == ids[:length]]
+                return float(np.mean([to_go[j][min(t, len(to_go[j]) - 1)] for j in same]))
+
+            whole = float(np.mean([row[0] for row in to_go]))
+            assert actual == pytest.approx(value(t + 1) - value(t) + 0.5 * (to_go[i][t] - whole), abs=1e-6)
+
+    with pytest.raises(ValueError, match=r"reward_funcs must return .* a list of \(end, reward\), .* got \(6, 1.0\)"):
+        worker.samples(worker.loop(), 0, [[(6, 1.0)], *lists[1:]])
+    steps = {(0, 0): [(1, 1.0)]}
+    with pytest.raises(ValueError, match="TRL trains other tokens .*: 5 and 6 of conversation 0"):
+        plug._at_tokens(conversations(0), [[*range(6)], *[[]] * 5], [1.0] * 6, steps)
+    with pytest.raises(ValueError, match="step_rewards must have, for each conversation and each of its samples"):
+        credit_samples(conversations(0), [1.0] * 6, step_rewards=[[]] * 6)
+
+
+def test_the_worker_logs_what_leaf_shares() -> None:
+    """Those of the padded rows of one group."""
+    worker = Worker()
+    worker._loop_cls = partial(plug._credited_loop, LOOP, {"estimator": "leaf"})
+    samples = worker.samples(worker.loop(), 2)
+    logs = [{k: v for k, v in sample.metrics.items() if k.startswith("leaf/")} for sample in samples]
+    assert all(log == logs[0] for log in logs)
+    assert set(logs[0]) == {"leaf/span_credit_share", "leaf/fork_fire_rate", "leaf/nodes_per_group"}
+    found = conversations(2)
+    tree = leafkernels.span_tree(*packed_of(found), torch.tensor(REWARDS[2]).double(), **where_of(found))
+    nodes = sum(len({n for n in column if n >= 0}) for column in zip(*tree.nodes.tolist(), strict=True))
+    assert logs[0]["leaf/nodes_per_group"] == nodes > 0
+    assert 0 < logs[0]["leaf/span_credit_share"] < 1
+    assert not any("leaf/" in name for sample in Worker().samples(Worker().loop(), 2) for name in sample.metrics)
+
+
+def packed_of(found: list[list[Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = [row for rows in found for row in rows]
+    logprobs = torch.tensor([value for row in rows for value in row.old_log_probs])
+    return logprobs, torch.tensor([token for row in rows for token in row.input_ids])
+
+
+def where_of(found: list[list[Any]]) -> dict[str, Any]:
+    lengths = [0, *(sum(len(row.input_ids) for row in rows) for rows in found)]
+    mask = torch.tensor([kept for rows in found for row in rows for kept in row.completion_mask]).bool()
+    return {"response_mask": mask, "cu_seqlens": torch.tensor(lengths).cumsum(0).int(), "group_size": len(found)}
+
+
 @pytest.mark.parametrize("counts", [(6,), (2, 4), (1, 3, 2)])
 def test_each_rank_has_its_rows_advantages_at_its_tokens(samples: list[Any], counts: tuple[int, ...]) -> None:
     rows = rows_of(samples, counts)
@@ -357,6 +435,8 @@ def test_what_cannot_be_credited_is_refused(samples: list[Any], tmp_path: Path) 
         credit_samples(conversations(0), [1.0])
     with pytest.raises(ValueError, match="estimator must be one of 'leaf', .* got 'none'"):
         credit_samples([], [], estimator="none")
+    with pytest.raises(ValueError, match="estimator must be one that needs no sum_squares .*, got 'otb'"):
+        credit_samples([], [], estimator="otb")
     row = SimpleNamespace(input_ids=[1, 2], completion_mask=[0, 1], old_log_probs=[0.0])
     with pytest.raises(ValueError, match="must be of one length, got 2, 2, 1"):
         credit_samples([[row]], [1.0])

@@ -1,5 +1,7 @@
 """loss="leafkernels" in TRL: TRL's own losses and logs where it has them, and the kinds that it has not."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 
+import tiny_trl
+from support import run_ranks
 from test_trl import CREDIT, LEVELS, LOSS_TYPES_OF_TRL, MASK, Flat, check, curve, measured, rows
 from tiny_trl import LONGEST, config, trainer
 from trl import GRPOConfig, GRPOTrainer
@@ -168,3 +172,29 @@ def test_equal_rewards_are_left_out(tmp_path: Path) -> None:
     assert run.state.log_history[0]["leaf/equal_rewards"] == 0.5
     with pytest.raises(ValueError, match="^drop_equal must be False with top_entropy_quantile=0.5, got True"):
         trainer(Flat, config(tmp_path, drop_equal=True, top_entropy_quantile=0.5))
+
+
+@pytest.mark.parametrize(("loss", "loss_type"), [("leafkernels", "dapo"), ("trl", "grpo")])
+def test_two_processes_leave_the_same_rows_out(loss: str, loss_type: str, tmp_path: Path) -> None:
+    """Of three prompts two have equal rewards: all that rank 0 has, and half of what rank 1 has."""
+    changes = {"loss": loss, "loss_type": loss_type, "drop_equal": True, "reward": "only_of_group_2"}
+    changes |= {"estimator": "dr_grpo", "report_every": None}
+    run_ranks("tiny_trl.py", tmp_path, "none", json.dumps(changes))
+    run = tiny_trl.one_step(str(tmp_path / "run"), 12, "none", **changes)
+    (whole,) = run.batches
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=False)[0] for rank in range(2)]
+    for half, first in zip(halves, (0, 6), strict=True):
+        counted = (half["completion_mask"] * half["tool_mask"]).any(1)
+        assert counted.tolist() == [row >= 8 for row in range(first, first + 6)]
+        assert int(half["num_items_in_batch"]) == int(whole["num_items_in_batch"]) > 0
+        assert half["metrics"]["leaf/equal_rewards"] == whole["metrics"]["leaf/equal_rewards"] == pytest.approx(2 / 3)
+    before = list(tiny_trl.model().parameters())
+    for rank in range(2):
+        weights, logs = torch.load(tmp_path / f"{rank}.pt.after", weights_only=False)
+        for found, want, start in zip(weights, run.model.parameters(), before, strict=True):
+            # Adam's first step has the sign of a gradient, whose rounding may be all there is of it.
+            torch.testing.assert_close(found, want.detach(), rtol=1e-3, atol=1e-3)
+            assert start.shape == found.shape
+        assert not torch.equal(weights[0], before[0])
+        assert all(math.isfinite(value) for value in logs[0].values())
+        assert logs[0]["loss"] == pytest.approx(run.state.log_history[0]["loss"], rel=1e-4, abs=1e-6)

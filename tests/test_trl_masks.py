@@ -1,5 +1,6 @@
 """Sampling masks in TRL's trainers: every forward pass of the loss is over the ids that could have been sampled."""
 
+import json
 import logging
 import math
 from pathlib import Path
@@ -236,8 +237,9 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Scripted rows, most of whose tokens the policy would not sample: they count as kept, and are told."""
-    run_ranks("tiny_trl.py", tmp_path, "group", "0.8")
-    (whole,) = tiny_trl.one_step(str(tmp_path / "run"), 12, "group", top_p=0.8, sampling_mask=True).batches
+    changes = {"top_p": 0.8, "sampling_mask": True}
+    run_ranks("tiny_trl.py", tmp_path, "group", json.dumps(changes))
+    (whole,) = tiny_trl.one_step(str(tmp_path / "run"), 12, "group", **changes).batches
     halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=False)[0] for rank in range(2)]
     masks = [row for half in halves for row in half["sampling_mask"]]
     for row, expected in zip(masks, whole["sampling_mask"], strict=True):

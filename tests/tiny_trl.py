@@ -3,6 +3,7 @@
 As a script it is one of two ranks: it trains a step on its half of a batch and saves what became of it.
 """
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -50,6 +51,12 @@ def count_a(completion_ids: list[list[int]], **_: Any) -> list[float]:
 def picky(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     """A reward that cannot score every fifth answer."""
     return [None if sum(ids) % 5 == 4 else float(sum(ids) % 4) for ids in completion_ids]
+
+
+def only_of_group_2(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Rewards that are equal for all scripted rows of the first call but those of its third group."""
+    rows = scripted_rows(0, 2, 4)
+    return [float(rows.index(ids)) if ids in rows else 1.0 for ids in completion_ids]
 
 
 def config(folder: Path | str, kind: type = LeafGRPOConfig, **changes: Any) -> Any:
@@ -141,7 +148,7 @@ class Recorded(LeafGRPOTrainer):
         return super()._compute_loss(model, inputs)
 
 
-def one_step(folder: str, rows: int, scale: str, first_row: int = 0, **changes: Any) -> Recorded:
+def one_step(folder: str, rows: int, scale: str, first_row: int = 0, reward: str = "picky", **changes: Any) -> Recorded:
     """A step of groups of four, one of which straddles two ranks of six rows."""
     changes = {
         "per_device_train_batch_size": rows,
@@ -151,7 +158,7 @@ def one_step(folder: str, rows: int, scale: str, first_row: int = 0, **changes: 
         **changes,
     }
     args = config(folder, **changes)
-    run = trainer(Recorded, args, picky, script(model(), 4, first_row))
+    run = trainer(Recorded, args, globals()[reward], script(model(), 4, first_row))
     run.train()
     return run
 
@@ -159,7 +166,8 @@ def one_step(folder: str, rows: int, scale: str, first_row: int = 0, **changes: 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     (rank, out, scale) = (int(sys.argv[1]), sys.argv[2], sys.argv[3])
-    masks = {"top_p": float(sys.argv[4]), "sampling_mask": True} if sys.argv[4:] else {}
-    run = one_step(f"{out}.run", 6, scale, 6 * rank, **masks)
+    run = one_step(f"{out}.run", 6, scale, 6 * rank, **(json.loads(sys.argv[4]) if sys.argv[4:] else {}))
     torch.save(run.batches, out)
+    weights = [weight.detach() for weight in run.accelerator.unwrap_model(run.model).parameters()]
+    torch.save((weights, run.state.log_history), f"{out}.after")
     torch.distributed.destroy_process_group()

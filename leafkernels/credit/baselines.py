@@ -12,7 +12,7 @@ from leafkernels._core.checks import check_count, check_finite
 from leafkernels.credit.scatter import credit_tokens
 from leafkernels.rows.layout import to_int32
 from leafkernels.rows.rollouts import Rollouts, read_rollouts
-from leafkernels.rows.segments import Segments, Statistics, running_sums, segments_of_groups
+from leafkernels.rows.segments import Segments, Statistics, segments_of_groups
 
 # Of the returns of rows what they are credited, and what divides it.
 _Formula = Callable[[Rollouts, Segments, Statistics], tuple[Tensor, Tensor]]
@@ -21,7 +21,7 @@ _Formula = Callable[[Rollouts, Segments, Statistics], tuple[Tensor, Tensor]]
 def credit_rows(rollouts: Rollouts, formula: _Formula, is_linear: bool = True, beside: Tensor | None = None) -> Tensor:
     """``formula`` gives (N,) numbers and what divides them, which also divides what was earned before a token;
     ``beside`` (M,) is what tokens get beside that."""
-    groups, rewards = segments_of_groups(rollouts.layout), rollouts.rewards.to(torch.float64)
+    groups, rewards = segments_of_groups(rollouts.layout, rollouts.backend), rollouts.rewards.to(torch.float64)
     found = groups.statistics(rewards, ~rewards.isnan())
     values, divisor = formula(rollouts, groups, found)
     is_zero = (divisor == 0.0) | (found.number < 2.0)
@@ -54,7 +54,8 @@ def opo(
 ) -> Tensor:
     """r - sum(l r) / sum(l) at every token of a rollout, l its number of unmasked tokens (OPO, arXiv 2505.23585).
 
-    The baseline of least variance where every token has a gradient of the same size, orthogonal to all others. Of
+    The baseline of least variance where every token has a gradient of the same size, orthogonal to all others. Checked
+    against verl 0.9.1's function, whose one row of a prompt has its whole reward. Of
     ``logprobs`` and ``token_ids`` only the shape matters. Arguments, layouts and errors are those of ``grpo`` without
     ``steps`` and ``states``; with ``step_rewards`` it is R_t less the same mean of returns.
 
@@ -111,7 +112,12 @@ def qae(
 
     The quantile is the least reward that a share of ``quantile`` of the prompt's rows does not exceed. Of rewards 0 and
     1 it is 0 where at most 1 - ``quantile`` of the rows have 1, and only these are credited then; else it is 1, and
-    only the others are. The other arguments, layouts and errors are those of ``opo``.
+    only the others are.
+
+    That is the gate of the paper's abstract. 0.4, and the division by the deviation, which stays GRPO's, are those of
+    its authors' code; there ``torch.quantile`` interpolates, so that it differs where ``quantile`` times the number of
+    rows less 1 lies between the places of two unequal rewards. The other arguments, layouts and errors are those of
+    ``opo``.
 
     Args:
         quantile: from 0, the least reward, to 1, the largest.
@@ -160,8 +166,9 @@ def maxrl(
     """(r - mean) / |mean| at every token of a rollout, 0 where the mean is 0 (MaxRL, arXiv 2602.02710).
 
     For rewards 0 and 1 it is the gradient of the log of the chance of success, in as many terms as there are rollouts:
-    prompts that seldom succeed weigh more. Arguments, layouts and errors are those of ``opo``; ``reward_weights`` must
-    be None, because what they weigh is centred and has no mean.
+    prompts that seldom succeed weigh more. Checked against public copies of its authors' code, which divides by mean +
+    1e-6; the absolute value is ours, for negative rewards. Arguments, layouts and errors are those of ``opo``;
+    ``reward_weights`` must be None, because what they weigh is centred and has no mean.
 
     Returns:
         float32, shaped like ``token_ids``, 0 where the mask is False. Differentiable in ``rewards``.
@@ -207,8 +214,9 @@ def pass_at_k(
     """(best of k with the row - best of k) / (std + 1e-6) over all sets of k rows of a prompt (arXiv 2508.10751).
 
     Best of k is the largest reward of a set, a mean over all sets, or over those that hold the row; std is its
-    deviation over all sets. For rewards 0 and 1 that is the paper's pass@k in closed form. Returns are credited as a
-    whole, ``step_rewards`` too, since a best is no sum. The other arguments, layouts and errors are those of ``opo``.
+    deviation over all sets. For rewards 0 and 1 that is the paper's pass@k in closed form, checked against its authors'
+    code. Returns are credited as a whole, ``step_rewards`` too, since a best is no sum. The other arguments, layouts
+    and errors are those of ``opo``.
 
     Args:
         k: rows of a set, at least 1; at most those of the prompt, and then all rows get 0.
@@ -252,7 +260,7 @@ def pass_at_k(
         std = torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, std).sqrt())
         # Another row is the best of those that hold this one: k - 2 further rows below it, of n - 2.
         others = values * share(below - 1.0, number - 2.0, size - 2.0) * (size - 1.0) / (number - 1.0).clamp_min(1.0)
-        above = ordered.totals_in_order(others) - running_sums(others, groups.starts, groups.longest)
+        above = ordered.totals_in_order(others) - ordered.running_sums(others)
         credit = values * holding + above - best
         back = torch.empty_like(ordered.order).index_copy(0, ordered.order, places)
         divisor = torch.where(std == 0.0, 0.0, std + 1e-6)

@@ -65,7 +65,7 @@ def _one_for_each_row(
     weight = None
     if rollouts.earned is not None:
         rewards = rollouts.rewards.to(torch.float64)
-        found = segments_of_groups(layout).statistics(rewards, ~rewards.isnan())
+        found = segments_of_groups(layout, rollouts.backend).statistics(rewards, ~rewards.isnan())
         weight = torch.where(found.number > 1.0, 1.0, 0.0)
         if normalize == "reward_std":
             weight = found.over_std(weight)
@@ -96,7 +96,7 @@ def _against_visits(
     earned = rollouts.earned
     if earned is None:
         nothing = torch.zeros(rollouts.token_ids.numel(), dtype=torch.float64, device=rollouts.token_ids.device)
-        earned = earned_at_tokens(nothing, rollouts.rows, width)
+        earned = earned_at_tokens(nothing, rollouts.rows, width, rollouts.backend)
     row, is_token, before = earned.row_of_token, earned.is_token, earned.before_tokens()
     places = torch.arange(row.shape[0], device=row.device)
     last = pad(torch.where(is_token, places, -1).cummax(0).values[:-1], (1, 0), value=-1)
@@ -112,11 +112,11 @@ def _against_visits(
     group = layout.group_of_row[row].masked_fill(~is_token, layout.group_starts.shape[0])
     names = steps if states is None else states
     assert names is not None
-    found = segments_of_names(names, group).statistics(to_go, begins)
+    found = segments_of_names(names, group, backend=rollouts.backend).statistics(to_go, begins)
     own, number = found.centred, found.number - 1.0
     if leave_one_out:
         # The mean of the visits of other rows: what a row does changes its own later ones.
-        visits = segments_of_names(names, torch.where(is_token, row, -1))
+        visits = segments_of_names(names, torch.where(is_token, row, -1), backend=rollouts.backend)
         sums, number = visits.totals(found.centred), found.number - visits.totals(begins.to(torch.float64))
         own = found.centred + sums / number.clamp_min(1.0)
     credit = own[begin] - (before - before[begin])

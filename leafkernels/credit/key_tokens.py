@@ -30,8 +30,9 @@ def ktae(
     its two-sided Fisher's exact test, F = exp(-2 p), 0 where p is 1; IG is the information gain in bits. D, the
     direction, is asin(sqrt(share of the right rows)) - asin(sqrt(share of the wrong rows)) + T / (W + 1e-5) - W / (T +
     1e-5). T and W are 3 f / (f + 1 + l / mean l), f the share of the token among all l tokens of the right, or the
-    wrong, rows. That is KTAE (arXiv 2505.16826) as its authors' code computes it with all its weights 1, but that no id
-    is exempt there. Where all rows of a prompt are right, or all are wrong, it is GRPO's credit.
+    wrong, rows. That is KTAE (arXiv 2505.16826) as its authors' code computes it, against which formula and constants
+    were checked, with all its weights 1, but that no id is exempt, as 151643 is there. Where all rows of a prompt are
+    right, or all are wrong, it is GRPO's credit.
 
     A token that right rows alone have gets next to 1 more than GRPO's, one of wrong rows alone 1 less. Of ``logprobs``
     only the shape matters. Arguments, layouts and errors are those of ``opo``. With ``step_rewards`` the first term is
@@ -68,10 +69,10 @@ def _key_values(rollouts: Rollouts) -> Tensor:
     if earned is None:
         nothing = torch.zeros(ids.shape[0], dtype=torch.float64, device=ids.device)
         width = 0 if rollouts.where["cu_seqlens"] is not None else rollouts.token_ids.shape[-1]
-        earned = earned_at_tokens(nothing, rollouts.rows, width)
+        earned = earned_at_tokens(nothing, rollouts.rows, width, rollouts.backend)
     row, is_token = earned.row_of_token, earned.is_token
 
-    groups, returns = segments_of_groups(layout), rollouts.rewards.detach().to(torch.float64)
+    groups, returns = segments_of_groups(layout, rollouts.backend), rollouts.rewards.detach().to(torch.float64)
     scored = ~returns.isnan()
     is_flat = groups.statistics(returns, scored).std == 0.0
     size = groups.totals(returns.masked_fill(~scored, 0.0).abs())
@@ -80,10 +81,10 @@ def _key_values(rollouts: Rollouts) -> Tensor:
 
     # Tokens that do not count are a row, and a prompt, of their own.
     prompt = torch.where(is_token, layout.group_of_row[row], layout.group_starts.shape[0])
-    in_row = segments_of_names(ids, torch.where(is_token, row, -1))
+    in_row = segments_of_names(ids, torch.where(is_token, row, -1), backend=rollouts.backend)
     places = torch.arange(ids.shape[0], device=ids.device)
     is_first = torch.empty_like(is_token).index_copy(0, in_row.order, places == in_row.starts)
-    tokens, lengths = segments_of_names(ids, prompt), live_lengths(rollouts).to(torch.float64)
+    tokens, lengths = segments_of_names(ids, prompt, backend=rollouts.backend), live_lengths(rollouts).to(torch.float64)
 
     def counts(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of each token: the rows of its prompt, those that have it, all their tokens, and those that are it."""

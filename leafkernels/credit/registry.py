@@ -12,6 +12,7 @@ from leafkernels.credit.baselines import maxrl, opo, pass_at_k, qae
 from leafkernels.credit.differences import tempo, tree_td, treerl
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
 from leafkernels.credit.key_tokens import ktae
+from leafkernels.credit.token_baseline import otb
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Estimator:
     """Unit of credit: "row", "span" or "token"."""
     reads_logprobs: bool = True
     """Whether the values of ``logprobs`` matter, not their shape alone: a trainer may have to compute them."""
+    reads_squares: bool = False
+    """Whether it takes ``sum_squares``, without which it is only near what the paper has; trainers that do not compute
+    them refuse it."""
     normalization: str = "none"
     """"reward_std" or "none", with which the credit is linear in the rewards; "option": the function's ``normalize``,
     whose default is in its signature."""
@@ -104,6 +108,13 @@ ESTIMATORS: dict[str, Estimator] = _Estimators(
         is_scaled_grpo=True,
     ),
     opo=Estimator(opo, "OPO", "r - sum(l r) / sum(l)", "arXiv 2505.23585", per="row", reads_logprobs=False),
+    otb=Estimator(
+        otb,
+        "OTB",
+        "r - sum(W r) / sum(W), W the sum up to the token of 1 - 2 p + sum p^2",
+        "arXiv 2602.07078",
+        reads_squares=True,
+    ),
     qae=Estimator(
         qae,
         "QAE",

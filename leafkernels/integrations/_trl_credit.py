@@ -8,6 +8,7 @@ from leafkernels.credit.options import CreditOptions
 
 # None unless set, and then refused with an estimator that does not read them.
 _OPTIONAL = ("quantile", "k")
+_KNOWN = [name for name, scheme in ESTIMATORS.items() if not scheme.reads_squares]
 
 
 @dataclass
@@ -16,7 +17,7 @@ class CreditConfig:
 
     estimator: str = field(
         default="leaf",
-        metadata={"help": f"The credit: {', '.join(map(repr, ESTIMATORS))}. Each takes those of the options it knows."},
+        metadata={"help": f"The credit: {', '.join(map(repr, _KNOWN))}. Each takes those of the options it knows."},
     )
     num_boundaries: int = field(
         default=2, metadata={"help": "Positions of a prompt where the tree of its completions may fork, at most."}
@@ -51,6 +52,17 @@ class CreditConfig:
     k: int | None = field(
         default=None, metadata={"help": "pass_at_k: completions of which the best one counts. None: 2."}
     )
+
+
+def check_estimator(name: Any) -> None:
+    """Raise ValueError unless a trainer can give the estimator of that name all it reads."""
+    if name not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {name!r}")
+    if ESTIMATORS[name].reads_squares:
+        raise ValueError(
+            "estimator must be one that needs no sum_squares of the distributions that tokens were drawn from, which "
+            f"TRL's forward pass does not give, got {name!r}"
+        )
 
 
 def options_of(args: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leafkernels.integrations._trl_options import TokenCredit
 
-_Steps = dict[tuple[int, int], list[tuple[int, float]]]
+StepsOfRows = dict[tuple[int, int], list[tuple[int, float]]]
 
 
 class StepRewards(TokenCredit):
@@ -23,37 +23,38 @@ class StepRewards(TokenCredit):
 
     reward_funcs: list[Any]  # TRL's
     reward_func_names: list[str]
+    _rewards_per_function: Tensor
+    """(N, functions), of all ranks."""
+
+    def _scales(self, group_size: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._steps: _Steps = {}
+        self._steps: StepsOfRows = {}
         functions = self.reward_funcs
         names = zip(functions, self.reward_func_names, strict=True)
-        self.reward_funcs = [_heard(function, name, i, self._steps) for i, (function, name) in enumerate(names)]
+        self.reward_funcs = [hear(function, name, i, self._steps) for i, (function, name) in enumerate(names)]
         try:
             return super()._calculate_rewards(*args, **kwargs)
         finally:
             self.reward_funcs = functions
 
-    def _earned(self, call: dict[str, Any], per_function: Tensor) -> dict[str, Tensor]:
+    def _earned(self, call: dict[str, Any], own: slice) -> dict[str, Tensor]:
         """``step_rewards``, shaped like the ids of this rank's rows, and what is left of ``rewards`` at their ends;
-        nothing where no function of any rank gave a list.
+        nothing where no function of any rank gave a list. ``own`` are this rank's rows.
 
         A reward at a token that is not trained on is earned there, but within the row: from its first to its last
-        unmasked token. A row without one has it at its end.
+        unmasked token. A row without one has it at its end. A row's reward is the sum over the functions of factor *
+        (what it gave - mean), of ``_scales``.
         """
         is_any = torch.tensor(float(bool(self._steps)), device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
             is_any = self.accelerator.reduce(is_any, "sum")
         if not is_any:
             return {}
-        aggregation = getattr(self.args, "multi_objective_aggregation", "sum_then_normalize")
-        if aggregation != "sum_then_normalize":
-            raise ValueError(
-                "multi_objective_aggregation must be 'sum_then_normalize' where a reward function returns a list for a "
-                f"completion, got {aggregation!r}"
-            )
-        mask, weights = call["response_mask"].cpu(), self.reward_weights.double().tolist()
-        ends = per_function.detach().cpu().double()
+        means, factors = (scale[own] for scale in self._scales(call["group_size"]))
+        mask, scale = call["response_mask"].cpu(), factors.tolist()
+        ends = self._rewards_per_function[own].detach().cpu().double()
         places = [row.nonzero().flatten().tolist() for row in mask]
         steps = torch.zeros(mask.shape, dtype=torch.float64)
         for (row, function), found in self._steps.items():
@@ -62,12 +63,12 @@ class StepRewards(TokenCredit):
                 ends[row, function] = 0.0
                 for end, reward in found:
                     at = min(max(end - 1, places[row][0]), places[row][-1])
-                    steps[row, at] += weights[function] * reward
-        left = (ends * torch.tensor(weights, dtype=torch.float64)).nansum(1).to(call["rewards"].device)
+                    steps[row, at] += scale[row][function] * reward
+        left = ((ends - means) * factors).nansum(1).to(call["rewards"].device)
         return {"step_rewards": steps.to(left.device), "rewards": left.masked_fill(call["rewards"].isnan(), torch.nan)}
 
 
-def _heard(function: Any, name: str, number: int, found: _Steps) -> Any:
+def hear(function: Any, name: str, number: int, found: StepsOfRows) -> Any:
     """The reward function, with lists put into ``found`` and their sums in their place."""
 
     def summed(output: Any, completion_ids: Sequence[Sequence[int]]) -> list[Any]:

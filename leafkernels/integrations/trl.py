@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leafkernels import ESTIMATORS, PRESETS, scatter_spans, span_tree
+from leafkernels import ESTIMATORS, PRESETS
 from leafkernels._core.precision import is_rounding
 from leafkernels.distributed import GatheredGroups, gather_groups
 from leafkernels.models.asking import evaluating
@@ -26,12 +26,13 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
         "pip install 'leafkernels[trl]'"
     ) from error
 
-from leafkernels.integrations._trl_credit import CreditConfig, options_of
+from leafkernels.integrations._trl_credit import CreditConfig, check_estimator, options_of
 from leafkernels.integrations._trl_loss import LossConfig, OwnLoss, check_own_loss
 from leafkernels.integrations._trl_masks import SamplingMaskConfig
 from leafkernels.integrations._trl_options import check_options
 from leafkernels.integrations._trl_report import check_report, write_report
 from leafkernels.integrations._trl_sharing import SharedPrefixesConfig
+from leafkernels.integrations._trl_spans import credit_and_counts, rates_of
 from leafkernels.integrations._trl_steps import StepRewards
 
 _logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
             estimate = ESTIMATORS[self.args.estimator]
             rows = {"response_mask": response_mask, "group_size": group_size}
             return estimate(logprobs, token_ids, rewards, **rows, **more, **self._options())
-        tree = span_tree(
+        credit, counts = credit_and_counts(
             logprobs,
             token_ids,
             rewards,
@@ -174,25 +175,9 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
             **more,
             **self._options(),
         )
-        ends = tree.spans.span_ends
-
-        def spread(values: Tensor) -> Tensor:
-            return scatter_spans(values, ends, token_ids.shape[1], response_mask=response_mask)
-
-        # The span before boundary k belongs to the row's node there; the tail belongs to none.
-        is_shared = tree.nodes >= 0
-        credited = spread(torch.nn.functional.pad(is_shared.double(), (0, 1)))
-        scored_tokens = response_mask & ~rewards.isnan()[:, None]
-        boundaries = (tree.boundaries >= 0).repeat_interleave(group_size, 0) & (tree.lengths > 0)[:, None]
-        # A node is counted at the row it is named after.
-        rank = torch.arange(len(rewards), device=rewards.device) % group_size
-        counts = (credited, scored_tokens, is_shared, boundaries, tree.nodes == rank[:, None], torch.ones_like(rank))
-        totals = self.accelerator.reduce(torch.stack([count.sum() for count in counts]), "sum")
-        shared, tokens, fired, pairs, nodes, rows = totals.tolist()
-        self._log("span_credit_share", shared / max(tokens, 1))
-        self._log("fork_fire_rate", fired / max(pairs, 1))
-        self._log("nodes_per_group", nodes * group_size / rows)
-        return spread(tree.spans.values).float()
+        for name, rate in rates_of(self.accelerator.reduce(counts, "sum"), group_size).items():
+            self._log(name, rate)
+        return credit
 
     def _options(self) -> dict[str, Any]:
         """Those of the config that the estimator takes."""
@@ -233,7 +218,7 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
         rewards = all_rewards[first : first + rows]
         call = {"logprobs": logprobs, "token_ids": token_ids, "rewards": rewards, "response_mask": mask}
         call["group_size"] = group_size
-        call |= self._earned(call, self._rewards_per_function[first : first + rows])
+        call |= self._earned(call, slice(first, first + rows))
         if self.accelerator.num_processes == 1:
             advantages = self._advantages_of(call)
         else:
@@ -294,6 +279,20 @@ class LeafGRPOTrainer(OwnLoss, StepRewards, GRPOTrainer):
         summed = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         return summed.masked_fill(unscored | ~summed.isfinite(), torch.nan)
 
+    def _scales(self, group_size: int) -> tuple[Tensor, Tensor]:
+        """(N, functions) float64, on the host: what is taken off a function's rewards, and what multiplies the rest."""
+        rewards, weights = self._rewards_per_function.cpu().double(), self.reward_weights.cpu().double()
+        if not self._sums_normalized():
+            return torch.zeros_like(rewards), weights.expand(rewards.shape)
+        centred, deviation = _moments(rewards.view(-1, group_size, rewards.shape[1]))
+        # Sums that are all equal say nothing, wherever they were earned.
+        factors = (1.0 / (deviation + 1e-4)).masked_fill(deviation == 0.0, 0.0) * weights
+        means = rewards.view(centred.shape) - centred
+        return (
+            means.nanmean(1, keepdim=True).expand(centred.shape).reshape(rewards.shape),
+            factors.expand(centred.shape).reshape(rewards.shape),
+        )
+
     def _replace_logged(self, advantages: Tensor) -> None:
         """Put ours in place of the advantages that TRL has just noted for its table of completions."""
         logged = self._logs["advantages"]
@@ -308,16 +307,20 @@ def _takes(estimator: str, option: str) -> bool:
 
 def _normalize_functions(rewards: Tensor) -> Tensor:
     """(prompts, rows, functions): each function's rewards z-scored over a prompt, with TRL's 1e-4."""
-    dtype, is_scored = rewards.dtype, ~rewards.isnan()
-    rewards = rewards.double()
+    centred, deviation = _moments(rewards.double())
+    return (centred / (deviation + 1e-4)).to(rewards.dtype)
+
+
+def _moments(rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """Of float64 rewards (prompts, rows, functions) each less its function's mean in the prompt, and the deviation."""
+    is_scored = ~rewards.isnan()
     least = rewards.masked_fill(~is_scored, torch.inf).amin(1, keepdim=True)
     most = rewards.masked_fill(~is_scored, -torch.inf).amax(1, keepdim=True)
     # From the least reward up, so that rewards that are equal, or differ by rounding alone, give exactly 0.
     rewards = (rewards - least).masked_fill(is_rounding(least, most) & is_scored, 0.0)
     centred = rewards - rewards.nanmean(1, keepdim=True)
     count = is_scored.sum(1, keepdim=True)
-    deviation = (centred.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return (centred / (deviation + 1e-4)).to(dtype)
+    return centred, (centred.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
 
 
 def _check_parallelism(accelerator: Any) -> None:
@@ -338,8 +341,7 @@ def _check_trainer(trainer: type, args: Any) -> None:
             f"args must be a LeafGRPOConfig, or a dataclass derived from it and your own config, "
             f"got {type(args).__name__}"
         )
-    if args.estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {args.estimator!r}")
+    check_estimator(args.estimator)
     options_of(args)
     check_options(args, "LeafGRPOTrainer")
     check_own_loss(args, "LeafGRPOTrainer")

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from leafkernels import ESTIMATORS
-from leafkernels.integrations._trl_credit import CreditConfig, options_of
+from leafkernels.integrations._trl_credit import CreditConfig, check_estimator, options_of
+from leafkernels.integrations._trl_spans import credit_and_counts, rates_of
 
 try:
     import trl
@@ -34,6 +35,8 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
         "leafkernels.integrations.trl_async needs TRL with AsyncGRPOTrainer, which cannot be imported here "
         f"({' '.join(str(error).split())}); pip install 'leafkernels[trl]'"
     ) from error
+
+from leafkernels.integrations._trl_steps import StepsOfRows, hear
 
 # A conversation of which nothing is trained: its reward counts in the group's mean.
 _NOTHING = SimpleNamespace(input_ids=[], completion_mask=[], old_log_probs=[])
@@ -60,7 +63,12 @@ class TokenAdvantages(list[float]):
 
 
 def credit_samples(
-    conversations: Sequence[Sequence[Any]], rewards: Sequence[float], *, estimator: str = "leaf", **options: Any
+    conversations: Sequence[Sequence[Any]],
+    rewards: Sequence[float],
+    *,
+    estimator: str = "leaf",
+    step_rewards: Sequence[Sequence[Any]] | None = None,
+    **options: Any,
 ) -> list[list[TokenAdvantages]]:
     """The advantages of a group's samples, one for each token: what a rollout worker of your own puts on its queue.
 
@@ -73,6 +81,8 @@ def credit_samples(
             ``completion_mask`` and ``old_log_probs``, of one length, as TRL's ``RolloutSample`` has.
         rewards: one for each conversation. NaN, or infinite: unscored; left out of every mean, and its credit is 0.
         estimator: a name of ``ESTIMATORS``.
+        step_rewards: for each conversation, for each of its samples, what is earned at each of its ``input_ids``;
+            ``rewards`` come beside it, at the end.
         options: those of the estimator.
 
     Returns:
@@ -81,8 +91,18 @@ def credit_samples(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}")
+    return _credited(conversations, rewards, estimator, step_rewards, options)[0]
+
+
+def _credited(
+    conversations: Sequence[Sequence[Any]],
+    rewards: Sequence[float],
+    estimator: str,
+    step_rewards: Sequence[Sequence[Any]] | None,
+    options: dict[str, Any],
+) -> tuple[list[list[TokenAdvantages]], dict[str, float]]:
+    """What ``credit_samples`` gives, and what is logged of the group."""
+    check_estimator(estimator)
     if len(rewards) != len(conversations):
         raise ValueError(f"rewards must be one for each of {len(conversations)} conversations, got {len(rewards)}")
     samples = [sample for rows in conversations for sample in rows]
@@ -103,23 +123,40 @@ def credit_samples(
         ids.append(torch.stack([tokens, torch.full_like(tokens, prompts.setdefault(prompt, len(prompts)))]))
         masks.append(mask)
         ends.append(ends[-1] + len(tokens))
+    earned = _step_rewards(conversations, step_rewards)
     if ends[-1] == 0:
-        return [[TokenAdvantages() for _ in rows] for rows in conversations]
+        return [[TokenAdvantages() for _ in rows] for rows in conversations], {}
     token_ids, prompt_of = torch.cat(ids, 1)
     response_mask = torch.cat(masks)
     reward = torch.tensor([float(value) for value in rewards], dtype=torch.float64)
-    credit = ESTIMATORS[estimator](
-        _joined([sample.old_log_probs for sample in samples], torch.float32),
-        token_ids + prompt_of * (token_ids.max() + 1),
-        reward.masked_fill(~reward.isfinite(), torch.nan),
-        response_mask=response_mask,
-        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
-        **options,
-    )
+    logprobs = _joined([sample.old_log_probs for sample in samples], torch.float32)
+    names = token_ids + prompt_of * (token_ids.max() + 1)
+    scored = reward.masked_fill(~reward.isfinite(), torch.nan)
+    more: dict[str, Any] = {} if earned is None else {"step_rewards": earned}
+    more |= options | {"response_mask": response_mask, "cu_seqlens": torch.tensor(ends, dtype=torch.int32)}
+    logs = {}
+    if estimator == "leaf":
+        credit, totals = credit_and_counts(logprobs, names, scored, group_size=len(rewards), **more)
+        logs = {f"leaf/{name}": rate for name, rate in rates_of(totals, len(rewards)).items()}
+    else:
+        credit = ESTIMATORS[estimator](logprobs, names, scored, **more)
     counts = [len(sample.input_ids) for sample in samples]
     parts = zip(credit.split(counts), response_mask.split(counts), strict=True)
     found = iter([_advantages(*part) for part in parts])
-    return [[next(found) for _ in rows] for rows in conversations]
+    return [[next(found) for _ in rows] for rows in conversations], logs
+
+
+def _step_rewards(conversations: Sequence[Sequence[Any]], given: Sequence[Sequence[Any]] | None) -> Tensor | None:
+    """(tokens,) of all conversations."""
+    if given is None:
+        return None
+    lengths = [[len(sample.input_ids) for sample in rows] for rows in conversations]
+    if [[len(values) for values in rows] for rows in given] != lengths:
+        raise ValueError(
+            "step_rewards must have, for each conversation and each of its samples, one number for each of its "
+            f"input_ids, of which there are {lengths}"
+        )
+    return _joined([values for rows in given for values in rows], torch.float64)
 
 
 class LeafAsyncGRPOTrainer(AsyncGRPOTrainer):
@@ -186,8 +223,7 @@ def _credit_options(args: Any) -> dict[str, Any]:
             "args must be a LeafAsyncGRPOConfig, or a dataclass derived from it and your own config, "
             f"got {type(args).__name__}"
         )
-    if args.estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {args.estimator!r}")
+    check_estimator(args.estimator)
     if args.normalize == "batch":
         raise ValueError(
             "normalize must be 'span', 'reward_std' or 'none' with LeafAsyncGRPOTrainer, got 'batch': groups are "
@@ -206,9 +242,15 @@ def _credited_loop(loop_class: Callable[..., Any], credit: dict[str, Any], **kwa
     """A loop of TRL's worker whose scored groups carry ``credit_samples``."""
     loop = loop_class(**kwargs)
     score = loop._score_group
+    options = {name: value for name, value in credit.items() if name != "estimator"}
+    estimator = credit["estimator"]
+    # Environments that give a reward have their names behind those of the functions.
+    named = list(zip(loop.reward_funcs, loop.reward_func_names, strict=False))
 
     async def score_group(group: Any) -> list[Any]:
         conversations = group.completions_sequences
+        steps: StepsOfRows = {}
+        loop.reward_funcs = [hear(function, name, i, steps) for i, (function, name) in enumerate(named)]
         # TRL returns the rewards with the samples, and no sample where nothing is trained.
         group.completions_sequences = [rows or [_NOTHING] for rows in conversations]
         samples = await score(group)
@@ -218,16 +260,49 @@ def _credited_loop(loop_class: Callable[..., Any], credit: dict[str, Any], **kwa
                 f"LeafAsyncGRPOTrainer cannot credit what TRL {trl.__version__} scores: _score_group must give a "
                 f"sample for each of {len(places)} rows, got {len(samples)}"
             )
-        rewards = {i: sample.metrics["reward"] for i, sample in zip(places, samples, strict=True)}
-        call = partial(credit_samples, conversations, list(rewards.values()), **credit)
-        found = await asyncio.to_thread(call)
+        by_conversation = {i: sample.metrics["reward"] for i, sample in zip(places, samples, strict=True)}
+        rewards, earned = _at_tokens(conversations, group.completions_ids, list(by_conversation.values()), steps)
+        found, logs = await asyncio.to_thread(_credited, conversations, rewards, estimator, earned, options)
         kept = [sample for i, sample in zip(places, samples, strict=True) if conversations[i]]
         for sample, advantages in zip(kept, (one for rows in found for one in rows), strict=True):
             sample.advantage = advantages
+            sample.metrics.update(logs)
         return kept
 
     loop._score_group = score_group
     return loop
+
+
+def _at_tokens(
+    conversations: Sequence[Sequence[Any]],
+    completion_ids: Sequence[Sequence[int]],
+    rewards: Sequence[float],
+    steps: StepsOfRows,
+) -> tuple[list[float], list[list[list[float]]] | None]:
+    """What of the rewards is left for the ends of conversations, and ``step_rewards`` of their samples; None: none.
+
+    A reward function counts the tokens that were sampled, of which TRL may train fewer where it tokenises a turn anew.
+    """
+    if not steps:
+        return list(rewards), None
+    left, earned = list(rewards), [[[0.0] * len(sample.input_ids) for sample in rows] for rows in conversations]
+    for i, rows in enumerate(conversations):
+        found = [pair for (row, _), pairs in steps.items() if row == i for pair in pairs if not math.isnan(pair[1])]
+        trained = [(r, t) for r, sample in enumerate(rows) for t, is_one in enumerate(sample.completion_mask) if is_one]
+        if not found or not trained:
+            continue
+        if [int(rows[r].input_ids[t]) for r, t in trained] != list(completion_ids[i]):
+            raise ValueError(
+                "reward_funcs must return a number, not a list of (end, reward), where TRL trains other tokens of a "
+                f"conversation than were sampled: {len(trained)} and {len(completion_ids[i])} of conversation {i}"
+            )
+        for end, reward in found:
+            row, token = trained[end - 1]
+            earned[i][row][token] += reward
+        rest = math.fsum([rewards[i], *(-reward for _, reward in found)])
+        # What rounding leaves of a sum is no reward.
+        left[i] = 0.0 if abs(rest) <= 2.0**-40 * math.fsum(abs(reward) for _, reward in found) else rest
+    return left, earned
 
 
 def _collate(collate: Callable[[list[Any]], dict[str, Any]], examples: list[Any]) -> dict[str, Any]:

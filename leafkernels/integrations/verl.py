@@ -1,7 +1,7 @@
 """Advantage estimators of verl: ``algorithm.adv_estimator=leaf``, or another name of ``leafkernels.ESTIMATORS``.
 
 Importing this module registers those whose names verl does not have (``grpo``, ``rloo`` and ``opo`` of 0.9 stay its
-own), in the process that imports it: let verl do that with
+own, and so does OTB, ``optimal_token_baseline``), in the process that imports it: let verl do that with
 ``VERL_USE_EXTERNAL_MODULES=leafkernels.integrations.verl``. Options of a function go under its name, as in
 ``+algorithm.leaf.num_boundaries=4`` and ``+algorithm.qae.quantile=0.5``; for ``leaf`` and ``tree_td``,
 ``norm_adv_by_std_in_grpo=False`` asks for ``normalize="none"``, unless they say otherwise.
@@ -109,9 +109,9 @@ def compute_advantage_of(
     return advantages, advantages
 
 
-for _name in ESTIMATORS:
+for _name, _scheme in ESTIMATORS.items():
     # Without a registry to ask, verl's own function refuses names that are taken.
-    if _name not in getattr(core_algos, "ADV_ESTIMATOR_REGISTRY", ()):
+    if not _scheme.reads_squares and _name not in getattr(core_algos, "ADV_ESTIMATOR_REGISTRY", ()):
         # A version that passes the batch looks at the signature, which a partial keeps.
         core_algos.register_adv_est(_name)(partial(compute_advantage_of, _name))
 

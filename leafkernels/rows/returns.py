@@ -25,6 +25,12 @@ class Earned(NamedTuple):
     """(N,) int64: where the first token of the row's stretch lies."""
     is_token: Tensor
     """(M,) bool: whether the token counts, in a row that has a return."""
+    along: tuple[Tensor, Tensor, int, str]
+    """Of each token the first and the last of its row, (M,) int64, and what else ``running_sums`` takes."""
+
+    def along_rows(self, entries: Tensor) -> Tensor:
+        """(M,) float64: each entry plus all before it in its row; outside of rows itself."""
+        return running_sums(entries, *self.along)
 
     def before(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """What rows had earned before the token of that number, counted from their first."""
@@ -49,7 +55,7 @@ def check_step_rewards(step_rewards: Any, token_ids: Tensor) -> Tensor | None:
     return step_rewards.to(torch.float64).reshape(-1)
 
 
-def earned_at_tokens(step_rewards: Tensor, rows: Rows, width: int) -> Earned:
+def earned_at_tokens(step_rewards: Tensor, rows: Rows, width: int, backend: str) -> Earned:
     """Of step rewards (M,); ``width`` is that of padded rows, 0 for packed ones. Of tokens there is one at least."""
     layout, device = rows.layout, step_rewards.device
     tokens = torch.arange(step_rewards.shape[0], device=device)
@@ -61,9 +67,13 @@ def earned_at_tokens(step_rewards: Tensor, rows: Rows, width: int) -> Earned:
     first_of_row = layout.row_starts + torch.arange(num_rows, device=device) * width
     first = first_of_row[row_of_token]
     is_in = (tokens >= first) & (tokens < first + layout.row_lengths[row_of_token])
-    sums = running_sums(step_rewards.masked_fill(~is_in, 0.0), first, layout.max_length).masked_fill(~is_in, 0.0)
+    # A token outside of rows is a segment of its own.
+    starts = torch.where(is_in, first, tokens)
+    lasts = torch.where(is_in, first + layout.row_lengths[row_of_token] - 1, tokens)
+    along = starts, lasts, max(layout.max_length, 1), backend
+    sums = running_sums(step_rewards.masked_fill(~is_in, 0.0), *along)
     is_token = is_in if rows.mask is None else is_in & rows.mask.reshape(-1)
-    return Earned(sums, row_of_token, first_of_row, is_token)
+    return Earned(sums, row_of_token, first_of_row, is_token, along)
 
 
 def total_returns(rewards: Tensor, earned: Earned, layout: Layout) -> tuple[Tensor, Earned]:
@@ -103,13 +113,13 @@ def check_functions(
     return rewards.reshape(math.prod(row_shape), shape[-1]).to(torch.float64), weights
 
 
-def weighed_rewards(rewards: Tensor, weights: Sequence[float] | Tensor, layout: Layout) -> Tensor:
+def weighed_rewards(rewards: Tensor, weights: Sequence[float] | Tensor, layout: Layout, backend: str) -> Tensor:
     """(N,) float64: rewards (N, F), each function's divided by its deviation in a prompt, weighed and summed.
 
     sum_f w_f (r_f - mean_f) / (std_f + 1e-6): GDPO, arXiv 2601.05242. A function that is NaN says nothing of the row;
     a row of which none says anything is NaN.
     """
-    is_known, groups = ~rewards.isnan(), segments_of_groups(layout)
+    is_known, groups = ~rewards.isnan(), segments_of_groups(layout, backend)
     total = rewards.new_zeros(rewards.shape[0])
     for function in range(rewards.shape[1]):
         found = groups.statistics(rewards[:, function], is_known[:, function])

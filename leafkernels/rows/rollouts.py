@@ -98,14 +98,14 @@ def read_rollouts(
     given = None
     if reward_weights is not None:
         given, reward_weights = check_functions(rewards, reward_weights, "token_ids", row_shape, device)
-        returns = weighed_rewards(given, reward_weights, rows.layout)
+        returns = weighed_rewards(given, reward_weights, rows.layout, backend)
     elif rewards is not None or step_rewards is None:
         given = returns = check_rewards(rewards, "token_ids", row_shape, device, shape)
     else:
         returns = logprobs.new_zeros(rows.layout.row_lengths.shape, dtype=torch.float64)
     earned = ends = None
     if flat_steps is not None and flat_steps.numel():
-        earned = earned_at_tokens(flat_steps, rows, 0 if cu_seqlens is not None else shape[-1])
+        earned = earned_at_tokens(flat_steps, rows, 0 if cu_seqlens is not None else shape[-1], backend)
         ends = returns
         returns, earned = total_returns(ends, earned, rows.layout)
     rows = rows._replace(layout=rows.layout.without(returns.isnan()))

@@ -1,27 +1,49 @@
 """Sums over segments of the entries of a call, such as the rows of a prompt.
 
-PyTorch on every backend, in an order of its own: ``torch.cumsum`` of floats counts as not deterministic on CUDA, and no
-entry of another segment changes a bit.
+In an order of their own, in which no entry of another segment changes a bit.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from leafkernels._core.operation import operation
 from leafkernels._core.precision import is_rounding
 from leafkernels.rows.layout import Layout
 
 
-def running_sums(entries: Tensor, starts: Tensor, longest: int) -> Tensor:
-    """(E,): each entry plus all before it, from place ``starts`` (E,) on, less than ``longest`` places away."""
-    before = torch.arange(entries.shape[0], device=entries.device) - starts
-    step = 1
-    while step < min(longest, entries.shape[0]):
-        reached = torch.where(before[step:] >= step, entries[:-step], 0.0)
-        entries = torch.cat([entries[:step], entries[step:] + reached])
-        step *= 2
-    return entries
+@operation("segments")
+def _running_sums(entries: Tensor, starts: Tensor, lasts: Tensor, longest: int) -> Tensor:
+    return torch.empty_like(entries)
+
+
+class _RunningSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, starts: Tensor, lasts: Tensor, longest: int, backend: str) -> Tensor:
+        ctx.save_for_backward(starts, lasts)
+        ctx.options = longest, backend
+        return _running_sums(backend, entries, starts, lasts, longest)
+
+    @staticmethod
+    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, ...]:
+        starts, lasts = ctx.saved_tensors
+        # An entry is in all sums from its own to the last of its segment: the same, counted from the end.
+        end = starts.shape[0] - 1
+        turned = ((end - lasts).flip(0), (end - starts).flip(0))
+        return _RunningSums.apply(gradients.flip(0), *turned, *ctx.options).flip(0), None, None, None, None
+
+
+def running_sums(entries: Tensor, starts: Tensor, lasts: Tensor, longest: int, backend: str) -> Tensor:
+    """(E,): each of the float64 entries plus all before it in its segment.
+
+    ``starts`` and ``lasts`` (E,) int64 are the places of the first and the last entry of each entry's segment, which
+    has at most ``longest``.
+    """
+    call = entries.contiguous(), starts, lasts, longest
+    # What is compared with the reference is computed by PyTorch.
+    backend = "torch" if backend == "reference" else backend
+    return _RunningSums.apply(*call, backend) if entries.requires_grad else _running_sums(backend, *call)
 
 
 class Statistics(NamedTuple):
@@ -55,6 +77,7 @@ class Segments(NamedTuple):
     lasts: Tensor
     """And that of its last entry."""
     longest: int
+    backend: str
 
     def totals(self, entries: Tensor) -> Tensor:
         """(E,): of each entry, in the caller's order, the sum over its segment."""
@@ -63,7 +86,11 @@ class Segments(NamedTuple):
 
     def totals_in_order(self, entries: Tensor) -> Tensor:
         """The same of entries in the order of the segments."""
-        return running_sums(entries, self.starts, self.longest)[self.lasts]
+        return self.running_sums(entries)[self.lasts]
+
+    def running_sums(self, entries: Tensor) -> Tensor:
+        """Of entries in the order of the segments each plus all before it in its segment."""
+        return running_sums(entries, self.starts, self.lasts, self.longest, self.backend)
 
     def statistics(self, values: Tensor, is_in: Tensor) -> Statistics:
         """Of the float64 values (E,) of the entries that count. Counted from the least, so that equal ones are 0."""
@@ -87,14 +114,15 @@ class Segments(NamedTuple):
         return Statistics(centred, number, std, ~is_in)
 
 
-def segments_of_groups(layout: Layout) -> Segments:
+def segments_of_groups(layout: Layout, backend: str) -> Segments:
     """The rows of a layout by their group."""
     order = layout.rows_by_group
     groups = layout.group_of_row[order]
-    return Segments(order, layout.group_starts[groups], layout.group_starts[groups + 1] - 1, layout.max_group)
+    starts, lasts = layout.group_starts[groups], layout.group_starts[groups + 1] - 1
+    return Segments(order, starts, lasts, layout.max_group, backend)
 
 
-def segments_of_names(*names: Tensor) -> Segments:
+def segments_of_names(*names: Tensor, backend: str) -> Segments:
     """Entries that have all names (E,), integers, in common."""
     size = names[0].shape[0]
     order = torch.arange(size, device=names[0].device)
@@ -110,4 +138,4 @@ def segments_of_names(*names: Tensor) -> Segments:
     is_last = torch.ones_like(is_new)
     is_last[:-1] = is_new[1:]
     lasts = torch.where(is_last, places, size).flip(0).cummin(0).values.flip(0)
-    return Segments(order, starts, lasts, size)
+    return Segments(order, starts, lasts, size, backend)

@@ -1,6 +1,6 @@
 """What the functions of a vocabulary have in common: numbers of a row, and checks."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -8,6 +8,21 @@ from torch.nn.functional import pad
 
 from leafkernels._core.checks import FLOAT32, check_device, check_positive, check_real, values_readable
 from leafkernels._core.precision import compute_dtype
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from leafkernels.vocabulary.sampling_mask import SamplingMask
+
+
+class VocabularyOptions(TypedDict, total=False):
+    """What ``surprisal_entropy`` and its hidden-state form both take by keyword."""
+
+    temperature: float | Tensor
+    response_mask: Tensor | None
+    sampling_mask: "SamplingMask | None"
+    vocab_group: "dist.ProcessGroup | None"
+    backend: str
 
 
 class SampledTokens(NamedTuple):

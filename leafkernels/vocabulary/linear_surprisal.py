@@ -1,7 +1,7 @@
 """Surprisal and entropy from hidden states: a chunk of logits at a time, in one buffer that is used again."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,22 @@ from leafkernels._core.reference import from_reference
 from leafkernels.vocabulary.inputs import RowStatistics, SampledTokens, check_temperature, for_live_rows
 from leafkernels.vocabulary.kept import add_head_gradients, gradient_of, head_logits, joined, statistics_of, with_states
 from leafkernels.vocabulary.sampling_mask import Kept, SamplingMask, check_sampling_mask, kept_ids, lists_of
-from leafkernels.vocabulary.slices import find_slice, join_states, merge_slices, whole_vocabulary
+from leafkernels.vocabulary.slices import Slice, find_slice, join_states, merge_slices, whole_vocabulary
+from leafkernels.vocabulary.statistics import (
+    Likeliest,
+    TokenStatistics,
+    at_half,
+    check_statistics,
+    from_lists,
+    known_ids,
+    sum_of_squares,
+)
 from leafkernels.vocabulary.surprisal import SurprisalEntropy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from leafkernels.vocabulary.inputs import VocabularyOptions
 
 # What a chunk's logits may take. Chunks must be long: after each, the float32 gradient of the weight is read and
 # written once, which at 1,000 tokens moves as many bytes as one of the four matrix products takes time for.
@@ -138,8 +152,12 @@ def _states_of_slices(
     bias: Tensor | None,
     tokens: SampledTokens,
     options: HeadOptions,
+    likeliest: Likeliest | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``surprisal_states`` of rows of whose logits the head makes a slice, one state of each."""
+    """``surprisal_states`` of rows of whose logits the head makes a slice, one state of each.
+
+    The largest logits go into ``likeliest``, which has one row more.
+    """
     fold = implementation(backend, "surprisal").surprisal_states
     size, widest = hidden.shape[0] + 1, compute_dtype(options.dtype)
     # A row that no chunk reaches has an empty state, which is merged to NaN.
@@ -150,9 +168,91 @@ def _states_of_slices(
     head = _Head(hidden, weight, bias, tokens.mask, options)
     for rows in head.chunks():
         chunk = more.chunk(rows)
-        chunk_states, picked[rows] = fold(head.logits(head.states(rows)), *chunk)
+        logits = head.logits(head.states(rows))
+        chunk_states, picked[rows] = fold(logits, *chunk)
         states[:, rows] = join_states(chunk_states, chunk.temperature)
+        if likeliest is not None:
+            for numbers, of_chunk in zip(likeliest, Likeliest.of(logits), strict=True):
+                numbers[rows] = of_chunk.to(numbers.dtype)
     return states[:, :-1], picked[:-1]
+
+
+class HalfStates(NamedTuple):
+    """Of each row at half its temperature a state (3, N, 1), and the largest logit and its id."""
+
+    states: Tensor
+    logits: Tensor
+    ids: Tensor
+
+
+def _states_and_likeliest(
+    backend: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: SampledTokens, options: HeadOptions
+) -> HalfStates:
+    likeliest = Likeliest.none(hidden.new_empty(0, dtype=compute_dtype(options.dtype)), hidden.shape[0] + 1)
+    with torch.autocast(hidden.device.type, enabled=False):
+        states, _ = _states_of_slices(backend, hidden, weight, bias, tokens, options, likeliest)
+    return HalfStates(states.clone(), *(numbers[:-1].clone() for numbers in likeliest))
+
+
+@operation(run=_states_and_likeliest)
+def _linear_states(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: SampledTokens,
+    options: HeadOptions,
+) -> HalfStates:
+    num_rows, dtype = hidden.shape[0], compute_dtype(options.dtype)
+    logits, ids = (hidden.new_empty((num_rows,), dtype=kind) for kind in (dtype, torch.int64))
+    return HalfStates(hidden.new_empty((3, num_rows, 1), dtype=dtype), logits, ids)
+
+
+@operation("surprisal")
+def _merge_surprisal_states(states: Tensor, picked: Tensor, temperature: Tensor, mask: Tensor | None) -> RowStatistics:
+    return RowStatistics(*(picked.new_empty(picked.shape) for _ in RowStatistics._fields))
+
+
+def _more_statistics(
+    wanted: Sequence[str],
+    statistics: RowStatistics,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: SampledTokens,
+    options: HeadOptions,
+    kept: Kept | None,
+    live: Tensor | None,
+    own: Slice | None,
+    backend: str,
+    vocab_group: "dist.ProcessGroup | None",
+) -> dict[str, Tensor]:
+    """Those of ``wanted``, (N,) each: from the products once more, at half the temperature.
+
+    The id whose surprisal comes beside them is the likeliest: nobody looks at it.
+    """
+    log_total = statistics.log_total
+    found = {"top_logprobs": 0.0 - log_total}
+    if not {"sum_squares", "top_ids"} & set(wanted):
+        return {name: found[name] for name in wanted}
+    half = at_half(tokens)
+    states, picked, ids = _linear_states(backend, hidden, weight, bias, half, options)
+    likeliest, of_kept = Likeliest(picked, ids), None
+    if kept is not None and tokens.mask is not None:
+        values = head_logits(backend, hidden.to(options.dtype), weight, bias, kept, options.softcap)
+        of_kept = statistics_of(backend, values, kept, half.temperature)
+        likeliest = likeliest.with_kept(values, kept, tokens.mask)
+    if own is None or vocab_group is None:
+        squared = _merge_surprisal_states(backend, states, picked, half.temperature, tokens.mask)
+        squared = squared if of_kept is None else joined(squared, of_kept)
+    else:
+        if of_kept is not None and kept is not None:
+            states, picked = with_states(states, picked, of_kept, values, kept, half.temperature)
+        with torch.cuda.device_of(hidden):
+            squared = merge_slices(states, picked, half.temperature, live, backend, vocab_group)
+        likeliest = likeliest.of_ranks(statistics.top, own, vocab_group)
+    found["sum_squares"] = sum_of_squares(log_total, squared.log_total, live)
+    found["top_ids"] = known_ids(likeliest.ids, log_total, live)
+    return {name: found[name] for name in wanted}
 
 
 def _backward_in_chunks(
@@ -256,7 +356,7 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
         options: HeadOptions,
         backend: str,
         vocab_group: "dist.ProcessGroup | None",
-    ) -> tuple[Tensor, Tensor]:
+    ) -> RowStatistics:
         arguments = (backend, hidden, weight, bias, tokens, options)
         saved: tuple[Tensor, ...] = ()
         of_kept = None
@@ -276,10 +376,13 @@ class _LinearSurprisalEntropy(torch.autograd.Function):
         ctx.save_for_backward(*statistics, hidden, weight, bias, *tokens, *saved)
         ctx.options, ctx.backend, ctx.vocab_group = options, backend, vocab_group
         ctx.set_materialize_grads(False)
-        return statistics.surprisal, statistics.entropy
+        ctx.mark_non_differentiable(statistics.top, statistics.log_total)
+        return statistics
 
     @staticmethod
-    def backward(ctx: Any, grad_surprisal: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_surprisal: Tensor | None, grad_entropy: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_surprisal_entropy")
         surprisal, entropy, top, log_total, hidden, weight, bias, *rest = ctx.saved_tensors
         statistics, tokens, saved = (
@@ -317,7 +420,8 @@ def _by_reference(
     options: HeadOptions,
     vocab_group: "dist.ProcessGroup | None",
     sampling_mask: SamplingMask | None,
-) -> tuple[Tensor, Tensor]:
+    wanted: Sequence[str] | None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     import python_ref
 
     rows = tokens.live()
@@ -353,7 +457,13 @@ def _by_reference(
             None if bias is None else grad_bias[own],
         )
 
-    return from_reference("linear_surprisal_entropy", compute, gradient, hidden, weight, bias)
+    more: dict[str, Tensor] = {}
+    if wanted:
+        whole_weight, _, others = head(weight.detach(), None if bias is None else bias.detach())
+        found = python_ref.linear_token_statistics(hidden[rows].tolist(), whole_weight, ids, **others)
+        more = from_lists(found, rows, hidden)
+    surprisal, entropy = from_reference("linear_surprisal_entropy", compute, gradient, hidden, weight, bias)
+    return surprisal, entropy, {name: more[name] for name in wanted or ()}
 
 
 def _dtype_of_products(tensor: Tensor) -> torch.dtype:
@@ -363,6 +473,34 @@ def _dtype_of_products(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(tensor.device.type)
 
 
+@overload
+def linear_surprisal_entropy(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    num_live: int | None = None,
+    chunk_tokens: int | None = None,
+    statistics: None = None,
+    **options: "Unpack[VocabularyOptions]",
+) -> SurprisalEntropy: ...
+@overload
+def linear_surprisal_entropy(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    num_live: int | None = None,
+    chunk_tokens: int | None = None,
+    statistics: Sequence[str],
+    **options: "Unpack[VocabularyOptions]",
+) -> TokenStatistics: ...
 def linear_surprisal_entropy(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -377,8 +515,9 @@ def linear_surprisal_entropy(
     chunk_tokens: int | None = None,
     sampling_mask: SamplingMask | None = None,
     vocab_group: "dist.ProcessGroup | None" = None,
+    statistics: Sequence[str] | None = None,
     backend: str = "auto",
-) -> SurprisalEntropy:
+) -> SurprisalEntropy | TokenStatistics:
     """``surprisal_entropy`` of ``hidden @ lm_head_weight.T + bias``, without ever holding those logits.
 
     Works on a chunk of tokens at a time: their logits go into one buffer and are reduced; the backward pass recomputes
@@ -413,6 +552,7 @@ def linear_surprisal_entropy(
             rank computes from them, each rank gets the gradients of its slice and the whole gradient of hidden, which
             the backward pass sums over the ranks, in hidden's dtype, as a column-parallel linear layer does: sum it
             nowhere else. Not for ``torch.compile(fullgraph=True)``.
+        statistics: as in ``surprisal_entropy``; for any of the first two the products are made once more.
         backend: "auto", "triton", "torch" or "reference", for what follows the products.
 
     Example:
@@ -427,6 +567,7 @@ def linear_surprisal_entropy(
             check_real(name, parameter)
             check_device(name, parameter, "hidden", device)
     token_ids = check_integer("token_ids", token_ids)
+    wanted = check_statistics(statistics)
     if hidden.dim() == 0 or token_ids.shape != hidden.shape[:-1]:
         raise ValueError(
             f"token_ids must have one entry for each row of hidden, shape {tuple(hidden.shape[:-1])}, "
@@ -479,10 +620,18 @@ def linear_surprisal_entropy(
     softcap = None if logit_softcap is None else float(logit_softcap)
     options = HeadOptions(softcap, num_rows if row_mask is None else num_live, chunk_tokens, dtype)
     rows = hidden.reshape(num_rows, hidden.shape[-1])
+    head = rows, lm_head_weight, bias, tokens
     if backend == "reference":
-        surprisal, entropy = _by_reference(rows, lm_head_weight, bias, tokens, options, vocab_group, sampling_mask)
+        surprisal, entropy, more = _by_reference(*head, options, vocab_group, sampling_mask, wanted)
     else:
-        surprisal, entropy = _LinearSurprisalEntropy.apply(
-            rows, lm_head_weight, bias, tokens, kept, live, options, backend, vocab_group
-        )
-    return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))
+        found = RowStatistics(*_LinearSurprisalEntropy.apply(*head, kept, live, options, backend, vocab_group))
+        surprisal, entropy = found.surprisal, found.entropy
+        more = {}
+        if wanted:
+            with torch.no_grad():
+                more = _more_statistics(wanted, found, *head, options, kept, live, own, backend, vocab_group)
+    shape = token_ids.shape
+    if wanted is None:
+        return SurprisalEntropy(surprisal.view(shape), entropy.view(shape))
+    shaped = {name: numbers.view(shape) for name, numbers in more.items()}
+    return TokenStatistics(surprisal.view(shape), entropy.view(shape), **shaped)

@@ -1,7 +1,8 @@
 """Surprisal of sampled tokens and entropy of their distributions, in one pass over the logits."""
 
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,21 @@ from leafkernels.vocabulary.inputs import (
 )
 from leafkernels.vocabulary.kept import add_logit_gradient, gradient_of, joined, kept_logits, statistics_of, with_states
 from leafkernels.vocabulary.sampling_mask import Kept, SamplingMask, check_sampling_mask, kept_ids, lists_of
-from leafkernels.vocabulary.slices import find_slice, merge_slices, whole_vocabulary
+from leafkernels.vocabulary.slices import Slice, find_slice, merge_slices, whole_vocabulary
+from leafkernels.vocabulary.statistics import (
+    Likeliest,
+    TokenStatistics,
+    at_half,
+    check_statistics,
+    from_lists,
+    known_ids,
+    sum_of_squares,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from leafkernels.vocabulary.inputs import VocabularyOptions
 
 
 class SurprisalEntropy(NamedTuple):
@@ -115,7 +130,7 @@ class _SurprisalEntropy(torch.autograd.Function):
         backend: str,
         vocab_group: "dist.ProcessGroup | None",
         in_place: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> RowStatistics:
         statistics = _statistics(logits, tokens, kept, live, backend, vocab_group)
         ctx.save_for_backward(logits, *statistics, *tokens, *(kept or ()))
         ctx.backend = backend
@@ -123,10 +138,13 @@ class _SurprisalEntropy(torch.autograd.Function):
         ctx.given = weakref.ref(logits) if in_place and not torch.compiler.is_compiling() else None
         # A gradient that nobody asks for stays None, and the backward pass then leaves its terms out.
         ctx.set_materialize_grads(False)
-        return statistics.surprisal, statistics.entropy
+        ctx.mark_non_differentiable(statistics.top, statistics.log_total)
+        return statistics
 
     @staticmethod
-    def backward(ctx: Any, grad_surprisal: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_surprisal: Tensor | None, grad_entropy: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("surprisal_entropy")
         if ctx.given is not None:
             refuse_second_pass(ctx, "surprisal_entropy with inplace_backward=True")
@@ -157,13 +175,41 @@ class _SurprisalEntropy(torch.autograd.Function):
         return logits, None, None, None, None, None, None
 
 
+def _more_statistics(
+    wanted: Sequence[str],
+    statistics: RowStatistics,
+    logits: Tensor,
+    tokens: SampledTokens,
+    kept: Kept | None,
+    live: Tensor | None,
+    own: Slice | None,
+    backend: str,
+    vocab_group: "dist.ProcessGroup | None",
+) -> dict[str, Tensor]:
+    """Those of ``wanted``, (N,) each; rows as in ``_statistics``."""
+    log_total = statistics.log_total
+    found = {"top_logprobs": 0.0 - log_total}
+    if "sum_squares" in wanted:
+        squared = _statistics(logits, at_half(tokens), kept, live, backend, vocab_group)
+        found["sum_squares"] = sum_of_squares(log_total, squared.log_total, live)
+    if "top_ids" in wanted:
+        likeliest = Likeliest.of(logits)
+        if kept is not None and tokens.mask is not None:
+            likeliest = likeliest.with_kept(kept_logits(logits, kept), kept, tokens.mask)
+        if own is not None and vocab_group is not None:
+            likeliest = likeliest.of_ranks(statistics.top, own, vocab_group)
+        found["top_ids"] = known_ids(likeliest.ids, log_total, live)
+    return {name: found[name] for name in wanted}
+
+
 def _by_reference(
     logits: Tensor,
     tokens: SampledTokens,
     vocab_group: "dist.ProcessGroup | None",
     in_place: bool,
     sampling_mask: SamplingMask | None,
-) -> tuple[Tensor, Tensor]:
+    wanted: Sequence[str] | None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     import python_ref
 
     rows = tokens.live()
@@ -190,10 +236,33 @@ def _by_reference(
         gradients[rows] = torch.tensor(found, dtype=torch.float64).reshape(len(rows), whole.shape[1])[:, own].to(logits)
         return (gradients,)
 
+    more: dict[str, Tensor] = {}
+    if wanted:
+        whole, _ = whole_vocabulary(logits.detach(), 1, vocab_group)
+        more = from_lists(python_ref.token_statistics(whole[rows].tolist(), ids, **options), rows, logits)
     once = "surprisal_entropy with inplace_backward=True" if in_place else ""
-    return from_reference("surprisal_entropy", compute, gradient, logits, once=once)
+    surprisal, entropy = from_reference("surprisal_entropy", compute, gradient, logits, once=once)
+    return surprisal, entropy, {name: more[name] for name in wanted or ()}
 
 
+@overload
+def surprisal_entropy(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    statistics: None = None,
+    inplace_backward: bool = False,
+    **options: "Unpack[VocabularyOptions]",
+) -> SurprisalEntropy: ...
+@overload
+def surprisal_entropy(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    statistics: Sequence[str],
+    inplace_backward: bool = False,
+    **options: "Unpack[VocabularyOptions]",
+) -> TokenStatistics: ...
 def surprisal_entropy(
     logits: Tensor,
     token_ids: Tensor,
@@ -203,8 +272,9 @@ def surprisal_entropy(
     sampling_mask: SamplingMask | None = None,
     vocab_group: "dist.ProcessGroup | None" = None,
     inplace_backward: bool = False,
+    statistics: Sequence[str] | None = None,
     backend: str = "auto",
-) -> SurprisalEntropy:
+) -> SurprisalEntropy | TokenStatistics:
     """Surprisal of each sampled token and entropy of the distribution it was drawn from, from one read of the logits.
 
     With x = logits / temperature and p = softmax(x): surprisal = -log p[token], entropy = -sum p log p, in nats.
@@ -237,6 +307,9 @@ def surprisal_entropy(
             are a view of) hold the gradient afterwards; another backward pass for which autograd saved them raises,
             and so does a second backward pass. Under saved-tensor hooks (checkpointing, offloading) and
             ``torch.compile`` the gradient is a new tensor.
+        statistics: names of more numbers of each row's distribution p, which are then fields of the result,
+            ``TokenStatistics``: "sum_squares", sum p^2, to some 1e-6 of it; "top_ids", the likeliest id; and
+            "top_logprobs", its log p. They are constants to autograd. Each of the first two reads the logits once more.
         backend: "auto", "triton", "torch" or "reference".
 
     Example:
@@ -246,6 +319,7 @@ def surprisal_entropy(
     """
     check_real("logits", logits)
     token_ids = check_integer("token_ids", token_ids)
+    wanted = check_statistics(statistics)
     if logits.dim() == 0 or token_ids.shape != logits.shape[:-1]:
         raise ValueError(
             f"token_ids must have one entry for each row of logits, shape {tuple(logits.shape[:-1])}, "
@@ -276,9 +350,22 @@ def surprisal_entropy(
         kept, row_mask = kept_ids(sampling_mask, ids, vocab_size, live, own)
     tokens = SampledTokens(ids, temperatures.reshape(num_rows).contiguous(), row_mask)
     if backend == "reference":
-        surprisal, entropy = _by_reference(rows, tokens, vocab_group, inplace_backward, sampling_mask)
-    elif logits.requires_grad:
-        surprisal, entropy = _SurprisalEntropy.apply(rows, tokens, kept, live, backend, vocab_group, inplace_backward)
+        options = vocab_group, inplace_backward, sampling_mask, wanted
+        surprisal, entropy, more = _by_reference(rows, tokens, *options)
     else:
-        surprisal, entropy, _, _ = _statistics(rows, tokens, kept, live, backend, vocab_group)
-    return SurprisalEntropy(surprisal.view(token_ids.shape), entropy.view(token_ids.shape))
+        others = kept, live, backend, vocab_group
+        if logits.requires_grad:
+            found = RowStatistics(*_SurprisalEntropy.apply(rows, tokens, *others, inplace_backward))
+        else:
+            found = _statistics(rows, tokens, *others)
+        surprisal, entropy = found.surprisal, found.entropy
+        more = {}
+        if wanted:
+            with torch.no_grad():
+                call = rows, tokens, kept, live, own, backend, vocab_group
+                more = _more_statistics(wanted, found, *call)
+    shape = token_ids.shape
+    if wanted is None:
+        return SurprisalEntropy(surprisal.view(shape), entropy.view(shape))
+    shaped = {name: numbers.view(shape) for name, numbers in more.items()}
+    return TokenStatistics(surprisal.view(shape), entropy.view(shape), **shaped)
