@@ -228,13 +228,13 @@ def top_of_logits(
     return ids, Split._make(split)
 
 
-def split_of_logprobs(logprobs: Tensor, is_here: Tensor, dtype: torch.dtype) -> Split:
-    """What log-probabilities (N, k) say: the others have what is left of 1.
+def split_of_logprobs(ids: Tensor, logprobs: Tensor, dtype: torch.dtype) -> Split:
+    """What log-probabilities (N, k) say, of which those of negative ids are missing: the others have what is left of 1.
 
     That is known to a rounding of 1, and no less is taken for them, so that no distribution is infinitely far away
     because of a rounding.
     """
-    picked = logprobs.to(torch.float64).masked_fill(~is_here, -torch.inf)
+    picked = logprobs.to(torch.float64).masked_fill(ids < 0, -torch.inf)
     least = math.log(torch.finfo(compute_dtype(dtype)).eps)
     rest = (-picked.exp().sum(1)).log1p().nan_to_num_(least, posinf=torch.inf, neginf=least).clamp_min_(least)
     rest = torch.where(picked.isnan().any(1), torch.nan, rest)
