@@ -113,7 +113,7 @@ def _written_anew(backend: str, width: int, student: Tensor, *others: Any) -> Te
 def _divergence_rows_backward(
     student: Tensor,
     teacher: Tensor,
-    grad_divergence: Tensor | None,
+    grad_divergence: Tensor,
     grad_entropy: Tensor | None,
     statistics: PairStatistics,
     pair: Pair,
@@ -154,6 +154,8 @@ class _DivergenceRows(torch.autograd.Function):
         num_fields = len(PairStatistics._fields)
         statistics, pair = PairStatistics._make(rest[:num_fields]), Pair._make(rest[num_fields:])
         common = student[:, : ctx.num_ids], teacher[:, : ctx.num_ids]
+        if grad_divergence is None:
+            grad_divergence = torch.zeros_like(statistics.divergence)
         grads = grad_divergence, grad_entropy
         gradient = _divergence_rows_backward(ctx.backend, *common, *grads, statistics, pair, ctx.kind, student.shape[1])
         return gradient, None, None, None, None, None, None
