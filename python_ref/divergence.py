@@ -42,7 +42,7 @@ def divergence(
         found[0].append(_divergence(p, q, kind, beta)[0])
         found[1].append(_entropy(whole))
         found[2].append(_entropy(teacher_whole))
-        found[3].append(pair[-1])
+        found[3].append(pair[-1] and not math.isnan(found[0][-1]))
     return found[0], found[1], found[2], found[3]
 
 
@@ -83,7 +83,7 @@ def divergence_backward(
             elif j in told:
                 slope = slopes[told[j]]
             elif tail:
-                slope = slopes[-1] * math.exp(log_p - p[-1]) if log_p > -math.inf or math.isnan(log_p) else 0.0
+                slope = 0.0 if log_p == -math.inf else slopes[-1] * math.exp(log_p - p[-1])
             else:
                 slope = 0.0
             of_entropy = 0.0 if log_p == -math.inf else -math.exp(log_p) * (log_p + entropy)
@@ -167,7 +167,7 @@ def _normalized(numbers: Row) -> list[float]:
 
 
 def _entropy(log_p: Row) -> float:
-    return math.fsum(-math.exp(x) * x for x in log_p if x > -math.inf or math.isnan(x))
+    return math.fsum(-math.exp(x) * x for x in log_p if x != -math.inf)
 
 
 def _excess(log_p: float, log_m: float) -> float:
@@ -190,7 +190,7 @@ def _divergence(p: Row, q: Row, kind: str, beta: float) -> tuple[float, list[flo
         return math.nan, []
     if kind == "reverse_kl":
         found = _sum(_excess(x, y) for x, y in pairs)
-        return found, [math.exp(x) * (x - y - found) if x > -math.inf else 0.0 for x, y in pairs]
+        return found, [0.0 if x == -math.inf else math.exp(x) * (x - y - found) for x, y in pairs]
     if kind == "forward_kl":
         return _sum(_excess(y, x) for x, y in pairs), [
             -math.exp(x) * math.expm1(y - x) if abs(y - x) < 1 else math.exp(x) - math.exp(y) for x, y in pairs
@@ -199,7 +199,7 @@ def _divergence(p: Row, q: Row, kind: str, beta: float) -> tuple[float, list[flo
     part = _sum(_excess(x, m) for x, m in zip(p, mixture, strict=True))
     other = _sum(_excess(y, m) for y, m in zip(q, mixture, strict=True))
     slopes = [
-        (1 - beta) * math.exp(x) * (x - m - part) if x > -math.inf or math.isnan(x) else 0.0
+        0.0 if x == -math.inf else (1 - beta) * math.exp(x) * (x - m - part)
         for x, m in zip(p, mixture, strict=True)
     ]
     return (1 - beta) * part + beta * other, slopes

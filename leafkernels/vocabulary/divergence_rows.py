@@ -88,8 +88,11 @@ def pair_statistics(
     if vocab_group is not None:
         dist.all_reduce(sums, group=vocab_group)
         dist.all_reduce(nearest, dist.ReduceOp.MAX, group=vocab_group)
+    # A row without a distribution is not infinitely far from one.
+    sums = sums.masked_fill((tops.student_log_total + tops.teacher_log_total).isnan(), torch.nan)
     divergence, part = sums.unbind()
-    agrees = nearest == 0 if pair.mask is None else (nearest == 0) & pair.mask
+    agrees = (nearest == 0) & ~divergence.isnan()
+    agrees = agrees if pair.mask is None else agrees & pair.mask
     part = part.clone() if kind.name == "jsd" else divergence.clone()
     return PairStatistics(divergence.clone(), student_entropy, teacher_entropy, agrees, part, *tops)
 
