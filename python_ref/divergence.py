@@ -199,8 +199,7 @@ def _divergence(p: Row, q: Row, kind: str, beta: float) -> tuple[float, list[flo
     part = _sum(_excess(x, m) for x, m in zip(p, mixture, strict=True))
     other = _sum(_excess(y, m) for y, m in zip(q, mixture, strict=True))
     slopes = [
-        0.0 if x == -math.inf else (1 - beta) * math.exp(x) * (x - m - part)
-        for x, m in zip(p, mixture, strict=True)
+        0.0 if x == -math.inf else (1 - beta) * math.exp(x) * (x - m - part) for x, m in zip(p, mixture, strict=True)
     ]
     return (1 - beta) * part + beta * other, slopes
 

@@ -4,7 +4,6 @@ import math
 import re
 from typing import Any
 
-import mpmath
 import pytest
 import torch
 from hypothesis import given, settings
@@ -145,26 +144,31 @@ def hard_rows(vocabulary: int) -> dict[str, torch.Tensor]:
 
 
 @every_kind
-@every_backend
-def test_hard_pairs(backend: str, kind: str) -> None:
-    rows = hard_rows(1000)
+def test_hard_pairs(kind: str) -> None:
+    rows = hard_rows(150)
     student = torch.stack([row for row in rows.values() for _ in rows])
     teacher = torch.stack([row for _ in rows for row in rows.values()])
-    expected = truth(student, teacher, kind=kind)[0]
-    found = run(student, teacher, kind=kind, backend=backend)[0].double()
-    # e^z of z = -60 and below has 60 roundings; nearly equal rows have an error of u itself, 1e-7 of 1e-3.
-    relative = (found - expected).abs() / expected
-    relative[(found == expected) | (expected == 0)] = 0
     names = [f"{a} / {b}" for a in rows for b in rows]
-    worst = int(relative.argmax())
-    assert float(relative[worst]) < 2e-5, (names[worst], float(found[worst]), float(expected[worst]))
-    assert (found[expected == 0] == 0).all()
-    check(student, teacher, backend, 90.0, kind=kind)
+    grads = torch.ones(len(names)), torch.zeros(len(names))
+    expected = truth(student, teacher, grads, kind=kind)
+    for backend in FAST:
+        found = run(student, teacher, grads, kind=kind, backend=backend)
+        assert (found[0][expected[0] == 0] == 0).all()
+        relative = (found[0].double() - expected[0]).abs() / expected[0]
+        relative[(found[0] == expected[0]) | (expected[0] == 0)] = 0
+        worst = int(relative.argmax())
+        # e^z of z = -60 and below has 60 roundings; nearly equal rows have an error of u itself, 1e-7 of 1e-3.
+        assert float(relative[worst]) < 2e-5, (backend, names[worst], float(expected[0][worst]))
+        for actual, want in zip(found[1:3], expected[1:3], strict=True):
+            torch.testing.assert_close(actual.double(), want, rtol=2e-5, atol=1e-30)
+        # p (u - KL) is a difference of numbers of the size of the divergence.
+        torch.testing.assert_close(found[4].double(), expected[4], rtol=2e-5, atol=2e-5, equal_nan=True)
 
 
 @every_kind
 def test_the_reference_by_its_definition(kind: str) -> None:
     """sum p log(p / q) with sixty digits."""
+    mpmath = pytest.importorskip("mpmath")  # PyTorch brings it
     rows = hard_rows(20)
     beta = mpmath.mpf(0.3)
     with mpmath.workdps(60):
@@ -490,33 +494,20 @@ def test_errors() -> None:
     refuses(ValueError, "top_k must be at least 1, got 0", top_k=0)
     refuses(TypeError, "top_k must be an int, got float", top_k=2.0)
     refuses(ValueError, "num_ids must be at most 5, got 6", num_ids=6)
-    message = "num_ids must be given where the vocabularies differ in size, at most 4: the student's has 5 ids, the teacher's 4"
+    message = "num_ids must be given where the vocabularies differ in size, at most 4: the student's has 5 ids, "
+    message += "the teacher's 4"
     refuses(ValueError, message, teacher=logits[:, :4])
     refuses(ValueError, "response_mask must have the shape of the rows of student_logits, (2,)", response_mask=logits)
     refuses(ValueError, "top_k must be None with a TeacherTopK", teacher=served, top_k=1)
-    refuses(
-        ValueError,
-        "ids must have shape (*(2,), k) with k at least 1, got (2, 0)",
-        teacher=TeacherTopK(served.ids[:, :0], logits),
-    )
-    refuses(
-        ValueError,
-        "logprobs must have the shape of ids, (2, 1), got shape (2, 5)",
-        teacher=TeacherTopK(served.ids, logits),
-    )
+    none = TeacherTopK(served.ids[:, :0], logits)
+    refuses(ValueError, "ids must have shape (*(2,), k) with k at least 1, got (2, 0)", teacher=none)
+    wide = TeacherTopK(served.ids, logits)
+    refuses(ValueError, "logprobs must have the shape of ids, (2, 1), got shape (2, 5)", teacher=wide)
     refuses(TypeError, "ids must hold integers, got torch.float32", teacher=TeacherTopK(logits, logits))
     if DEVICE == "cpu":
         twice = TeacherTopK(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2))
         refuses(ValueError, "ids must hold each id once in a row, got one twice", teacher=twice)
-        refuses(
-            ValueError,
-            "logprobs must be log-probabilities, at most 0, got 1.0",
-            teacher=TeacherTopK(served.ids, served.logprobs + 1),
-        )
-        refuses(
-            TypeError,
-            "student_logits must be float32, bfloat16 or float16 with backend='triton'",
-            logits.double(),
-            logits.double(),
-            backend="triton",
-        )
+        more = TeacherTopK(served.ids, served.logprobs + 1)
+        refuses(ValueError, "logprobs must be log-probabilities, at most 0, got 1.0", teacher=more)
+    message = "student_logits must be float32, bfloat16 or float16 with backend='triton', got torch.float64"
+    refuses(TypeError, message, logits.double(), logits.double(), backend="triton")

@@ -67,7 +67,7 @@ def _excess(p: Tensor, other: Tensor, y: Tensor) -> Tensor:
 def _to_mixture(gap: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log m - log p of the student's p and of the teacher's, m = beta p_teacher + (1 - beta) p_student."""
     size, student_is_larger = gap.abs(), gap >= 0
-    share = torch.where(student_is_larger, beta, 1.0 - beta)
+    share = torch.full_like(size, 1.0 - beta).masked_fill_(student_is_larger, beta)
     of_larger = (share * (-size).expm1()).log1p()
     of_smaller = of_larger + size
     return (
