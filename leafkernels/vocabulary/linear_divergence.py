@@ -104,8 +104,8 @@ def linear_divergence(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message says which, and what came.
     """
-    shape, device = student_hidden.shape[:-1], student_hidden.device
     student, dtype = _check_head("student", student_hidden, student_weight, student_bias)
+    shape, device = student_hidden.shape[:-1], student_hidden.device
     is_served = isinstance(teacher_hidden, TeacherTopK)
     teacher, teacher_dtype = student, dtype
     if isinstance(teacher_hidden, TeacherTopK):
