@@ -108,7 +108,7 @@ def _pairs(
 ) -> list[Any]:
     """Of each row: log-probabilities of both over the classes, of both over everything, the class of each id that is
     told apart (None: all are), and whether the tops agree."""
-    pairs = []
+    pairs: list[Any] = []
     temperatures = _each(temperature, len(student_logits))
     for i, (row, t) in enumerate(zip(student_logits, temperatures, strict=True)):
         student = _log_softmax(row, t)
@@ -120,7 +120,7 @@ def _pairs(
             if top_k is None or top_k >= len(row):
                 pairs.append((student, teacher, student, teacher, None, agrees))
                 continue
-            told = sorted(range(len(row)), key=lambda j, y=teacher_logits[i]: -y[j])[:top_k]
+            told = sorted(range(len(row)), key=[-y for y in teacher_logits[i]].__getitem__)[:top_k]
             p, q = _classes(student, told, tail), _classes(teacher, told, tail)
             pairs.append((p, q, student, teacher, {j: c for c, j in enumerate(told)}, agrees))
             continue

@@ -165,11 +165,11 @@ def divergence(
         rows = in_rows(teacher_logits.detach())
     if backend == "reference":
         found = logits_by_reference(student, rows, served, temperatures, row_mask, options, vocab_group)
-    elif rows is None:
+    elif served is not None:
         ids, logprobs = served
         teacher = split_of_logprobs(ids, logprobs, student.dtype)
         found = _at_ids(student, ids, teacher, pair, options, False, backend)
-    else:
+    elif rows is not None:
         if options.top_k is None:
             kind_and_size = options.kind, options.num_ids
             found = divergence_of_rows(student, rows, pair, *kind_and_size, backend, vocab_group)

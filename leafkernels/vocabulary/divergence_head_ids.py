@@ -50,7 +50,7 @@ def _split_of_head(
             results[:k, rows] = picked.T
             results[k:, rows] = torch.stack(rest)
     split = results[:, :-1]
-    return found_ids[:-1].clone(), split[:k].T.contiguous(), *(numbers.clone() for numbers in split[k:])  # type: ignore[return-value]
+    return found_ids[:-1].clone(), split[:k].T.contiguous(), *(numbers.clone() for numbers in split[k:])
 
 
 @operation(run=_split_of_head)
@@ -156,7 +156,9 @@ class LinearSplit(torch.autograd.Function):
             HeadTensors(hidden, weight, bias),
             ids,
             Split._make(split),
-            *grads[:3],
+            grads[0],
+            grads[1],
+            grads[2],
             temperature,
             mask,
             ctx.num_ids,

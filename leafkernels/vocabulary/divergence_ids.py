@@ -215,7 +215,7 @@ def _top_of_logits(
         found = split_rows(backend, copy, ids[rows], temperature[rows], None if mask is None else mask[rows])
         for whole, part in zip(split, found, strict=True):
             whole[rows] = part
-    return ids, *split  # type: ignore[return-value]
+    return ids, *split
 
 
 @operation(run=_top_of_logits)
@@ -223,7 +223,7 @@ def _split_at_top(
     logits: Tensor, k: int, temperature: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     split = _new_split(logits, k)
-    return split.picked.new_empty(split.picked.shape, dtype=torch.int64), *split  # type: ignore[return-value]
+    return split.picked.new_empty(split.picked.shape, dtype=torch.int64), *split
 
 
 def top_of_logits(
@@ -263,18 +263,17 @@ def divergence_of_splits(
     """
     num_rows, k = student.picked.shape
     one = torch.ones(num_rows, dtype=torch.float64, device=student.picked.device)
-    classes = [torch.cat((split.picked, split.rest[:, None]), 1) for split in (student, teacher)]
+    own, other = (torch.cat((split.picked, split.rest[:, None]), 1) for split in (student, teacher))
     pair = Pair(one, one, mask)
-    found = divergence_of_rows(*classes, pair, kind, k + 1, backend)
-    divergence, student_entropy, teacher_entropy, _ = found
+    divergence, student_entropy, teacher_entropy, _ = divergence_of_rows(own, other, pair, kind, k + 1, backend)
     if not tail:
-        given = (numbers[:, :k].contiguous() for numbers in classes)
-        divergence, _, entropy_of_given, _ = divergence_of_rows(*given, pair, kind, k, backend)
+        picked = student.picked, teacher.picked
+        divergence, _, entropy_of_given, _ = divergence_of_rows(picked[0], picked[1], pair, kind, k, backend)
         teacher_entropy = teacher_entropy if is_whole else entropy_of_given
     # The entropy of the whole is that of the classes, and what there is within the last.
-    student_entropy = student_entropy + classes[0].softmax(1)[:, k] * student.rest_entropy
+    student_entropy = student_entropy + own.softmax(1)[:, k] * student.rest_entropy
     if is_whole:
-        teacher_entropy = teacher_entropy + classes[1].softmax(1)[:, k] * teacher.rest_entropy
+        teacher_entropy = teacher_entropy + other.softmax(1)[:, k] * teacher.rest_entropy
     agrees = _tops_agree(student, teacher) & ~divergence.isnan()
     return divergence, student_entropy, teacher_entropy, agrees if mask is None else agrees & mask
 

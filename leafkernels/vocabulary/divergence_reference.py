@@ -62,14 +62,14 @@ def logits_by_reference(
     def gradient(grad_divergence: Tensor, grad_entropy: Tensor, _: Any, __: Any, student: Tensor) -> tuple[Tensor]:
         refuse_second_derivative("divergence")
         whole, own = whole_vocabulary(student[:, : options.num_ids], 1, vocab_group)
-        grads = (grad[rows].tolist() for grad in (grad_divergence, grad_entropy))
-        found = python_ref.divergence_backward(*grads, whole[rows].tolist(), others, **words)
+        grads = grad_divergence[rows].tolist(), grad_entropy[rows].tolist()
+        found = python_ref.divergence_backward(grads[0], grads[1], whole[rows].tolist(), others, **words)
         gradients = torch.zeros_like(student)
         number = torch.tensor(found, dtype=torch.float64).reshape(len(rows), whole.shape[1])[:, own]
         gradients[rows, : options.num_ids] = number.to(student)
         return (gradients,)
 
-    return from_reference("divergence", compute, gradient, student, constants=(2, 3))  # type: ignore[no-any-return]
+    return from_reference("divergence", compute, gradient, student, constants=(2, 3))
 
 
 def heads_by_reference(
@@ -112,8 +112,8 @@ def heads_by_reference(
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("linear_divergence")
         own, part = head(HeadTensors(hidden, weight, bias), scales[0])
-        grads = (grad[rows].tolist() for grad in (grad_divergence, grad_entropy))
-        found = python_ref.linear_divergence_backward(*grads, own, other, **words)
+        grads = grad_divergence[rows].tolist(), grad_entropy[rows].tolist()
+        found = python_ref.linear_divergence_backward(grads[0], grads[1], own, other, **words)
         numbers = [torch.tensor(values, dtype=torch.float64, device=hidden.device) for values in found]
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         grad_hidden[rows] = numbers[0].reshape(len(rows), hidden.shape[1]).to(hidden)
@@ -123,4 +123,4 @@ def heads_by_reference(
             grad_bias[:num_ids] = numbers[2][part].to(grad_bias)
         return grad_hidden, grad_weight, grad_bias
 
-    return from_reference("linear_divergence", compute, gradient, *student, constants=(2, 3))  # type: ignore[no-any-return]
+    return from_reference("linear_divergence", compute, gradient, *student, constants=(2, 3))

@@ -177,4 +177,4 @@ def divergence_of_rows(
 
     With a gradient for the student's logits.
     """
-    return _DivergenceRows.apply(student, teacher, pair, kind, num_ids, backend, vocab_group)  # type: ignore[no-any-return]
+    return _DivergenceRows.apply(student, teacher, pair, kind, num_ids, backend, vocab_group)

@@ -194,14 +194,12 @@ def _check_head(model: str, hidden: Tensor, weight: Any, bias: Tensor | None) ->
     if hidden.dim() == 0:
         raise ValueError(f"{name} must have shape (..., width), got a scalar")
     dtype = _dtype_of_products(hidden)
-    for parameter_name, parameter in ((f"{model}_weight", weight), (f"{model}_bias", bias)):
-        if parameter_name == f"{model}_weight" or parameter is not None:
-            check_real(parameter_name, parameter)
-            check_device(parameter_name, parameter, name, hidden.device)
-            if _dtype_of_products(parameter) != dtype:
-                raise TypeError(
-                    f"{parameter_name} must have the dtype of {name}, {hidden.dtype}, got {parameter.dtype}"
-                )
+    parameters = {f"{model}_weight": weight} | ({} if bias is None else {f"{model}_bias": bias})
+    for other_name, parameter in parameters.items():
+        check_real(other_name, parameter)
+        check_device(other_name, parameter, name, hidden.device)
+        if _dtype_of_products(parameter) != dtype:
+            raise TypeError(f"{other_name} must have the dtype of {name}, {hidden.dtype}, got {parameter.dtype}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{model}_weight must have shape (vocabulary, {hidden.shape[-1]}), got shape {tuple(weight.shape)}"
