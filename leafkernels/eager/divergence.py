@@ -82,6 +82,7 @@ def divergence_sums(student: Tensor, teacher: Tensor, tops: "PairTops", pair: "P
     The last as the largest sum of both distances from the tops: 0 if so, and negative if not. 0 in masked rows.
     """
     sums = torch.zeros((3, student.shape[0], 1), dtype=compute_dtype(student.dtype), device=student.device)
+    sums[2] = -torch.inf
     name, beta = kind
     for rows, student_below, teacher_below, gap, p, q in _chunks(student, teacher, tops, pair):
         if name == "jsd":

@@ -32,6 +32,7 @@ from leafkernels.vocabulary.divergence_ids import (
 from leafkernels.vocabulary.divergence_reference import logits_by_reference
 from leafkernels.vocabulary.divergence_rows import DivergenceKind, Pair, divergence_of_rows
 from leafkernels.vocabulary.inputs import check_temperature
+from leafkernels.vocabulary.slices import check_same_rows
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 
@@ -155,6 +156,8 @@ def divergence(
     check_kernel_dtype("student_logits", student_logits.dtype, backend)
     refuse_forward_mode("divergence", student_logits)
 
+    if vocab_group is not None:
+        check_same_rows("student_logits", shape.numel(), device, vocab_group)
     row_mask = None if mask is None else mask.reshape(-1).contiguous()
     pair = Pair(temperatures, temperatures, row_mask)
     student = in_rows(student_logits)
@@ -231,7 +234,7 @@ def check_options(
                 f"{student_size} ids, the teacher's {teacher_size}"
             )
         num_ids = student_size
-    check_count("num_ids", num_ids, 1, most)
+    check_count("num_ids", num_ids, 1 if vocab_group is None else 0, most)
     if top_k is not None:
         if teacher_size is None:
             raise ValueError(f"top_k must be None with a TeacherTopK, which says itself which ids it has, got {top_k}")

@@ -30,6 +30,7 @@ from leafkernels.vocabulary.divergence_reference import heads_by_reference
 from leafkernels.vocabulary.divergence_rows import Pair
 from leafkernels.vocabulary.inputs import check_temperature
 from leafkernels.vocabulary.linear_surprisal import HeadOptions, _dtype_of_products
+from leafkernels.vocabulary.slices import check_same_rows
 
 # What a chunk's logits of both models, and the gradient of one, may take.
 _CHUNK_BYTES = 1920 << 20
@@ -129,6 +130,8 @@ def linear_divergence(
     backend = resolve_backend(backend, device)
     check_kernel_dtype("student_hidden", dtype, backend)
     refuse_forward_mode("linear_divergence", *student)
+    if vocab_group is not None:
+        check_same_rows("student_hidden", shape.numel(), device, vocab_group)
     if chunk_tokens is None:
         chunk_tokens = _CHUNK_OF_SLICES
         if vocab_group is None:
