@@ -114,9 +114,8 @@ def _pairs(
         student = _log_softmax(row, t)
         if teacher_logits is not None:
             teacher = _log_softmax(teacher_logits[i], t)
-            agrees = any(
-                x == max(row) and y == max(teacher_logits[i]) for x, y in zip(row, teacher_logits[i], strict=True)
-            )
+            top, teacher_top = max(row, default=-math.inf), max(teacher_logits[i], default=-math.inf)
+            agrees = any(x == top and y == teacher_top for x, y in zip(row, teacher_logits[i], strict=True))
             if top_k is None or top_k >= len(row):
                 pairs.append((student, teacher, student, teacher, None, agrees))
                 continue
@@ -129,8 +128,8 @@ def _pairs(
         told, q = [j for j, _ in given], [y for _, y in given]
         rest = 1.0 - math.fsum(math.exp(y) for y in q)
         q = _normalized([*q, math.log(max(rest, least_rest))] if tail else q)
-        likeliest = {j for j, y in given if y == max(y for _, y in given)}
-        agrees = any(x == max(row) and j in likeliest for j, x in enumerate(row))
+        top, teacher_top = max(row, default=-math.inf), max((y for _, y in given), default=-math.inf)
+        agrees = any(row[j] == top and y == teacher_top for j, y in given if j < len(row))
         pairs.append((_classes(student, told, tail), q, student, q, {j: c for c, j in enumerate(told)}, agrees))
     return pairs
 

@@ -24,6 +24,12 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 every_backend = pytest.mark.parametrize("backend", FAST)
 
 
+def spare_the_interpreter(backend: str, kind: str, among: object = None, few: object = None) -> None:
+    """Skip, of what tells its cases apart outside of the kernels, all but the JSD and one of the others."""
+    if backend == "triton" and DEVICE == "cpu" and (kind != "jsd" or among != few):
+        pytest.skip("Triton's interpreter takes seconds")
+
+
 def random(*shape: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(scale).to(DEVICE)
 
@@ -210,8 +216,7 @@ def test_vocabularies_that_cross_blocks(backend: str, dtype: torch.dtype, vocabu
 @every_kind
 @every_backend
 def test_a_vocabulary_of_a_real_model(backend: str, kind: str) -> None:
-    if backend == "triton" and DEVICE == "cpu" and kind != "jsd":
-        pytest.skip("the interpreter takes seconds")
+    spare_the_interpreter(backend, kind)
     student, teacher = random(1, 151_936, seed=7).to(torch.bfloat16), random(1, 151_936, seed=8)
     check(student, teacher, backend, 30.0, kind=kind)
 
@@ -253,10 +258,11 @@ def test_laws(vocabulary: int, seed: int, scale: float, beta: float, top_k: int)
     for found in (reverse, forward, half, jsd):
         assert (found >= 0).all()
     assert (jsd <= (beta * forward).minimum((1 - beta) * reverse) * (1 + 1e-9)).all()
-    # Its ends are the two KLs, to first order in beta.
-    share = 1e-9
-    torch.testing.assert_close(of("jsd", beta=share) / share, forward, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(of("jsd", beta=1 - share) / share, reverse, rtol=1e-3, atol=1e-5)
+    # Its ends are the two KLs, to first order in what beta is times the ratio of two probabilities.
+    if scale < 2:
+        share = 2.0**-40
+        torch.testing.assert_close(of("jsd", beta=share) / share, forward, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(of("jsd", beta=1 - share) / share, reverse, rtol=1e-4, atol=1e-6)
     for kind, found in (("reverse_kl", reverse), ("forward_kl", forward), ("jsd", half)):
         torch.testing.assert_close(of(kind, student[:, order], teacher[:, order]), found)
         torch.testing.assert_close(of(kind, student + 3, teacher - 5, top_k=None), found, rtol=1e-5, atol=1e-7)
@@ -313,6 +319,7 @@ def test_infinite_divergences(backend: str, small_blocks: None) -> None:
 @pytest.mark.parametrize("ids", [{}, {"top_k": 4}, {"top_k": 4, "tail": False}, {"served": 4}])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_rows_and_masked_rows_stay_alone(backend: str, ids: dict[str, int], kind: str, small_blocks: None) -> None:
+    spare_the_interpreter(backend, kind, ids, {"top_k": 4})
     student, teacher = random(6, 30, seed=11), random(6, 30, seed=12)
     mask = torch.tensor([True, False, True, False, True, True], device=DEVICE)
     options = {name: value for name, value in ids.items() if name != "served"} | {"kind": kind, "backend": backend}
@@ -373,6 +380,7 @@ def test_shapes_strides_and_temperatures(backend: str, small_blocks: None) -> No
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ids_in_common(backend: str, ids: dict[str, Any], kind: str, small_blocks: None) -> None:
     """Of padded embeddings: the others are not read, and have no gradient."""
+    spare_the_interpreter(backend, kind, ids, {"top_k": 4})
     student, teacher, grads = random(3, 40, seed=15), random(3, 36, seed=16), (torch.ones(3), torch.ones(3))
     student[:, 33:], teacher[:, 33:] = math.nan, INF
     options = {"kind": kind, "backend": backend, **ids}
@@ -423,6 +431,7 @@ def test_more_logits_than_an_int32_counts() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_served_teacher_is_its_top(backend: str, tail: bool, kind: str, small_blocks: None) -> None:
     """In any order of its ids, and with places that are left empty; the entropy is that of what it says."""
+    spare_the_interpreter(backend, kind, tail, True)
     student, teacher = random(4, 50, seed=19), random(4, 50, seed=20)
     grads = torch.ones(4), torch.linspace(-1, 1, 4)
     expected = run(student, teacher, grads, kind=kind, tail=tail, top_k=6, backend=backend)
@@ -446,6 +455,7 @@ def test_a_served_teacher_is_its_top(backend: str, tail: bool, kind: str, small_
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_served_teacher_who_is_certain(backend: str, kind: str, small_blocks: None) -> None:
     """Its probabilities sum to 1 or, rounded, to more: the rest has a rounding of 1, and no divergence is infinite."""
+    spare_the_interpreter(backend, kind)
     student = random(3, 50, seed=21)
     ids = torch.tensor([[3, 8], [3, 8], [-1, -1]], device=DEVICE)
     logprobs = torch.tensor([[0.0, -30.0], [0.002, -4.0], [0.0, 0.0]], device=DEVICE)
