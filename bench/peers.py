@@ -115,6 +115,21 @@ def _trl_hidden() -> Function:
     return function
 
 
+def _trl_divergence() -> Function:
+    _trl_hidden()  # stands in for what is not installed
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    betas = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
+
+    def function(
+        hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, kind: str
+    ) -> tuple[Tensor, Tensor]:
+        heads = hidden, weight, None, other, other_weight, None
+        return ChunkedDivergenceFunction.apply(*heads, betas[kind])  # type: ignore[no-any-return]
+
+    return function
+
+
 def _liger_hidden() -> Function:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
@@ -159,6 +174,9 @@ HIDDEN = {
 }
 
 
+DIVERGENCE = {"trl": Peer("trl", _trl_divergence)}
+
+
 def versions() -> dict[str, str | None]:
     return {peer.package: peer.version for peer in (*LOGITS.values(), *HIDDEN.values())}
 
@@ -168,6 +186,20 @@ def usual(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     logprobs = logits.float().log_softmax(-1)
     surprisal = -logprobs.gather(1, token_ids[:, None]).squeeze(1)
     return surprisal, -(logprobs.exp() * logprobs).sum(-1)
+
+
+def usual_divergence(
+    hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
+    """What trainers write in eager PyTorch; the student's entropy, and the divergence from all logits of both."""
+    p, q = (hidden @ weight.T).float().log_softmax(-1), (other @ other_weight.T).float().log_softmax(-1)
+    entropy = -(p.exp() * p).sum(-1)
+    if kind == "reverse_kl":
+        return (p.exp() * (p - q)).sum(-1), entropy
+    if kind == "forward_kl":
+        return (q.exp() * (q - p)).sum(-1), entropy
+    m = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)), entropy
 
 
 def usual_linear(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,8 @@ from leafkernels.losses.preference_metrics import simpo_metrics, token_reward_me
 from leafkernels.losses.rollout_weights import RolloutWeights, rollout_weights
 from leafkernels.rows.groups import group_index
 from leafkernels.rows.prefix_tree import PrefixTree, prefix_tree
+from leafkernels.vocabulary.divergence import Divergence, TeacherTopK, divergence
+from leafkernels.vocabulary.linear_divergence import linear_divergence
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
 from leafkernels.vocabulary.sampling_mask import SamplingMask
 from leafkernels.vocabulary.statistics import TokenStatistics
@@ -77,9 +79,13 @@ __all__ = [
     "span_tree",
     "span_values",
     # Vocabulary
+    "Divergence",
     "SamplingMask",
     "SurprisalEntropy",
+    "TeacherTopK",
     "TokenStatistics",
+    "divergence",
+    "linear_divergence",
     "linear_surprisal_entropy",
     "surprisal_entropy",
     # Losses

@@ -23,6 +23,7 @@ NOT_LITERAL = {
     "surprisal_entropy with gradient",
     "linear_surprisal_entropy with gradient",
     "policy_loss_from_logits with gradient",
+    *(f"linear_divergence {kind} with gradient" for kind in ("reverse_kl", "forward_kl", "jsd")),
 }
 # Beside the whole vocabulary, masked: nobody else computes the kept ids alone.
 OF_KEPT = {"linear_surprisal_entropy of kept ids", "linear_surprisal_entropy of kept ids, trained head"}

@@ -853,6 +853,78 @@ def test_a_split_head_gives_what_the_whole_one_gives(
             torch.testing.assert_close(actual.double(), want, rtol=0, atol=atol)
 
 
+def divergence_of_rank(
+    tensors: dict[str, torch.Tensor], options: dict[str, Any], world: int | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """From logits and from states: what every rank has alike, and the gradients of slices."""
+    group = None if world is None else process_group(world)
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    states = [leaves[name] for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+    mask, options = torch.arange(len(tensors["student_hidden"])) % 3 != 1, {**options, "vocab_group": group}
+    alike, slices = [], []
+    small = mock.patch.multiple("leafkernels.kernels.divergence", BLOCK=8, THREADS=1)
+    with small, mock.patch.multiple("leafkernels.kernels.surprisal", BLOCK=8, THREADS=1):
+        for found, leaf in (
+            (
+                leafkernels.linear_divergence(
+                    *states, student_bias=leaves["student_bias"], response_mask=mask, chunk_tokens=3, **options
+                ),
+                [leaves["student_hidden"], leaves["student_weight"], leaves["student_bias"]],
+            ),
+            (leafkernels.divergence(leaves["student"], leaves["teacher"], **options), [leaves["student"]]),
+        ):
+            gradients = torch.autograd.grad((found.divergence - 0.3 * found.student_entropy).sum(), leaf)
+            alike += [*(numbers.detach() for numbers in found), *gradients[: len(gradients) // 3]]
+            slices += gradients[len(gradients) // 3 :]
+    return alike, [*slices[:-1], slices[-1].T]  # ids first
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world", WORLDS)
+def test_split_vocabularies_diverge_as_the_whole_ones(world: int, backend: str, kind: str, ranks: Ranks) -> None:
+    """Uneven slices, some without any id, and one whose ids the student's bias bans as a whole."""
+    if backend == "triton" and (DEVICE == "cuda" or kind != "jsd"):
+        pytest.skip("the processes compute on the CPU, where the kernels need the interpreter, which is slow")
+    sizes = HEADS[world][1]
+    ids = sum(sizes)
+    shapes = {"student_hidden": (7, 5), "student_weight": (ids, 5), "student_bias": (ids,), "student": (7, ids)}
+    shapes |= {"teacher_hidden": (7, 6), "teacher_weight": (ids, 6), "teacher": (7, ids)}
+    generator = torch.Generator().manual_seed(world)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    if kind == "reverse_kl":
+        tensors["student_bias"][: sizes[1]] = -INF
+    options = {"kind": kind, "beta": 0.3, "temperature": 0.7}
+    wide = {name: tensor.double() for name, tensor in tensors.items()}
+    whole = divergence_of_rank(wide, {**options, "backend": "torch"}, None)
+    dims = {"student_weight": 0, "student_bias": 0, "teacher_weight": 0, "student": 1, "teacher": 1}
+    parts = {name: tensors[name].split(sizes, dim) for name, dim in dims.items()}
+    calls = [
+        ({**tensors, **{name: part[rank] for name, part in parts.items()}}, {**options, "backend": backend}, world)
+        for rank in range(world)
+    ]
+    found = ranks.call(divergence_of_rank, calls)
+    for alike, _ in found:
+        for actual, want in zip(alike, whole[0], strict=True):
+            torch.testing.assert_close(actual.double(), want.double(), rtol=1e-5, atol=1e-5)
+    for i, want in enumerate(whole[1]):
+        joint = torch.cat([slices[i] for _, slices in found])
+        torch.testing.assert_close(joint.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def rows_of_other_ranks(logits: torch.Tensor, world: int) -> str:
+    with pytest.raises(ValueError, match="^student_logits must have the same rows on every rank") as refused:
+        leafkernels.divergence(logits, logits, vocab_group=process_group(world))
+    return str(refused.value)
+
+
+def test_divergences_refuse_what_ranks_do_not_share(ranks: Ranks) -> None:
+    answers = ranks.call(rows_of_other_ranks, [(torch.zeros(rows, 3), 2) for rows in (2, 5)])
+    assert (
+        answers == ["student_logits must have the same rows on every rank of vocab_group, got [2, 5] rows by rank"] * 2
+    )
+
+
 def test_a_split_head_keeps_peaked_rows_and_banned_ids(ranks: Ranks) -> None:
     """The entropy of 1e-24 of a row whose top leads by 61; a slice that its bias bans as a whole; NaN in one row."""
     weight = torch.tensor([[61.0, 1.0, 1.0, 0.5, 1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0, -2.0, 3.0, 0.0, 0.0]]).T

@@ -69,7 +69,9 @@ class _Head:
         bias: Tensor | None,
         mask: Tensor | None,
         options: HeadOptions,
+        wide: bool = False,
     ) -> None:
+        """``wide``: logits in float32, whatever the products are made of."""
         self.hidden, self.mask = hidden, mask
         self.softcap, num_live, self.chunk, self.dtype = options
         self.num_rows = hidden.shape[0]
@@ -79,7 +81,8 @@ class _Head:
         # Of another dtype for the products, and as large: not for none.
         self.weight = weight.to(self.dtype) if self.num_live else weight
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.buffer = hidden.new_empty((min(self.chunk, self.num_live), weight.shape[0]), dtype=self.dtype)
+        dtype = compute_dtype(self.dtype) if wide else self.dtype
+        self.buffer = hidden.new_empty((min(self.chunk, self.num_live), weight.shape[0]), dtype=dtype)
 
     def chunks(self) -> Iterator[slice | Tensor]:
         """Live rows in order; indices of ``num_rows`` stand for none, where fewer are live than was said."""
@@ -102,7 +105,11 @@ class _Head:
     def logits(self, states: Tensor) -> Tensor:
         """In the buffer, until the next chunk."""
         logits = self.buffer[: states.shape[0]]
-        if self.bias is None:
+        if logits.dtype != self.dtype:
+            _write_product(logits, states, self.weight)
+            if self.bias is not None:
+                logits.add_(self.bias)
+        elif self.bias is None:
             torch.mm(states, self.weight.T, out=logits)
         else:
             torch.addmm(self.bias, states, self.weight.T, out=logits)
@@ -321,6 +328,17 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         step = max(1, _WIDENED // max(a.shape[1], 1))
         for part, columns in zip(total.split(step), a.split(step), strict=True):
             part.addmm_(columns.to(total.dtype), wide)
+
+
+def _write_product(product: Tensor, a: Tensor, b: Tensor) -> None:
+    """product = a @ b.T, with sums and ``product`` in float32 whatever ``a`` and ``b`` are."""
+    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):  # PyTorch 2.8 and later
+        torch.ops.aten.mm.dtype_out(a, b.T, product.dtype, out=product)
+    else:
+        wide = a.to(product.dtype)
+        step = max(1, _WIDENED // max(b.shape[1], 1))
+        for start in range(0, b.shape[0], step):
+            torch.mm(wide, b[start : start + step].to(product.dtype).T, out=product[:, start : start + step])
 
 
 @operation(run=_backward_in_chunks)

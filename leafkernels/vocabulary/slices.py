@@ -37,6 +37,15 @@ def find_slice(token_ids: Tensor, vocab_size: int, vocab_group: "dist.ProcessGro
     return Slice(sizes[:rank].sum(), sizes.sum())
 
 
+def check_same_rows(name: str, num_rows: int, device: torch.device, vocab_group: "dist.ProcessGroup") -> None:
+    """Raise unless every rank has as many rows, where that can be read for nothing; collective."""
+    own = torch.full((1,), num_rows, dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(own) for _ in range(place("vocab_group", vocab_group)[1])]
+    dist.all_gather(gathered, own, group=vocab_group)
+    if values_readable(own) and len(counts := [int(count) for count in gathered]) != counts.count(num_rows):
+        raise ValueError(f"{name} must have the same rows on every rank of vocab_group, got {counts} rows by rank")
+
+
 def join_states(states: Tensor, temperature: Tensor) -> Tensor:
     """One state (3, N, 1) of each row from its partial states (3, N, any number), by the same rule as below."""
     tops = states[0].amax(1)
