@@ -36,7 +36,7 @@ def linear_token_statistics(
     sampling_mask: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[float], list[int], list[float]]:
     """``token_statistics`` of the same logits."""
-    logits = _logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
+    logits = head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
     return token_statistics(logits, token_ids, temperature=temperature, sampling_mask=sampling_mask)
 
 
