@@ -49,9 +49,9 @@ class GatheredGroups(NamedTuple):
     inputs: dict[str, Any]
     """Arguments for ``span_advantages`` or any function with its signature: ``logprobs``, ``token_ids``, ``rewards``,
     ``response_mask``, ``groups``, ``group_size``, ``cu_seqlens``, and of ``step_rewards``, ``reward_weights``,
-    ``steps`` and ``states`` those that were given. All rows of the groups that this rank computes, also those of other
-    ranks, in the order of the ranks and without padding; constants to autograd. No row where this rank computes no
-    group."""
+    ``steps``, ``states`` and ``sum_squares`` those that were given. All rows of the groups that this rank computes,
+    also those of other ranks, in the order of the ranks and without padding; constants to autograd. No row where this
+    rank computes no group."""
     shape: torch.Size
     """Shape of this rank's own ``token_ids``."""
     positions: Tensor | None
@@ -147,6 +147,7 @@ def gather_groups(
     reward_weights: Sequence[float] | Tensor | None = None,
     steps: Tensor | None = None,
     states: Tensor | None = None,
+    sum_squares: Tensor | None = None,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> GatheredGroups:
     """Bring the rows of groups that straddle ranks together, each group on one rank, to compute their advantages there.
@@ -188,6 +189,7 @@ def gather_groups(
             be None, on every rank.
         reward_weights: F numbers, the same on every rank, where ``rewards`` is (N, F); see ``span_advantages``.
         steps, states: integers shaped like ``token_ids``, on every rank or on none; see ``grpo``.
+        sum_squares: shaped like ``token_ids``, on every rank or on none; sent as float64; see ``otb``.
         process_group: the ranks among which rows travel (those of data parallelism), gloo or NCCL; None: all.
 
     Raises:
@@ -198,7 +200,7 @@ def gather_groups(
     rank, world_size = place("process_group", process_group)
     failure: Exception | None = None
     try:
-        more = {"step_rewards": step_rewards, "steps": steps, "states": states}
+        more = {"step_rewards": step_rewards, "steps": steps, "states": states, "sum_squares": sum_squares}
         call = logprobs, token_ids, rewards, response_mask, groups, group_size, cu_seqlens
         local = _local_rows(*call, reward_weights, more)
         header = local.header
@@ -426,6 +428,10 @@ def _local_rows(
     steps = check_step_rewards(more["step_rewards"], token_ids)
     if steps is not None:
         tokens["step_rewards"] = steps.detach().reshape(token_ids.shape)
+    squares = more["sum_squares"]
+    if squares is not None:
+        check_like("sum_squares", check_real("sum_squares", squares), "token_ids", token_ids.shape, device)
+        tokens["sum_squares"] = squares.detach().to(torch.float64)
     for name in ("steps", "states"):
         names_of_tokens = more[name]
         if names_of_tokens is not None:

@@ -1284,6 +1284,8 @@ def test_step_rewards_and_several_functions_on_ranks(name: str, functions: int, 
     more: dict[str, Any] = {"reward_weights": [1.0, -0.5, 2.0]} if functions else {}
     if takes(name, "states"):
         whole |= {"steps": torch.arange(9).expand(6, 9) // 4, "states": torch.arange(9).expand(6, 9) % 2}
+    if takes(name, "sum_squares"):
+        whole["sum_squares"] = torch.rand(6, 9, generator=generator)
     expected = leafkernels.ESTIMATORS[name](**whole, **more)
     calls = []
     for rows in (slice(0, 2), slice(2, 6)):
