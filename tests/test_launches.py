@@ -330,6 +330,23 @@ def test_kept_ids_take_two_launches_a_pass(trained: bool, monkeypatch: pytest.Mo
     assert names[2:] == ["kept_statistics_backward", "add_hidden_gradient", *["add_weight_gradient"] * trained]
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts what Triton's interpreter launches")
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_divergence_takes_five_launches_and_one(linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of both, merged; one look at both rows; and one more for the gradient. From states, of each chunk."""
+    student, teacher = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    names = kernels_launched(monkeypatch)
+    if linear:
+        head = torch.randn(40, 8)
+        found = leafkernels.linear_divergence(student, head, teacher, head, chunk_tokens=3, backend="triton")
+    else:
+        found = leafkernels.divergence(student, teacher, backend="triton")
+    assert names == ["surprisal_states", "merge_surprisal_states"] * 2 + ["divergence_sums"] + names[5:]
+    assert len(names) == 5 * (1 + linear)
+    (found.divergence + found.student_entropy).sum().backward()
+    assert names[5 * (1 + linear) :] == ["divergence_gradient"] * (1 + linear)
+
+
 # PyTorch's launches on 8 rows of 40 tokens, or of 160: the running sums of a list are one launch of our own.
 WITH_STEPS = {"leaf": (40, 1), "grpo": (130, 4), "tree_td": (180, 1), "otb": (170, 8), "grpo with states": (175, 4)}
 

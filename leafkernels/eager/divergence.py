@@ -1,7 +1,7 @@
 """Divergence of two distributions over the vocabulary, a few rows at a time, so that what is in between stays cached.
 
-See ``leafkernels.kernels.divergence`` for the mathematics. What is in between is float64, in which e^y - 1 - y of
-numbers that float32 tells apart keeps its digits.
+See ``leafkernels.kernels.divergence`` for the mathematics. The distances from the tops, and u, are float64: two models
+that are near to each other keep the digits of their difference where the rows lead by far.
 """
 
 from collections.abc import Iterator
@@ -23,19 +23,19 @@ _FLOOR = -1e4
 
 
 class _Chunk(NamedTuple):
-    """Some rows of both models, (n, V) float64 each."""
+    """Some rows of both models, (n, V) each; all but the distances in the dtype of computing."""
 
     rows: Tensor
-    student_below: Tensor  # (x - top) / temperature
+    student_below: Tensor  # (x - top) / temperature, float64
     teacher_below: Tensor
-    gap: Tensor  # log p_student - log p_teacher
+    gap: Tensor  # u = log p_student - log p_teacher
     student: Tensor  # probabilities
     teacher: Tensor
 
 
 def _chunks(student: Tensor, teacher: Tensor, tops: "PairTops", pair: "Pair") -> Iterator[_Chunk]:
     num_rows, vocab_size = student.shape
-    mask = pair.mask
+    dtype, mask = compute_dtype(student.dtype), pair.mask
     live = torch.arange(num_rows, device=student.device) if mask is None else mask.nonzero().squeeze(1)
     for rows in live.split(max(1, _CHUNK // max(vocab_size, 1))) if live.numel() and vocab_size else ():
 
@@ -43,25 +43,34 @@ def _chunks(student: Tensor, teacher: Tensor, tops: "PairTops", pair: "Pair") ->
             return numbers[rows].double()[:, None]
 
         def below(logits: Tensor, top: Tensor, temperature: Tensor, rows: Tensor = rows) -> Tensor:
-            return logits[rows].double().sub_(top).div_(temperature).clamp_min_(_FLOOR)
+            return (logits[rows].double() - top).mul_(temperature.reciprocal()).clamp_min_(_FLOOR)
 
         student_total, teacher_total = column(tops.student_log_total), column(tops.teacher_log_total)
         student_below = below(student, column(tops.student_top), column(pair.student_temperature))
         teacher_below = below(teacher, column(tops.teacher_top), column(pair.teacher_temperature))
-        gap = (student_below - teacher_below).sub_(student_total - teacher_total)
         yield _Chunk(
             rows,
             student_below,
             teacher_below,
-            gap,
-            (student_below - student_total).exp_(),
-            (teacher_below - teacher_total).exp_(),
+            (student_below - teacher_below).sub_(student_total - teacher_total).to(dtype),
+            (student_below - student_total).to(dtype).exp_(),
+            (teacher_below - teacher_total).to(dtype).exp_(),
         )
+
+
+def _series(y: Tensor) -> Tensor:
+    """e^y - 1 - y for |y| < 0.5, to its own rounding."""
+    if y.dtype == torch.float64:
+        return y.expm1() - y
+    tail = (y * (1 / 40320)).add_(1 / 5040)
+    for factorial in (720, 120, 24, 6, 2):
+        tail.mul_(y).add_(1 / factorial)
+    return tail.mul_(y).mul_(y)
 
 
 def _excess(p: Tensor, other: Tensor, y: Tensor) -> Tensor:
     """p (e^y - 1 - y), of which ``other`` is p e^y; never below 0, and each to its own relative rounding."""
-    return torch.where(y.abs() < 0.5, p * (y.expm1() - y), other - p - p * y)
+    return torch.where(y.abs() < 0.5, _series(y).mul_(p), (other - p).addcmul_(p, y, value=-1))
 
 
 def _to_mixture(gap: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -89,7 +98,7 @@ def divergence_sums(student: Tensor, teacher: Tensor, tops: "PairTops", pair: "P
             to_student, to_teacher = _to_mixture(gap, beta)
             mixture = beta * q + (1.0 - beta) * p
             part = _excess(p, mixture, to_student)
-            terms = (1.0 - beta) * part + beta * _excess(q, mixture, to_teacher)
+            terms = _excess(q, mixture, to_teacher).mul_(beta).add_(part, alpha=1.0 - beta)
             sums[1, rows, 0] = part.sum(1).to(sums.dtype)
         else:
             if name == "reverse_kl":
@@ -119,25 +128,26 @@ def write_gradients(
     """
     name, beta = kind
     for rows, student_below, _, gap, p, q in _chunks(student, teacher, statistics.tops, pair):
-        weight = grad_divergence[rows].double()[:, None]
-        part = statistics.student_part[rows].double()[:, None]
+        weight, part = (numbers[rows].to(p.dtype)[:, None] for numbers in (grad_divergence, statistics.student_part))
         # An infinite divergence has no gradient; where it does not count, that is 0.
         if name != "forward_kl":
             weight = torch.where(part.isinf() & (weight != 0), torch.nan, weight)
         part = part.masked_fill(part.isinf(), 0.0)
         if name == "forward_kl":
-            slope = weight * torch.where(gap.abs() < 0.5, -p * (-gap).expm1(), p - q)
+            slope = torch.where(gap.abs() < 0.5, (gap - _series(-gap)).mul_(p), p - q).mul_(weight)
         elif name == "reverse_kl":
-            slope = weight * p * (gap - part)
+            slope = (gap - part).mul_(p).mul_(weight)
         else:
-            slope = (beta - 1.0) * weight * p * (_to_mixture(gap, beta)[0] + part)
+            slope = (_to_mixture(gap, beta)[0] + part).mul_(p).mul_((beta - 1.0) * weight)
         if grad_entropy is not None:
-            entropy = statistics.student_entropy[rows].double()[:, None]
-            log_p = student_below - statistics.student_log_total[rows].double()[:, None]
-            slope -= grad_entropy[rows].double()[:, None] * p * (log_p + entropy)
-        slope /= pair.student_temperature[rows].double()[:, None]
+            log_total, entropy, grad = (
+                numbers[rows].to(p.dtype)[:, None]
+                for numbers in (statistics.student_log_total, statistics.student_entropy, grad_entropy)
+            )
+            slope -= (student_below.to(p.dtype) - (log_total - entropy)).mul_(p).mul_(grad)
+        slope /= pair.student_temperature[rows].to(p.dtype)[:, None]
         if softcap is not None:
-            slope *= 1.0 - (student[rows].double() / softcap).square()
+            slope *= 1.0 - (student[rows].to(p.dtype) / softcap).square()
         gradients[rows] = slope.to(gradients.dtype)
     if pair.mask is not None:
         gradients.masked_fill_(~pair.mask[:, None], 0.0)
