@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
@@ -129,6 +130,44 @@ def test_a_served_teacher_is_the_model_that_is_served(server: Server, tmp_path: 
     assert path == "/v1/completions" and headers["Authorization"] == "Bearer k"
     assert body["prompt_logprobs"] == 0 and not body["add_special_tokens"]
     assert len(server.asked) == 1 + 8  # before anything is sampled, and once for each row
+
+
+def test_the_most_likely_ids_of_a_server_are_those_of_the_model(server: Server, tmp_path: Path) -> None:
+    """forward_kl over the teacher's three most likely ids and the rest, filtered and weighted by the student."""
+    changes = {**PLAIN, "fire_drop": 0.3, "fire_beta": 1.0, "fire_loss": "forward_kl"}
+    found = run(settings(tmp_path, **changes), served(server, top_k=3))
+    expected = run(settings(tmp_path, **changes, fire_top_k=3), another(1))
+    for ours, theirs in zip(found.gradients[0], expected.gradients[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert any(gradient.any() for gradient in found.gradients[0])
+    assert {body["prompt_logprobs"] for _, body, _ in server.asked} == {3}
+
+
+def test_ids_that_the_student_has_not_are_with_the_rest(server: Server) -> None:
+    batch = {f"{part}_ids": torch.tensor([[3, 4, 5]]) for part in ("prompt", "completion")}
+    batch |= {f"{part}_mask": torch.ones((1, 3), dtype=torch.int64) for part in ("prompt", "completion")}
+    rows = torch.tensor([0])
+    logprobs, entropies, ids, most = served(server, top_k=4).score(batch, rows, top_k=4, num_ids=8)
+    with torch.no_grad():
+        expected = server.model(input_ids=torch.tensor([[3, 4, 5, 3, 4, 5]])).logits[0, 2:5].log_softmax(-1)
+    torch.testing.assert_close(logprobs[0], expected[range(3), [3, 4, 5]])
+    top = expected.topk(4)
+    is_known = top.indices < 8
+    assert not is_known.all() and not entropies.any()
+    assert torch.equal(ids[0], torch.where(is_known, top.indices, -1))
+    torch.testing.assert_close(most[0], torch.where(is_known, top.values, -torch.inf))
+    assert served(server).score(batch, rows, top_k=0, num_ids=5)[0].isnan().all()
+
+
+def test_an_evaluation_compares_the_ids_that_a_server_gives(server: Server, tmp_path: Path) -> None:
+    held_out = {"eval_dataset": Dataset.from_dict({"prompt": ["aabb", "hg"]})}
+    found = []
+    for teacher in (served(server, top_k=10), another(1), served(server)):
+        changes = {**PLAIN, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+        log = run(settings(tmp_path, **changes), teacher, more=held_out).state.log_history
+        found.append(next(entry for entry in log if "eval_loss" in entry))
+    for name in ("eval_fire/top1_agreement", "eval_fire/top10_overlap"):
+        assert found[0][name] == found[1][name] and name not in found[2]
 
 
 @pytest.mark.parametrize("failure", ["hang up", "garbage", 503, 429])
