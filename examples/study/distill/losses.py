@@ -47,7 +47,7 @@ BASE = ("sampled", "plain")
 BATCH = 32
 TOKENS = 24_000  # of which a teacher may be asked in a run
 LOOKS = 3  # evaluations, at equal shares of these tokens
-LEARNING_RATE = 2e-4
+LEARNING_RATE = 5e-5
 OUTCOMES = {
     "during": "greedy, mean of all evaluations",
     "end": "greedy, at the end",
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: 0 to 7")
     parser.add_argument("--tokens", type=int, default=TOKENS, help=f"that a teacher is asked about (default: {TOKENS})")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE}")
-    parser.add_argument("--teacher-steps", type=int, default=700, help="its supervised steps at most (default: 700)")
+    parser.add_argument("--teacher-steps", type=int, default=2000, help="its supervised steps at most (default: 2000)")
     parser.add_argument("--student-steps", type=int, default=250, help="those of the student (default: 250)")
     parser.add_argument("--losses", nargs="+", choices=tuple(LOSSES), default=list(LOSSES), help="default: all")
     args = parser.parse_args()
