@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
 
 from leafkernels.integrations._trl_masks import _states
 from leafkernels.integrations._trl_scoring import TeacherScores
 from leafkernels.integrations._trl_served import ServedTeacher
+from leafkernels.integrations._trl_stored import StoredCompletions
 from leafkernels.models.asking import evaluating
 from leafkernels.models.heads import Head, _scaled, score
 from leafkernels.vocabulary.divergence import Divergence, TeacherTopK, divergence
@@ -118,7 +118,7 @@ class _Side(NamedTuple):
         return _scaled(torch.nn.functional.linear(self.states, self.weight, self.bias), *self.head[1:])
 
 
-class DivergenceLoss(TeacherScores, GRPOTrainer):
+class DivergenceLoss(TeacherScores, StoredCompletions):
     """``GRPOTrainer`` with teachers whose loss may be a divergence; ``advantages`` are then weights of tokens."""
 
     def _check_divergence(self) -> None:
@@ -129,11 +129,12 @@ class DivergenceLoss(TeacherScores, GRPOTrainer):
             for teacher in served:
                 teacher.check([0, 1, 2])
         kind = self.args.fire_loss
-        self._list_size = (
-            0 if kind == "sampled" else self.args.fire_top_k or max((of.top_k for of in served), default=0)
-        )
+        self._list_size = 0
         if kind == "sampled":
             return
+        # As many as a batch has, where they are stored.
+        own = 1 if self._stored is not None else max((teacher.top_k for teacher in served), default=0)
+        self._list_size = self.args.fire_top_k or own
         if self._is_zero3 or self._is_fsdp:
             raise ValueError(
                 f"fire_loss must be 'sampled' where models are spread over ranks (FSDP, ZeRO-3), got {kind!r}: it is "

@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 from leafkernels import fire_teachers
 from leafkernels.integrations._trl_average import EMATeacher
 from leafkernels.integrations._trl_served import ServedTeacher
+from leafkernels.integrations._trl_stored import StoredTeacher
 from leafkernels.integrations._trl_teachers import (
     Teacher,
     check_ranks,
@@ -31,7 +32,7 @@ from leafkernels.models.asking import evaluating
 
 # The most likely ids that evaluation compares.
 _COMPARED = 10
-_KINDS = "a model, its name, a ServedTeacher or an EMATeacher"
+_KINDS = "a model, its name, a ServedTeacher, a StoredTeacher or an EMATeacher"
 
 
 class TeacherScores(GRPOTrainer):
@@ -93,14 +94,17 @@ class TeacherScores(GRPOTrainer):
                 )
             teacher.begin(name, student)
             return Teacher(None, self._num_ids, borrowed=teacher.in_place_of)
-        if not is_name and not is_served and not isinstance(teacher, torch.nn.Module):
+        is_stored = isinstance(teacher, StoredTeacher)
+        if is_stored and self._has_labels:
+            raise ValueError(f"{name} must not be a StoredTeacher, which is the only one: nothing is sampled with it")
+        if not (is_name or is_served or is_stored or isinstance(teacher, torch.nn.Module)):
             raise TypeError(f"{name} must be a model or its name, got {type(teacher).__name__}; it may be {_KINDS}")
         if isinstance(teacher, torch.nn.Module) and is_below_adapter(name, teacher, student):
             return Teacher(None, self._num_ids, borrowed=without_adapter)
         trusts = getattr(self.args, "trust_remote_code", False)
-        tokenizer = known_tokenizer(name, None if is_served else teacher, tokenizer, trusts)
+        tokenizer = known_tokenizer(name, None if is_served or is_stored else teacher, tokenizer, trusts)
         common = None if tokenizer is None else common_ids(name, tokenizer, self._tokenizer)
-        if is_served:
+        if is_served or is_stored:
             self._check_whole(name, teacher)
             return Teacher(teacher, self._num_ids if common is None else min(common, self._num_ids))
         if is_name:
@@ -182,12 +186,12 @@ class TeacherScores(GRPOTrainer):
             numbers = {label: number for number, label in enumerate(self._teachers)}
             kept["teacher_number"] = [numbers[label] for label in self._labels(inputs)]
         if self._list_size:
-            kept["teacher_top_ids"], kept["teacher_top_logprobs"] = top[1:]
+            kept["teacher_top_ids"], kept["teacher_top_logprobs"] = top[:2]
         return kept
 
     def _log_agreement(self, top: tuple[Tensor, ...], live: Tensor) -> None:
         """How often both find the same id most likely, and the share of the teacher's ids that the student lists."""
-        student_ids, teacher_ids, teacher_logprobs = top
+        teacher_ids, teacher_logprobs, student_ids = top
         is_id = teacher_logprobs > -torch.inf
         is_shared = (student_ids[..., None, :] == teacher_ids[..., None]).any(-1) & is_id
         is_same = is_shared[..., 0] & (student_ids[..., 0] == teacher_ids[..., 0])
@@ -203,22 +207,21 @@ class TeacherScores(GRPOTrainer):
         return [row.get(column) for row in inputs] if self._has_labels else [None] * len(inputs)
 
     def _score_all(
-        self, inputs: list[dict[str, Any]], batch: dict[str, Any], size: int, top_k: int = 0
+        self, inputs: list[dict[str, Any]], batch: dict[str, Any], size: int, top_k: int = 0, compares: bool = False
     ) -> tuple[Tensor, ...]:
         """(rows, tokens) log-probabilities of student and teacher and entropies of both, each row by its teacher.
 
-        With ``top_k``, and unless ZeRO-3 has the student's head, also (rows, tokens, k) the ids that the student finds
-        most likely, and those of the teacher with their log-probabilities.
+        With ``top_k`` also (rows, tokens, k) the ids that the teacher finds most likely and their log-probabilities,
+        and where ``compares`` those of the student, unless ZeRO-3 has its head.
         """
         labels = self._labels(inputs)
         device = batch["completion_ids"].device
         size = rows_at_once(size, self.args.max_completion_length, self._num_ids)
         everything = torch.arange(len(inputs), device=device)
         students = {
-            num_ids: self._score_student(batch, everything, size, num_ids, top_k=top_k)
+            num_ids: self._score_student(batch, everything, size, num_ids, top_k=top_k if compares else 0)
             for num_ids in sorted({teacher.num_ids for teacher in self._teachers.values()})
         }
-        has_top = bool(top_k) and all(len(found) == 4 for found in students.values())
         heard = batch
         if "teacher_prompt_ids" in batch:
             heard = batch | {f"prompt_{name}": batch[f"teacher_prompt_{name}"] for name in ("ids", "mask")}
@@ -235,8 +238,7 @@ class TeacherScores(GRPOTrainer):
             def call(rows: Tensor) -> tuple[Tensor, ...]:
                 found = ahead[label] if label in ahead else self._score_teacher(label, heard, rows, size, top_k)
                 student = [part[rows] for part in students[self._teachers[label].num_ids]]
-                top = (student[2], *found[2:]) if has_top else ()
-                return student[0], found[0], student[1], found[1], *top
+                return student[0], found[0], student[1], found[1], *found[2:], *student[2:3]
 
             return call
 
@@ -252,6 +254,9 @@ class TeacherScores(GRPOTrainer):
         self, label: Any, batch: dict[str, Any], rows: Tensor, size: int, top_k: int, calls: int = 0
     ) -> tuple[Tensor, ...]:
         teacher = self._teachers[label]
+        if isinstance(teacher.model, StoredTeacher):
+            none = torch.zeros_like(batch["completion_ids"][rows], dtype=torch.float32)
+            return none, none, batch["stored_ids"][rows], batch["stored_logprobs"][rows]
         if isinstance(teacher.model, ServedTeacher):
             return teacher.model.score(batch, rows, top_k=top_k, num_ids=teacher.num_ids)
         if teacher.borrowed is not None:

@@ -71,7 +71,7 @@ def known_tokenizer(name: str, model: Any, given: Any, trust_remote_code: bool) 
 
     config = getattr(model, "config", None)
     path = model if isinstance(model, str) else getattr(config, "_name_or_path", "")
-    reason = "a server does not hand it over" if model is None else "the model has no name"
+    reason = "none came with it" if model is None else "the model has no name"
     if path:
         try:
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

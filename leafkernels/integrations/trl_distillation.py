@@ -27,8 +27,9 @@ from leafkernels.integrations._trl_divergence import DivergenceConfig, Divergenc
 from leafkernels.integrations._trl_options import TokenCredit, check_options
 from leafkernels.integrations._trl_served import ServedTeacher
 from leafkernels.integrations._trl_sharing import SharedPrefixesConfig
+from leafkernels.integrations._trl_stored import StoredTeacher
 
-__all__ = ["EMATeacher", "FireOPDConfig", "FireOPDTrainer", "ServedTeacher"]
+__all__ = ["EMATeacher", "FireOPDConfig", "FireOPDTrainer", "ServedTeacher", "StoredTeacher"]
 
 SCOPES = ("batch", "row")
 # What TRL's loss types take their mean over: the tokens of a generation batch, which are counted again here; those of
@@ -144,6 +145,9 @@ class FireOPDTrainer(DivergenceLoss, Averages, TokenCredit, GRPOTrainer):
         if not isinstance(args, FireOPDConfig):
             raise TypeError(f"args must be a FireOPDConfig, got {type(args).__name__}")
         check_options(args, "FireOPDTrainer")
+        if isinstance(teachers, StoredTeacher):
+            teachers.check(args, kwargs.get("reward_funcs") is not None)
+            self._stored = teachers
         if kwargs.get("reward_funcs") is None:
             kwargs["reward_funcs"] = no_reward
         super().__init__(model, args=args, **kwargs)
@@ -221,8 +225,10 @@ class FireOPDTrainer(DivergenceLoss, Averages, TokenCredit, GRPOTrainer):
         self._read_teacher_prompts(inputs, batch)
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         top_k = self._list_size if mode == "train" else self._list_size or self._num_compared
-        scored = self._score_all(inputs, batch, size, top_k)
-        tokens, top = scored[:4], scored[4:]
+        if self._stored is not None:
+            top_k = batch["stored_ids"].shape[-1]
+        scores = self._score_all(inputs, batch, size, top_k, compares=mode == "eval")
+        tokens, top = scores[:4], scores[4:]
         old_logprobs, teacher_logprobs, student_entropy, teacher_entropy = tokens
         # Of a row with a number that is none nothing is learnt. What its teacher bans has a place in the filter.
         banned = teacher_logprobs.isneginf()
@@ -249,16 +255,19 @@ class FireOPDTrainer(DivergenceLoss, Averages, TokenCredit, GRPOTrainer):
         _, kept, rows, scored, count, *means = totals.tolist()
         names = ("mean_weight", "teacher_entropy", "student_entropy", "teacher_gap")
         logged = {name: mean / max(count, 1) for name, mean in zip(names, means, strict=True)}
-        if self._has_served:
+        if self._has_served or self._stored is not None:
             del logged["teacher_entropy"]
         logged["keep_share"] = kept / max(rows, 1)
         logged["unscored_share"] = (rows - scored) / max(rows, 1)
         if self.args.fire_scope == "batch":
             # -inf, where so many are unscored that the filter drops nothing else, is nothing to average.
             logged["threshold"] = float(found.threshold) if found.threshold.isfinite() else float("nan")
+        if self._stored is not None:
+            for name in ("teacher_gap", "threshold"):
+                logged.pop(name, None)
         for name, value in logged.items():
             self._metrics[mode][f"fire/{name}"].append(value)
-        if mode == "eval" and top:
+        if mode == "eval" and len(top) == 3:
             self._log_agreement(top, live)
         return batch
 
