@@ -69,7 +69,7 @@ class StoredTeacher:
         name = self.columns[0]
         found = []
         for row in rows:
-            ids = row.get(name)
+            ids: Any = row.get(name)
             is_list = isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < num_ids for i in ids)
             if not is_list or len(ids) > most:
                 raise ValueError(
@@ -93,7 +93,7 @@ class StoredTeacher:
 
     def _lists_of(self, row: dict[str, Any], num_ids: int) -> list[tuple[list[int], list[float]]]:
         completion, ids_of, logprobs_of = self.columns
-        parts = row.get(ids_of), row.get(logprobs_of)
+        parts: tuple[Any, Any] = row.get(ids_of), row.get(logprobs_of)
         length = len(row[completion])
         for column, part in zip((ids_of, logprobs_of), parts, strict=True):
             if not isinstance(part, list) or len(part) != length:

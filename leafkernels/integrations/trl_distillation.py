@@ -1,8 +1,9 @@
-"""FiRe-OPD in TRL: ``FireOPDTrainer`` and ``FireOPDConfig`` (arXiv 2606.02684).
+"""Distillation in TRL: ``FireOPDTrainer`` and ``FireOPDConfig`` (FiRe-OPD, arXiv 2606.02684, and divergences).
 
 The student samples as ``GRPOTrainer`` does, and its clipped loss takes one advantage for each token. What is put in
 place of TRL's advantages is what one or several teachers give each token more than the student does, filtered and
-weighted by ``leafkernels.fire_opd``. No reward is needed. Sampling, loss and everything else stay TRL's.
+weighted by ``leafkernels.fire_opd``; or, with ``fire_loss``, the loss is a divergence of both over the vocabulary, with
+the same filter and weights. No reward is needed. Sampling, means and everything else stay TRL's.
 """
 
 from collections.abc import Mapping
@@ -109,19 +110,23 @@ class FireOPDTrainer(DivergenceLoss, Averages, TokenCredit, GRPOTrainer):
       where their logits would pass 2 GiB. A row passes its own teacher only. A model that was given is afterwards what
       it was before: frozen or not, in which mode, on which device. FSDP and ZeRO-3 spread it over the ranks for good.
     - The base of a student with an adapter may be its teacher: it is scored as the student is, the adapter disabled.
+      So may the moving average of the student itself (``EMATeacher``).
+    - A column ``args.teacher_prompt_column`` of the dataset is what the teacher reads in the place of the prompt.
     - Teacher and student are compared on the ids that both have: an embedding may be padded further, and a tokenizer
       may add special tokens.
     - Dropped completions leave the loss and its average, whatever ``loss_type`` takes it over. So do completions with a
       token that the teacher bans (-inf) or does not know, and those with a number that is none (NaN).
     - It logs ``fire/keep_share``, ``fire/unscored_share`` (what the last sentence is of), ``fire/threshold``,
       ``fire/mean_weight``, ``fire/teacher_entropy``, ``fire/student_entropy`` and ``fire/teacher_gap``, the mean of
-      teacher less student log-probability: minus an estimate of the KL divergence of the student to its teacher.
+      teacher less student log-probability: minus an estimate of the KL divergence of the student to its teacher; with
+      a divergence also ``fire/divergence``; and in evaluations ``fire/top1_agreement`` and ``fire/top10_overlap`` of
+      the ids that both find most likely.
 
     Args:
         model: the student, as in ``GRPOTrainer``.
-        teachers: a model, or the name of one; or several by label, ``{"math": ..., "code": ...}``, for a dataset whose
-            column ``args.teacher_column`` holds a label. They share the student's tokenizer. A served teacher gives no
-            entropies, without which FiRe has no weights, and is not taken.
+        teachers: a model, or the name of one; an ``EMATeacher``, a ``ServedTeacher`` or a ``StoredTeacher``; or several
+            by label, ``{"math": ..., "code": ...}``, for a dataset whose column ``args.teacher_column`` holds a label.
+            They share the student's tokenizer. docs/distillation.md says what each can give.
         args: ``FireOPDConfig``.
         teacher_processing_class: the teachers' tokenizer, or one by label. None: the one that lies where the teacher
             was loaded from. It is compared with the student's; where none is known, a warning says so.
