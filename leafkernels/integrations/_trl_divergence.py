@@ -6,13 +6,14 @@ over tokens, and adds its KL, its entropy bonus and its logs: it is handed minus
 at a ratio of exactly 1.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from leafkernels.integrations._trl_masks import _states
+from leafkernels.integrations._trl_masks import _head, _states
 from leafkernels.integrations._trl_scoring import TeacherScores
 from leafkernels.integrations._trl_served import ServedTeacher
 from leafkernels.integrations._trl_stored import StoredCompletions
@@ -104,8 +105,18 @@ class _Side(NamedTuple):
     bias: Tensor | None
 
     @classmethod
-    def of(cls, model: Any, ids: Tensor, attention: Tensor, keep: int, detached: bool = False) -> "_Side":
-        head, states = _states(model, ids, attention, keep)
+    def of(
+        cls,
+        model: Any,
+        ids: Tensor,
+        attention: Tensor,
+        keep: int,
+        hearing: AbstractContextManager[None],
+        detached: bool = False,
+    ) -> "_Side":
+        _head(model)  # before anything is heard: the trial that finds it would hear a recording of a row
+        with hearing:
+            head, states = _states(model, ids, attention, keep)
         weights = [None, None] if head is None else [head.linear.weight, head.linear.bias]
         if detached:
             # Of a student that stands in for its teacher for a while: the weights that it has now.
@@ -192,7 +203,7 @@ class DivergenceLoss(TeacherScores, StoredCompletions):
         ids, attention, keep = _rows(inputs)
         teachers = self._teachers_of(inputs)
         with self.accelerator.autocast():
-            student = _Side.of(model, ids, attention, keep)
+            student = _Side.of(model, ids, attention, keep, self._hearing(model, inputs, None))
             mask = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
             parts = []
             for rows, side, num_ids in teachers:
@@ -234,20 +245,30 @@ class DivergenceLoss(TeacherScores, StoredCompletions):
             side = None
             if not self._list_size:
                 part = (ids, attention) if rows is None else (ids[rows], attention[rows])
-                side = self._side_of(teacher, *part, keep)
+                side = self._side_of(teacher, *part, keep, inputs, rows)
             found.append((rows, side, teacher.num_ids))
         return found
 
-    def _side_of(self, teacher: Any, ids: Tensor, attention: Tensor, keep: int) -> _Side:
+    def _side_of(
+        self,
+        teacher: Any,
+        ids: Tensor,
+        attention: Tensor,
+        keep: int,
+        inputs: dict[str, Any],
+        rows: Tensor | None,
+    ) -> _Side:
+        model = self.model if teacher.borrowed is not None else teacher.model
+        hearing = self._hearing(model, inputs, rows)
         if teacher.borrowed is not None:
             borrowed = teacher.borrowed(self.accelerator.unwrap_model(self.model))
-            with borrowed, evaluating(self.model), self.accelerator.autocast():
-                return _Side.of(self.model, ids, attention, keep, detached=True)
+            with borrowed, evaluating(model), self.accelerator.autocast():
+                return _Side.of(model, ids, attention, keep, hearing, detached=True)
         if teacher.home is not None:
-            teacher.model.to(ids.device)
+            model.to(ids.device)
         known = ids.masked_fill(ids >= teacher.num_ids, 0)  # rows with others have left the loss
-        with torch.autocast(ids.device.type, enabled=False), evaluating(teacher.model):
-            return _Side.of(teacher.model, known, attention, keep, detached=True)
+        with torch.autocast(ids.device.type, enabled=False), evaluating(model):
+            return _Side.of(model, known, attention, keep, hearing, detached=True)
 
 
 def _compare(student: _Side, teacher: _Side | TeacherTopK, options: dict[str, Any]) -> Divergence:

@@ -1,6 +1,7 @@
 """What teachers, and the student, say of sampled completions in ``FireOPDTrainer``: each row by its own teacher."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class TeacherScores(GRPOTrainer):
     _has_labels: bool
     _shares: bool  # of SharedPrefixes
     _metrics: Any  # TRL's
+    _hears = False
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -50,6 +52,11 @@ class TeacherScores(GRPOTrainer):
 
     def _take_teachers(self, teachers: Any, tokenizers: Any) -> None:
         """Check and place what was given; ``tokenizers``: one of all, or by label."""
+        if not self._hears and "audio" in (getattr(self.train_dataset, "column_names", None) or ()):
+            raise ValueError(
+                f"train_dataset must have no column 'audio' with {type(self).__name__}, whose models hear nothing: "
+                "leafkernels.integrations.trl_audio_distillation has AudioFireOPDTrainer"
+            )
         self._has_labels = isinstance(teachers, Mapping)
         by_label = dict(teachers) if self._has_labels else {None: teachers}
         if not by_label:
@@ -108,7 +115,7 @@ class TeacherScores(GRPOTrainer):
             self._check_whole(name, teacher)
             return Teacher(teacher, self._num_ids if common is None else min(common, self._num_ids))
         if is_name:
-            teacher = load_teacher(teacher, trusts)
+            teacher = self._load_teacher(teacher, trusts)
         size = vocabulary_size(name, teacher)
         num_ids = min(size, self._num_ids) if common is None else min(size, self._num_ids, common)
         # Of an unknown tokenizer all must be there; of one that is compared, the token that ends a completion.
@@ -131,6 +138,13 @@ class TeacherScores(GRPOTrainer):
         is_placed = hasattr(teacher, "hf_device_map") or getattr(teacher, "is_quantized", False)
         home = None if is_placed else next((parameter.device for parameter in teacher.parameters()), None)
         return Teacher(teacher, num_ids, home, keeps)
+
+    def _load_teacher(self, name: str, trusts: bool) -> Any:
+        return load_teacher(name, trusts)
+
+    def _hearing(self, model: Any, batch: dict[str, Any], rows: Tensor | None) -> AbstractContextManager[None]:
+        """Within, the forward passes of a model are about these rows of a batch (None: all), one after the other."""
+        return nullcontext()
 
     def _check_whole(self, name: str, teacher: Any) -> None:
         if self._is_zero3 or self._is_fsdp:
@@ -263,7 +277,8 @@ class TeacherScores(GRPOTrainer):
             with teacher.borrowed(self.accelerator.unwrap_model(self.model)):
                 return self._score_student(batch, rows, size, teacher.num_ids, calls, top_k)
         options = {"temperature": self.temperature, "size": size, "calls": calls, "shares": self._shares}
-        return score_teacher(teacher, batch, rows, top_k=top_k, **options)
+        with self._hearing(teacher.model, batch, pad_rows(rows, size * calls)):
+            return score_teacher(teacher, batch, rows, top_k=top_k, **options)
 
     def _score_student(
         self, batch: dict[str, Any], rows: Tensor, size: int, num_ids: int, calls: int = 0, top_k: int = 0
@@ -271,7 +286,8 @@ class TeacherScores(GRPOTrainer):
         if not self._is_zero3:
             options = {"num_ids": num_ids, "temperature": self.temperature, "keeps": self._student_keeps}
             options |= {"size": size, "calls": calls, "shares": self._shares, "top_k": top_k}
-            return score(self.model, batch, rows, **options)
+            with self._hearing(self.model, batch, pad_rows(rows, size * calls)):
+                return score(self.model, batch, rows, **options)
         # DeepSpeed learns in which order the modules run, which must be that of TRL's own pass in the loss.
         chosen = pad_rows(rows, size * calls)
         ids, attention = (
