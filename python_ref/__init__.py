@@ -9,8 +9,10 @@ from python_ref.baselines import maxrl, opo, pass_at_k, qae
 from python_ref.boundaries import select_boundaries
 from python_ref.differences import tempo, tree_td, treerl
 from python_ref.distillation import fire_opd, fire_statistics
+from python_ref.divergence import divergence, divergence_backward
 from python_ref.estimators import dr_grpo, grpo, rloo
 from python_ref.key_tokens import ktae
+from python_ref.linear_divergence import Head, linear_divergence, linear_divergence_backward
 from python_ref.linear_surprisal import linear_surprisal_entropy, linear_surprisal_entropy_backward
 from python_ref.policy_loss import KINDS as LOSS_KINDS
 from python_ref.policy_loss import policy_loss, policy_loss_backward
@@ -27,10 +29,13 @@ from python_ref.weights import entropy_weights, stare_weights, top_entropy_weigh
 
 __all__ = [
     "LOSS_KINDS",
+    "Head",
     "PrefixTree",
     "SpanTree",
     "channel_states",
     "common_prefix_lengths",
+    "divergence",
+    "divergence_backward",
     "dr_grpo",
     "entropy_weights",
     "fire_opd",
@@ -38,6 +43,8 @@ __all__ = [
     "gather_spans",
     "grpo",
     "ktae",
+    "linear_divergence",
+    "linear_divergence_backward",
     "linear_surprisal_entropy",
     "linear_surprisal_entropy_backward",
     "maxrl",

@@ -39,8 +39,8 @@ def fire_statistics(
 
 
 def fire_opd(
-    old_logprobs: Table,
-    teacher_logprobs: Table,
+    old_logprobs: Table | None,
+    teacher_logprobs: Table | None,
     student_entropy: Table | None,
     teacher_entropy: Table | None,
     response_mask: Sequence[Sequence[bool]],
@@ -51,12 +51,20 @@ def fire_opd(
     normalize: str = "batch",
     base_logprobs: Table | None = None,
     extrapolation: float = 1.0,
+    divergence: Table | None = None,
     statistics: Table | None = None,
 ) -> dict[str, list]:
     """Weights, advantages, and what the filter found; see ``leafkernels.fire_opd``.
 
-    All rows are the scope, or, where they are given, those of ``statistics``, as from ``fire_statistics``.
+    All rows are the scope, or, where they are given, those of ``statistics``, as from ``fire_statistics``. A
+    ``divergence`` takes the place of both log-probabilities: minus it is their difference, and the teacher's.
     """
+    if divergence is not None:
+        old_logprobs, teacher_logprobs = (
+            [[0.0] * len(row) for row in divergence],
+            [[-d for d in row] for row in divergence],
+        )
+    assert old_logprobs is not None and teacher_logprobs is not None
     live = [[t for t, m in enumerate(mask) if m] for mask in response_mask]
     scores = [score(teacher_logprobs[i], tokens) for i, tokens in enumerate(live)]
     own = fire_statistics(teacher_logprobs, student_entropy, teacher_entropy, response_mask)

@@ -20,7 +20,7 @@ def linear_surprisal_entropy(
     sampling_mask: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[float], list[float]]:
     """Surprisal and entropy of each row's logits s (hidden . weight of an id + bias), capped at c as c tanh(x / c)."""
-    logits = _logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
+    logits = head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
     return surprisal_entropy(logits, token_ids, temperature=temperature, sampling_mask=sampling_mask)
 
 
@@ -37,8 +37,8 @@ def linear_surprisal_entropy_backward(
     logit_softcap: float | None = None,
     sampling_mask: Sequence[Sequence[int]] | None = None,
 ) -> tuple[list[list[float]], list[list[float]], list[float]]:
-    """Gradients of the hidden states, the weight and the bias, from that of the logits: d tanh = 1 - tanh^2."""
-    logits = _logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
+    """Gradients of the hidden states, the weight and the bias, from that of the logits."""
+    logits = head_logits(hidden, lm_head_weight, bias, logit_scale, logit_softcap)
     grad_logits = surprisal_entropy_backward(
         surprisal_gradients,
         entropy_gradients,
@@ -47,26 +47,34 @@ def linear_surprisal_entropy_backward(
         temperature=temperature,
         sampling_mask=sampling_mask,
     )
-    if logit_softcap is not None:
+    return head_gradients(grad_logits, logits, hidden, lm_head_weight, logit_scale, logit_softcap)
+
+
+def head_gradients(
+    grad_logits: Matrix, logits: Matrix, hidden: Matrix, weight: Matrix, scale: float, softcap: float | None
+) -> tuple[list[list[float]], list[list[float]], list[float]]:
+    """Gradients of the hidden states, the weight and the bias, from that of the logits: d tanh = 1 - tanh^2."""
+    if softcap is not None:
         grad_logits = [
-            [g * (1 - (x / logit_softcap) ** 2) for g, x in zip(gradients, row, strict=True)]
+            [g * (1 - (x / softcap) ** 2) for g, x in zip(gradients, row, strict=True)]
             for gradients, row in zip(grad_logits, logits, strict=True)
         ]
-    grad_logits = [[logit_scale * g for g in gradients] for gradients in grad_logits]
-    width = range(len(lm_head_weight[0]))
+    grad_logits = [[scale * g for g in gradients] for gradients in grad_logits]
+    width = range(len(weight[0]))
     grad_hidden = [
-        [math.fsum(g * w[d] for g, w in zip(row, lm_head_weight, strict=True)) for d in width] for row in grad_logits
+        [math.fsum(g * w[d] for g, w in zip(row, weight, strict=True)) for d in width] for row in grad_logits
     ]
-    ids = range(len(lm_head_weight))
+    ids = range(len(weight))
     grad_weight = [
         [math.fsum(g[j] * h[d] for g, h in zip(grad_logits, hidden, strict=True)) for d in width] for j in ids
     ]
     return grad_hidden, grad_weight, [math.fsum(g[j] for g in grad_logits) for j in ids]
 
 
-def _logits(
+def head_logits(
     hidden: Matrix, weight: Matrix, bias: Sequence[float] | None, scale: float, softcap: float | None
 ) -> list[list[float]]:
+    """s (hidden . weight of an id + bias), capped at c as c tanh(x / c)."""
     biases = [0.0] * len(weight) if bias is None else bias
     logits = [
         [

@@ -35,6 +35,7 @@ from triton.compiler import ASTSource
 from leafkernels.kernels import (
     boundaries,
     distillation,
+    divergence,
     find,
     nodes,
     prefix_lengths,
@@ -271,6 +272,42 @@ CASES = [
         )
         for logits in ("*fp32", "*bf16")
         for with_entropy in (True, False)
+    ),
+    *(
+        Case(
+            f"divergence_sums {logits} {kind}",
+            divergence._divergence_sums_kernel,
+            f"*fp32 {logits} {logits} *fp32 *i1 fp32 i32 i32 i32 i32 i32 i32",
+            {
+                "KIND": number,
+                "HAS_MASK": True,
+                "BLOCK": divergence.BLOCK,
+                "THREADS": divergence.THREADS,
+                "num_warps": divergence.THREADS // 32,
+            },
+            True,
+        )
+        for logits in ("*fp32", "*bf16")
+        for kind, number in divergence.KINDS.items()
+    ),
+    *(
+        Case(
+            f"divergence_gradient {gradients} of {logits} {kind}",
+            divergence._divergence_gradient_kernel,
+            f"{gradients} {logits} {logits} *fp32 *fp32 *fp32 *fp32 *fp32 *i1 fp32 fp32 i32 i32 i32 i32 i32",
+            {
+                "KIND": number,
+                "HAS_ENTROPY": False,
+                "HAS_MASK": True,
+                "HAS_SOFTCAP": False,
+                "BLOCK": divergence.BLOCK,
+                "num_warps": divergence.THREADS // 32,
+            },
+            True,
+        )
+        for gradients, logits in (("*fp32", "*fp32"), ("*bf16", "*bf16"), ("*bf16", "*fp32"))
+        for kind, number in divergence.KINDS.items()
+        if logits == "*fp32" or kind == "reverse_kl"
     ),
     *(
         Case(

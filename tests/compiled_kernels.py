@@ -171,6 +171,29 @@ def vocabulary(backend: str, block: int = 4096, threads: int = 256, **logits: An
     return found
 
 
+@case(4e-5, dtype=torch.float32, vocabulary=4103, unaligned=True)
+@case(1e-2, dtype=torch.bfloat16, vocabulary=4112, unaligned=False)
+@case(4e-5, dtype=torch.float32, vocabulary=61, unaligned=True, block=16, threads=2)
+@case(1e-2, dtype=torch.bfloat16, vocabulary=608, unaligned=False, block=512, threads=64)
+def divergence(backend: str, block: int = 2048, threads: int = 256, **logits: Any) -> Any:
+    """Both passes of each kind, of two models of other dtypes, with a masked row, and over a few ids and the rest."""
+    import leafkernels
+
+    mask, temperature = torch.tensor([True, False, True]), torch.tensor([0.7, 1.0, 2.5])
+    teacher = (random(3, logits["vocabulary"], seed=5) * 9).float()
+    found: list[Tensor] = []
+    with sizes("divergence", BLOCK=block, THREADS=threads):
+        for kind in ("reverse_kl", "forward_kl", "jsd"):
+            for top_k in (None, 4) if kind == "jsd" else (None,):
+                leaf = rows_of_logits(**logits).requires_grad_()
+                options = {"kind": kind, "beta": 0.3, "top_k": top_k, "response_mask": mask, "temperature": temperature}
+                rows = leafkernels.divergence(leaf, teacher, backend=backend, **options)
+                loss = (rows.divergence - 0.3 * rows.student_entropy).sum()
+                # The forward KL is infinite where the student bans an id, and its gradient not.
+                found += [rows.divergence.nan_to_num(posinf=99.0), *rows[1:], *torch.autograd.grad(loss, leaf)]
+    return found
+
+
 @case(2e-5, dtype=torch.float32, unaligned=True)
 @case(1e-2, dtype=torch.bfloat16, unaligned=False)
 def clipped_loss_from_logits(backend: str, dtype: torch.dtype, unaligned: bool) -> Any:

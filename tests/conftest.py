@@ -84,6 +84,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels cross several blocks, and the PyTorch backend refines, already on small inputs."""
     from leafkernels.eager import boundaries as eager_boundaries
     from leafkernels.eager import distillation as eager_distillation
+    from leafkernels.eager import divergence as eager_divergence
     from leafkernels.eager import nodes as eager_nodes
     from leafkernels.eager import prefix_lengths as eager_prefix_lengths
     from leafkernels.eager import prefix_tree as eager_prefix_tree
@@ -92,6 +93,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from leafkernels.kernels import (
         boundaries,
         distillation,
+        divergence,
         find,
         nodes,
         prefix_lengths,
@@ -102,9 +104,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         surprisal,
         values,
     )
+    from leafkernels.vocabulary import divergence_ids
 
     monkeypatch.setattr(boundaries, "BLOCK", 4)
     monkeypatch.setattr(distillation, "BLOCK", 4)
+    monkeypatch.setattr(divergence, "BLOCK", 16)
+    monkeypatch.setattr(divergence, "THREADS", 2)
     monkeypatch.setattr(prefix_lengths, "FEW_TOKENS", 0)
     for name, size in {"BLOCK": 4, "BLOCK_TOKENS": 2, "BLOCK_ROWS": 2, "BLOCK_TIES": 2, "BLOCK_RANKS": 2}.items():
         monkeypatch.setattr(prefix_lengths, name, size)
@@ -123,6 +128,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward_channel, "MOST_COLUMNS", 2)
     monkeypatch.setattr(eager_boundaries, "_CHUNK", 0)
     monkeypatch.setattr(eager_distillation, "_CHUNK", 4)
+    monkeypatch.setattr(eager_divergence, "_CHUNK", 64)
+    monkeypatch.setattr(divergence_ids, "_CHUNK_BYTES", 512)
     monkeypatch.setattr(eager_boundaries, "_COLUMNS", 3)
     monkeypatch.setattr(eager_prefix_lengths, "_FEW_TOKENS", 0)
     monkeypatch.setattr(eager_prefix_lengths, "_CHUNK", 4)

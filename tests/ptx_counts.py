@@ -141,6 +141,16 @@ def vocabulary() -> None:
     (found.surprisal.sum() - 0.3 * found.entropy.sum()).backward()
 
 
+@case(divergence_sums=(4 * VOCABULARY, "logit of both"), divergence_gradient=(4 * VOCABULARY, "logit of both"))
+def divergence() -> None:
+    import leafkernels
+
+    student, teacher = ((random(4, VOCABULARY, seed=seed) * 9).bfloat16() for seed in range(2))
+    with sizes("divergence", MAX_SPLITS=1):
+        found = leafkernels.divergence(student.requires_grad_(), teacher, backend="triton")
+        (found.divergence.sum() - 0.3 * found.student_entropy.sum()).backward()
+
+
 KEPT, WIDTH = 32, 1024
 
 

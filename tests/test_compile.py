@@ -66,6 +66,15 @@ def call_everything(backend: str) -> None:
     for options in ({}, {"bias": bias, "response_mask": mask, "logit_softcap": 3.0, "chunk_tokens": 16}):
         found = leafkernels.linear_surprisal_entropy(hidden, weight, ids, **options, backend=backend)
         (found.surprisal + 2 * found.entropy).sum().backward()
+    teacher, few = torch.randn(4, 10, 9, device=DEVICE), torch.tensor([0, -1, 5], device=DEVICE).expand(4, 10, 3)
+    served = leafkernels.TeacherTopK(few, torch.full((4, 10, 3), -2.0, device=DEVICE))
+    for options in ({}, {"kind": "jsd", "top_k": 2, "response_mask": mask, "temperature": temperature}):
+        found = leafkernels.divergence(logits, teacher, **options, backend=backend)
+        (found.divergence + 2 * found.student_entropy).sum().backward()
+    for options in ({}, {"student_bias": bias, "response_mask": mask, "student_logit_softcap": 3.0, "top_k": 2}):
+        for other in ((hidden.detach(), weight), (served,))[: 1 if "top_k" in options else 2]:
+            found = leafkernels.linear_divergence(hidden, weight, *other, **options, chunk_tokens=16, backend=backend)
+            (found.divergence + 2 * found.student_entropy).sum().backward()
     some = leafkernels.SamplingMask.from_lists([[0, 3, 3, 8], [], [9, 7]] * 13 + [[1]], device=DEVICE)
     for options in ({}, {"response_mask": mask, "temperature": temperature, "inplace_backward": True}):
         found = leafkernels.surprisal_entropy(logits * 1, ids, sampling_mask=some, **options, backend=backend)
@@ -370,6 +379,17 @@ FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ..
         lambda x: leafkernels.linear_surprisal_entropy(WEIGHT[:3], x, IDS).surprisal,
         (5, 4),
         "linear_surprisal_entropy",
+    ),
+    "divergence": (lambda x: leafkernels.divergence(x, WEIGHT.T[:3]).divergence, (3, 5), "divergence"),
+    "divergence over a few ids": (
+        lambda x: leafkernels.divergence(x, WEIGHT.T[:3], top_k=2).divergence,
+        (3, 5),
+        "divergence",
+    ),
+    "linear_divergence": (
+        lambda x: leafkernels.linear_divergence(WEIGHT[:3], x, WEIGHT[1:4], WEIGHT).student_entropy,
+        (5, 4),
+        "linear_divergence",
     ),
     "policy_loss_from_logits": (
         lambda x: leafkernels.policy_loss_from_logits(x[None], IDS[None], None, ONES, ONES).loss,

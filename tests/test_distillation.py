@@ -703,6 +703,74 @@ def test_errors() -> None:
         fire_statistics(*(tensor.flatten() for tensor in list(case.values())[1:]))
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "python_ref"])
+def test_a_divergence_in_place_of_logprobs_by_hand(backend: str) -> None:
+    """Scores are minus the mean divergence, weights as ever; an infinite one drops its row, padding says nothing."""
+    divergence = [[0.5, 1.5, NAN], [2.0, NAN, NAN], [4.0, INF, 4.0]]
+    sure = [[0.0, 1.0, NAN], [1.0, NAN, NAN], [0.0, 0.0, 1.0]]
+    mask = [[True, True, False], [True, False, False], [True, True, True]]
+    # c_T = 1, 0 | 0 | 1, 1, 0 and c_S the rest: every token weighs 2.
+    expected: dict[str, Any] = {
+        "advantages": [[-0.5, -1.5, 0.0], [-2.0, 0.0, 0.0], [0.0] * 3],
+        "weights": [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]],
+        "response_mask": [[True, True, False], [True, False, False], [False] * 3],
+        "keep": [True, True, False],
+        "scores": [-1.0, -2.0, -INF],
+        "threshold": [-INF],
+    }
+    if backend == "python_ref":
+        found = python_ref.fire_opd(None, None, sure, sure, mask, divergence=divergence, drop=0.1)
+        assert {name: found[name] for name in ("keep", "scores")} == {
+            name: expected[name] for name in ("keep", "scores")
+        }
+        torch.testing.assert_close(torch.tensor(found["advantages"]), torch.tensor(expected["advantages"]))
+        return
+    tokens, entropy, live = (torch.tensor(table, device=DEVICE) for table in (divergence, sure, mask))
+    fire = fire_opd(None, None, entropy, entropy, live, divergence=tokens, drop=0.1, backend=backend)
+    assert_same(fire, expected, 1e-6)
+    rows = fire_statistics(None, entropy, entropy, live, divergence=tokens, backend=backend)
+    assert rows.scores.tolist() == expected["scores"]
+    again = fire_opd(None, None, entropy, entropy, live, divergence=tokens, drop=0.1, statistics=rows, backend=backend)
+    assert_same(again, fire, 0)
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+def test_the_weighted_divergence_has_the_gradient_of_its_tokens(kind: str) -> None:
+    torch.manual_seed(1)
+    student, teacher, mask = torch.randn(4, 5, 9), torch.randn(4, 5, 9), torch.ones(4, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    leaf = student.clone().requires_grad_()
+    found = leafkernels.divergence(leaf, teacher, kind=kind, response_mask=mask)
+    fire = fire_opd(None, None, *found[1:3], mask, divergence=found.divergence, drop=0.5)
+    assert not fire.weights.requires_grad
+    loss = (fire.weights * found.divergence)[fire.response_mask].sum() / fire.response_mask.sum()
+    torch.testing.assert_close(loss.detach(), -fire.advantages.sum() / fire.response_mask.sum())
+    loss.backward()
+    assert leaf.grad is not None
+    # Dropped rows and masked tokens have none; a token's is its weight's share of its own.
+    assert torch.equal(leaf.grad.any(2), fire.response_mask)
+    own = student.clone().requires_grad_()
+    leafkernels.divergence(own, teacher, kind=kind).divergence.sum().backward()
+    assert own.grad is not None
+    share = torch.where(fire.response_mask, fire.weights, 0.0) / fire.response_mask.sum()
+    torch.testing.assert_close(leaf.grad, own.grad * share[..., None])
+
+
+def test_errors_of_divergences() -> None:
+    case = batch(9, 3, 5)._asdict()
+    logprobs, mask = case["old_logprobs"], case["response_mask"]
+    entropies = case["student_entropy"], case["teacher_entropy"]
+    for both, name in (((logprobs, None), "old_logprobs"), ((None, logprobs), "teacher_logprobs")):
+        with pytest.raises(ValueError, match=f"^{name} must be None with divergence, which takes their place$"):
+            fire_opd(*both, *entropies, mask, divergence=-logprobs)
+    with pytest.raises(ValueError, match=r"^extrapolation must be 1 with divergence, got 1\.25$"):
+        fire_opd(None, None, *entropies, mask, divergence=-logprobs, extrapolation=1.25)
+    with pytest.raises(TypeError, match=r"^divergence must be a torch\.Tensor, got float$"):
+        fire_opd(None, None, *entropies, mask, divergence=0.5)
+    with pytest.raises(ValueError, match=r"^student_entropy must have the shape of divergence, \(3, 4\), got"):
+        fire_opd(None, None, *entropies, mask, divergence=-logprobs[:, :4])
+
+
 def test_gathering_needs_ranks() -> None:
     with pytest.raises(RuntimeError, match="^torch.distributed must be initialised"):
         fire_statistics(*batch(1, 2, 3).statistics_inputs).gather()

@@ -487,7 +487,8 @@ PARTS = {
         "normalize_spans",
     ),
     "vocabulary": (
-        ["vocabulary", "kept_ids", "clipped_loss_from_logits"],
+        ["vocabulary", "divergence", "kept_ids", "clipped_loss_from_logits"],
+        "divergence_sums divergence_gradient "
         "surprisal_states merge_surprisal_states surprisal_entropy_backward policy_loss_from_logits scale_gradient "
         "kept_statistics kept_statistics_backward kept_products add_hidden_gradient add_weight_gradient",
     ),
@@ -501,7 +502,12 @@ PARTS = {
 # One of each kernel, for the other architectures.
 FEW = ["rows_whose_programs_meet torch.int32", "tree_of_rows 0", "credit span", "spans_and_their_gradient True"]
 FEW += ["vocabulary torch.float32 61 True", "vocabulary torch.bfloat16 4103", "clipped_loss_from_logits torch.float32"]
-FEW += ["clipped_loss token torch.bfloat16", "distillation torch.float32", "reward_channel 48"]
+FEW += [
+    "divergence torch.float32 61 True",
+    "clipped_loss token torch.bfloat16",
+    "distillation torch.float32",
+    "reward_channel 48",
+]
 
 
 def executed(folder: Path, *options: object) -> dict[str, Any]:

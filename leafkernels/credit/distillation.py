@@ -181,11 +181,12 @@ def _mean_weight(sums: Tensor, maxima: Tensor, options: FireOptions) -> Tensor:
 
 
 def fire_statistics(
-    teacher_logprobs: Tensor,
+    teacher_logprobs: Tensor | None,
     student_entropy: Tensor | None,
     teacher_entropy: Tensor | None,
     response_mask: Tensor,
     *,
+    divergence: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> FireStatistics:
@@ -208,11 +209,13 @@ def fire_statistics(
 
     Args:
         teacher_logprobs: (N, T), or (total,) with ``cu_seqlens``: log-probabilities of the sampled tokens under the
-            teacher, nats.
+            teacher, nats; None with ``divergence``.
         student_entropy: the same shape, over the whole vocabulary, of the student that sampled; None where
             ``beta`` is 0.
         teacher_entropy: likewise of the teacher; None where ``alpha`` is 0.
         response_mask: the same shape, nonzero where a token counts. Nothing else is read, NaN neither.
+        divergence: likewise, the student's divergence from the teacher at each token, as in ``fire_opd``: minus that is
+            what ``FireStatistics`` then holds in place of the teacher's log-probability.
         cu_seqlens: (N + 1,) int32, offsets of packed rows.
         backend: "auto", "triton", "torch" or "reference". Triton takes no float64, for which "auto" is "torch".
 
@@ -222,14 +225,16 @@ def fire_statistics(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message says which, and what came.
     """
-    tokens = {"teacher_logprobs": teacher_logprobs, "student_entropy": student_entropy}
+    _, teacher_logprobs = _closeness(divergence, None, teacher_logprobs)
+    name = "teacher_logprobs" if divergence is None else "divergence"
+    tokens = {name: teacher_logprobs, "student_entropy": student_entropy}
     tensors, mask, backend = _checked(tokens | {"teacher_entropy": teacher_entropy}, response_mask, cu_seqlens, backend)
     return _statistics_of(FireTokens._make([*tensors, mask, cu_seqlens]), backend)
 
 
 def fire_opd(
-    old_logprobs: Tensor,
-    teacher_logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    teacher_logprobs: Tensor | None,
     student_entropy: Tensor | None,
     teacher_entropy: Tensor | None,
     response_mask: Tensor,
@@ -240,6 +245,7 @@ def fire_opd(
     normalize: str = "batch",
     base_logprobs: Tensor | None = None,
     extrapolation: float = 1.0,
+    divergence: Tensor | None = None,
     statistics: FireStatistics | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
@@ -257,6 +263,14 @@ def fire_opd(
 
         fire = fire_opd(old_logprobs, teacher_logprobs, student_entropy, teacher_entropy, response_mask)
         loss = policy_loss(logprobs, old_logprobs, fire.advantages, fire.response_mask).loss
+
+    With a ``divergence`` over the vocabulary (``leafkernels.divergence``) in place of both log-probabilities, which are
+    None, a row's score is minus its mean divergence, the weights are the same, and the advantage is minus weight times
+    divergence. The loss is then the weighted divergence itself, which has a gradient:
+
+        found = linear_divergence(hidden, weight, teacher_hidden, teacher_weight, response_mask=response_mask)
+        fire = fire_opd(None, None, *found[1:3], response_mask, divergence=found.divergence)
+        loss = (fire.weights * found.divergence)[fire.response_mask].sum() / fire.response_mask.sum()
 
     Everything is a constant to autograd. What stands where the mask is False is never read into anything. No value is
     read back to the host. Where the mask is True:
@@ -290,6 +304,8 @@ def fire_opd(
         normalize: what the mean weight is 1 over: "batch", all tokens in scope, of dropped rows too (the released
             code); "kept", those of kept rows; "trajectory", each row's own (the paper's equation 8).
         base_logprobs: of the tokens under the model the student began as; needed where ``extrapolation`` is not 1.
+        divergence: of the tokens, (N, T) or (total,), at least 0; an infinite one ranks its row lowest, as does a token
+            that the teacher bans, and the row is never kept. Not with ``extrapolation``.
         extrapolation: lambda of ExOPD: the teacher's log-probability is replaced by lambda * l_teacher +
             (1 - lambda) * l_base in the advantages (not in the scores). At 1 the base is not read.
         statistics: of all rows in scope, these among them, as from ``fire_statistics``; None: these rows are the scope.
@@ -299,8 +315,11 @@ def fire_opd(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message says which, and what came.
     """
-    check_real("old_logprobs", old_logprobs)
     _check_options(drop, alpha, beta, normalize, extrapolation)
+    if divergence is not None and extrapolation != 1:
+        raise ValueError(f"extrapolation must be 1 with divergence, got {extrapolation}")
+    old_logprobs, teacher_logprobs = _closeness(divergence, old_logprobs, teacher_logprobs)
+    check_real("old_logprobs", old_logprobs)
     needed = (
         ("teacher_entropy", teacher_entropy, "alpha", alpha, 0),
         ("student_entropy", student_entropy, "beta", beta, 0),
@@ -310,7 +329,7 @@ def fire_opd(
         if tensor is None and value != neutral:
             raise ValueError(f"{name} must be given where {option} is not {neutral}, got {option}={value}")
     tokens = {
-        "old_logprobs": old_logprobs,
+        "old_logprobs" if divergence is None else "divergence": old_logprobs,
         "teacher_logprobs": teacher_logprobs,
         "base_logprobs": base_logprobs,
         "student_entropy": student_entropy,
@@ -340,6 +359,19 @@ def fire_opd(
         backend, cast(Tensor, old), base, fire_tokens, keep, mean_per_row.contiguous(), maxima, options, dtype
     )
     return FireOPD(advantages, kept, weights, keep, scores, threshold.to(torch.float32))
+
+
+def _closeness(
+    divergence: Tensor | None, old_logprobs: Tensor | None, teacher_logprobs: Tensor | None
+) -> tuple[Any, Any]:
+    """What stands for the log-probabilities of student and teacher: their difference is minus the divergence."""
+    if divergence is None:
+        return old_logprobs, teacher_logprobs
+    for name, given in (("old_logprobs", old_logprobs), ("teacher_logprobs", teacher_logprobs)):
+        if given is not None:
+            raise ValueError(f"{name} must be None with divergence, which takes their place")
+    divergence = check_real("divergence", divergence).detach()
+    return torch.zeros_like(divergence), -divergence
 
 
 def _statistics_of(tokens: FireTokens, backend: str) -> FireStatistics:

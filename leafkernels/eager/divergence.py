@@ -67,7 +67,7 @@ def _excess(p: Tensor, other: Tensor, y: Tensor) -> Tensor:
 def _to_mixture(gap: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log m - log p of the student's p and of the teacher's, m = beta p_teacher + (1 - beta) p_student."""
     size, student_is_larger = gap.abs(), gap >= 0
-    share = torch.where(student_is_larger, beta, 1.0 - beta)
+    share = torch.full_like(size, 1.0 - beta).masked_fill_(student_is_larger, beta)
     of_larger = (share * (-size).expm1()).log1p()
     of_smaller = of_larger + size
     return (
@@ -105,7 +105,7 @@ def write_gradients(
     gradients: Tensor,
     student: Tensor,
     teacher: Tensor,
-    grad_divergence: Tensor | None,
+    grad_divergence: Tensor,
     grad_entropy: Tensor | None,
     statistics: "PairStatistics",
     pair: "Pair",
@@ -118,19 +118,18 @@ def write_gradients(
     """
     name, beta = kind
     for rows, student_below, _, gap, p, q in _chunks(student, teacher, statistics.tops, pair):
-        slope = torch.zeros_like(p)
-        if grad_divergence is not None:
-            weight = grad_divergence[rows].double()[:, None]
-            mean = statistics.student_part[rows].double()[:, None]
-            # An infinite divergence has no gradient; where it does not count, that is 0.
-            weight = torch.where(mean.isinf() & (weight != 0), torch.nan, weight)
-            mean = mean.masked_fill(mean.isinf(), 0.0)
-            if name == "forward_kl":
-                slope += weight * torch.where(gap.abs() < 0.5, -p * (-gap).expm1(), p - q)
-            elif name == "reverse_kl":
-                slope += weight * p * (gap - mean)
-            else:
-                slope -= (1.0 - beta) * weight * p * (_to_mixture(gap, beta)[0] + mean)
+        weight = grad_divergence[rows].double()[:, None]
+        part = statistics.student_part[rows].double()[:, None]
+        # An infinite divergence has no gradient; where it does not count, that is 0.
+        if name != "forward_kl":
+            weight = torch.where(part.isinf() & (weight != 0), torch.nan, weight)
+        part = part.masked_fill(part.isinf(), 0.0)
+        if name == "forward_kl":
+            slope = weight * torch.where(gap.abs() < 0.5, -p * (-gap).expm1(), p - q)
+        elif name == "reverse_kl":
+            slope = weight * p * (gap - part)
+        else:
+            slope = (beta - 1.0) * weight * p * (_to_mixture(gap, beta)[0] + part)
         if grad_entropy is not None:
             entropy = statistics.student_entropy[rows].double()[:, None]
             log_p = student_below - statistics.student_log_total[rows].double()[:, None]

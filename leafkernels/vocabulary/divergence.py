@@ -29,6 +29,7 @@ from leafkernels.vocabulary.divergence_ids import (
     split_of_logprobs,
     top_of_logits,
 )
+from leafkernels.vocabulary.divergence_reference import logits_by_reference
 from leafkernels.vocabulary.divergence_rows import DivergenceKind, Pair, divergence_of_rows
 from leafkernels.vocabulary.inputs import check_temperature
 
@@ -157,11 +158,18 @@ def divergence(
     row_mask = None if mask is None else mask.reshape(-1).contiguous()
     pair = Pair(temperatures, temperatures, row_mask)
     student = in_rows(student_logits)
+    served = rows = None
     if isinstance(teacher_logits, TeacherTopK):
-        ids, teacher = check_teacher(teacher_logits, shape, options, row_mask, student_logits)
-        found = _at_ids(student, ids, teacher, pair, options, False, backend)
+        served = check_teacher(teacher_logits, shape, options, row_mask, device)
     else:
         rows = in_rows(teacher_logits.detach())
+    if backend == "reference":
+        found = logits_by_reference(student, rows, served, temperatures, row_mask, options, vocab_group)
+    elif rows is None:
+        ids, logprobs = served
+        teacher = split_of_logprobs(ids, logprobs, student.dtype)
+        found = _at_ids(student, ids, teacher, pair, options, False, backend)
+    else:
         if options.top_k is None:
             kind_and_size = options.kind, options.num_ids
             found = divergence_of_rows(student, rows, pair, *kind_and_size, backend, vocab_group)
@@ -233,13 +241,13 @@ def check_options(
 
 
 def check_teacher(
-    teacher: TeacherTopK, shape: torch.Size, options: DivergenceOptions, mask: Tensor | None, like: Tensor
-) -> tuple[Tensor, Split]:
-    """The ids (N, k), -1 where an entry is missing, and what the log-probabilities say of them."""
+    teacher: TeacherTopK, shape: torch.Size, options: DivergenceOptions, mask: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The ids (N, k), -1 where an entry is missing, and their log-probabilities, NaN for ids that are no student's."""
     ids, logprobs = check_integer("ids", teacher.ids), check_real("logprobs", teacher.logprobs)
     if ids.shape[:-1] != shape or ids.dim() == 0 or ids.shape[-1] == 0:
         raise ValueError(f"ids must have shape (*{tuple(shape)}, k) with k at least 1, got {tuple(ids.shape)}")
-    check_device("ids", ids, "the student", like.device)
+    check_device("ids", ids, "the student", device)
     check_like("logprobs", check_tensor("logprobs", logprobs), "ids", ids.shape, ids.device)
     k = ids.shape[-1]
     rows, numbers = ids.reshape(-1, k).to(torch.int64), logprobs.detach().reshape(-1, k)
@@ -258,4 +266,4 @@ def check_teacher(
             raise ValueError(f"logprobs must be log-probabilities, at most 0, got {float(live_numbers.max())}")
     # An id that no vocabulary has says nothing: what counts it is NaN.
     numbers = numbers.masked_fill(is_outside, torch.nan)
-    return rows.masked_fill(is_outside, -1), split_of_logprobs(numbers, is_here, like.dtype)
+    return rows, numbers

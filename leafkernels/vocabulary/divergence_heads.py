@@ -139,15 +139,11 @@ def no_gradients(tensors: HeadTensors, needs: list[bool]) -> tuple[Tensor, Tenso
     )
 
 
-def _padded(numbers: Tensor | None) -> Tensor | None:
-    return None if numbers is None else pad(numbers, (0, 1))
-
-
 def _backward_of_pairs(
     backend: str,
     student: HeadTensors,
     teacher: HeadTensors,
-    grad_divergence: Tensor | None,
+    grad_divergence: Tensor,
     grad_entropy: Tensor | None,
     statistics: PairStatistics,
     pair: Pair,
@@ -158,7 +154,8 @@ def _backward_of_pairs(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     write_gradients = implementation(backend, "divergence").write_gradients
-    grads, more = (_padded(grad_divergence), _padded(grad_entropy)), _with_one_more(pair)
+    more, grad_divergence = _with_one_more(pair), pad(grad_divergence, (0, 1))
+    grad_entropy = None if grad_entropy is None else pad(grad_entropy, (0, 1))
     statistics = PairStatistics(*(pad(numbers, (0, 1)) for numbers in statistics))
     with torch.autocast(student.hidden.device.type, enabled=False):
         own = make_head(student, pair.mask, student_options, num_ids)
@@ -169,7 +166,8 @@ def _backward_of_pairs(
                 gradients.buffer[: logits.shape[0]],
                 logits,
                 teacher_logits,
-                *(None if grad is None else grad[rows] for grad in grads),
+                grad_divergence[rows],
+                None if grad_entropy is None else grad_entropy[rows],
                 PairStatistics(*(numbers[rows] for numbers in statistics)),
                 more.chunk(rows),
                 kind,
@@ -183,7 +181,7 @@ def _backward_of_pairs(
 def _linear_divergence_backward(
     student: HeadTensors,
     teacher: HeadTensors,
-    grad_divergence: Tensor | None,
+    grad_divergence: Tensor,
     grad_entropy: Tensor | None,
     statistics: PairStatistics,
     pair: Pair,
@@ -235,6 +233,8 @@ class LinearPairs(torch.autograd.Function):
         student, teacher = HeadTensors._make(saved[:3]), HeadTensors._make(saved[3:6])
         pair, statistics = Pair._make(saved[6:9]), PairStatistics._make(saved[9:])
         needs = list(ctx.needs_input_grad[:3])
+        if grad_divergence is None:
+            grad_divergence = torch.zeros_like(statistics.divergence)
         grads = grad_divergence, grad_entropy
         arguments = (ctx.backend, student, teacher, *grads, statistics, pair, *ctx.constants, needs)
         gradients = _linear_divergence_backward(*arguments)

@@ -21,6 +21,9 @@ from leafkernels.vocabulary.slices import join_states
 # Logits that are copied at a time, bytes: an id's logit is taken out of its row by writing -inf over it.
 _CHUNK_BYTES = 256 << 20
 
+# What lies this far below the row's top, over the temperature, is banned.
+_BANNED = -1e4
+
 
 class Split(NamedTuple):
     """Logits of k ids of each row, and what the others sum up to: the k + 1 classes, and three numbers that are not
@@ -56,12 +59,13 @@ def split_rows(backend: str, logits: Tensor, ids: Tensor, temperature: Tensor, m
     top, r, t = join_states(states, temperature).squeeze(2)
     picked = picked.to(top.dtype)
     scale = temperature.to(top.dtype).reciprocal()
-    is_empty = r < 0
     total = r.log1p()
     row_top = torch.maximum(top, picked.amax(1))
+    classes, rest = (picked - row_top[:, None]) * scale[:, None], (top - row_top) * scale
+    is_empty = (r < 0) | (rest <= _BANNED)
     split = Split(
-        (picked - row_top[:, None]) * scale[:, None],
-        ((top - row_top) * scale + total).masked_fill_(is_empty, -torch.inf),
+        classes.masked_fill_(classes <= _BANNED, -torch.inf),
+        (rest + total).masked_fill_(is_empty, -torch.inf),
         (total - t * scale / (1.0 + r)).masked_fill_(is_empty, 0.0),
         top,
         total.masked_fill(is_empty, 0.0),
@@ -88,6 +92,8 @@ def write_split_gradients(
     scale = temperature.to(split.rest.dtype).reciprocal()
     none = torch.full((logits.shape[0],), -1, dtype=torch.int64, device=logits.device)
     statistics = RowStatistics(torch.zeros_like(scale), *split[2:])
+    # Others that are all banned have no share in a gradient.
+    grad_rest = grad_rest.masked_fill(split.rest == -torch.inf, 0.0)
     # The gradient of the others' log-sum is that of a surprisal without its id.
     implementation(backend, "surprisal").write_gradients(
         gradients, logits, grad_rest, grad_rest_entropy, statistics, SampledTokens(none, temperature, mask), softcap
@@ -228,13 +234,13 @@ def top_of_logits(
     return ids, Split._make(split)
 
 
-def split_of_logprobs(logprobs: Tensor, is_here: Tensor, dtype: torch.dtype) -> Split:
-    """What log-probabilities (N, k) say: the others have what is left of 1.
+def split_of_logprobs(ids: Tensor, logprobs: Tensor, dtype: torch.dtype) -> Split:
+    """What log-probabilities (N, k) say, of which those of negative ids are missing: the others have what is left of 1.
 
     That is known to a rounding of 1, and no less is taken for them, so that no distribution is infinitely far away
     because of a rounding.
     """
-    picked = logprobs.to(torch.float64).masked_fill(~is_here, -torch.inf)
+    picked = logprobs.to(torch.float64).masked_fill(ids < 0, -torch.inf)
     least = math.log(torch.finfo(compute_dtype(dtype)).eps)
     rest = (-picked.exp().sum(1)).log1p().nan_to_num_(least, posinf=torch.inf, neginf=least).clamp_min_(least)
     rest = torch.where(picked.isnan().any(1), torch.nan, rest)
@@ -269,11 +275,11 @@ def divergence_of_splits(
     student_entropy = student_entropy + classes[0].softmax(1)[:, k] * student.rest_entropy
     if is_whole:
         teacher_entropy = teacher_entropy + classes[1].softmax(1)[:, k] * teacher.rest_entropy
-    return divergence, student_entropy, teacher_entropy, _tops_agree(student, teacher, mask)
+    agrees = _tops_agree(student, teacher) & ~divergence.isnan()
+    return divergence, student_entropy, teacher_entropy, agrees if mask is None else agrees & mask
 
 
-def _tops_agree(student: Split, teacher: Split, mask: Tensor | None) -> Tensor:
+def _tops_agree(student: Split, teacher: Split) -> Tensor:
     """Whether the student's likeliest id of all is one of those that are the teacher's."""
     is_top = (student.picked == 0) & (teacher.picked == teacher.picked.amax(1, keepdim=True))
-    agrees = (is_top & (teacher.picked > -torch.inf)).any(1)
-    return agrees if mask is None else agrees & mask
+    return (is_top & (teacher.picked > -torch.inf)).any(1)

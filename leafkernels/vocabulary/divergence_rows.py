@@ -88,8 +88,11 @@ def pair_statistics(
     if vocab_group is not None:
         dist.all_reduce(sums, group=vocab_group)
         dist.all_reduce(nearest, dist.ReduceOp.MAX, group=vocab_group)
+    # A row without a distribution is not infinitely far from one.
+    sums = sums.masked_fill((tops.student_log_total + tops.teacher_log_total).isnan(), torch.nan)
     divergence, part = sums.unbind()
-    agrees = nearest == 0 if pair.mask is None else (nearest == 0) & pair.mask
+    agrees = (nearest == 0) & ~divergence.isnan()
+    agrees = agrees if pair.mask is None else agrees & pair.mask
     part = part.clone() if kind.name == "jsd" else divergence.clone()
     return PairStatistics(divergence.clone(), student_entropy, teacher_entropy, agrees, part, *tops)
 
@@ -113,7 +116,7 @@ def _written_anew(backend: str, width: int, student: Tensor, *others: Any) -> Te
 def _divergence_rows_backward(
     student: Tensor,
     teacher: Tensor,
-    grad_divergence: Tensor | None,
+    grad_divergence: Tensor,
     grad_entropy: Tensor | None,
     statistics: PairStatistics,
     pair: Pair,
@@ -154,6 +157,8 @@ class _DivergenceRows(torch.autograd.Function):
         num_fields = len(PairStatistics._fields)
         statistics, pair = PairStatistics._make(rest[:num_fields]), Pair._make(rest[num_fields:])
         common = student[:, : ctx.num_ids], teacher[:, : ctx.num_ids]
+        if grad_divergence is None:
+            grad_divergence = torch.zeros_like(statistics.divergence)
         grads = grad_divergence, grad_entropy
         gradient = _divergence_rows_backward(ctx.backend, *common, *grads, statistics, pair, ctx.kind, student.shape[1])
         return gradient, None, None, None, None, None, None

@@ -25,7 +25,8 @@ from leafkernels.vocabulary.divergence import (
 )
 from leafkernels.vocabulary.divergence_head_ids import LinearSplit, linear_split
 from leafkernels.vocabulary.divergence_heads import HeadTensors, LinearPairs
-from leafkernels.vocabulary.divergence_ids import Split, divergence_of_splits
+from leafkernels.vocabulary.divergence_ids import Split, divergence_of_splits, split_of_logprobs
+from leafkernels.vocabulary.divergence_reference import heads_by_reference
 from leafkernels.vocabulary.divergence_rows import Pair
 from leafkernels.vocabulary.inputs import check_temperature
 from leafkernels.vocabulary.linear_surprisal import HeadOptions, _dtype_of_products
@@ -154,13 +155,23 @@ def linear_divergence(
     teacher_temperature, other = scaled("teacher", teacher_logit_scale, teacher_logit_softcap, teacher_dtype)
     pair = Pair(student_temperature, teacher_temperature, row_mask)
     student, teacher = (HeadTensors(_in_rows(head.hidden), *head[1:]) for head in (student, teacher))
+    served = None
+    if isinstance(teacher_hidden, TeacherTopK):
+        served = check_teacher(teacher_hidden, shape, options, row_mask, device)
+    if backend == "reference":
+        scales = (student_logit_scale, student_logit_softcap), (teacher_logit_scale, teacher_logit_softcap)
+        plain = check_temperature(temperature, like, mask).reshape(-1)
+        heads = student, None if is_served else teacher
+        found = heads_by_reference(*heads, served, scales, plain, row_mask, options, vocab_group)
+        return Divergence(*(numbers.view(shape) for numbers in found))
     if options.top_k is None and not is_served:
         found = LinearPairs.apply(
             *student, teacher, pair, options.kind, options.num_ids, (own, other), backend, vocab_group
         )
         return Divergence(*(numbers.view(shape) for numbers in found))
-    if isinstance(teacher_hidden, TeacherTopK):
-        ids, teacher_split = check_teacher(teacher_hidden, shape, options, row_mask, student.hidden)
+    if served is not None:
+        ids = served[0]
+        teacher_split = split_of_logprobs(*served, dtype)
     else:
         assert options.top_k is not None
         of_teacher = (options.top_k, teacher_temperature, row_mask, options.num_ids, other)
