@@ -64,8 +64,10 @@ def test_distill_runs(method: str, domains: list[str]) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
     steps = ("--steps", "2", "--teacher-steps", "5", "--student-steps", "5")
     more = ("--rollouts", "4", "--share-prefixes") if method == "opd" else ()
+    more += ("--loss", "jsd") if method == "fire" else ()
     output = run_example("distill.py", "--method", method, "--domains", *domains, *steps, *more)
-    assert ("leaf/tokens_per_node" in output) == bool(more)
+    assert ("leaf/tokens_per_node" in output) == (method == "opd")
+    assert ("fire/divergence" in output) == (method == "fire")
     assert "teacher less student log-probability of a token, first -" in output
     assert re.findall(r"teacher, 5 supervised steps: held-out accuracy, (\w+) ", output) == domains
     last = output.partition("student, after 2 steps: held-out accuracy, ")[2]
@@ -90,6 +92,29 @@ def test_the_study_of_distillation_runs(tmp_path: Path) -> None:
     assert {run["arm"] for run in runs if run["steps"]["kept"][0] < 1} == {"filter", "fire_batch", "fire_trajectory"}
     made = {path.name for path in (tmp_path / "results").iterdir()}
     assert made == {"runs.jsonl.gz", "tables.md", "curves.png", "weights.png"}
+
+
+def test_the_study_of_losses_runs(tmp_path: Path) -> None:
+    """Two seeds of few tokens, one of which has run before; the tables come out."""
+    for package in ("trl", "matplotlib", "scipy"):
+        pytest.importorskip(package)
+    (tmp_path / "results").mkdir()
+    kept = {"loss": "sampled", "weights": "plain", "seed": 0, "teacher": 0.5, "first": 0.1, "tokens": [1, 2, 3]}
+    kept |= {"greedy": [0.1, 0.2, 0.3], "gap": [-1.0, -0.9, -0.8], "seconds": 1.0}
+    line = json.dumps({"part": "losses", "result": kept})
+    (tmp_path / "results" / "runs.jsonl.gz").write_bytes(gzip.compress(f"{line}\n".encode()))
+    folders = ("--work", str(tmp_path / "work"), "--out", str(tmp_path))
+    steps = ("--seeds", "0", "1", "--tokens", "900", "--teacher-steps", "2", "--student-steps", "2")
+    run_example("study/distill/losses.py", *folders, *steps)
+    first, *runs = results_of(tmp_path, "losses")
+    assert first == kept and len(runs) == 15
+    for run in runs:
+        # Equal tokens, to a step; the first batch is that of all arms of a seed.
+        assert len(run["greedy"]) == 3 and 900 <= run["tokens"][-1] < 900 + 32 * 32
+        assert run["gap"][0] == next(other["gap"][0] for other in runs if other["seed"] == run["seed"])
+    rows = cells_of((tmp_path / "results" / "losses.md").read_text(encoding="utf-8"))
+    losses = ("sampled", "reverse KL", "forward KL", "JSD")
+    assert [row[0] for row in rows[1:9]] == [f"{loss}, {weights}" for loss in losses for weights in ("plain", "fire")]
 
 
 def test_the_tables_of_the_study_of_distillation_are_those_of_its_runs() -> None:

@@ -92,8 +92,7 @@ def assert_gradients(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("k", [None, 3])
-@pytest.mark.parametrize("options", [PLAIN, FIRE], ids=["plain", "fire"])
+@pytest.mark.parametrize(("options", "k"), [(PLAIN, None), (FIRE, None), (FIRE, 3)], ids=["plain", "fire", "top"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plain_loop_gives_the_same_gradient(
     tmp_path: Path, kind: str, options: dict[str, Any], k: int | None
@@ -338,6 +337,14 @@ def test_an_evaluation_has_the_divergence_of_held_out_prompts(tmp_path: Path) ->
 def test_refuses(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("engine", ["_is_zero3", "_is_fsdp"])
+def test_models_that_are_spread_are_refused(tmp_path: Path, engine: str) -> None:
+    trained = run(settings(tmp_path, **PLAIN, fire_loss="jsd"), another(1))
+    setattr(trained, engine, True)
+    with pytest.raises(ValueError, match="fire_loss must be 'sampled' where models are spread over ranks .* got 'jsd'"):
+        trained._check_divergence()
 
 
 def one_step(folder: str, rows: int, first_row: int = 0) -> Recorded:

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-pytest.importorskip("trl", minversion="1.16", reason="needs TRL: pip install -e '.[trl]'")
+pytest.importorskip("trl", minversion="1.14", reason="needs TRL: pip install -e '.[trl]'")
 
 import tiny_trl
 from tiny_distillation import another, run, settings

@@ -38,9 +38,9 @@ class StoredTeacher:
     def check(self, args: Any, has_rewards: bool) -> None:
         """Refuse options that have no meaning for what is stored."""
         name = "with a StoredTeacher"
-        if Version(trl.__version__).release < (1, 16):
+        if Version(trl.__version__).release < (1, 14):
             raise RuntimeError(
-                f"a StoredTeacher needs TRL 1.16 or newer, got {trl.__version__}; pip install 'trl>=1.16'"
+                f"a StoredTeacher needs TRL 1.14 or newer, got {trl.__version__}; pip install 'trl>=1.14'"
             )
         if args.fire_loss != "forward_kl" or args.fire_top_k is not None:
             raise ValueError(
