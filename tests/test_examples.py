@@ -95,26 +95,29 @@ def test_the_study_of_distillation_runs(tmp_path: Path) -> None:
 
 
 def test_the_study_of_losses_runs(tmp_path: Path) -> None:
-    """Two seeds of few tokens, one of which has run before; the tables come out."""
+    """Two seeds of few tokens, one of which is there; the tables come out."""
     for package in ("trl", "matplotlib", "scipy"):
         pytest.importorskip(package)
     (tmp_path / "results").mkdir()
-    kept = {"loss": "sampled", "weights": "plain", "seed": 0, "teacher": 0.5, "first": 0.1, "tokens": [1, 2, 3]}
-    kept |= {"greedy": [0.1, 0.2, 0.3], "gap": [-1.0, -0.9, -0.8], "seconds": 1.0}
-    line = json.dumps({"part": "losses", "result": kept})
-    (tmp_path / "results" / "runs.jsonl.gz").write_bytes(gzip.compress(f"{line}\n".encode()))
+    losses = {"sampled": "sampled", "reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "JSD"}
+    arms = [(loss, weights) for loss in losses for weights in ("plain", "fire")]
+    same = {"seed": 0, "teacher": 0.5, "first": 0.1, "tokens": [1, 2, 3], "greedy": [0.1, 0.2, 0.3]}
+    kept = [{"loss": a, "weights": b, **same, "gap": [-1.0, -0.9, -0.8], "seconds": 1.0} for a, b in arms]
+    lines = "".join(json.dumps({"part": "losses", "result": run}) + "\n" for run in kept)
+    (tmp_path / "results" / "runs.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     folders = ("--work", str(tmp_path / "work"), "--out", str(tmp_path))
     steps = ("--seeds", "0", "1", "--tokens", "900", "--teacher-steps", "2", "--student-steps", "2")
-    run_example("study/distill/losses.py", *folders, *steps)
-    first, *runs = results_of(tmp_path, "losses")
-    assert first == kept and len(runs) == 15
-    for run in runs:
-        # Equal tokens, to a step; the first batch is that of all arms of a seed.
+    run_example("study/distill/losses.py", *folders, *steps, "--held-out", "10")
+    found = results_of(tmp_path, "losses")
+    assert found[:8] == kept and [(run["loss"], run["weights"], run["seed"]) for run in found[8:]] == [
+        (*arm, 1) for arm in arms
+    ]
+    for run in found[8:]:
+        # Equal tokens, to a step; the first batch is that of all arms.
         assert len(run["greedy"]) == 3 and 900 <= run["tokens"][-1] < 900 + 32 * 32
-        assert run["gap"][0] == next(other["gap"][0] for other in runs if other["seed"] == run["seed"])
+        assert run["gap"][0] == found[8]["gap"][0]
     rows = cells_of((tmp_path / "results" / "losses.md").read_text(encoding="utf-8"))
-    losses = ("sampled", "reverse KL", "forward KL", "JSD")
-    assert [row[0] for row in rows[1:9]] == [f"{loss}, {weights}" for loss in losses for weights in ("plain", "fire")]
+    assert [row[0] for row in rows[1:9]] == [f"{losses[loss]}, {weights}" for loss, weights in arms]
 
 
 def test_the_tables_of_the_study_of_distillation_are_those_of_its_runs() -> None:

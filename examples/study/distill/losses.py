@@ -185,11 +185,12 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help=f"default: {LEARNING_RATE}")
     parser.add_argument("--teacher-steps", type=int, default=2000, help="its supervised steps at most (default: 2000)")
     parser.add_argument("--student-steps", type=int, default=250, help="those of the student (default: 250)")
+    parser.add_argument("--held-out", type=int, help="prompts of an evaluation (default: all 653)")
     parser.add_argument("--losses", nargs="+", choices=tuple(LOSSES), default=list(LOSSES), help="default: all")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    prompts = held_out_prompts()
+    prompts = held_out_prompts()[: args.held_out]
     runs = Runs(args.out)
     done = {(run["loss"], run["weights"], run["seed"]) for run in runs.of("losses")}
     arms = [arm for arm in ARMS if arm[0] in args.losses]
