@@ -345,6 +345,12 @@ def test_models_that_are_spread_are_refused(tmp_path: Path, engine: str) -> None
     setattr(trained, engine, True)
     with pytest.raises(ValueError, match="fire_loss must be 'sampled' where models are spread over ranks .* got 'jsd'"):
         trained._check_divergence()
+    setattr(trained, engine, False)
+    trained._teachers[None].model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(
+        ValueError, match="fire_top_k must be given with fire_loss='jsd' and a teacher on several devices"
+    ):
+        trained._check_divergence()
 
 
 def one_step(folder: str, rows: int, first_row: int = 0) -> Recorded:

@@ -117,7 +117,11 @@ def test_a_served_teacher_is_the_model_that_is_served(server: Server, tmp_path: 
     for model in (server.model, local):
         model.lm_head.register_forward_hook(ban)
     changes = {**PLAIN, "fire_drop": 0.3, "fire_beta": 1.0}
-    found, expected = (run(settings(tmp_path, **changes), teacher) for teacher in (served(server, api_key="k"), local))
+    hints = [f"{prompt}g" for prompt in ["ab", "abc", "bcd", "dd", "cab", "h"] * 4]
+    found, expected = (
+        run(settings(tmp_path, **changes), teacher, teacher_prompt=hints)
+        for teacher in (served(server, api_key="k"), local)
+    )
     assert 0 < expected.batches[0]["metrics"]["fire/unscored_share"] < 1
     batches = found.batches[0], expected.batches[0]
     torch.testing.assert_close(*(batch["advantages"] for batch in batches), rtol=1e-5, atol=1e-5)

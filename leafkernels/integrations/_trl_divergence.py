@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leafkernels.integrations._trl_masks import _head, _states
 from leafkernels.integrations._trl_scoring import TeacherScores
-from leafkernels.integrations._trl_served import ServedTeacher
+from leafkernels.integrations._trl_served import ServedTeacher, check_served
 from leafkernels.integrations._trl_stored import StoredCompletions
 from leafkernels.models.asking import evaluating
 from leafkernels.models.heads import Head, _scaled, score
@@ -136,7 +136,7 @@ class DivergenceLoss(TeacherScores, StoredCompletions):
         """What is known once model and teachers are."""
         served = [teacher.model for teacher in self._teachers.values() if isinstance(teacher.model, ServedTeacher)]
         if served:
-            _check_served(self.args, served, self.temperature)
+            check_served(self.args, served, self.temperature)
             for teacher in served:
                 teacher.check([0, 1, 2])
         kind = self.args.fire_loss
@@ -150,6 +150,14 @@ class DivergenceLoss(TeacherScores, StoredCompletions):
             raise ValueError(
                 f"fire_loss must be 'sampled' where models are spread over ranks (FSDP, ZeRO-3), got {kind!r}: it is "
                 "computed from the weight of the head, which no rank has whole"
+            )
+        on_several = [
+            of for of in self._teachers.values() if len({*getattr(of.model, "hf_device_map", {}).values()}) > 1
+        ]
+        if on_several and not self._list_size:
+            raise ValueError(
+                f"fire_top_k must be given with fire_loss={kind!r} and a teacher on several devices (device_map), "
+                "whose head does not lie beside the student's, got None"
             )
         if getattr(self, "aux_loss_enabled", False):
             raise ValueError(
@@ -291,26 +299,3 @@ def _rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
     """Ids and attention of whole rows, and how many tokens of them are the completions'."""
     ids, mask = (torch.cat([inputs[f"prompt_{of}"], inputs[f"completion_{of}"]], 1) for of in ("ids", "mask"))
     return ids, mask, inputs["completion_ids"].shape[1]
-
-
-def _check_served(args: Any, served: list[ServedTeacher], temperature: float) -> None:
-    """Refuse what log-probabilities of a few ids, at temperature 1, are not enough for."""
-    if args.fire_alpha:
-        raise ValueError(f"fire_alpha must be 0 with a ServedTeacher, which gives no entropies, got {args.fire_alpha}")
-    if temperature != 1:
-        raise ValueError(
-            f"temperature must be 1 with a ServedTeacher, whose log-probabilities are at 1, got {temperature}"
-        )
-    if args.fire_loss == "sampled":
-        return
-    if args.fire_loss != "forward_kl":
-        raise ValueError(
-            f"fire_loss must be 'sampled' or 'forward_kl' with a ServedTeacher, got {args.fire_loss!r}: of ids that "
-            "the student finds likely and the teacher does not, a server says nothing"
-        )
-    sizes = {teacher.top_k for teacher in served}
-    if len(sizes) > 1 or sizes == {0} or args.fire_top_k not in (None, *sizes):
-        raise ValueError(
-            f"top_k of a ServedTeacher must be at least 1 with fire_loss='forward_kl', and that of all others and of "
-            f"fire_top_k where it is given, got {sorted(sizes)} and fire_top_k={args.fire_top_k}"
-        )

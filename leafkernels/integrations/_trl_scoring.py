@@ -31,9 +31,9 @@ from leafkernels.integrations._trl_teachers import (
 )
 from leafkernels.models.asking import evaluating
 
+_OTHERS = "a ServedTeacher, a StoredTeacher or an EMATeacher"
 # The most likely ids that evaluation compares.
 _COMPARED = 10
-_KINDS = "a model, its name, a ServedTeacher, a StoredTeacher or an EMATeacher"
 
 
 class TeacherScores(GRPOTrainer):
@@ -105,7 +105,7 @@ class TeacherScores(GRPOTrainer):
         if is_stored and self._has_labels:
             raise ValueError(f"{name} must not be a StoredTeacher, which is the only one: nothing is sampled with it")
         if not (is_name or is_served or is_stored or isinstance(teacher, torch.nn.Module)):
-            raise TypeError(f"{name} must be a model or its name, got {type(teacher).__name__}; it may be {_KINDS}")
+            raise TypeError(f"{name} must be a model or its name, got {type(teacher).__name__}; or {_OTHERS}")
         if isinstance(teacher, torch.nn.Module) and is_below_adapter(name, teacher, student):
             return Teacher(None, self._num_ids, borrowed=without_adapter)
         trusts = getattr(self.args, "trust_remote_code", False)

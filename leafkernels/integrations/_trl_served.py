@@ -131,6 +131,29 @@ class ServedTeacher:
         )
 
 
+def check_served(args: Any, served: list[ServedTeacher], temperature: float) -> None:
+    """Refuse what log-probabilities of a few ids, at temperature 1, are not enough for."""
+    if args.fire_alpha:
+        raise ValueError(f"fire_alpha must be 0 with a ServedTeacher, which gives no entropies, got {args.fire_alpha}")
+    if temperature != 1:
+        raise ValueError(
+            f"temperature must be 1 with a ServedTeacher, whose log-probabilities are at 1, got {temperature}"
+        )
+    if args.fire_loss == "sampled":
+        return
+    if args.fire_loss != "forward_kl":
+        raise ValueError(
+            f"fire_loss must be 'sampled' or 'forward_kl' with a ServedTeacher, got {args.fire_loss!r}: of ids that "
+            "the student finds likely and the teacher does not, a server says nothing"
+        )
+    sizes = {teacher.top_k for teacher in served}
+    if len(sizes) > 1 or sizes == {0} or args.fire_top_k not in (None, *sizes):
+        raise ValueError(
+            f"top_k of a ServedTeacher must be at least 1 with fire_loss='forward_kl', and that of all others and of "
+            f"fire_top_k where it is given, got {sorted(sizes)} and fire_top_k={args.fire_top_k}"
+        )
+
+
 def _read(
     answer: Any, token_ids: list[int], start: int, top_k: int, num_ids: int, url: str
 ) -> tuple[list[float], list[list[int]], list[list[float]]]:
