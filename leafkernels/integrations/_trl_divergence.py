@@ -146,10 +146,10 @@ class DivergenceLoss(TeacherScores, StoredCompletions):
         # As many as a batch has, where they are stored.
         own = 1 if self._stored is not None else max((teacher.top_k for teacher in served), default=0)
         self._list_size = self.args.fire_top_k or own
-        if self._is_zero3 or self._is_fsdp:
+        if self._is_zero3:
             raise ValueError(
-                f"fire_loss must be 'sampled' where models are spread over ranks (FSDP, ZeRO-3), got {kind!r}: it is "
-                "computed from the weight of the head, which no rank has whole"
+                f"fire_loss must be 'sampled' under DeepSpeed ZeRO-3, got {kind!r}: DeepSpeed learns in which order "
+                "the modules run, which must be that of TRL's own pass"
             )
         on_several = [
             of for of in self._teachers.values() if len({*getattr(of.model, "hf_device_map", {}).values()}) > 1
@@ -247,13 +247,17 @@ class DivergenceLoss(TeacherScores, StoredCompletions):
             rows = None
             if len(self._teachers) > 1:
                 chosen = [row for row, of in enumerate(inputs["teacher_number"]) if of == number]
-                if not chosen:
+                if not chosen and not self._is_fsdp:
                     continue
-                rows = torch.tensor(chosen, device=ids.device)
+                rows = torch.tensor(chosen, dtype=torch.int64, device=ids.device)
             side = None
             if not self._list_size:
-                part = (ids, attention) if rows is None else (ids[rows], attention[rows])
-                side = self._side_of(teacher, *part, keep, inputs, rows)
+                # Every rank calls a model that is spread over all of them, for a row that is then left out too.
+                run = rows if rows is None or len(rows) else rows.new_zeros(1)
+                part = (ids, attention) if run is None else (ids[run], attention[run])
+                side = self._side_of(teacher, *part, keep, inputs, run)
+            if rows is not None and not len(rows):
+                continue
             found.append((rows, side, teacher.num_ids))
         return found
 
