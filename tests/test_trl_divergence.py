@@ -1,6 +1,5 @@
 """FireOPDTrainer with ``fire_loss``: a divergence over the vocabulary, against plain loops over PyTorch's formulas."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 
 import tiny_trl
 from datasets import Dataset
-from support import run_ranks
-from tiny_distillation import Recorded, another, run, settings
+from tiny_distillation import another, run, settings
 
 from leafkernels.integrations.trl_distillation import FireOPDTrainer
 
@@ -350,34 +348,3 @@ def test_models_in_parts_are_refused(tmp_path: Path) -> None:
         ValueError, match="fire_top_k must be given with fire_loss='jsd' and a teacher on several devices"
     ):
         trained._check_divergence()
-
-
-def one_step(folder: str, rows: int, first_row: int = 0) -> Recorded:
-    """A step on scripted completions, of unequal width on two ranks of six rows."""
-    options = {**FIRE, "fire_drop": 0.2, "per_device_train_batch_size": rows, "fire_loss": "jsd"}
-    student = tiny_trl.script(tiny_trl.model(), 4, first_row)
-    return run(settings(folder, **options), another(1), student)
-
-
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    run_ranks("test_trl_divergence.py", tmp_path)
-    one = one_step(str(tmp_path / "run"), 12)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    assert len({rank["width"] for rank in ranks}) == 2, "the case wants unequal widths"
-    assert len({rank["kept"] for rank in ranks}) == 2, "the case wants ranks that keep unequally many"
-    for rank in ranks:
-        for name in ("loss", "fire/divergence"):
-            assert rank["log"][name] == pytest.approx(logged(one, name)[0], rel=1e-5)
-    for parts in zip(ranks[0]["gradients"], ranks[1]["gradients"], one.gradients[0], strict=True):
-        torch.testing.assert_close(parts[0], parts[1], rtol=0, atol=0)
-        torch.testing.assert_close(parts[0], parts[2], rtol=1e-4, atol=1e-5)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    (rank, out) = (int(sys.argv[1]), sys.argv[2])
-    done = one_step(f"{out}.run", 6, 6 * rank)
-    batch = done.batches[0]
-    sizes = {"width": batch["completion_ids"].shape[1], "kept": int(batch["tool_mask"].any(1).sum())}
-    torch.save({**sizes, "log": done.state.log_history[0], "gradients": done.gradients[0]}, out)
-    torch.distributed.destroy_process_group()

@@ -98,7 +98,7 @@ def on_an_engine(rank: int, engine: str, folder: str, case: str = "model", resum
         teachers = {"math": another(1), "code": another(2)}
         columns = {"teacher": ["math"] * 6 + ["math", "code", "code"] * 6}
     if case.startswith("divergence"):
-        args.fire_loss, args.fire_top_k = "jsd", 4 if case.endswith("top") else None
+        args.fire_loss = "jsd"
         if case.endswith("labels"):
             teachers = {"math": another(1), "code": another(2)}
             columns = {"teacher": ["math"] * 6 + ["math", "code", "code"] * 6}
