@@ -24,6 +24,7 @@ PACKAGES = {
     "TRL, asynchronous": "leafkernels.integrations.trl_async",
     "TRL, audio": "leafkernels.integrations.trl_audio",
     "TRL, distillation": "leafkernels.integrations.trl_distillation",
+    "TRL, distillation of speech": "leafkernels.integrations.trl_audio_distillation",
     "Rewards of speech": "leafkernels.integrations.speech_rewards",
     "verl": "leafkernels.integrations.verl",
 }

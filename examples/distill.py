@@ -2,6 +2,7 @@
 
     python examples/distill.py                              # FiRe-OPD: filtered and weighted
     python examples/distill.py --method opd                 # plain: every token counts alike
+    python examples/distill.py --loss forward_kl            # a divergence over the vocabulary, not the sampled token
     python examples/distill.py --domains sums reversal      # two teachers, each for its own rows
 
 The tasks: sums, answered step by step as in ``grpo_lora.py``, and digits to be written backwards. A larger teacher
@@ -25,6 +26,8 @@ from trl_leaf import build_tokenizer
 from leafkernels.integrations.trl_distillation import FireOPDConfig, FireOPDTrainer
 
 METHODS = {"fire": {}, "opd": {"fire_drop": 0.0, "fire_alpha": 0.0, "fire_beta": 0.0}}
+
+LOSSES = ("sampled", "reverse_kl", "forward_kl", "jsd")
 
 
 class Domain(NamedTuple):
@@ -67,6 +70,7 @@ DOMAINS = {
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=tuple(METHODS), default="fire", help="weights (default: fire)")
+    parser.add_argument("--loss", choices=LOSSES, default="sampled", help="what pulls at a token (default: sampled)")
     parser.add_argument("--domains", nargs="+", choices=tuple(DOMAINS), default=["sums"], help="default: sums")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, prompts and draws (default: 0)")
     parser.add_argument("--steps", type=int, default=120, help="steps of distillation (default: 120)")
@@ -125,6 +129,7 @@ def main() -> None:
             report_to=[],
             use_cpu=True,
             bf16=False,
+            fire_loss=args.loss,
             gradient_checkpointing=False,
             **METHODS[args.method],
         )

@@ -64,8 +64,10 @@ def test_distill_runs(method: str, domains: list[str]) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
     steps = ("--steps", "2", "--teacher-steps", "5", "--student-steps", "5")
     more = ("--rollouts", "4", "--share-prefixes") if method == "opd" else ()
+    more += ("--loss", "jsd") if method == "fire" else ()
     output = run_example("distill.py", "--method", method, "--domains", *domains, *steps, *more)
-    assert ("leaf/tokens_per_node" in output) == bool(more)
+    assert ("leaf/tokens_per_node" in output) == (method == "opd")
+    assert ("fire/divergence" in output) == (method == "fire")
     assert "teacher less student log-probability of a token, first -" in output
     assert re.findall(r"teacher, 5 supervised steps: held-out accuracy, (\w+) ", output) == domains
     last = output.partition("student, after 2 steps: held-out accuracy, ")[2]
@@ -90,6 +92,32 @@ def test_the_study_of_distillation_runs(tmp_path: Path) -> None:
     assert {run["arm"] for run in runs if run["steps"]["kept"][0] < 1} == {"filter", "fire_batch", "fire_trajectory"}
     made = {path.name for path in (tmp_path / "results").iterdir()}
     assert made == {"runs.jsonl.gz", "tables.md", "curves.png", "weights.png"}
+
+
+def test_the_study_of_losses_runs(tmp_path: Path) -> None:
+    """Two seeds of few tokens, one of which is there; the tables come out."""
+    for package in ("trl", "matplotlib", "scipy"):
+        pytest.importorskip(package)
+    (tmp_path / "results").mkdir()
+    losses = {"sampled": "sampled", "reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "JSD"}
+    arms = [(loss, weights) for loss in losses for weights in ("plain", "fire")]
+    same = {"seed": 0, "teacher": 0.5, "first": 0.1, "tokens": [1, 2, 3], "greedy": [0.1, 0.2, 0.3]}
+    kept = [{"loss": a, "weights": b, **same, "gap": [-1.0, -0.9, -0.8], "seconds": 1.0} for a, b in arms]
+    lines = "".join(json.dumps({"part": "losses", "result": run}) + "\n" for run in kept)
+    (tmp_path / "results" / "runs.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    folders = ("--work", str(tmp_path / "work"), "--out", str(tmp_path))
+    steps = ("--seeds", "0", "1", "--tokens", "900", "--teacher-steps", "2", "--student-steps", "2")
+    run_example("study/distill/losses.py", *folders, *steps, "--held-out", "10")
+    found = results_of(tmp_path, "losses")
+    assert found[:8] == kept and [(run["loss"], run["weights"], run["seed"]) for run in found[8:]] == [
+        (*arm, 1) for arm in arms
+    ]
+    for run in found[8:]:
+        # Equal tokens, to a step; the first batch is that of all arms.
+        assert len(run["greedy"]) == 3 and 900 <= run["tokens"][-1] < 900 + 32 * 32
+        assert run["gap"][0] == found[8]["gap"][0]
+    rows = cells_of((tmp_path / "results" / "losses.md").read_text(encoding="utf-8"))
+    assert [row[0] for row in rows[1:9]] == [f"{losses[loss]}, {weights}" for loss, weights in arms]
 
 
 def test_the_tables_of_the_study_of_distillation_are_those_of_its_runs() -> None:

@@ -37,7 +37,7 @@ COMMANDS = commands("README.md", "performance.md")
 # The first lines of a page that need another package: which, and what the page says of their size.
 FIRST_LINES = {
     "README.md": ("LeafGRPOTrainer", "trl", 9),
-    "fire_opd.md": ("FireOPDTrainer", "trl", 10),
+    "distillation.md": ("FireOPDTrainer", "trl", 10),
     "lookahead.md": ("TokenRewardTrainer", "transformers", 10),
     "speech.md": ("LeafAudioGRPOTrainer", "soundfile", 11),
 }
@@ -62,7 +62,7 @@ def test_the_python_of_a_page(page: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in FIRST_LINES if page != "fire_opd.md"])
+@pytest.mark.parametrize("page", [page for page in FIRST_LINES if page != "distillation.md"])
 def test_the_first_lines_of_a_page_train(page: str, tmp_path: Path) -> None:
     """As they stand, in a process of their own, in the folder that the page names."""
     _, package, most = FIRST_LINES[page]
@@ -76,8 +76,8 @@ def test_the_first_lines_of_a_page_train(page: str, tmp_path: Path) -> None:
 
 def test_ten_lines_bring_a_student_closer_to_its_teacher(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
-    page, lines = pages.read("fire_opd.md"), first_lines("fire_opd.md")
-    assert len([line for line in lines.splitlines() if line]) <= FIRST_LINES["fire_opd.md"][2]
+    page, lines = pages.read("distillation.md"), first_lines("distillation.md")
+    assert len([line for line in lines.splitlines() if line]) <= FIRST_LINES["distillation.md"][2]
     where = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
     before = os.times().children_user
     printed = run_python("-c", lines, cwd=tmp_path, PYTHONPATH=where).stdout

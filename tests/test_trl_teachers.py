@@ -343,6 +343,7 @@ def test_logits_are_made_a_row_at_a_time_where_they_are_many(tmp_path: Path, mon
 CASES = [("model", engine) for engine in ENGINES] + [
     (case, engine) for case in ("adapter", "names", "labels") for engine in ("fsdp2", "zero3")
 ]
+CASES += [("divergence", "ddp"), ("divergence labels", "fsdp2")]
 
 
 @pytest.mark.parametrize(("case", "engine"), CASES)

@@ -97,6 +97,11 @@ def on_an_engine(rank: int, engine: str, folder: str, case: str = "model", resum
         # The first rank has rows of one teacher only.
         teachers = {"math": another(1), "code": another(2)}
         columns = {"teacher": ["math"] * 6 + ["math", "code", "code"] * 6}
+    if case.startswith("divergence"):
+        args.fire_loss = "jsd"
+        if case.endswith("labels"):
+            teachers = {"math": another(1), "code": another(2)}
+            columns = {"teacher": ["math"] * 6 + ["math", "code", "code"] * 6}
     if case == "padded":
         teachers = another(1, vocab_size=16)
     run_ = Recorded if engine in ("", "ddp") else FireOPDTrainer

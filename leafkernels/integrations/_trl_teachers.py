@@ -3,8 +3,8 @@
 import inspect
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,13 +26,15 @@ class Teacher:
     """A model that scores the student's tokens."""
 
     model: Any
-    """None: the student itself, without its adapter."""
+    """None: the student itself, as ``borrowed`` makes it."""
     num_ids: int
     """Ids below this are the same tokens to both, and each is asked for its distribution over these."""
     home: torch.device | None = None
     """Where its owner keeps it, to be brought back there; None: it stays where it is."""
     keeps: bool = False
     """Whether it makes the last logits alone when asked to."""
+    borrowed: Callable[[Any], AbstractContextManager[None]] | None = None
+    """What makes a teacher of the student that it is given, for a while."""
 
 
 def vocabulary_size(name: str, model: Any) -> int:
@@ -69,7 +71,7 @@ def known_tokenizer(name: str, model: Any, given: Any, trust_remote_code: bool) 
 
     config = getattr(model, "config", None)
     path = model if isinstance(model, str) else getattr(config, "_name_or_path", "")
-    reason = "the model has no name"
+    reason = "none came with it" if model is None else "the model has no name"
     if path:
         try:
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -212,7 +214,8 @@ def score(
     keeps: bool,
     calls: int = 0,
     shares: bool = False,
-) -> tuple[Tensor, Tensor]:
+    top_k: int = 0,
+) -> tuple[Tensor, ...]:
     """Log-probabilities of the completions' tokens under a model, and entropies of its choices, over ids < num_ids.
 
     Args:
@@ -225,9 +228,11 @@ def score(
         keeps: whether the model takes ``logits_to_keep``.
         calls: forward passes at least, where the model is spread over ranks, of which others have more rows.
         shares: whether what rows share runs once, where that is fewer tokens and ``num_ids`` are all that the head has.
+        top_k: the most likely ids to return; no row is then run with another.
 
     Returns:
-        (n, tokens) float32 each, 0 where there is no token.
+        (n, tokens) float32 each, 0 where there is no token; with ``top_k`` also (n, tokens, k) int64 ids and their
+        log-probabilities, which mean nothing where there is no token.
     """
     prompt_ids, completion_ids = batch["prompt_ids"], batch["completion_ids"]
     ids = torch.cat([prompt_ids, completion_ids], 1)
@@ -238,9 +243,11 @@ def score(
     following = pad(ids[:, 1:], (0, 1))
     scored = pad(batch["completion_mask"], (prompt_ids.shape[1] - 1, 1))
     options: dict[str, Any] = {"logits_to_keep": width + 1} if keeps else {}
-    shares = shares and num_ids == vocabulary_size("model", model)
+    shares = shares and not top_k and num_ids == vocabulary_size("model", model)
     asked = pad(batch["completion_mask"], (prompt_ids.shape[1], 0))
+    k = min(top_k, num_ids)
     logprobs, entropies = [ids.new_zeros((0, width), dtype=torch.float32)], [ids.new_zeros((0, width)).float()]
+    top: list[tuple[Tensor, Tensor]] = [(ids.new_zeros((0, width, k)), ids.new_zeros((0, width, k)).float())]
     with evaluating(model):
         for start in range(0, len(chosen), size):
             chunk = chosen[start : start + size]
@@ -263,10 +270,20 @@ def score(
             )
             logprobs.append(found.logprobs[:, -width - 1 : -1].float())
             entropies.append(found.entropy[:, -width - 1 : -1].float())
-    return torch.cat(logprobs)[: len(rows)], torch.cat(entropies)[: len(rows)]
+            if top_k:
+                top.append(most_likely(logits[:, -width - 1 : -1, :num_ids], temperature, k))
+    parts = [logprobs, entropies, *(list(of) for of in zip(*top, strict=True))][: 4 if top_k else 2]
+    return tuple(torch.cat(part)[: len(rows)] for part in parts)
 
 
-def score_teacher(teacher: Teacher, batch: dict[str, Tensor], rows: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def most_likely(logits: Tensor, temperature: float, k: int) -> tuple[Tensor, Tensor]:
+    """(..., k) int64 ids, the most likely first, and their log-probabilities in float32."""
+    scaled = logits.float() / temperature
+    values, ids = scaled.topk(k)
+    return ids, values - scaled.logsumexp(-1, keepdim=True)
+
+
+def score_teacher(teacher: Teacher, batch: dict[str, Tensor], rows: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """``score`` in the teacher's own dtype; NaN throughout for a row with an id that the teacher does not know."""
     device = batch["completion_ids"].device
     if teacher.home is not None:
@@ -279,5 +296,5 @@ def score_teacher(teacher: Teacher, batch: dict[str, Tensor], rows: Tensor, **op
         known[f"{part}_ids"] = batch[f"{part}_ids"].masked_fill(beyond, 0)
     with torch.autocast(device.type, enabled=False):
         found = score(teacher.model, known, rows, num_ids=teacher.num_ids, keeps=teacher.keeps, **options)
-    logprobs, entropies = (part.masked_fill(unknown[rows][:, None], torch.nan) for part in found)
-    return logprobs, entropies
+    scores = (part.masked_fill(unknown[rows][:, None], torch.nan) for part in found[:2])
+    return *scores, *found[2:]

@@ -1,8 +1,9 @@
-"""FiRe-OPD in TRL: ``FireOPDTrainer`` and ``FireOPDConfig`` (arXiv 2606.02684).
+"""Distillation in TRL: ``FireOPDTrainer`` and ``FireOPDConfig`` (FiRe-OPD, arXiv 2606.02684, and divergences).
 
 The student samples as ``GRPOTrainer`` does, and its clipped loss takes one advantage for each token. What is put in
 place of TRL's advantages is what one or several teachers give each token more than the student does, filtered and
-weighted by ``leafkernels.fire_opd``. No reward is needed. Sampling, loss and everything else stay TRL's.
+weighted by ``leafkernels.fire_opd``; or, with ``fire_loss``, the loss is a divergence of both over the vocabulary, with
+the same filter and weights. No reward is needed. Sampling, means and everything else stay TRL's.
 """
 
 from collections.abc import Mapping
@@ -12,24 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leafkernels import FireStatistics, fire_opd, fire_statistics, fire_teachers
-from leafkernels.integrations._trl_teachers import (
-    Teacher,
-    check_ranks,
-    common_ids,
-    is_below_adapter,
-    keeps_logits,
-    known_tokenizer,
-    load_teacher,
-    pad_rows,
-    rows_at_once,
-    score,
-    score_teacher,
-    spread,
-    vocabulary_size,
-    without_adapter,
-)
-from leafkernels.models.asking import evaluating
+from leafkernels import FireStatistics, fire_opd, fire_statistics
 
 try:
     from trl import GRPOConfig, GRPOTrainer
@@ -39,8 +23,14 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
         f"({' '.join(str(error).split())}); pip install 'leafkernels[trl]'"
     ) from error
 
+from leafkernels.integrations._trl_average import Averages, EMATeacher
+from leafkernels.integrations._trl_divergence import DivergenceConfig, DivergenceLoss, check_divergence
 from leafkernels.integrations._trl_options import TokenCredit, check_options
+from leafkernels.integrations._trl_served import ServedTeacher
 from leafkernels.integrations._trl_sharing import SharedPrefixesConfig
+from leafkernels.integrations._trl_stored import StoredTeacher
+
+__all__ = ["EMATeacher", "FireOPDConfig", "FireOPDTrainer", "ServedTeacher", "StoredTeacher"]
 
 SCOPES = ("batch", "row")
 # What TRL's loss types take their mean over: the tokens of a generation batch, which are counted again here; those of
@@ -65,7 +55,7 @@ class _AtLeastTwo(int):
 
 
 @dataclass
-class FireOPDConfig(SharedPrefixesConfig, GRPOConfig):
+class FireOPDConfig(DivergenceConfig, SharedPrefixesConfig, GRPOConfig):
     """``GRPOConfig`` with the options of ``leafkernels.fire_opd``; ``num_generations`` may be 1, and is by default.
 
     ``beta`` is TRL's: the weight of the KL divergence to a reference model, 0 by default.
@@ -88,6 +78,13 @@ class FireOPDConfig(SharedPrefixesConfig, GRPOConfig):
     teacher_column: str = field(
         default="teacher", metadata={"help": "With several teachers, the column that holds each prompt's label."}
     )
+    teacher_prompt_column: str = field(
+        default="teacher_prompt",
+        metadata={
+            "help": "The column, where a dataset has it, of what the teacher reads in the place of the prompt; a row "
+            "with None has its own prompt."
+        },
+    )
 
     def __post_init__(self) -> None:
         is_one = self.num_generations == 1
@@ -98,9 +95,10 @@ class FireOPDConfig(SharedPrefixesConfig, GRPOConfig):
             self.num_generations = 1
         if self.fire_scope not in SCOPES:
             raise ValueError(f"fire_scope must be one of {', '.join(map(repr, SCOPES))}, got {self.fire_scope!r}")
+        check_divergence(self)
 
 
-class FireOPDTrainer(TokenCredit, GRPOTrainer):
+class FireOPDTrainer(DivergenceLoss, Averages, TokenCredit, GRPOTrainer):
     """Distils one or several teachers into a student that samples for itself (FiRe-OPD).
 
     ``FireOPDTrainer(student, teacher, args, train_dataset=..., processing_class=...)``, as ``GRPOTrainer`` with a
@@ -112,19 +110,23 @@ class FireOPDTrainer(TokenCredit, GRPOTrainer):
       where their logits would pass 2 GiB. A row passes its own teacher only. A model that was given is afterwards what
       it was before: frozen or not, in which mode, on which device. FSDP and ZeRO-3 spread it over the ranks for good.
     - The base of a student with an adapter may be its teacher: it is scored as the student is, the adapter disabled.
+      So may the moving average of the student itself (``EMATeacher``).
+    - A column ``args.teacher_prompt_column`` of the dataset is what the teacher reads in the place of the prompt.
     - Teacher and student are compared on the ids that both have: an embedding may be padded further, and a tokenizer
       may add special tokens.
     - Dropped completions leave the loss and its average, whatever ``loss_type`` takes it over. So do completions with a
       token that the teacher bans (-inf) or does not know, and those with a number that is none (NaN).
     - It logs ``fire/keep_share``, ``fire/unscored_share`` (what the last sentence is of), ``fire/threshold``,
       ``fire/mean_weight``, ``fire/teacher_entropy``, ``fire/student_entropy`` and ``fire/teacher_gap``, the mean of
-      teacher less student log-probability: minus an estimate of the KL divergence of the student to its teacher.
+      teacher less student log-probability: minus an estimate of the KL divergence of the student to its teacher; with
+      a divergence also ``fire/divergence``; and in evaluations ``fire/top1_agreement`` and ``fire/top10_overlap`` of
+      the ids that both find most likely.
 
     Args:
         model: the student, as in ``GRPOTrainer``.
-        teachers: a model, or the name of one; or several by label, ``{"math": ..., "code": ...}``, for a dataset whose
-            column ``args.teacher_column`` holds a label. They share the student's tokenizer. A served teacher gives no
-            entropies, without which FiRe has no weights, and is not taken.
+        teachers: a model, or the name of one; an ``EMATeacher``, a ``ServedTeacher`` or a ``StoredTeacher``; or several
+            by label, ``{"math": ..., "code": ...}``, for a dataset whose column ``args.teacher_column`` holds a label.
+            They share the student's tokenizer. docs/distillation.md says what each can give.
         args: ``FireOPDConfig``.
         teacher_processing_class: the teachers' tokenizer, or one by label. None: the one that lies where the teacher
             was loaded from. It is compared with the student's; where none is known, a warning says so.
@@ -148,72 +150,19 @@ class FireOPDTrainer(TokenCredit, GRPOTrainer):
         if not isinstance(args, FireOPDConfig):
             raise TypeError(f"args must be a FireOPDConfig, got {type(args).__name__}")
         check_options(args, "FireOPDTrainer")
+        if isinstance(teachers, StoredTeacher):
+            teachers.check(args, kwargs.get("reward_funcs") is not None)
+            self._stored = teachers
         if kwargs.get("reward_funcs") is None:
             kwargs["reward_funcs"] = no_reward
         super().__init__(model, args=args, **kwargs)
         # Wrong options are told now, not after the first batch has been sampled.
         one = torch.zeros(1, 1)
         fire_opd(one, one, one, one, one, **self._options())
-        self._has_labels = isinstance(teachers, Mapping)
-        by_label = dict(teachers) if self._has_labels else {None: teachers}
-        if not by_label:
-            raise ValueError("teachers must hold at least one, got none")
-        tokenizers = teacher_processing_class
-        if not isinstance(tokenizers, Mapping):
-            tokenizers = dict.fromkeys(by_label, tokenizers)
-        for label in tokenizers:
-            if label not in by_label:
-                raise ValueError(f"teacher_processing_class must have the labels of teachers, got {label!r}")
-        state = self.accelerator.state
-        self._is_zero3 = state.deepspeed_plugin is not None and state.deepspeed_plugin.zero_stage == 3
-        self._is_fsdp = getattr(state, "fsdp_plugin", None) is not None
-        student = self.accelerator.unwrap_model(self.model)
-        self._student_keeps = keeps_logits(student)
-        self._num_ids = vocabulary_size("model", student)
-        self._teachers = {
-            label: self._take_teacher(label, teacher, tokenizers.get(label), student)
-            for label, teacher in by_label.items()
-        }
-
-    def _take_teacher(self, label: Any, teacher: Any, tokenizer: Any, student: Any) -> Teacher:
-        name = "teachers" if label is None else f"teachers[{label!r}]"
-        is_name = isinstance(teacher, str)
-        if is_name and "://" in teacher:
-            raise ValueError(
-                f"{name} must be a model or its name, got the address {teacher!r}: a served model returns "
-                "log-probabilities of tokens and no entropy over its vocabulary, which the weights need"
-            )
-        if not is_name and not isinstance(teacher, torch.nn.Module):
-            raise TypeError(f"{name} must be a model or its name, got {type(teacher).__name__}")
-        if not is_name and is_below_adapter(name, teacher, student):
-            return Teacher(None, self._num_ids)
-        trusts = getattr(self.args, "trust_remote_code", False)
-        tokenizer = known_tokenizer(name, teacher, tokenizer, trusts)
-        common = None if tokenizer is None else common_ids(name, tokenizer, self._tokenizer)
-        if is_name:
-            teacher = load_teacher(teacher, trusts)
-        size = vocabulary_size(name, teacher)
-        num_ids = min(size, self._num_ids) if common is None else min(size, self._num_ids, common)
-        # Of an unknown tokenizer all must be there; of one that is compared, the token that ends a completion.
-        needed = len(self._tokenizer) if tokenizer is None else (self._tokenizer.eos_token_id or 0) + 1
-        if num_ids < min(needed, self._num_ids):
-            raise ValueError(
-                f"{name} must have the student's vocabulary, {self._num_ids} ids, got {num_ids} that both have, which "
-                f"is less than the {needed} that the student needs"
-            )
-        if self._is_zero3 and num_ids < self._num_ids:
-            raise ValueError(
-                f"{name} must know all {self._num_ids} ids of the student under DeepSpeed ZeRO-3, where the student's "
-                f"distribution cannot be cut, got {num_ids} that both have"
-            )
-        check_ranks(name, teacher, self.accelerator)
-        keeps = keeps_logits(teacher)
-        if self._is_zero3 or self._is_fsdp:
-            return Teacher(spread(teacher, self.accelerator), num_ids, keeps=keeps)
-        # A model that was put on several devices, or that is quantized, stays where it is.
-        is_placed = hasattr(teacher, "hf_device_map") or getattr(teacher, "is_quantized", False)
-        home = None if is_placed else next((parameter.device for parameter in teacher.parameters()), None)
-        return Teacher(teacher, num_ids, home, keeps)
+        self._take_teachers(teachers, teacher_processing_class)
+        self._check_divergence()
+        given = list(teachers.values()) if isinstance(teachers, Mapping) else [teachers]
+        self._follow_student([teacher for teacher in given if isinstance(teacher, EMATeacher)])
 
     def _options(self) -> dict[str, Any]:
         args = self.args
@@ -236,11 +185,6 @@ class FireOPDTrainer(TokenCredit, GRPOTrainer):
         finally:
             if not self.is_in_train:
                 self._give_back()
-
-    def _give_back(self) -> None:
-        for teacher in self._teachers.values():
-            if teacher.home is not None:
-                teacher.model.to(teacher.home)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
@@ -283,9 +227,13 @@ class FireOPDTrainer(TokenCredit, GRPOTrainer):
         if "tool_mask" in batch:
             mask = mask * batch["tool_mask"]
         batch["fire_rows"] = mask.bool().any(1)
+        self._read_teacher_prompts(inputs, batch)
         size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        size = rows_at_once(size, self.args.max_completion_length, self._num_ids)
-        tokens = self._score_all(inputs, batch, size)
+        top_k = self._list_size if mode == "train" else self._list_size or self._num_compared
+        if self._stored is not None:
+            top_k = batch["stored_ids"].shape[-1]
+        scores = self._score_all(inputs, batch, size, top_k, compares=mode == "eval")
+        tokens, top = scores[:4], scores[4:]
         old_logprobs, teacher_logprobs, student_entropy, teacher_entropy = tokens
         # Of a row with a number that is none nothing is learnt. What its teacher bans has a place in the filter.
         banned = teacher_logprobs.isneginf()
@@ -293,6 +241,9 @@ class FireOPDTrainer(TokenCredit, GRPOTrainer):
         mask = mask * (is_number | ~mask.bool()).all(1, keepdim=True)
         found = self._fire(old_logprobs, teacher_logprobs, student_entropy, teacher_entropy, mask)
         batch["advantages"] = found.advantages
+        if self.args.fire_loss != "sampled":
+            batch["advantages"] = torch.where(found.response_mask, found.weights, 0.0)
+            batch |= self._kept_for_loss(inputs, top)
         # The loss averages over this mask; what the model attends to is the other one.
         batch["tool_mask"] = found.response_mask.to(batch["completion_mask"].dtype)
         live = mask.bool() & ~(banned & mask.bool()).any(1, keepdim=True)
@@ -309,13 +260,20 @@ class FireOPDTrainer(TokenCredit, GRPOTrainer):
         _, kept, rows, scored, count, *means = totals.tolist()
         names = ("mean_weight", "teacher_entropy", "student_entropy", "teacher_gap")
         logged = {name: mean / max(count, 1) for name, mean in zip(names, means, strict=True)}
+        if self._has_served or self._stored is not None:
+            del logged["teacher_entropy"]
         logged["keep_share"] = kept / max(rows, 1)
         logged["unscored_share"] = (rows - scored) / max(rows, 1)
         if self.args.fire_scope == "batch":
             # -inf, where so many are unscored that the filter drops nothing else, is nothing to average.
             logged["threshold"] = float(found.threshold) if found.threshold.isfinite() else float("nan")
+        if self._stored is not None:
+            for name in ("teacher_gap", "threshold"):
+                logged.pop(name, None)
         for name, value in logged.items():
             self._metrics[mode][f"fire/{name}"].append(value)
+        if mode == "eval" and len(top) == 3:
+            self._log_agreement(top, live)
         return batch
 
     def _fire(
@@ -336,68 +294,6 @@ class FireOPDTrainer(TokenCredit, GRPOTrainer):
             counts = self.accelerator.gather(statistics.rows)
             statistics = FireStatistics(counts)
         return fire_opd(*rows, statistics=statistics, **self._options())
-
-    def _score_all(self, inputs: list[dict[str, Any]], batch: dict[str, Any], size: int) -> tuple[Tensor, ...]:
-        """(rows, tokens) log-probabilities of student and teacher and entropies of both, each row by its teacher."""
-        column = self.args.teacher_column
-        labels = [row.get(column) for row in inputs] if self._has_labels else [None] * len(inputs)
-        device = batch["completion_ids"].device
-        everything = torch.arange(len(inputs), device=device)
-        students = {
-            num_ids: self._score_student(batch, everything, size, num_ids)
-            for num_ids in sorted({teacher.num_ids for teacher in self._teachers.values()})
-        }
-        ahead = {}
-        if self._is_zero3 or self._is_fsdp:
-            # Every rank calls a model that is spread over all of them as often as every other.
-            of_labels = [[i for i, name in enumerate(labels) if name == label] for label in self._teachers]
-            counts = torch.tensor([[-(-len(rows) // size) for rows in of_labels]], device=device)
-            calls = self.accelerator.gather(counts).amax(0).tolist()
-            for label, rows, most in zip(self._teachers, of_labels, calls, strict=True):
-                ahead[label] = self._score_teacher(label, batch, everything[rows], size, most)
-
-        def of(label: Any) -> Any:
-            def call(rows: Tensor) -> tuple[Tensor, ...]:
-                found = ahead[label] if label in ahead else self._score_teacher(label, batch, rows, size)
-                student = students[self._teachers[label].num_ids]
-                return student[0][rows], found[0], student[1][rows], found[1]
-
-            return call
-
-        try:
-            return fire_teachers(labels, {label: of(label) for label in self._teachers}, device=device)
-        except ValueError as error:
-            if not self._has_labels:
-                raise
-            raise ValueError(f"the column {column!r} must name a teacher in every row: {error}") from error
-
-    def _score_teacher(
-        self, label: Any, batch: dict[str, Any], rows: Tensor, size: int, calls: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        teacher = self._teachers[label]
-        if teacher.model is None:
-            with without_adapter(self.accelerator.unwrap_model(self.model)):
-                return self._score_student(batch, rows, size, teacher.num_ids, calls)
-        options = {"temperature": self.temperature, "size": size, "calls": calls, "shares": self._shares}
-        return score_teacher(teacher, batch, rows, **options)
-
-    def _score_student(
-        self, batch: dict[str, Any], rows: Tensor, size: int, num_ids: int, calls: int = 0
-    ) -> tuple[Tensor, Tensor]:
-        if not self._is_zero3:
-            options = {"num_ids": num_ids, "temperature": self.temperature, "keeps": self._student_keeps}
-            return score(self.model, batch, rows, size=size, calls=calls, shares=self._shares, **options)
-        # DeepSpeed learns in which order the modules run, which must be that of TRL's own pass in the loss.
-        chosen = pad_rows(rows, size * calls)
-        ids, attention = (
-            torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], 1)[chosen] for name in ("ids", "mask")
-        )
-        width = batch["completion_ids"].shape[1]
-        with torch.no_grad(), evaluating(self.model):
-            found = self._get_per_token_logps_and_entropies(
-                self.model, ids, attention, width, batch_size=size, compute_entropy=True
-            )
-        return found[0][: len(rows)].float(), found[1][: len(rows)].float()
 
 
 def no_reward(completions: list[Any], **_: Any) -> list[float]:
