@@ -2,7 +2,8 @@
 
     python examples/study/real/rollouts.py --work runs/real --use measured --families sums reversal
 
-adds to WORK/rollouts/USE-FAMILY.jsonl, a prompt a line in the format of ``python -m leafkernels``; what is there is kept.
+adds to WORK/rollouts/USE-FAMILY.jsonl, a prompt a line in the format of ``python -m leafkernels``; what is there is
+kept.
 """
 
 from __future__ import annotations
