@@ -1,7 +1,6 @@
 """Which credit agrees with this model's own gradients? PROTOCOL.md, part 1.
 
     python examples/study/real/agreement.py --work runs/real --use measured   # adds to results/runs.jsonl.gz
-    python examples/study/real/agreement.py --report
 
 A prompt that is there is kept. The gradient is that of a fresh LoRA adapter on the last four blocks, in its B matrices.
 """
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from runs import Runs  # noqa: E402
 from tasks import FAMILIES, SEEDS, problem  # noqa: E402
 
 import leafkernels  # noqa: E402
-from leafkernels.credit.agreement import GradientAgreement  # noqa: E402
 from leafkernels.models import tree_logprobs  # noqa: E402
 
 RUNS = Runs(HERE)
@@ -174,19 +172,9 @@ def rounded(values: Tensor) -> list[list[float | None]]:
     return [[None if x != x else round(x, 6) for x in row] for row in values[0].tolist()]
 
 
-def assembled(lines: Sequence[dict[str, Any]], of: str) -> GradientAgreement:
-    """The cosines of several prompts, as ``gradient_agreement`` gives them in one call."""
-    cosines = torch.tensor(
-        [[[float("nan") if x is None else x for x in split] for split in line[of]] for line in lines],
-        dtype=torch.float64,
-    )
-    nothing = torch.full_like(cosines, float("nan"))
-    return GradientAgreement(tuple(lines[0]["schemes"]), cosines, nothing, nothing)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--use", choices=rollouts.COUNTS, default="measured")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--check", type=int, default=0, help="prompts of each family measured on all blocks instead")

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-import reasoning_gym
 from model import Message
 
 # Seeds of reasoning-gym's generators, which make problem i from seed + i: far apart, so that no two uses share one.
@@ -105,6 +104,10 @@ FAMILIES = {
 
 @cache
 def dataset(family: str, seed: int, size: int = 4000) -> Any:
+    """Of reasoning-gym, which makes a problem when it is asked for, and holds its verifier."""
+
+    import reasoning_gym
+
     of = FAMILIES[family]
     return reasoning_gym.create_dataset(of.generator, seed=seed, size=size, **of.options)
 

@@ -2,7 +2,7 @@
 
     python examples/study/real/train.py --power --work runs/real      # the least difference that can be seen
     python examples/study/real/train.py --work runs/real --minutes 60
-    python examples/study/real/train.py --work runs/real --collect    # puts runs that are not finished beside the others
+    python examples/study/real/train.py --work runs/real --collect    # adds what is not finished
 
 Finished runs go to results/runs.jsonl.gz; WORK/training keeps the others, every ten steps.
 """
