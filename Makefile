@@ -37,4 +37,4 @@ study-real:
 	PYTHONPATH=. python $(REAL)/masks.py --work $(WORK)
 	PYTHONPATH=. python $(REAL)/train.py --work $(WORK) --power
 	PYTHONPATH=. python $(REAL)/train.py --work $(WORK)
-	PYTHONPATH=. python $(REAL)/analyse.py --draw
+	PYTHONPATH=. python $(REAL)/report.py --draw

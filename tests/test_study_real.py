@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 pytest.importorskip("scipy", reason="needs the extra study")
 
 STUDY = ROOT / "examples" / "study" / "real"
-MODULES = ("model", "tasks", "start", "rollouts", "agreement", "masks", "steps", "train", "analyse", "runs", "paired")
+MODULES = ("model", "tasks", "start", "rollouts", "agreement", "masks", "steps", "train", "report", "runs", "paired")
 
 
 class Sums:
@@ -39,9 +39,9 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(STUDY))
     path, before = list(sys.path), {name: sys.modules.pop(name, None) for name in MODULES}
     import agreement
-    import analyse
     import masks
     import model
+    import report
     import rollouts
     import start
     import steps
@@ -49,7 +49,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Any:
     import train
 
     found = {"model": model, "tasks": tasks, "start": start, "rollouts": rollouts, "agreement": agreement}
-    found |= {"masks": masks, "steps": steps, "train": train, "analyse": analyse}
+    found |= {"masks": masks, "steps": steps, "train": train, "report": report}
     family = tasks.FAMILIES["sums"]._replace(limit=6)
     monkeypatch.setattr(tasks, "FAMILIES", {"sums": family})
     for name in ("start", "rollouts", "train"):
@@ -129,7 +129,7 @@ def test_a_prompt_is_measured(sums: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     line = sums.agreement.measure(policy, sums.model.add_adapter(policy.model, 2), rollouts_of(sums, policy), 2)
     line = json.loads(json.dumps(line))
     for of in ("model", "context 4"):
-        means = sums.analyse.assembled([line], of).mean()
+        means = sums.report.assembled([line], of).mean()
         assert set(means) == set(sums.agreement.SCHEMES) and all(-1 <= mean <= 1 for mean in means.values())
     assert means["tree_td"] > means["grpo"]
 
@@ -228,13 +228,13 @@ def test_problems_are_those_of_reasoning_gym(study: Any) -> None:
 
 
 def test_the_tables_are_those_of_the_results(study: Any) -> None:
-    if not study.analyse.RUNS.path.exists():
+    if not study.report.RUNS.path.exists():
         pytest.skip("no results yet")
     page = (STUDY / "README.md").read_text(encoding="utf-8")
-    found = dict(study.analyse.tables())
+    found = dict(study.report.tables())
     assert {"The model's own gradients", "Held out", "Step time", "Sampling masks", "Power"} <= set(found)
     for name, table in found.items():
-        assert len(cells_of(table)) >= 1 and table.strip() in page, f"{name}: run analyse.py and put its table here"
+        assert len(cells_of(table)) >= 1 and table.strip() in page, f"{name}: run report.py and put its table here"
 
 
 @pytest.mark.slow

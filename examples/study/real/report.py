@@ -1,4 +1,4 @@
-"""Tables and pictures of results/runs.jsonl.gz: ``python examples/study/real/analyse.py`` prints them for README.md."""
+"""Tables and pictures of results/runs.jsonl.gz: ``python examples/study/real/report.py`` prints them for README.md."""
 
 from __future__ import annotations
 
