@@ -79,28 +79,29 @@ class LastBlocks:
 
     What enters these blocks does not depend on the adapter, nor, as long as B is zero, do the log-probabilities: both
     are computed once for all rows, and so is each log-probability's gradient in what the head reads. A backward pass
-    then starts behind the head and ends before the blocks. The forward pass of rows that a scheme sees is kept for
-    the other schemes.
+    then starts behind the head and ends before the blocks. Answers of the same tokens run once, with the sum of their
+    advantages. The forward pass of rows that a scheme sees is kept for the other schemes.
     """
 
     def __init__(self, adapted: Any, case: Case, last: int = LAST) -> None:
-        self.weights, self.case, self._kept = weights_of(adapted), case, dict[tuple[int, ...], Tensor]()
+        self.weights, self._prompt, self._kept = weights_of(adapted), case.prompt, dict[tuple[int, ...], Tensor]()
+        ids, self._answer = case.ids.unique(dim=0, return_inverse=True)
         causal = adapted.get_base_model()
-        body = causal.model
-        self._first, self._body, self._of_rows = len(body.layers) - last, body, {}
+        self._body = causal.model
+        self._first = len(self._body.layers) - last
         inputs, call = [], []
 
         def keep(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             inputs.append(arguments[0] if arguments else named["hidden_states"])
             call.append(named)
 
-        hook = body.layers[self._first].register_forward_pre_hook(keep, with_kwargs=True)
+        hook = self._body.layers[self._first].register_forward_pre_hook(keep, with_kwargs=True)
         with torch.no_grad():
-            states = body(input_ids=case.ids, use_cache=False).last_hidden_state
+            states = self._body(input_ids=ids, use_cache=False).last_hidden_state
             head = causal.lm_head.weight
             heads = []
             # The state before a token gives its log-probability.
-            for row_states, row_ids in zip(states[:, case.prompt - 1 : -1], case.token_ids, strict=True):
+            for row_states, row_ids in zip(states[:, case.prompt - 1 : -1], ids[:, case.prompt :], strict=True):
                 chances = (row_states @ head.T).softmax(-1)
                 heads.append(head[row_ids] - chances @ head)
         hook.remove()
@@ -111,13 +112,15 @@ class LastBlocks:
         }
 
     def __call__(self, advantages: Tensor, rows: Tensor) -> Tensor:
-        key = tuple(rows.tolist())
-        keeps = len(key) <= SEEN
-        states = self._kept[key] if key in self._kept else self._forward(rows)
+        answers, places = self._answer[rows].unique(return_inverse=True)
+        key = tuple(answers.tolist())
+        keeps = len(rows) <= SEEN
+        states = self._kept[key] if key in self._kept else self._forward(answers)
         if keeps:
             self._kept[key] = states
+        credit = torch.zeros(len(answers), advantages.shape[1]).index_add_(0, places, advantages[rows])
         sent = torch.zeros_like(states)
-        sent[:, self.case.prompt - 1 : -1] = advantages[rows][..., None] * self._heads[rows]
+        sent[:, self._prompt - 1 : -1] = credit[..., None] * self._heads[answers]
         found = torch.autograd.grad(states, self.weights, sent, retain_graph=keeps)
         return torch.cat([part.flatten() for part in found])
 
