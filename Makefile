@@ -31,6 +31,7 @@ REAL = examples/study/real
 WORK = runs/real
 study-real:
 	for use in "measured" "held out"; do PYTHONPATH=. python $(REAL)/rollouts.py --work $(WORK) --use "$$use" || exit 1; done
+	PYTHONPATH=. python $(REAL)/rollouts.py --work $(WORK) --pack
 	for use in "measured" "held out"; do PYTHONPATH=. python $(REAL)/agreement.py --work $(WORK) --use "$$use" || exit 1; done
 	PYTHONPATH=. python $(REAL)/agreement.py --work $(WORK) --check 2
 	PYTHONPATH=. python $(REAL)/steps.py --work $(WORK)

@@ -1,4 +1,4 @@
-"""The tables of docs/evidence.md, printed, and its three pictures: ``python docs/evidence.py``, with the extra ``study``.
+"""The tables of docs/evidence.md, printed, and its pictures: ``python docs/evidence.py``, with the extra ``study``.
 
 All numbers are those of ``results/runs.jsonl.gz`` of the studies, which were run by the commands that the page names.
 """

@@ -144,6 +144,9 @@ def test_rollouts_are_collected_and_go_on(sums: Any, tmp_path: Path, monkeypatch
     records = sums.rollouts.taken(tmp_path, "measured", ["sums"])
     assert [len(record["completions"]) for record in records] == [5, 5]
     assert all(0.2 <= record["tried"] <= 0.8 for record in records)
+    monkeypatch.setattr(sums.rollouts, "PACKED", tmp_path / "results" / "rollouts.jsonl.gz")
+    sums.rollouts.pack(tmp_path)
+    assert sums.rollouts.taken(tmp_path / "elsewhere", "measured", ["sums"]) == records
     path.write_text(whole[: -len(whole.splitlines()[-1]) // 2])
     sums.rollouts.collect(policy, "measured", "sums", 2, path, rollouts=5)
     assert path.read_text() == whole
@@ -171,7 +174,7 @@ def test_training_goes_on_where_it_was_stopped(sums: Any, tmp_path: Path) -> Non
     assert sum(whole["reward"][-8:]) > sum(whole["reward"][:8]) + 0.4, whole["reward"]
     first = sums.train.train(tmp_path / "parts", policy, run, settings, until=0.0)
     assert first["reward"] == []
-    sums.train.train(tmp_path / "parts", policy, run, settings._replace(steps=12))
+    sums.train.train(tmp_path / "parts", policy, run, settings, last=12)
     assert sums.train.train(tmp_path / "parts", policy, run, settings) == whole
 
 

@@ -3,12 +3,14 @@
     python examples/study/real/rollouts.py --work runs/real --use measured --families sums reversal
 
 adds to WORK/rollouts/USE-FAMILY.jsonl, a prompt a line in the format of ``python -m leafkernels``; what is there is
-kept.
+kept. ``--pack`` puts the prompts that were taken into results/rollouts.jsonl.gz, from which the other parts read them
+where WORK has none.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ ROLLOUTS = 64
 TRIES = 8  # of a candidate, and candidates at a time
 EASIEST, HARDEST = 0.8, 0.2  # mean reward of the tries
 COUNTS = {"measured": 10, "held out": 8}  # prompts of each family
+PACKED = Path(__file__).resolve().parent / "results" / "rollouts.jsonl.gz"
 Record = dict[str, Any]
 
 
@@ -91,21 +94,42 @@ def read(path: Path) -> Iterator[Record]:
         yield json.loads(line)
 
 
-def taken(work: Path, use: str, families: list[str] | None = None) -> list[Record]:
+def taken(work: Path, use: str, families: Sequence[str] | None = None) -> list[Record]:
     """The prompts of a use that were sampled, by family."""
     found = []
     for family in families or FAMILIES:
-        found += [line for line in read(work / "rollouts" / f"{use}-{family}.jsonl") if line["completions"]]
+        path = work / "rollouts" / f"{use}-{family}.jsonl"
+        lines = list(read(path)) if path.exists() else [of for of in packed() if of["use"] == use]
+        found += [line for line in lines if line["completions"] and line["family"] == family]
     return found
+
+
+def packed() -> list[Record]:
+    if not PACKED.exists():
+        return []
+    return [json.loads(line) for line in gzip.decompress(PACKED.read_bytes()).splitlines()]
+
+
+def pack(work: Path) -> None:
+    records = [record for use in COUNTS for record in taken(work, use)]
+    text = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
+    PACKED.parent.mkdir(exist_ok=True)
+    # Without a time of day, so that the same rollouts are the same bytes.
+    PACKED.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--use", choices=COUNTS, required=True)
+    parser.add_argument("--use", choices=COUNTS)
+    parser.add_argument("--pack", action="store_true")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--count", type=int, help="prompts of each family (default: those of the protocol)")
     arguments = parser.parse_args()
+    if arguments.pack:
+        return pack(arguments.work)
+    if arguments.use is None:
+        parser.error("name a use: --use, or --pack")
     start.make(arguments.work, start.STEPS)
     policy = models.load(arguments.work / "start")
     for family in arguments.families:

@@ -64,9 +64,12 @@ class Run(NamedTuple):
         return f"{self.family}-{self.arm}-{self.seed}"
 
 
-def queue() -> Iterator[Run]:
-    """All arms of a seed before the next."""
-    return (Run(seed, family, arm) for seed in RUN_SEEDS for family in TRAINED for arm in ARMS)
+def queue(settings: Settings) -> Iterator[tuple[Run, int]]:
+    """All arms of a seed before the next, in turns as far as to the next evaluation: what stops early is paired."""
+    stages = range(settings.evaluate_every, settings.steps + 1, settings.evaluate_every)
+    return (
+        (Run(seed, family, arm), stage) for seed in RUN_SEEDS for family in TRAINED for stage in stages for arm in ARMS
+    )
 
 
 @torch.no_grad()
@@ -101,8 +104,11 @@ def update(policy: Policy, tasks: list[Problem], scheme: Callable[..., Tensor], 
     return float(rewards.mean())
 
 
-def train(work: Path, policy: Policy, run: Run, settings: Settings, until: float = float("inf")) -> dict[str, Any]:
-    """The history of a run: of all steps, or of those until the clock says ``until``."""
+def train(
+    work: Path, policy: Policy, run: Run, settings: Settings, last: int | None = None, until: float = float("inf")
+) -> dict[str, Any]:
+    """The history of a run: of the steps up to ``last`` (all), or of those until the clock says ``until``."""
+    last = settings.steps if last is None else last
     adapted = policy._replace(model=models.add_adapter(policy.model, seed=run.seed))
     weights = [weight for weight in adapted.model.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=settings.rate)
@@ -114,12 +120,12 @@ def train(work: Path, policy: Policy, run: Run, settings: Settings, until: float
             weight.data.copy_(kept)
         optimizer.load_state_dict(state["optimizer"])
         history = state["history"]
-    for step in range(len(history["reward"]), settings.steps + 1):
+    for step in range(len(history["reward"]), last + 1):
         if step % settings.evaluate_every == 0 and str(step) not in history["greedy"]:
             history["greedy"][str(step)] = round(greedy_reward(adapted, run.family, settings.evaluated), 4)
-        if step % settings.keep_every == 0 or step == settings.steps:
+        if step % settings.keep_every == 0 or step == last:
             keep(path, {"weights": weights, "optimizer": optimizer.state_dict(), "history": history})
-        if step == settings.steps or time.time() > until:
+        if step == last or time.time() > until:
             break
         first = 1000 * run.seed + settings.prompts * step
         tasks = [problem(run.family, "trained", first + place) for place in range(settings.prompts)]
@@ -173,10 +179,10 @@ def main() -> None:
         return RUNS.replace("training so far", [state["history"] for state in states])
     start.make(arguments.work, start.STEPS)
     policy = models.load(arguments.work / "start")
-    for run in queue():
+    for run, stage in queue(settings):
         if run in done or run.family not in arguments.families or time.time() > until:
             continue
-        history = train(arguments.work, policy, run, settings, until)
+        history = train(arguments.work, policy, run, settings, stage, until)
         if len(history["reward"]) == settings.steps:
             RUNS.add("training", history)
             (arguments.work / "training" / f"{run.name}.pt").unlink()
