@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import ROOT, cells_of
+from support import ROOT, cells_of, run_python
 
 pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("peft")
@@ -264,3 +264,11 @@ def test_the_model_of_the_package(sums: Any, tmp_path: Path) -> None:
     whole = sums.agreement.whole_model(adapted, case)(credit, rows)
     assert len(ours) == 165_888
     torch.testing.assert_close(ours, whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_the_tables_of_the_page_on_evidence_are_those_of_the_results() -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra study")
+    code = "import evidence; print(evidence.table(evidence.agreement())); print(evidence.table(evidence.training()))"
+    printed = run_python("-c", code, cwd=ROOT / "docs").stdout
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert len(cells_of(printed)) > 15 and all(part in page for part in printed.strip().split("\n\n"))

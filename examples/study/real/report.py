@@ -207,7 +207,7 @@ def draw() -> None:
     from matplotlib import pyplot
 
     shown = ("tree_td", "tree_td 1, 0.3", "tempo", "opo", "leaf", "treerl")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.8), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.8), sharex=True, sharey=True, layout="constrained")
     for axis, of, title in zip(axes, (MODEL, "context 4"), ("the model's own gradients", "n-gram policy"), strict=True):
         axis.axvline(0.0, color="grey", linewidth=0.8)
         for shift, (family, found) in enumerate(by_family(of).items()):
@@ -218,7 +218,7 @@ def draw() -> None:
                 axis.errorbar(mean, at, xerr=[[mean - low], [high - mean]], fmt="o", ms=4, color=f"C{shift}", **label)
         axis.set_yticks(range(len(shown), 0, -1), shown)
         axis.set(title=title, xlabel="agreement with unseen rollouts, less GRPO's")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(HERE / "results" / "agreement.png", dpi=130)
     if RUNS.of("steps"):
         figure, axis = pyplot.subplots(figsize=(5.5, 3.8), layout="constrained")
