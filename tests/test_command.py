@@ -170,7 +170,7 @@ def test_advantages_of_one_prompt_by_hand(tmp_path: Path) -> None:
 def test_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sample = importlib.resources.files("leafkernels.command").joinpath("sample_rollouts.jsonl.gz")
     if not sample.is_file():
-        pytest.skip("the sample has not been made (examples/sample_rollouts.py writes it)")
+        pytest.skip("the sample has not been made (examples/study/real/sample.py writes it)")
     out = tmp_path / "out.jsonl"
     assert main(["--out", str(out)]) == 0
     shown = capsys.readouterr().out

@@ -684,6 +684,17 @@ def test_no_sideways_scrolling(quiet: Browser, page: Path, width: int) -> None:
         assert quiet.run("innerWidth") == width
 
 
+@pytest.mark.parametrize("width", [560, 820, 1000, 1240, 1500])
+def test_names_of_schemes_are_not_broken(quiet: Browser, page: Path, width: int) -> None:
+    """One line a name, and the sentence about the scheme has room."""
+    quiet.size(width)
+    quiet.open(page)
+    heights = "[...document.querySelectorAll('#schemes span')].map(s => s.getBoundingClientRect().height)"
+    assert quiet.run(f"Math.max(...{heights})") < 40
+    note = quiet.run("document.getElementById('note').getBoundingClientRect().width")
+    assert note == 0 or note > 200
+
+
 def test_on_paper(quiet: Browser, page: Path) -> None:
     quiet.prefer("dark")
     quiet.open(page)
