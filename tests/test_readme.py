@@ -94,8 +94,9 @@ def test_the_python_of_other_pages_is_run_by_their_tests(page: str, test: str) -
 
 def test_what_is_said_of_the_picture_is_what_the_command_writes(tmp_path: Path) -> None:
     """The prompt of docs/tree.png: the rollout that failed late, in the credit of GRPO and of LEAF."""
-    (prompt,) = re.findall(r"Forty answers to `(.+?)`", README)
-    number, beginning, count = re.findall(r"#(\d+) begins with `(.+?)`, as (\d+) right ones do", README)[0]
+    text = " ".join(README.split())
+    (prompt,) = re.findall(r"Forty answers to `(.+?)`", text)
+    number, beginning, count = re.findall(r"#(\d+) begins with `(.+?)`, as (\d+) right ones do", text)[0]
     written = tmp_path / "advantages.jsonl"
     run_python("-m", "leafkernels", "--out", str(written))
     lines = map(json.loads, written.read_text(encoding="utf-8").splitlines())
@@ -107,7 +108,7 @@ def test_what_is_said_of_the_picture_is_what_the_command_writes(tmp_path: Path) 
     right = [i for i, of in enumerate(rollouts) if "".join(of["tokens"]).startswith(beginning) and rewards[i] == 1]
     assert len(rollouts) == 40 and len(right) == int(count) and rewards[late] == 0
     leaf = rollouts[late]["advantages"]
-    said = re.search(r"gives all of its tokens (-[\d.]+)\. LEAF gives it (-[\d.]+) where it went wrong", README)
+    said = re.search(r"gives all of its tokens (-[\d.]+)\. LEAF gives it (-[\d.]+) where it went wrong", text)
     assert said is not None and said.groups() == (f"{flat[late]:.3f}", f"{min(leaf):.3f}")
     assert min(leaf[:shared]) > 0 and max(leaf[:shared]) < 0.3
     assert all(rollouts[other]["advantages"][:shared] == leaf[:shared] for other in right)
