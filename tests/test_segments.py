@@ -44,7 +44,7 @@ def test_agrees_with_the_reference(backend: str, small_tiles: None) -> None:
     """Segments of one entry, of a tile and one more, numbers that are none, in one segment alone."""
     numbers = st.sampled_from([0.0, 1.0, -2.5, 0.1, 1e16, -1e16, math.nan, math.inf])
 
-    @examples(backend, torch=100, triton=15)
+    @examples(backend, torch=100, triton=6)
     @given(st.lists(st.integers(1, 27), max_size=5), st.data())
     def check(lengths: list[int], data: Any) -> None:
         size = sum(lengths)
@@ -85,8 +85,9 @@ def test_gradients_of_any_order(backend: str, small_tiles: None) -> None:
     lengths = [1, 11, 4]
     entries = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     entries.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: sums(x, lengths, backend), entries)
-    assert torch.autograd.gradgradcheck(lambda x: sums(x, lengths, backend).square(), entries)
+    fast = backend == "triton"  # the interpreter is slow
+    assert torch.autograd.gradcheck(lambda x: sums(x, lengths, backend), entries, fast_mode=fast)
+    assert torch.autograd.gradgradcheck(lambda x: sums(x, lengths, backend).square(), entries, fast_mode=fast)
 
 
 @pytest.mark.parametrize("backend", FAST)
