@@ -250,6 +250,33 @@ def test_shapes_frozen_weights_and_autocast(backend: str) -> None:
     assert not masked.divergence.any()
 
 
+@pytest.mark.slow
+@all_ids
+def test_compiles_into_one_graph(ids: str) -> None:
+    given, mask = heads(), torch.tensor([1, 0, 1, 1, 0, 0, 1], device=DEVICE)
+    top = logits_of(given, "teacher").float().log_softmax(1).topk(4)
+    if ids == "served":
+        given = {name: tensor for name, tensor in given.items() if name.startswith("student")}
+        given["teacher_hidden"] = TeacherTopK(top.indices, top.values)  # type: ignore[assignment]
+    hidden = given.pop("student_hidden")
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        options = {"kind": "jsd", "response_mask": mask, **IDS[ids]}
+        found = leafkernels.linear_divergence(hidden, **given, **options)
+        logits = hidden @ given["student_weight"].T
+        other = given["teacher_hidden"] if ids == "served" else logits.detach() * 0.5
+        again = leafkernels.divergence(logits, other, **options)
+        return (found.divergence + found.student_entropy + again.divergence).sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = hidden.clone().requires_grad_()
+        value = function(leaf)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_errors() -> None:
     given = heads()
     served = TeacherTopK(torch.zeros(7, 1, dtype=torch.int64, device=DEVICE), torch.zeros(7, 1, device=DEVICE))

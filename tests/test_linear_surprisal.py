@@ -13,7 +13,7 @@ from tiny_decoders import SIZES
 
 import leafkernels
 import python_ref
-from leafkernels.vocabulary import linear_surprisal
+from leafkernels.vocabulary import chunks, linear_surprisal
 from leafkernels.vocabulary.inputs import SampledTokens
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -275,7 +275,7 @@ def test_the_logits_of_all_tokens_never_exist() -> None:
         )
     assert seen.elements <= 8000  # the room of the PyTorch backend for 2 rows; all logits would be 40,000
     for itemsize in (2, 4):
-        chunk = linear_surprisal._CHUNK_BYTES // (151_936 * itemsize)
+        chunk = chunks.CHUNK_BYTES // (151_936 * itemsize)
         assert chunk * 151_936 * itemsize + chunk * 4096 * itemsize <= 2**30
 
 
@@ -360,7 +360,7 @@ def test_the_buffer_is_no_larger_than_the_tokens_need() -> None:
     tensors = inputs(13, (4,), 3, 9, torch.float32)
     options = linear_surprisal.HeadOptions(softcap=None, num_live=10**9, chunk=10**9, dtype=torch.float32)
     head_inputs = tensors["hidden"], tensors["lm_head_weight"], None, tensors["response_mask"]
-    head = linear_surprisal._Head(*head_inputs, options)
+    head = chunks.ChunkedHead(*head_inputs, options)
     assert head.buffer.shape == (4, 9)
     assert sum(rows.shape[0] for rows in head.chunks()) == 4  # type: ignore[union-attr]
 

@@ -126,8 +126,7 @@ def _divergence_sums_kernel(
     split = tl.program_id(1)
     base = row * stride_student_row
     teacher_base = row * stride_teacher_row
-    # (THREADS,) each.
-    total = tl.zeros([THREADS], tl.float32)
+    total = tl.zeros([THREADS], tl.float32)  # and so the others
     part = tl.zeros([THREADS], tl.float32)
     nearest = tl.full([THREADS], float("-inf"), tl.float32)
     last = tl.minimum((split + 1) * split_blocks, tl.cdiv(vocab_size, BLOCK))

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from leafkernels._core.derivatives import refuse_second_derivative
 from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
+from leafkernels.vocabulary.chunks import HeadOptions
 from leafkernels.vocabulary.divergence_heads import (
     HeadGradients,
     HeadTensors,
@@ -19,7 +20,6 @@ from leafkernels.vocabulary.divergence_heads import (
     with_one_more,
 )
 from leafkernels.vocabulary.divergence_ids import Split, split_rows, write_split_gradients
-from leafkernels.vocabulary.linear_surprisal import HeadOptions
 
 
 def _of(is_row: Tensor | None, rows: slice | Tensor) -> Tensor | None:

@@ -12,8 +12,8 @@ from leafkernels._core.backend import implementation
 from leafkernels._core.derivatives import refuse_second_derivative
 from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
+from leafkernels.vocabulary.chunks import ChunkedHead, HeadOptions, add_product, new_gradients
 from leafkernels.vocabulary.divergence_rows import DivergenceKind, Pair, PairStatistics, pair_statistics
-from leafkernels.vocabulary.linear_surprisal import HeadOptions, _add_product, _Head, _new_gradients
 
 
 class HeadTensors(NamedTuple):
@@ -30,13 +30,13 @@ class _Chunk(NamedTuple):
     logits: Tensor
 
 
-def make_head(tensors: HeadTensors, mask: Tensor | None, options: HeadOptions, num_ids: int) -> _Head:
+def make_head(tensors: HeadTensors, mask: Tensor | None, options: HeadOptions, num_ids: int) -> ChunkedHead:
     hidden, weight, bias = tensors
     # Half-precision logits would be a noise of 1e-3 nats between two models that are near to each other.
-    return _Head(hidden, weight[:num_ids], None if bias is None else bias[:num_ids], mask, options, wide=True)
+    return ChunkedHead(hidden, weight[:num_ids], None if bias is None else bias[:num_ids], mask, options, wide=True)
 
 
-def chunks_of(head: _Head) -> Iterator[_Chunk]:
+def chunks_of(head: ChunkedHead) -> Iterator[_Chunk]:
     for rows in head.chunks():
         states = head.states(rows)
         yield _Chunk(rows, states, head.logits(states))
@@ -105,10 +105,10 @@ def _linear_divergence(
 class HeadGradients:
     """Of a head's hidden states, weight and bias, from the gradients of its chunks' logits."""
 
-    def __init__(self, head: _Head, tensors: HeadTensors, needs: list[bool]) -> None:
+    def __init__(self, head: ChunkedHead, tensors: HeadTensors, needs: list[bool]) -> None:
         self.head, self.tensors, self.needs = head, tensors, needs
         self.widest = compute_dtype(head.dtype)
-        self.hidden, self.weight, self.bias = _new_gradients(*tensors, needs, self.widest)
+        self.hidden, self.weight, self.bias = new_gradients(*tensors, needs, self.widest)
         is_wide = head.buffer.dtype != head.dtype
         self.buffer = torch.empty_like(head.buffer, dtype=head.dtype) if is_wide else head.buffer
 
@@ -119,7 +119,7 @@ class HeadGradients:
         if self.needs[0]:
             self.hidden[rows] = (gradients @ self.head.weight).to(self.hidden.dtype)
         if self.needs[1]:
-            _add_product(self.weight[:num_ids], gradients.T, states)
+            add_product(self.weight[:num_ids], gradients.T, states)
         if self.needs[2]:
             self.bias[:num_ids] += gradients.sum(0, dtype=self.widest)
 

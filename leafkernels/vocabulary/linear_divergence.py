@@ -16,6 +16,7 @@ from leafkernels._core.checks import (
     check_real,
 )
 from leafkernels._core.derivatives import refuse_forward_mode
+from leafkernels.vocabulary.chunks import HeadOptions, dtype_of_products
 from leafkernels.vocabulary.divergence import (
     Divergence,
     TeacherTopK,
@@ -29,11 +30,10 @@ from leafkernels.vocabulary.divergence_ids import Split, divergence_of_splits, s
 from leafkernels.vocabulary.divergence_reference import heads_by_reference
 from leafkernels.vocabulary.divergence_rows import Pair
 from leafkernels.vocabulary.inputs import check_temperature
-from leafkernels.vocabulary.linear_surprisal import HeadOptions, _dtype_of_products
 from leafkernels.vocabulary.slices import check_same_rows
 
 # What a chunk's logits of both models, and the gradient of one, may take.
-_CHUNK_BYTES = 1920 << 20
+CHUNK_BYTES = 1920 << 20
 # Where ranks share a vocabulary, chunks must be the same on all, whatever the sizes of their slices.
 _CHUNK_OF_SLICES = 1024
 
@@ -137,7 +137,7 @@ def linear_divergence(
         if vocab_group is None:
             # Two logits and a gradient, which is written over the logits where it has their size.
             bytes_of_pair = 8 + 2 if dtype.itemsize == 2 else 2 * dtype.itemsize
-            chunk_tokens = max(1, _CHUNK_BYTES // (options.num_ids * bytes_of_pair))
+            chunk_tokens = max(1, CHUNK_BYTES // (options.num_ids * bytes_of_pair))
     check_count("chunk_tokens", chunk_tokens, 1)
 
     row_mask = None if mask is None else mask.reshape(-1).contiguous()
@@ -196,12 +196,12 @@ def _check_head(model: str, hidden: Tensor, weight: Any, bias: Tensor | None) ->
     check_real(name, hidden)
     if hidden.dim() == 0:
         raise ValueError(f"{name} must have shape (..., width), got a scalar")
-    dtype = _dtype_of_products(hidden)
+    dtype = dtype_of_products(hidden)
     parameters = {f"{model}_weight": weight} | ({} if bias is None else {f"{model}_bias": bias})
     for other_name, parameter in parameters.items():
         check_real(other_name, parameter)
         check_device(other_name, parameter, name, hidden.device)
-        if _dtype_of_products(parameter) != dtype:
+        if dtype_of_products(parameter) != dtype:
             raise TypeError(f"{other_name} must have the dtype of {name}, {hidden.dtype}, got {parameter.dtype}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(

@@ -1,0 +1,127 @@
+"""A head over the vocabulary, a chunk of rows at a time: their logits in one buffer, and the products of gradients."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leafkernels._core.precision import compute_dtype
+
+# What a chunk's logits may take. Chunks must be long: after each, the float32 gradient of the weight is read and
+# written once, which at 1,000 tokens moves as many bytes as one of the four matrix products takes time for.
+CHUNK_BYTES = 960 << 20
+
+# Elements of a chunk's gradient that are widened to float32 at a time, where no matrix product does so itself.
+_WIDENED = 1 << 22
+
+
+class HeadOptions(NamedTuple):
+    """How the head's logits are made, and how many rows at a time."""
+
+    softcap: float | None
+    num_live: int | None
+    chunk: int
+    dtype: torch.dtype
+
+
+class ChunkedHead:
+    """The chunks of live rows, and the logits of each in one buffer."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        options: HeadOptions,
+        wide: bool = False,
+    ) -> None:
+        """``wide``: logits in float32, whatever the products are made of."""
+        self.hidden, self.mask = hidden, mask
+        self.softcap, num_live, self.chunk, self.dtype = options
+        self.num_rows = hidden.shape[0]
+        if num_live is None:
+            num_live = self.num_rows if mask is None else int(mask.sum())  # reads one number back from a device
+        self.num_live = min(num_live, self.num_rows)
+        # Of another dtype for the products, and as large: not for none.
+        self.weight = weight.to(self.dtype) if self.num_live else weight
+        self.bias = None if bias is None else bias.to(self.dtype)
+        dtype = compute_dtype(self.dtype) if wide else self.dtype
+        self.buffer = hidden.new_empty((min(self.chunk, self.num_live), weight.shape[0]), dtype=dtype)
+
+    def chunks(self) -> Iterator[slice | Tensor]:
+        """Live rows in order; indices of ``num_rows`` stand for none, where fewer are live than was said."""
+        if self.mask is None:
+            yield from (slice(i, min(i + self.chunk, self.num_rows)) for i in range(0, self.num_rows, self.chunk))
+        elif self.num_live:
+            # Each live row goes to its rank; all others, and those that were not expected, after the last.
+            ranks = (self.mask.cumsum(0) - 1).clamp_max_(self.num_live).masked_fill_(~self.mask, self.num_live)
+            rows = torch.full((self.num_live + 1,), self.num_rows, device=self.mask.device)
+            rows[ranks] = torch.arange(self.num_rows, device=self.mask.device)
+            yield from rows[:-1].split(self.chunk)
+
+    def states(self, rows: slice | Tensor) -> Tensor:
+        """Hidden states of a chunk, 0 where there is no row."""
+        if isinstance(rows, slice):
+            return self.hidden[rows].to(self.dtype)
+        taken = self.hidden[rows.clamp_max(self.num_rows - 1)].to(self.dtype)
+        return taken.masked_fill_((rows == self.num_rows)[:, None], 0.0)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """In the buffer, until the next chunk."""
+        logits = self.buffer[: states.shape[0]]
+        if logits.dtype != self.dtype:
+            write_product(logits, states, self.weight)
+            if self.bias is not None:
+                logits.add_(self.bias)
+        elif self.bias is None:
+            torch.mm(states, self.weight.T, out=logits)
+        else:
+            torch.addmm(self.bias, states, self.weight.T, out=logits)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+def new_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], dtype: torch.dtype
+) -> list[Tensor]:
+    """Of the hidden states, with one row more, and in ``dtype`` of weight and bias; empty where not needed."""
+    shapes = (hidden.shape[0] + 1, hidden.shape[1]), weight.shape, weight.shape[:1]
+    dtypes = hidden.dtype, dtype, dtype
+    return [
+        hidden.new_zeros(shape if needed else (0,), dtype=dtype)
+        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
+    ]
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, with sums and ``total`` in float32 whatever ``a`` and ``b`` are."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # PyTorch 2.8 and later
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        wide = b.to(total.dtype)
+        step = max(1, _WIDENED // max(a.shape[1], 1))
+        for part, columns in zip(total.split(step), a.split(step), strict=True):
+            part.addmm_(columns.to(total.dtype), wide)
+
+
+def write_product(product: Tensor, a: Tensor, b: Tensor) -> None:
+    """product = a @ b.T, with sums and ``product`` in float32 whatever ``a`` and ``b`` are."""
+    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):  # PyTorch 2.8 and later
+        torch.ops.aten.mm.dtype_out(a, b.T, product.dtype, out=product)
+    else:
+        wide = a.to(product.dtype)
+        step = max(1, _WIDENED // max(b.shape[1], 1))
+        for start in range(0, b.shape[0], step):
+            torch.mm(wide, b[start : start + step].to(product.dtype).T, out=product[:, start : start + step])
+
+
+def dtype_of_products(tensor: Tensor) -> torch.dtype:
+    """Its own, or autocast's, which leaves float64 alone."""
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type)
