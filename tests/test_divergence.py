@@ -229,8 +229,11 @@ def test_a_vocabulary_of_a_real_model(backend: str, kind: str) -> None:
 @every_kind
 @every_backend
 def test_equal_rows_have_none_and_no_gradient(backend: str, kind: str, small_blocks: None) -> None:
-    rows = torch.stack([row for row in hard_rows(100).values()])
-    for options in ({}, {"top_k": 5}, {"top_k": 5, "tail": False}, {"temperature": 0.7}):
+    is_slow = backend == "triton" and DEVICE == "cpu"
+    hard = hard_rows(40 if is_slow else 100)
+    rows = torch.stack([hard[name] for name in (("lead 60 near", "banned") if is_slow else hard)])
+    every: tuple[dict[str, Any], ...] = ({}, {"top_k": 5}, {"top_k": 5, "tail": False}, {"temperature": 0.7})
+    for options in every[-1:] if is_slow else every:
         found = run(rows, rows, (torch.ones(len(rows)), torch.zeros(len(rows))), kind=kind, backend=backend, **options)
         assert (found[0] == 0).all(), options
         assert (found[4] == 0).all(), options
