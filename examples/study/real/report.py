@@ -118,9 +118,10 @@ def steps_table() -> str:
 
 def masks_table() -> str:
     rows = []
-    for line in RUNS.of("masks"):
+    for line in sorted(RUNS.of("masks"), key=lambda line: -line["top_p"]):
         for name in ("whole softmax", "sampling mask"):
-            cells = [f"{line['top_p']:g}", name, f"{line['kept mean']:.0f} ({line['kept median']:.0f})"]
+            kept = f"{line['kept mean']:.0f} ({line['kept median']:.0f})" if line["top_p"] < 1 else "all"
+            cells = [f"{line['top_p']:g}", name, kept]
             for of in ("token", "answer"):
                 found = line[name][of]
                 cells.append(f"{found['mean']:.4f} ± {found['deviation']:.4f}")
@@ -139,12 +140,15 @@ def masks_table() -> str:
 
 
 def power_table() -> str:
+    by_family: dict[str, list[Line]] = {}
+    for line in RUNS.of("power"):
+        by_family.setdefault(line["family"], []).append(line)
     rows = [
-        [family, f"{of['deviation']:.4f}", f"{of['least difference']:.3f}"]
-        for found in RUNS.of("power")
-        for family, of in found.items()
+        [family, f"{lines[0]['deviation']:.4f}", *(f"{line['least difference']:.3f}" for line in lines)]
+        for family, lines in by_family.items()
     ]
-    return paired.table(["family", "deviation of a pair", "least difference seen with power 0.8"], rows)
+    seeds = (f"least difference seen, {line['seeds']} seeds" for line in next(iter(by_family.values())))
+    return paired.table(["family", "deviation of a pair", *seeds], rows)
 
 
 def training_table() -> str:

@@ -170,9 +170,12 @@ def main() -> None:
     arguments = parser.parse_args()
     settings, until = Settings(), time.time() + 60 * arguments.minutes
     if arguments.power:
-        records = {family: rollouts.taken(arguments.work, "measured", [family]) for family in TRAINED}
-        found = {family: least_difference(of, settings, len(RUN_SEEDS)) for family, of in records.items()}
-        return RUNS.replace("power", [found])
+        found = []
+        for family in TRAINED:
+            records = rollouts.taken(arguments.work, "measured", [family])
+            for seeds in (4, 8, 16):
+                found.append({"family": family, "seeds": seeds, **least_difference(records, settings, seeds)})
+        return RUNS.replace("power", found)
     done = [tuple(line["run"]) for line in RUNS.of("training")]
     if arguments.collect:
         states = (torch.load(path, weights_only=True) for path in sorted((arguments.work / "training").glob("*.pt")))
