@@ -123,9 +123,10 @@ def train(
     for step in range(len(history["reward"]), last + 1):
         if step % settings.evaluate_every == 0 and str(step) not in history["greedy"]:
             history["greedy"][str(step)] = round(greedy_reward(adapted, run.family, settings.evaluated), 4)
-        if step % settings.keep_every == 0 or step == last:
+        stops = step == last or time.time() > until
+        if step % settings.keep_every == 0 or stops:
             keep(path, {"weights": weights, "optimizer": optimizer.state_dict(), "history": history})
-        if step == last or time.time() > until:
+        if stops:
             break
         first = 1000 * run.seed + settings.prompts * step
         tasks = [problem(run.family, "trained", first + place) for place in range(settings.prompts)]
