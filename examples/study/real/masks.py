@@ -70,10 +70,11 @@ def summary(top_p: float, parts: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--top-p", type=float, nargs="+", choices=TOP_P, default=list(TOP_P))
     arguments = parser.parse_args()
     policy = models.load(arguments.work / "start")
     done = [line["top_p"] for line in RUNS.of("masks")]
-    for top_p in TOP_P:
+    for top_p in arguments.top_p:
         if top_p in done:
             continue
         parts = []

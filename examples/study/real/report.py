@@ -92,6 +92,8 @@ def blocks_table() -> str:
     for line in own:
         every = assembled([checked[line["prompt_id"]]], "all blocks")
         last = assembled([{**line, MODEL: line[MODEL][:1]}], MODEL)
+        if not every.num_measured:
+            continue
         cells = [line["prompt_id"]]
         for of in (last, every):
             mean = of.mean()
@@ -118,9 +120,10 @@ def steps_table() -> str:
 
 def masks_table() -> str:
     rows = []
-    for line in RUNS.of("masks"):
+    for line in sorted(RUNS.of("masks"), key=lambda line: -line["top_p"]):
         for name in ("whole softmax", "sampling mask"):
-            cells = [f"{line['top_p']:g}", name, f"{line['kept mean']:.0f} ({line['kept median']:.0f})"]
+            kept = f"{line['kept mean']:.0f} ({line['kept median']:.0f})" if line["top_p"] < 1 else "all"
+            cells = [f"{line['top_p']:g}", name, kept]
             for of in ("token", "answer"):
                 found = line[name][of]
                 cells.append(f"{found['mean']:.4f} ± {found['deviation']:.4f}")
@@ -139,44 +142,30 @@ def masks_table() -> str:
 
 
 def power_table() -> str:
+    by_family: dict[str, list[Line]] = {}
+    for line in RUNS.of("power"):
+        by_family.setdefault(line["family"], []).append(line)
     rows = [
-        [family, f"{of['deviation']:.4f}", f"{of['least difference']:.3f}"]
-        for found in RUNS.of("power")
-        for family, of in found.items()
+        [family, f"{lines[0]['deviation']:.4f}", *(f"{line['least difference']:.3f}" for line in lines)]
+        for family, lines in by_family.items()
     ]
-    return paired.table(["family", "deviation of a pair", "least difference seen with power 0.8"], rows)
+    seeds = (f"least difference seen, {line['seeds']} seeds" for line in next(iter(by_family.values())))
+    return paired.table(["family", "deviation of a pair", *seeds], rows)
 
 
 def training_table() -> str:
-    """What ran, finished or not: over as many steps as all arms of a seed have."""
-    runs = [*RUNS.of("training"), *RUNS.of("training so far")]
+    """What ran, finished or not; differences to GRPO over as many steps as both have."""
+    runs = {tuple(run["run"]): run for run in [*RUNS.of("training so far"), *RUNS.of("training")]}
     rows = []
-    for family in ("sums", "sorting"):
-        for seed in range(4):
-            found = {run["run"][2]: run for run in runs if run["run"][:2] == [seed, family]}
-            if len(found) < 3:
-                continue
-            steps = min(len(run["reward"]) for run in found.values())
-            sampled = {arm: sum(run["reward"][:steps]) / max(steps, 1) for arm, run in found.items()}
-            both = set.intersection(*(set(run["greedy"]) for run in found.values()))
-            last = max(both, key=int)
-            cells = [family, str(seed), str(steps), f"{sampled['grpo']:.3f}"]
-            cells += [f"{sampled[arm] - sampled['grpo']:+.3f}" for arm in ("leaf", "tree_td")]
-            cells += [f"{found['grpo']['greedy']['0']:.3f}", last, f"{found['grpo']['greedy'][last]:.3f}"]
-            greedy = {arm: run["greedy"][last] for arm, run in found.items()}
-            rows.append([*cells, *(f"{greedy[arm] - greedy['grpo']:+.3f}" for arm in ("leaf", "tree_td"))])
-    head = [
-        "family",
-        "seed",
-        "steps",
-        "GRPO, sampled",
-        "LEAF",
-        "tree_td",
-        "GRPO, greedy at 0",
-        "at step",
-        "GRPO, greedy",
-    ]
-    return paired.table([*head, "LEAF", "tree_td"], rows)
+    for (seed, family, arm), run in runs.items():
+        reward, greedy, grpo = run["reward"], run["greedy"], runs.get((seed, family, "grpo"))
+        cells = [family, str(seed), arm, str(len(reward)), f"{sum(reward) / max(len(reward), 1):.3f}"]
+        both = min(len(reward), len(grpo["reward"])) if grpo and arm != "grpo" else 0
+        less = sum(ours - theirs for ours, theirs in zip(reward, grpo["reward"], strict=False)) / both if both else None
+        cells.append("" if less is None else f"{less:+.3f}")
+        rows.append([*cells, ", ".join(f"{value:.3f} at {step}" for step, value in greedy.items())])
+    head = ["family", "seed", "arm", "steps of 60", "sampled reward", "less GRPO", "greedy, 48 problems"]
+    return paired.table(head, rows)
 
 
 def tables() -> Iterator[tuple[str, str]]:

@@ -123,9 +123,10 @@ def train(
     for step in range(len(history["reward"]), last + 1):
         if step % settings.evaluate_every == 0 and str(step) not in history["greedy"]:
             history["greedy"][str(step)] = round(greedy_reward(adapted, run.family, settings.evaluated), 4)
-        if step % settings.keep_every == 0 or step == last:
+        stops = step == last or time.time() > until
+        if step % settings.keep_every == 0 or stops:
             keep(path, {"weights": weights, "optimizer": optimizer.state_dict(), "history": history})
-        if step == last or time.time() > until:
+        if stops:
             break
         first = 1000 * run.seed + settings.prompts * step
         tasks = [problem(run.family, "trained", first + place) for place in range(settings.prompts)]
@@ -170,9 +171,12 @@ def main() -> None:
     arguments = parser.parse_args()
     settings, until = Settings(), time.time() + 60 * arguments.minutes
     if arguments.power:
-        records = {family: rollouts.taken(arguments.work, "measured", [family]) for family in TRAINED}
-        found = {family: least_difference(of, settings, len(RUN_SEEDS)) for family, of in records.items()}
-        return RUNS.replace("power", [found])
+        found = []
+        for family in TRAINED:
+            records = rollouts.taken(arguments.work, "measured", [family])
+            for seeds in (4, 8, 16):
+                found.append({"family": family, "seeds": seeds, **least_difference(records, settings, seeds)})
+        return RUNS.replace("power", found)
     done = [tuple(line["run"]) for line in RUNS.of("training")]
     if arguments.collect:
         states = (torch.load(path, weights_only=True) for path in sorted((arguments.work / "training").glob("*.pt")))
