@@ -120,6 +120,16 @@ def test_the_study_of_losses_runs(tmp_path: Path) -> None:
     assert [row[0] for row in rows[1:9]] == [f"{losses[loss]}, {weights}" for loss, weights in arms]
 
 
+def test_the_tables_of_the_study_of_losses_are_those_of_its_runs() -> None:
+    for package in ("trl", "matplotlib", "scipy"):
+        pytest.importorskip(package)
+    folder = ROOT / "examples" / "study" / "distill"
+    code = "import losses, sys; sys.stdout.write(losses.Study(losses.HERE).tables())"
+    made = cells_of(run_python("-c", code, cwd=folder).stdout)
+    shown = cells_of((folder / "LOSSES.md").read_text(encoding="utf-8"))
+    assert shown == made
+
+
 def test_the_tables_of_the_study_of_distillation_are_those_of_its_runs() -> None:
     pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
