@@ -116,7 +116,7 @@ def test_the_study_of_losses_runs(tmp_path: Path) -> None:
         # Equal tokens, to a step; the first batch is that of all arms.
         assert len(run["greedy"]) == 3 and 900 <= run["tokens"][-1] < 900 + 32 * 32
         assert run["gap"][0] == found[8]["gap"][0]
-    rows = cells_of((tmp_path / "results" / "losses.md").read_text(encoding="utf-8"))
+    rows = cells_of((tmp_path / "results" / "losses_tables.md").read_text(encoding="utf-8"))
     assert [row[0] for row in rows[1:9]] == [f"{losses[loss]}, {weights}" for loss, weights in arms]
 
 

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leafkernels.integrations._trl_masks import _head, _states
 from leafkernels.integrations._trl_scoring import TeacherScores
 from leafkernels.integrations._trl_served import ServedTeacher, check_served
 from leafkernels.integrations._trl_stored import StoredCompletions
 from leafkernels.models.asking import evaluating
-from leafkernels.models.heads import Head, _scaled, score
+from leafkernels.models.heads import Head, known_head, scaled, score, states_of_head
 from leafkernels.vocabulary.divergence import Divergence, TeacherTopK, divergence
 from leafkernels.vocabulary.linear_divergence import linear_divergence
 
@@ -114,9 +113,9 @@ class _Side(NamedTuple):
         hearing: AbstractContextManager[None],
         detached: bool = False,
     ) -> "_Side":
-        _head(model)  # before anything is heard: the trial that finds it would hear a recording of a row
+        known_head(model)  # before anything is heard: the trial that finds it would hear a recording of a row
         with hearing:
-            head, states = _states(model, ids, attention, keep)
+            head, states = states_of_head(model, ids, attention, keep)
         weights = [None, None] if head is None else [head.linear.weight, head.linear.bias]
         if detached:
             # Of a student that stands in for its teacher for a while: the weights that it has now.
@@ -126,7 +125,7 @@ class _Side(NamedTuple):
     def logits(self) -> Tensor:
         if self.head is None or self.weight is None:
             return self.states
-        return _scaled(torch.nn.functional.linear(self.states, self.weight, self.bias), *self.head[1:])
+        return scaled(torch.nn.functional.linear(self.states, self.weight, self.bias), *self.head[1:])
 
 
 class DivergenceLoss(TeacherScores, StoredCompletions):

@@ -19,9 +19,8 @@ from torch.nn.functional import pad
 
 from leafkernels.integrations._trl_kept import joined, of_engine, of_rows, padded
 from leafkernels.integrations._trl_sharing import SharedPrefixes
-from leafkernels.models.asking import bare_model, evaluating, parameters_of
-from leafkernels.models.heads import Head, head_of, hidden_states, score
-from leafkernels.models.ranks import placed
+from leafkernels.models.asking import evaluating
+from leafkernels.models.heads import Head, known_head, score, states_of_head
 from leafkernels.models.tree_logprobs import Prepared
 from leafkernels.vocabulary.sampling_mask import SamplingMask, are_missing
 from leafkernels.vocabulary.surprisal import surprisal_entropy
@@ -114,7 +113,7 @@ class SamplingMasks(SharedPrefixes):
     ) -> Any:
         self._width = logits_to_keep
         if self._masks is not None:
-            _head(model)
+            known_head(model)
         call = (model, input_ids, attention_mask, logits_to_keep)
         return super()._get_per_token_logps_and_entropies(*call, *more, **options)
 
@@ -149,7 +148,7 @@ class SamplingMasks(SharedPrefixes):
         for start in range(0, len(ids), size):
             rows = slice(start, start + size)
             with self.accelerator.autocast():
-                head, states = _states(model, ids[rows], mask[rows], keep)
+                head, states = states_of_head(model, ids[rows], mask[rows], keep)
                 kept = joined(masks[rows], keep, ids.device)
                 live = mask[rows, -keep:].bool()
                 parts.append(score(head, states, ids[rows, -keep:], self.temperature, live, kept))
@@ -175,7 +174,7 @@ class SamplingMasks(SharedPrefixes):
         is_training = self.model.training
         size = getattr(self.args, f"per_device_{'train' if is_training else 'eval'}_batch_size")
         parts = []
-        _head(self.model)
+        known_head(self.model)
         with evaluating(self.model), torch.no_grad(), self.accelerator.autocast():
             for start in range(0, len(ids), size):
                 rows = slice(start, start + size)
@@ -188,7 +187,7 @@ class SamplingMasks(SharedPrefixes):
         self, model: Any, ids: Tensor, mask: Tensor, keep: int
     ) -> tuple[list[SamplingMask], Tensor, Tensor, Tensor]:
         """Of rows their masks; and (rows, keep) of tokens log-probabilities, the kept mass, and which are missing."""
-        head, states = _states(model, ids, mask, keep)
+        head, states = states_of_head(model, ids, mask, keep)
         live = mask[:, -keep:].bool()
         tokens, states = ids[:, -keep:][live], states[live]
         banned = (self.args.generation_kwargs or {}).get("suppress_tokens") or getattr(
@@ -271,25 +270,6 @@ def _check_options(args: Any, has_aux_loss: bool) -> None:
             "sampling_mask must be False with a router's loss (router_aux_loss_coef), which TRL's own function alone "
             "returns; or set router_aux_loss_coef to 0"
         )
-
-
-def _head(model: Any) -> Head | None:
-    """Asked for first where no recordings are being heard: the trial that finds it would hear one of a row."""
-    return None if placed(bare_model(model)).in_step else head_of(model)
-
-
-def _states(model: Any, ids: Tensor, mask: Tensor, keep: int) -> tuple[Head | None, Tensor]:
-    """(rows, keep, size): what the head is given before each of the last tokens, or without a head their logits."""
-    bare = bare_model(model)
-    head = _head(model)
-    more: dict[str, Any] = {name: value for name, value in (("use_cache", False),) if name in parameters_of(model)}
-    if "logits_to_keep" in parameters_of(model):
-        more["logits_to_keep"] = keep + 1 if head is None else 1
-    if head is None:
-        return None, model(input_ids=ids, attention_mask=mask, **more).logits[:, -keep - 1 : -1]
-    with hidden_states(bare) as found:
-        model(input_ids=ids, attention_mask=mask, **more)
-    return head, found[-1][:, -keep - 1 : -1]
 
 
 def _vocabulary(head: Head | None, states: Tensor) -> int:

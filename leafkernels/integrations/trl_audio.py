@@ -8,9 +8,7 @@ a frozen audio encoder hears it once.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,6 @@ from torch import Tensor
 try:
     import trl
     from transformers import AutoProcessor, PreTrainedModel
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer.utils import create_model_from_path, get_config_model_id
 except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy import, in several lines
@@ -30,21 +27,15 @@ except (ImportError, RuntimeError) as error:  # the latter from TRL's lazy impor
         f"({' '.join(str(error).split())}); pip install 'leafkernels[trl]'"
     ) from error
 
+from leafkernels.integrations._trl_ear import Ear, HeardPrompt
 from leafkernels.integrations._trl_options import MendedGRPOTrainer
 from leafkernels.integrations.trl import LeafGRPOTrainer
 from leafkernels.models import TreeBatch
-from leafkernels.models.asking import evaluating
+from leafkernels.models.asking import bare_model, evaluating
 from leafkernels.models.tree_logprobs import Prepared, prepare
-from leafkernels.rows.recordings import Heard, PromptReader, find_encoder, join, join_features, undecoded
+from leafkernels.rows.recordings import PromptReader, find_encoder, join_features, undecoded
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _Prompt(Heard):
-    """What rollouts of a prompt share."""
-
-    encoded: dict[int, Tensor] = field(default_factory=dict)  # by the id of the encoder
 
 
 class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
@@ -97,7 +88,7 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
             processing_class = AutoProcessor.from_pretrained(
                 name, revision=revision, padding_side="left", trust_remote_code=args.trust_remote_code
             )
-        base = _base(model)
+        base = bare_model(model)
         self._reader = PromptReader(processing_class, args.chat_template_kwargs)
         find_encoder(base)
         _merge_own_adapter(base)
@@ -119,13 +110,13 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
         banned = self._tokenizer.convert_tokens_to_ids(self._reader.audio_token)
         self.generation_kwargs.setdefault("suppress_tokens", [banned])
         self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"]
-        self._ears: dict[int, _Ear] = {}
+        self._ears: dict[int, Ear] = {}
         for listener in (self.model, self.ref_model):
             if listener is not None:
-                base = _base(self.accelerator.unwrap_model(listener))
-                self._ears[id(base)] = _Ear(base, is_trained=listener is self.model)
+                base = bare_model(self.accelerator.unwrap_model(listener))
+                self._ears[id(base)] = Ear(base, is_trained=listener is self.model)
         # Whose audio the next forward hears: TRL calls it with tensors only.
-        self._rows: Sequence[_Prompt] = ()
+        self._rows: Sequence[HeardPrompt] = ()
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Any], *, batch_size: int | None = None, max_tokens: int | None = None) -> list[str]:
@@ -172,7 +163,7 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
             self._signature_columns.append("audio")
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        read: dict[Any, _Prompt] = {}
+        read: dict[Any, HeardPrompt] = {}
         rows = []
         for row in inputs:
             key = (repr(row["prompt"]), _key(row.get("audio")))
@@ -248,13 +239,13 @@ class AudioGRPOTrainer(MendedGRPOTrainer, GRPOTrainer):
             return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
         return count
 
-    def _ear(self, model: Any) -> "_Ear":
-        return self._ears[id(_base(self.accelerator.unwrap_model(model)))]
+    def _ear(self, model: Any) -> "Ear":
+        return self._ears[id(bare_model(self.accelerator.unwrap_model(model)))]
 
-    def _read(self, prompt: Any, audio: Any) -> _Prompt:
+    def _read(self, prompt: Any, audio: Any) -> HeardPrompt:
         heard = self._reader.read(prompt, audio)
         features = {name: values.to(self.accelerator.device) for name, values in heard.features.items()}
-        return _Prompt(heard.token_ids, features)
+        return HeardPrompt(heard.token_ids, features)
 
 
 class LeafAudioGRPOTrainer(LeafGRPOTrainer, AudioGRPOTrainer):
@@ -264,112 +255,6 @@ class LeafAudioGRPOTrainer(LeafGRPOTrainer, AudioGRPOTrainer):
     ``share_prefixes=True`` a micro-batch runs each prompt once, its recording with it, and a trained encoder hears it
     once.
     """
-
-
-class _Ear:
-    """Hands a model the audio of the rows that its next forwards are about."""
-
-    def __init__(self, base: Any, *, is_trained: bool) -> None:
-        self.base, self.encoder = base, find_encoder(base)
-        self.is_frozen = not (is_trained and any(weight.requires_grad for weight in self.encoder.parameters()))
-        self._rows: Sequence[_Prompt] = ()
-        self._prompts: Sequence[_Prompt] = ()
-        self._encoded: Tensor | None = None
-        base.base_model.register_forward_pre_hook(self._hand, with_kwargs=True)
-        forward = self.encoder.forward
-
-        def answer(*args: Any, **kwargs: Any) -> Any:
-            if self._encoded is None:
-                return forward(*args, **kwargs)
-            return BaseModelOutputWithPooling(last_hidden_state=self._encoded)
-
-        self.encoder.forward = answer
-
-    def listen(self, model: Any, rows: Sequence[_Prompt], most: Callable[[int], int]) -> None:
-        """Let a frozen encoder hear those of the rows that it has not heard, each alone.
-
-        Args:
-            model: what is called, the encoder in it.
-            most: how many calls this rank makes, from the number of those it needs.
-        """
-        if not self.is_frozen or not rows:
-            return
-        new = [row for row in dict.fromkeys(rows) if id(self.encoder) not in row.encoded]
-        for i in range(most(len(new))):
-            row = new[i] if i < len(new) else rows[0]
-            row.encoded[id(self.encoder)] = self._hear_alone(model, row)
-
-    @contextmanager
-    def hearing(self, rows: Sequence[_Prompt]) -> Iterator[None]:
-        """Within, the forwards of the model, in any number, are about ``rows`` one after the other."""
-        self._rows = rows
-        try:
-            yield
-        finally:
-            self._rows, self._encoded = (), None
-
-    @contextmanager
-    def hearing_once(self, prompts: Sequence[_Prompt]) -> Iterator[None]:
-        """Within, the forwards of the model that are handed features are about ``prompts``, and have theirs."""
-        self._prompts = prompts
-        try:
-            yield
-        finally:
-            self._prompts, self._encoded = (), None
-
-    def _hand(self, _module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if self._prompts and self.is_frozen and any(inputs.get(name) is not None for name in self._prompts[0].features):
-            self._encoded = join([row.encoded[id(self.encoder)] for row in self._prompts])
-        if not self._rows:  # a step of decoding, or a model that is called by others
-            return None
-        count = len(inputs["input_ids"])
-        rows, self._rows = self._rows[:count], self._rows[count:]
-        if self.is_frozen:
-            self._encoded = join([row.encoded[id(self.encoder)] for row in rows])
-        return args, {**inputs, **join_features(rows)}
-
-    @torch.no_grad()
-    def _hear_alone(self, model: Any, row: _Prompt) -> Tensor:
-        """Let the model itself hand the features to its encoder, and stop it there.
-
-        It is called from the top, where an engine that shards its weights brings them together, and returns from there.
-        """
-        found: list[Tensor] = []
-
-        def stop(_module: Any, _args: Any, output: Any) -> None:
-            found.append(output.last_hidden_state)
-            raise _Encoded
-
-        def hear(*_args: Any, **inputs: Any) -> BaseModelOutputWithPooling:
-            # As a model in its own dtype hears, whatever the forward around it is cast to.
-            with suppress(_Encoded), torch.autocast(inputs["input_ids"].device.type, enabled=False):
-                self.base.base_model(**inputs)
-            return BaseModelOutputWithPooling()
-
-        own = vars(self.base).get("forward")
-        hook = self.encoder.register_forward_hook(stop)
-        self.base.forward = hear
-        token_ids = torch.tensor([row.token_ids], device=next(self.encoder.parameters()).device)
-        try:
-            # Granite's encoder normalises by the statistics of the batch in training mode.
-            with evaluating(self.encoder):
-                model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), **row.features)
-        finally:
-            hook.remove()
-            del self.base.forward
-            if own is not None:
-                self.base.forward = own
-        if not found:
-            raise TypeError(f"model must hand its audio to its encoder, {type(self.base).__name__} did not call it")
-        return found[0]
-
-
-class _Encoded(Exception):
-    """Ends a forward whose encoder has heard what it was to hear."""
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _load(name: str, args: Any, quantization_config: Any) -> Any:

@@ -8,11 +8,13 @@ from torch import Tensor
 from trl.trainer.utils import create_model_from_path
 
 from leafkernels.integrations._trl_average import EMATeacher
+from leafkernels.integrations._trl_ear import Ear
 from leafkernels.integrations._trl_served import ServedTeacher
 from leafkernels.integrations._trl_stored import StoredTeacher
 from leafkernels.integrations._trl_teachers import Teacher
-from leafkernels.integrations.trl_audio import AudioGRPOTrainer, _base, _Ear
+from leafkernels.integrations.trl_audio import AudioGRPOTrainer
 from leafkernels.integrations.trl_distillation import FireOPDTrainer
+from leafkernels.models.asking import bare_model
 
 __all__ = ["AudioFireOPDTrainer"]
 
@@ -48,9 +50,9 @@ class AudioFireOPDTrainer(FireOPDTrainer, AudioGRPOTrainer):
             )
         taken = super()._take_teacher(label, teacher, tokenizer, student)
         if taken.model is not None:
-            base = _base(taken.model)
+            base = bare_model(taken.model)
             try:
-                self._ears[id(base)] = _Ear(base, is_trained=False)
+                self._ears[id(base)] = Ear(base, is_trained=False)
             except TypeError as error:
                 raise TypeError(f"{name} must be an audio model, as the student is: {error}") from error
         return taken
@@ -74,7 +76,7 @@ class AudioFireOPDTrainer(FireOPDTrainer, AudioGRPOTrainer):
     def _hearing(
         self, model: Any, batch: dict[str, Any], rows: Tensor | Sequence[int] | None
     ) -> AbstractContextManager[None]:
-        base = _base(self.accelerator.unwrap_model(model))
+        base = bare_model(self.accelerator.unwrap_model(model))
         if id(base) not in self._ears:
             return nullcontext()
         prompts = batch["audio"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leafkernels.models.asking import bare_model, evaluating, parameters_of, plain_ids, text_config
+from leafkernels.models.ranks import placed
 from leafkernels.vocabulary.linear_surprisal import linear_surprisal_entropy
 from leafkernels.vocabulary.sampling_mask import SamplingMask
 from leafkernels.vocabulary.surprisal import SurprisalEntropy, surprisal_entropy
@@ -23,7 +24,7 @@ class Head(NamedTuple):
     softcap: float | None
 
     def logits(self, states: Tensor) -> Tensor:
-        return _scaled(self.linear(states), self.scale, self.softcap)
+        return scaled(self.linear(states), self.scale, self.softcap)
 
 
 # Of models that were asked: scale and softcap; None: their logits are not those of a linear head.
@@ -47,7 +48,7 @@ def head_of(model: Any) -> Head | None:
     return None if found is None else Head(linear, *found)
 
 
-def _scaled(products: Tensor, scale: float, softcap: float | None) -> Tensor:
+def scaled(products: Tensor, scale: float, softcap: float | None) -> Tensor:
     logits = products * scale
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
@@ -81,7 +82,7 @@ def _find(bare: Any, linear: Any) -> tuple[float, float | None] | None:
     bound = 1e-4 if linear.weight.dtype in (torch.float32, torch.float64) else 3e-2
     for factor in (scale, scaling and 1.0 / scaling, 1.0):
         for cap in (softcap, None):
-            if factor and float((_scaled(raw, factor, cap) - logits).norm()) <= bound * float(logits.norm()):
+            if factor and float((scaled(raw, factor, cap) - logits).norm()) <= bound * float(logits.norm()):
                 return float(factor), cap
     return None
 
@@ -127,3 +128,25 @@ def score(
         num_live=token_ids.numel(),
         sampling_mask=sampling_mask,
     )
+
+
+def known_head(model: Any) -> Head | None:
+    """``head_of``, or None where weights are spread over ranks that step together: a trial would be one forward more.
+
+    To be asked for before recordings are heard: the trial would hear one of a row.
+    """
+    return None if placed(bare_model(model)).in_step else head_of(model)
+
+
+def states_of_head(model: Any, ids: Tensor, mask: Tensor, keep: int) -> tuple[Head | None, Tensor]:
+    """(rows, keep, size): what the head is given before each of the last tokens, or without a head their logits."""
+    bare = bare_model(model)
+    head = known_head(model)
+    more: dict[str, Any] = {name: value for name, value in (("use_cache", False),) if name in parameters_of(model)}
+    if "logits_to_keep" in parameters_of(model):
+        more["logits_to_keep"] = keep + 1 if head is None else 1
+    if head is None:
+        return None, model(input_ids=ids, attention_mask=mask, **more).logits[:, -keep - 1 : -1]
+    with hidden_states(bare) as found:
+        model(input_ids=ids, attention_mask=mask, **more)
+    return head, found[-1][:, -keep - 1 : -1]

@@ -3,7 +3,7 @@
     python examples/study/distill/losses.py --work runs/distill
 
 ``--work`` takes the weights of teachers and first students; results go to the part "losses" of results/runs.jsonl.gz in
-``--out``, by default beside this file, and tables to results/losses.md.
+``--out``, by default beside this file, and tables to results/losses_tables.md.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def main() -> None:
             runs.add("losses", distil(arm, seed, pair, prompts, args.tokens, args.learning_rate))
     study = Study(args.out)
     if len(study.seeds) > 1:
-        (args.out / "results" / "losses.md").write_text(study.tables(), encoding="utf-8")
+        (args.out / "results" / "losses_tables.md").write_text(study.tables(), encoding="utf-8")
 
 
 if __name__ == "__main__":
