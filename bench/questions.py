@@ -198,15 +198,16 @@ def tree_forward(asked: Asked) -> list[Row]:
         for inputs in ("sampled", "nothing"):
             if time.monotonic() > asked.deadline:
                 return rows
-            ids = tree.rollouts(prompt, k, answer, inputs)
+            batch = tree.rollouts(tree.Case(prompt, k, answer, inputs))
             with torch.no_grad():
-                error = (tree.of_tree(model, ids, prompt) - tree.of_rows(model, ids, prompt)).abs().max()
+                error = (tree.of_tree(model, batch) - tree.of_rows(model, batch)).abs().max()
                 theirs, ours = tree.in_turns(
-                    [lambda: tree.of_rows(model, ids, prompt), lambda: tree.of_tree(model, ids, prompt)],  # noqa: B023
+                    [lambda: tree.of_rows(model, batch), lambda: tree.of_tree(model, batch)],  # noqa: B023
                     0 if asked.tiny else 3,
                 )
-            nodes = tree.tree_stats(model, ids).nodes
-            found = {"prompt": prompt, "k": k, "answer": answer, "inputs": inputs, "token_ratio": ids.numel() / nodes}
+            nodes = tree.tree_stats(model, batch.ids).nodes
+            ratio = batch.ids.numel() / nodes
+            found = {"prompt": prompt, "k": k, "answer": answer, "inputs": inputs, "token_ratio": ratio}
             times = {"rows_seconds": theirs, "tree_seconds": ours, "time_ratio": theirs / ours}
             rows.append(found | times | {"largest_difference": float(error)})
     return rows
