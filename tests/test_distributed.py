@@ -1028,7 +1028,7 @@ def test_a_split_head_in_half_precision(ranks: Ranks) -> None:
 def head_traffic_of_rank(*arguments: Any) -> tuple[int, list[int]]:
     """How many results came back, and the bytes of each collective of two passes forward and back."""
     with (
-        mock.patch("leafkernels.vocabulary.linear_surprisal.add_product", side_effect=AssertionError),
+        mock.patch("leafkernels.vocabulary.chunks.add_product", side_effect=AssertionError),
         counted_collectives() as sent,
     ):
         found = head_of_rank(*arguments)

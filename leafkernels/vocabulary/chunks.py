@@ -25,6 +25,14 @@ class HeadOptions(NamedTuple):
     dtype: torch.dtype
 
 
+class HeadTensors(NamedTuple):
+    """What makes a model's logits."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D), or more rows, of which only the ids in common count
+    bias: Tensor | None  # (V,)
+
+
 class ChunkedHead:
     """The chunks of live rows, and the logits of each in one buffer."""
 
@@ -118,6 +126,43 @@ def write_product(product: Tensor, a: Tensor, b: Tensor) -> None:
         step = max(1, _WIDENED // max(b.shape[1], 1))
         for start in range(0, b.shape[0], step):
             torch.mm(wide, b[start : start + step].to(product.dtype).T, out=product[:, start : start + step])
+
+
+class HeadGradients:
+    """Of a head's hidden states, weight and bias, from the gradients of its chunks' logits."""
+
+    def __init__(self, head: ChunkedHead, tensors: HeadTensors, needs: list[bool]) -> None:
+        self.head, self.tensors, self.needs = head, tensors, needs
+        self.widest = compute_dtype(head.dtype)
+        self.hidden, self.weight, self.bias = new_gradients(*tensors, needs, self.widest)
+        is_wide = head.buffer.dtype != head.dtype
+        self.buffer = torch.empty_like(head.buffer, dtype=head.dtype) if is_wide else head.buffer
+
+    def add(self, rows: slice | Tensor, states: Tensor) -> None:
+        """The gradient of the chunk's logits stands in the buffer."""
+        gradients = self.buffer[: states.shape[0]]
+        num_ids = gradients.shape[1]
+        if self.needs[0]:
+            self.hidden[rows] = (gradients @ self.head.weight).to(self.hidden.dtype)
+        if self.needs[1]:
+            add_product(self.weight[:num_ids], gradients.T, states)
+        if self.needs[2]:
+            self.bias[:num_ids] += gradients.sum(0, dtype=self.widest)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Each empty where it is not needed."""
+        _, weight, bias = self.tensors
+        grad_hidden = self.hidden[:-1] if self.needs[0] else self.hidden
+        return grad_hidden, self.weight.to(weight.dtype), self.bias if bias is None else self.bias.to(bias.dtype)
+
+
+def no_gradients(tensors: HeadTensors, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, bias = tensors
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        (weight if bias is None else bias).new_empty(weight.shape[:1] if needs[2] else (0,)),
+    )
 
 
 def dtype_of_products(tensor: Tensor) -> torch.dtype:

@@ -9,14 +9,11 @@ from torch.nn.functional import pad
 from leafkernels._core.derivatives import refuse_second_derivative
 from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
-from leafkernels.vocabulary.chunks import HeadOptions
+from leafkernels.vocabulary.chunks import HeadGradients, HeadOptions, HeadTensors, no_gradients
 from leafkernels.vocabulary.divergence_heads import (
-    HeadGradients,
-    HeadTensors,
     blank_results,
     chunks_of,
     make_head,
-    no_gradients,
     with_one_more,
 )
 from leafkernels.vocabulary.divergence_ids import Split, split_rows, write_split_gradients

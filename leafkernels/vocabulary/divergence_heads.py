@@ -12,16 +12,8 @@ from leafkernels._core.backend import implementation
 from leafkernels._core.derivatives import refuse_second_derivative
 from leafkernels._core.operation import operation
 from leafkernels._core.precision import compute_dtype
-from leafkernels.vocabulary.chunks import ChunkedHead, HeadOptions, add_product, new_gradients
+from leafkernels.vocabulary.chunks import ChunkedHead, HeadGradients, HeadOptions, HeadTensors, no_gradients
 from leafkernels.vocabulary.divergence_rows import DivergenceKind, Pair, PairStatistics, pair_statistics
-
-
-class HeadTensors(NamedTuple):
-    """What makes a model's logits."""
-
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D), or more rows, of which only the ids in common count
-    bias: Tensor | None  # (V,)
 
 
 class _Chunk(NamedTuple):
@@ -100,43 +92,6 @@ def _linear_divergence(
     dtype = compute_dtype(student_options.dtype)
     kinds = (torch.bool if field == "top1_agrees" else dtype for field in PairStatistics._fields)
     return PairStatistics(*(student.hidden.new_empty((student.hidden.shape[0],), dtype=kind) for kind in kinds))
-
-
-class HeadGradients:
-    """Of a head's hidden states, weight and bias, from the gradients of its chunks' logits."""
-
-    def __init__(self, head: ChunkedHead, tensors: HeadTensors, needs: list[bool]) -> None:
-        self.head, self.tensors, self.needs = head, tensors, needs
-        self.widest = compute_dtype(head.dtype)
-        self.hidden, self.weight, self.bias = new_gradients(*tensors, needs, self.widest)
-        is_wide = head.buffer.dtype != head.dtype
-        self.buffer = torch.empty_like(head.buffer, dtype=head.dtype) if is_wide else head.buffer
-
-    def add(self, rows: slice | Tensor, states: Tensor) -> None:
-        """The gradient of the chunk's logits stands in the buffer."""
-        gradients = self.buffer[: states.shape[0]]
-        num_ids = gradients.shape[1]
-        if self.needs[0]:
-            self.hidden[rows] = (gradients @ self.head.weight).to(self.hidden.dtype)
-        if self.needs[1]:
-            add_product(self.weight[:num_ids], gradients.T, states)
-        if self.needs[2]:
-            self.bias[:num_ids] += gradients.sum(0, dtype=self.widest)
-
-    def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Each empty where it is not needed."""
-        _, weight, bias = self.tensors
-        grad_hidden = self.hidden[:-1] if self.needs[0] else self.hidden
-        return grad_hidden, self.weight.to(weight.dtype), self.bias if bias is None else self.bias.to(bias.dtype)
-
-
-def no_gradients(tensors: HeadTensors, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, bias = tensors
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else (0,)),
-        weight.new_empty(weight.shape if needs[1] else (0,)),
-        (weight if bias is None else bias).new_empty(weight.shape[:1] if needs[2] else (0,)),
-    )
 
 
 def _backward_of_pairs(

@@ -9,7 +9,7 @@ from torch import Tensor
 from leafkernels._core.derivatives import refuse_second_derivative
 from leafkernels._core.precision import compute_dtype
 from leafkernels._core.reference import from_reference
-from leafkernels.vocabulary.divergence_heads import HeadTensors
+from leafkernels.vocabulary.chunks import HeadTensors
 from leafkernels.vocabulary.slices import whole_vocabulary
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -16,7 +16,7 @@ from leafkernels._core.checks import (
     check_real,
 )
 from leafkernels._core.derivatives import refuse_forward_mode
-from leafkernels.vocabulary.chunks import HeadOptions, dtype_of_products
+from leafkernels.vocabulary.chunks import HeadOptions, HeadTensors, dtype_of_products
 from leafkernels.vocabulary.divergence import (
     Divergence,
     TeacherTopK,
@@ -25,7 +25,7 @@ from leafkernels.vocabulary.divergence import (
     check_teacher,
 )
 from leafkernels.vocabulary.divergence_head_ids import LinearSplit, linear_split
-from leafkernels.vocabulary.divergence_heads import HeadTensors, LinearPairs
+from leafkernels.vocabulary.divergence_heads import LinearPairs
 from leafkernels.vocabulary.divergence_ids import Split, divergence_of_splits, split_of_logprobs
 from leafkernels.vocabulary.divergence_reference import heads_by_reference
 from leafkernels.vocabulary.divergence_rows import Pair

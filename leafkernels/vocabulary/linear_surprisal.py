@@ -25,10 +25,11 @@ from leafkernels._core.reference import from_reference
 from leafkernels.vocabulary.chunks import (
     CHUNK_BYTES,
     ChunkedHead,
+    HeadGradients,
     HeadOptions,
-    add_product,
+    HeadTensors,
     dtype_of_products,
-    new_gradients,
+    no_gradients,
 )
 from leafkernels.vocabulary.inputs import RowStatistics, SampledTokens, check_temperature, for_live_rows
 from leafkernels.vocabulary.kept import add_head_gradients, gradient_of, head_logits, joined, statistics_of, with_states
@@ -208,13 +209,12 @@ def _backward_in_chunks(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     write_gradients = implementation(backend, "surprisal").write_gradients
-    widest = compute_dtype(options.dtype)
-    grad_hidden, grad_weight, grad_bias = new_gradients(hidden, weight, bias, needs, widest)
     grad_surprisal, more = pad(grad_surprisal, (0, 1)), tokens.with_one_more()
     grad_entropy = None if grad_entropy is None else pad(grad_entropy, (0, 1))
     statistics = RowStatistics(*(pad(numbers, (0, 1)) for numbers in statistics))
     with torch.autocast(hidden.device.type, enabled=False):
         head = ChunkedHead(hidden, weight, bias, tokens.mask, options)
+        gradients = HeadGradients(head, HeadTensors(hidden, weight, bias), needs)
         for rows in head.chunks():
             states = head.states(rows)
             logits = head.logits(states)
@@ -227,15 +227,8 @@ def _backward_in_chunks(
                 more.chunk(rows),
                 options.softcap,
             )
-            if needs[0]:
-                grad_hidden[rows] = (logits @ head.weight).to(grad_hidden.dtype)
-            if needs[1]:
-                add_product(grad_weight, logits.T, states)
-            if needs[2]:
-                grad_bias += logits.sum(0, dtype=widest)
-    if needs[0]:
-        grad_hidden = grad_hidden[:-1]
-    return grad_hidden, grad_weight.to(weight.dtype), grad_bias if bias is None else grad_bias.to(bias.dtype)
+            gradients.add(rows, states)
+    return gradients.results()
 
 
 @operation(run=_backward_in_chunks)
@@ -251,11 +244,7 @@ def _linear_surprisal_entropy_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, each empty where it is not needed."""
-    return (
-        hidden.new_empty(hidden.shape if needs[0] else (0,)),
-        weight.new_empty(weight.shape if needs[1] else (0,)),
-        (weight if bias is None else bias).new_empty(weight.shape[:1] if needs[2] else (0,)),
-    )
+    return no_gradients(HeadTensors(hidden, weight, bias), needs)
 
 
 class _LinearSurprisalEntropy(torch.autograd.Function):
