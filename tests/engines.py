@@ -20,6 +20,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -99,24 +100,13 @@ def _start(is_deepspeed: bool) -> list[tuple[Any, Connection]]:
     for rank in range(RANKS):
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(is_deepspeed, theirs), daemon=True)
-        with _environment(changes | {"RANK": str(rank), "LOCAL_RANK": str(rank)}):
+        with mock.patch.dict(os.environ, changes | {"RANK": str(rank), "LOCAL_RANK": str(rank)}):
             sys.path.extend(folders)
             process.start()
             del sys.path[len(sys.path) - len(folders) :]
         theirs.close()
         pair.append((process, ours))
     return pair
-
-
-@contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _serve(is_deepspeed: bool, pipe: Connection) -> None:
@@ -195,7 +185,7 @@ def _on(engine: str) -> Iterator[None]:
 
     AcceleratorState.__init__ = made  # type: ignore[method-assign]
     try:
-        with _environment(settings):
+        with mock.patch.dict(os.environ, settings):
             yield
     finally:
         AcceleratorState.__init__ = make  # type: ignore[method-assign]

@@ -4,7 +4,6 @@ import gzip
 import inspect
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,19 +112,3 @@ def cells_of(text: str) -> list[list[str]]:
     rows = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in row] for row in rows]
     return [row for row in rows if set("".join(row)) != {"-"}]
-
-
-def run_ranks(script: str, folder: Path, *more: str) -> None:
-    """Run a script of this directory as two ranks on a CPU; its arguments: a rank, where results go, ``more``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **numbers, **where}
-        command = [sys.executable, str(ROOT / "tests" / script), str(rank), str(folder / f"{rank}.pt"), *more]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=folder))
-    errors = [rank.communicate(timeout=240)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)

@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, cells_of, results_of, run_python
+from forked import run_forked
+from support import ROOT, cells_of, results_of
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("transformers")
 
 
 def run_example(*arguments: str) -> str:
-    return run_python(*arguments, cwd=ROOT / "examples", timeout=280).stdout
+    return run_forked(*arguments, cwd=ROOT / "examples", timeout=280).stdout
 
 
 def test_grpo_lora_learns() -> None:
@@ -125,7 +126,7 @@ def test_the_tables_of_the_study_of_losses_are_those_of_its_runs() -> None:
         pytest.importorskip(package)
     folder = ROOT / "examples" / "study" / "distill"
     code = "import losses, sys; sys.stdout.write(losses.Study(losses.HERE).tables())"
-    made = cells_of(run_python("-c", code, cwd=folder).stdout)
+    made = cells_of(run_forked("-c", code, cwd=folder).stdout)
     shown = cells_of((folder / "LOSSES.md").read_text(encoding="utf-8"))
     assert shown == made
 
@@ -135,7 +136,7 @@ def test_the_tables_of_the_study_of_distillation_are_those_of_its_runs() -> None
     pytest.importorskip("matplotlib")
     folder = ROOT / "examples" / "study" / "distill"
     code = "import analyse, sys; sys.stdout.write(analyse.Study(analyse.HERE).tables())"
-    made = cells_of(run_python("-c", code, cwd=folder).stdout)[1:7]
+    made = cells_of(run_forked("-c", code, cwd=folder).stdout)[1:7]
     shown = cells_of((folder / "README.md").read_text(encoding="utf-8"))[1:7]
     for row, found in zip(shown, made, strict=True):
         # Greedy during, at the end, and the divergence; the page has no p of the last two and no sampled rewards.
@@ -257,12 +258,12 @@ def test_the_tables_of_agreement_with_a_speech_model_are_those_of_its_results() 
     pytest.importorskip("soundfile", reason="needs the extra speech")
     pytest.importorskip("scipy", reason="needs the extra speech")
     study = ROOT / "examples" / "study" / "agreement"
-    printed = run_python(str(study / "speech_model.py"), "--report").stdout
+    printed = run_forked(str(study / "speech_model.py"), "--report").stdout
     assert printed.count("|") > 100 and printed.strip() in (study / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_of_agreement_with_the_exact_gradient_are_those_of_its_results() -> None:
     pytest.importorskip("scipy", reason="needs the extra speech")
     study = ROOT / "examples" / "study" / "agreement"
-    printed = run_python(str(study / "run.py"), "--part", "exact").stdout
+    printed = run_forked(str(study / "run.py"), "--part", "exact").stdout
     assert printed.count("|") > 300 and printed.strip() in (study / "README.md").read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pages
 import pytest
 import torch
+from forked import run_forked
 from pages import PAGES, ROOT
 from support import run_python
 
@@ -71,7 +72,7 @@ def test_the_first_lines_of_a_page_train(page: str, tmp_path: Path) -> None:
     lines = first_lines(page)
     assert len([line for line in lines.splitlines() if line]) <= most
     where = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-    assert "'train_loss': " in run_python("-c", lines, cwd=tmp_path, PYTHONPATH=where).stdout
+    assert "'train_loss': " in run_forked("-c", lines, cwd=tmp_path, PYTHONPATH=where).stdout
 
 
 def test_ten_lines_bring_a_student_closer_to_its_teacher(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import ROOT, cells_of, run_python
+from forked import run_forked
+from support import ROOT, cells_of
 
 pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("peft")
@@ -269,6 +270,6 @@ def test_the_model_of_the_package(sums: Any, tmp_path: Path) -> None:
 def test_the_tables_of_the_page_on_evidence_are_those_of_the_results() -> None:
     pytest.importorskip("matplotlib", reason="needs the extra study")
     code = "import evidence; print(evidence.table(evidence.agreement())); print(evidence.table(evidence.training()))"
-    printed = run_python("-c", code, cwd=ROOT / "docs").stdout
+    printed = run_forked("-c", code, cwd=ROOT / "docs").stdout
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     assert len(cells_of(printed)) > 15 and all(part in page for part in printed.strip().split("\n\n"))

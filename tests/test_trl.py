@@ -21,10 +21,10 @@ from collections.abc import Iterator
 import pytest
 import tiny_trl
 import transformers
+from forked import run_ranks
 from packaging.version import Version
 from pages import ROOT
 from rollouts import assert_rows_close
-from support import run_ranks
 from tiny_trl import Recorded, config, count_a, picky, script, trainer
 from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer

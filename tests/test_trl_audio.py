@@ -18,7 +18,7 @@ for package in ("peft", "soundfile"):
 import tiny_audio
 import tiny_listeners
 from datasets import Audio, Dataset
-from support import run_ranks
+from forked import run_ranks
 from tiny_audio import lora, recordings, trainer
 from tiny_listeners import tone, wave
 from tiny_trl import config

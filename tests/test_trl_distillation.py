@@ -11,7 +11,7 @@ pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 import tiny_distillation
 import tiny_trl
 from datasets import Dataset
-from support import run_ranks
+from forked import run_ranks
 from tiny_distillation import another, run, settings
 
 from leafkernels.integrations.trl_distillation import FireOPDTrainer

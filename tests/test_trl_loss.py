@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 trl = pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 
 import tiny_trl
-from support import run_ranks
+from forked import run_ranks
 from test_trl import CREDIT, LEVELS, LOSS_TYPES_OF_TRL, MASK, Flat, check, curve, measured, rows
 from tiny_trl import LONGEST, config, trainer
 from trl import GRPOConfig, GRPOTrainer

@@ -14,8 +14,8 @@ pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
 
 import tiny_trl
 from datasets import Dataset
+from forked import run_ranks
 from peft import LoraConfig
-from support import run_ranks
 from tiny_trl import Recorded, config, picky, trainer
 from transformers.generation import logits_process
 from trl import GRPOConfig
