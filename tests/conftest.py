@@ -23,7 +23,7 @@ settings.register_profile(
     deadline=None,
     print_blob=True,
     derandomize=bool(os.environ.get("CI")),
-    max_examples=40 if os.environ.get("CI") else 100,
+    max_examples=20 if os.environ.get("CI") else 100,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("leafkernels")
