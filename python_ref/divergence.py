@@ -65,20 +65,22 @@ def divergence_backward(
 
     Over the temperature, and by the class's logit: p (log(p / q) - KL) of reverse_kl, p - q of forward_kl, and
     (1 - beta) p (log(p / m) - sum p log(p / m)) of jsd. An id among the rest has its share of that class's gradient.
-    NaN where a reverse KL that counts is infinite.
+    NaN where a reverse KL that counts is infinite, and at all ids that count where there is no divergence.
     """
     temperatures = _each(temperature, len(student_logits))
     pairs = _pairs(student_logits, teacher_logits, temperature, top_k, tail, ids, logprobs, least_rest)
     result = []
     for a, b, t, pair in zip(divergence_gradients, entropy_gradients, temperatures, pairs, strict=True):
         p, q, whole, _, told, _ = pair
-        _, slopes = _divergence(p, q, kind, beta)
-        if kind == "reverse_kl" and math.isinf(_divergence(p, q, kind, beta)[0]):
+        found, slopes = _divergence(p, q, kind, beta)
+        if kind == "reverse_kl" and math.isinf(found):
             slopes = [math.nan if a != 0 else 0.0] * len(p)
         entropy = _entropy(whole)
         gradient = []
         for j, log_p in enumerate(whole):
-            if told is None:
+            if math.isnan(found) and (told is None or tail or j in told):
+                slope = math.nan
+            elif told is None:
                 slope = slopes[j]
             elif j in told:
                 slope = slopes[told[j]]

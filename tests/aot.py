@@ -473,7 +473,7 @@ CASES = [
         "running_sums",
         segments._running_sums_kernel,
         "*fp64 *fp64 *i64 *i64 i32",
-        {"STRETCH": 64, "TILE": 1024, "BLOCK": 64},
+        {"STRETCH": segments.STRETCH, "FIRST": segments.FIRST, "TILE": segments.TILE},
         False,
     ),
     Case(

@@ -135,7 +135,7 @@ def sums_of_segments(backend: str) -> Any:
     lengths = torch.tensor([1, 5, 16, 17, 1, 70])
     ends = lengths.cumsum(0)
     starts, lasts = (ends - lengths).repeat_interleave(lengths), (ends - 1).repeat_interleave(lengths)
-    with sizes("segments", STRETCH=32, TILE=32, BLOCK=16):
+    with sizes("segments", STRETCH=32, FIRST=4, TILE=32):
         return running_sums(random(110).double(), starts, lasts, 70, backend)
 
 

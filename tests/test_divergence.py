@@ -351,6 +351,17 @@ def test_bad_rows_and_masked_rows_stay_alone(backend: str, ids: dict[str, int], 
         torch.testing.assert_close(numbers[[0, 2, 4, 5]], want[[0, 2, 4, 5]], rtol=0, atol=0)
 
 
+@every_kind
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_divergence_has_no_gradient(backend: str, kind: str, small_blocks: None) -> None:
+    """Of a teacher without a distribution, nor at ids that the student bans."""
+    student = torch.tensor([[0.0, -INF, 1.0]] * 3, device=DEVICE)
+    teacher = torch.tensor([[-INF] * 3, [0.0, math.nan, 1.0], [0.0, INF, 0.0]], device=DEVICE)
+    for options in ({}, {"top_k": 2}):
+        found = run(student, teacher, (torch.ones(3), torch.zeros(3)), kind=kind, backend=backend, **options)
+        assert found[0].isnan().all() and found[4].isnan().all()
+
+
 @every_backend
 def test_shapes_strides_and_temperatures(backend: str, small_blocks: None) -> None:
     student, teacher = random(2, 3, 40, seed=13), random(2, 3, 40, seed=14)

@@ -35,8 +35,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from leafkernels.kernels import segments
 
     monkeypatch.setattr(segments, "STRETCH", 4)
+    monkeypatch.setattr(segments, "FIRST", 3)
     monkeypatch.setattr(segments, "TILE", 8)
-    monkeypatch.setattr(segments, "BLOCK", 4)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -78,6 +78,8 @@ def test_no_bit_depends_on_where_a_segment_lies_or_what_is_beside_it(backend: st
         again = sums(torch.cat([parts[i] for i in order]), [lengths[i] for i in order], backend)
         assert torch.equal(together, again)
         assert torch.equal(together, torch.cat([alone[i] for i in order]))
+    # Nor on what follows: rows that share their beginning share its sums.
+    assert torch.equal(sums(parts[2][:13], [13], backend), alone[2][:13])
 
 
 @pytest.mark.parametrize("backend", FAST)

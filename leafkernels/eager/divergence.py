@@ -1,7 +1,8 @@
 """Divergence of two distributions over the vocabulary, a few rows at a time, so that what is in between stays cached.
 
 See ``leafkernels.kernels.divergence`` for the mathematics. The logarithms of p and q are float64: two models
-that are near to each other keep the digits of their difference where the rows lead by far.
+that are near to each other keep the digits of their difference where the rows lead by far. Steps that make or take
+booleans cost as much as several exponentials here: what is chosen by entry is chosen by 1.0 and 0.0.
 """
 
 from collections.abc import Iterable, Iterator
@@ -32,7 +33,7 @@ class _Chunk(NamedTuple):
     p: Tensor
     q: Tensor
     totals: tuple[Tensor, Tensor]  # (n, 1) float64: -log p and -log q of the tops
-    room: Tensor  # (4, n, V) scratch
+    room: Tensor  # (5, n, V) scratch
 
 
 def _chunks(student: Tensor, teacher: Tensor, tops: "PairTops", pair: "Pair") -> Iterator[_Chunk]:
@@ -43,7 +44,7 @@ def _chunks(student: Tensor, teacher: Tensor, tops: "PairTops", pair: "Pair") ->
         parts = (rows for rows in pair.mask.nonzero().squeeze(1).split(step) if rows.numel())
     # Memory that is given back comes again page by page, which takes as long as the exponentials.
     wide = torch.empty((3, min(step, num_rows), vocab_size), dtype=torch.float64, device=student.device)
-    narrow = torch.empty((7, min(step, num_rows), vocab_size), dtype=dtype, device=student.device)
+    narrow = torch.empty((8, min(step, num_rows), vocab_size), dtype=dtype, device=student.device)
     for rows in parts if vocab_size else ():
 
         def logs(
@@ -66,32 +67,36 @@ def _chunks(student: Tensor, teacher: Tensor, tops: "PairTops", pair: "Pair") ->
         yield _Chunk(rows, log_p, log_q, gap, p, q, (total, teacher_total), narrow[3:, :n])
 
 
+def _is_near(y: Tensor, out: Tensor) -> Tensor:
+    """1.0 where |y| < 0.5."""
+    return torch.lt(torch.abs(y, out=out), 0.5, out=out)
+
+
 def _series(y: Tensor, out: Tensor) -> Tensor:
-    """e^y - 1 - y for |y| < 0.5, to its own rounding."""
+    """e^y - 1 - y for |y| < 0.5, to its own rounding, and finite elsewhere."""
     if y.dtype == torch.float64:
-        return torch.expm1(y, out=out).sub_(y)
-    torch.mul(y, 1 / 40320, out=out).add_(1 / 5040)
-    for factorial in (720, 120, 24, 6, 2):
-        out.mul_(y).add_(1 / factorial)
+        return torch.clamp_max(y, 0.5, out=out).expm1_().sub_(y)
+    # As in the kernel: of all polynomials of this degree the nearest.
+    torch.mul(y, 0.00019875629, out=out).add_(0.0013981997)
+    for coefficient in (0.008333452, 0.041665796, 0.16666666, 0.5):
+        out.mul_(y).add_(coefficient)
     return out.mul_(y).mul_(y)
 
 
 def _excess(p: Tensor, other: Tensor, y: Tensor, room: Tensor) -> Tensor:
-    """p (e^y - 1 - y), of which ``other`` is p e^y; never below 0, each to its own rounding. In room[2]."""
+    """p (e^y - 1 - y), of which ``other`` is p e^y; never below 0, each to its own rounding. Written over y."""
     near, far = _series(y, room[0]).mul_(p), torch.sub(other, p, out=room[1]).addcmul_(p, y, value=-1)
-    return torch.where(torch.abs(y, out=room[2]) < 0.5, near, far, out=room[2])
+    # Between two numbers, at 0 or 1, lies exactly the one or the other.
+    return torch.lerp(far, near, _is_near(y, room[2]), out=y)
 
 
-def _to_mixture(gap: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log m - log p of the student's p and of the teacher's, m = beta p_teacher + (1 - beta) p_student."""
-    size, student_is_larger = gap.abs(), gap >= 0
-    share = torch.full_like(size, 1.0 - beta).masked_fill_(student_is_larger, beta)
-    of_larger = (share * (-size).expm1()).log1p()
-    of_smaller = of_larger + size
-    return (
-        torch.where(student_is_larger, of_larger, of_smaller),
-        torch.where(student_is_larger, of_smaller, of_larger),
-    )
+def _to_mixture(gap: Tensor, beta: float, room: Tensor) -> tuple[Tensor, Tensor]:
+    """log m - log p of the student's p and of the teacher's, m = beta p_teacher + (1 - beta) p_student. In room[:2]."""
+    least, most = (gap.new_full((), share) for share in (1.0 - beta, beta))
+    share = torch.lerp(least, most, torch.ge(gap, 0.0, out=room[0]), out=room[0])
+    of_larger = torch.abs(gap, out=room[1]).neg_().expm1_().mul_(share).log1p_()
+    to_student = torch.neg(gap, out=room[0]).clamp_min_(0.0).add_(of_larger)
+    return to_student, of_larger.add_(gap.clamp_min_(0.0))
 
 
 def divergence_sums(student: Tensor, teacher: Tensor, tops: "PairTops", pair: "Pair", kind: "DivergenceKind") -> Tensor:
@@ -104,9 +109,9 @@ def divergence_sums(student: Tensor, teacher: Tensor, tops: "PairTops", pair: "P
     name, beta = kind
     for rows, log_p, log_q, gap, p, q, (total, teacher_total), room in _chunks(student, teacher, tops, pair):
         if name == "jsd":
-            to_student, to_teacher = _to_mixture(gap, beta)
-            mixture = beta * q + (1.0 - beta) * p
-            part = _excess(p, mixture, to_student, room).clone()
+            to_student, to_teacher = _to_mixture(gap, beta, room[3:])
+            mixture = torch.mul(q, beta, out=gap).add_(p, alpha=1.0 - beta)
+            part = _excess(p, mixture, to_student, room)
             terms = _excess(q, mixture, to_teacher, room).mul_(beta).add_(part, alpha=1.0 - beta)
             sums[1, rows, 0] = part.sum(1).to(sums.dtype)
         else:
@@ -150,11 +155,11 @@ def write_gradients(
         if name == "forward_kl":
             near = torch.sub(gap, _series(torch.neg(gap, out=room[3]), room[0]), out=room[1]).mul_(p)
             far = torch.sub(p, q, out=room[0])
-            slope = torch.where(torch.abs(gap, out=room[2]) < 0.5, near, far, out=room[2]).mul_(weight)
+            slope = torch.lerp(far, near, _is_near(gap, room[2]), out=room[3]).mul_(weight)
         elif name == "reverse_kl":
             slope = torch.sub(gap, part, out=room[0]).mul_(p).mul_(weight)
         else:
-            slope = (_to_mixture(gap, beta)[0] + part).mul_(p).mul_((beta - 1.0) * weight)
+            slope = _to_mixture(gap, beta, room)[0].add_(part).mul_(p).mul_((beta - 1.0) * weight)
         if grad_entropy is not None:
             entropy, grad = (
                 numbers[rows].to(p.dtype)[:, None] for numbers in (statistics.student_entropy, grad_entropy)

@@ -1,8 +1,9 @@
 """Running sums within segments of a list, in one launch, of float64 numbers.
 
-A segment is cut into tiles from its first entry on. A program takes the tiles that begin in its stretch of the list,
-one after the other: it sums what lies before the tile in the segment, in an order of places within the segment, and
-goes on from there a block at a time. So what a segment gives depends neither on where it lies nor on its neighbours.
+The first entries of each segment are added one by one, many segments at a time. What comes after them is cut into
+tiles, from the segment's start on; a program takes the tiles that begin in its stretch of the list, one after the
+other: it sums what lies before the tile in the segment, and scans the tile from there on. All is in an order of places
+within the segment, so what a segment gives depends neither on where it lies nor on its neighbours.
 """
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from leafkernels.kernels._shared import FP_FUSION
 
-STRETCH = 64  # places that a program looks for tiles in
-TILE = 1024  # entries
-BLOCK = 64  # of them at a time: its square is summed
+STRETCH = 128  # places that a program looks at
+FIRST = 16  # entries of each segment that are added one by one: rows of a prompt, tokens that lie outside of rows
+TILE = 512  # entries
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -25,30 +26,34 @@ def _running_sums_kernel(
     lasts_ptr,
     size,
     STRETCH: tl.constexpr,
+    FIRST: tl.constexpr,
     TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    # places, starts, begins: (STRETCH,)
-    places = tl.program_id(0).to(tl.int64) * STRETCH + tl.arange(0, STRETCH)
-    starts = tl.load(starts_ptr + places, mask=places < size, other=0)
-    begins = (places < size) & ((places - starts) % TILE == 0)
-    place = tl.min(places) - 1
+    # spots, starts, nth, sums: (STRETCH,)
+    first = tl.program_id(0).to(tl.int64) * STRETCH
+    spots = tl.arange(0, STRETCH)
+    is_in = first + spots < size
+    starts = tl.load(starts_ptr + first + spots, mask=is_in, other=0)
+    nth = tl.where(is_in, first + spots - starts, -1)
+    is_early = is_in & (nth < FIRST)
+    sums = tl.zeros([STRETCH], tl.float64)
+    for i in range(tl.max(tl.where(is_early, nth + 1, 0).to(tl.int32))):
+        sums += tl.load(entries_ptr + starts + i, mask=is_early & (i <= nth), other=0.0)
+    tl.store(sums_ptr + first + spots, sums, mask=is_early)
+
+    begins = (nth >= FIRST) & ((nth - FIRST) % TILE == 0)
+    offs = tl.arange(0, TILE)
+    spot = -1
     for _ in range(tl.sum(begins.to(tl.int32))):
-        place = tl.min(tl.where(begins & (places > place), places, size))
-        start = tl.load(starts_ptr + place)
-        # (TILE,) sums that meet once at the end: one fixed order.
+        spot = tl.min(tl.where(begins & (spots > spot), spots, STRETCH))
+        place = first + spot
+        # before, own: (TILE,)
         before = tl.zeros([TILE], tl.float64)
-        for at in range(start, place, TILE):
-            before += tl.load(entries_ptr + at + tl.arange(0, TILE))
-        carry = tl.sum(before)
-        end = tl.minimum(tl.load(lasts_ptr + place) + 1, place + TILE)
-        for at in range(place, end, BLOCK):
-            # offs, own, sums: (BLOCK,); what each sums: (BLOCK, BLOCK).
-            offs = tl.arange(0, BLOCK)
-            own = tl.load(entries_ptr + at + offs, mask=at + offs < end, other=0.0)
-            sums = carry + tl.sum(tl.where(offs[None, :] <= offs[:, None], own[None, :], 0.0), axis=1)
-            tl.store(sums_ptr + at + offs, sums, mask=at + offs < end)
-            carry = tl.sum(tl.where(offs == BLOCK - 1, sums, 0.0))
+        for at in range(tl.load(starts_ptr + place), place, TILE):
+            before += tl.load(entries_ptr + at + offs, mask=at + offs < place, other=0.0)
+        is_own = place + offs <= tl.load(lasts_ptr + place)
+        own = tl.load(entries_ptr + place + offs, mask=is_own, other=0.0)
+        tl.store(sums_ptr + place + offs, tl.sum(before) + tl.cumsum(own), mask=is_own)
 
 
 def running_sums(entries: Tensor, starts: Tensor, lasts: Tensor, longest: int) -> Tensor:
@@ -62,8 +67,8 @@ def running_sums(entries: Tensor, starts: Tensor, lasts: Tensor, longest: int) -
             lasts,
             size,
             STRETCH=STRETCH,
+            FIRST=FIRST,
             TILE=TILE,
-            BLOCK=BLOCK,
             num_warps=4,
             enable_fp_fusion=FP_FUSION,
         )

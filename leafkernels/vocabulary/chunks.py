@@ -1,11 +1,12 @@
 """A head over the vocabulary, a chunk of rows at a time: their logits in one buffer, and the products of gradients."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from leafkernels._core.checks import check_device, check_positive, check_real
 from leafkernels._core.precision import compute_dtype
 
 # What a chunk's logits may take. Chunks must be long: after each, the float32 gradient of the weight is read and
@@ -170,3 +171,42 @@ def dtype_of_products(tensor: Tensor) -> torch.dtype:
     if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
         return tensor.dtype
     return torch.get_autocast_dtype(tensor.device.type)
+
+
+def check_head(
+    hidden: Any, weight: Any, bias: Any, prefix: str = "", weight_name: str = "lm_head_weight"
+) -> torch.dtype:
+    """The dtype of a head's products; raise unless the three fit. ``prefix`` names the model in their names."""
+    name = f"{prefix}hidden"
+    check_real(name, hidden)
+    if hidden.dim() == 0:
+        raise ValueError(f"{name} must have shape (..., width), got a scalar")
+    dtype = dtype_of_products(hidden)
+    for other_name, parameter in {weight_name: weight, **({} if bias is None else {f"{prefix}bias": bias})}.items():
+        check_real(other_name, parameter)
+        check_device(other_name, parameter, name, hidden.device)
+        if dtype_of_products(parameter) != dtype:
+            raise TypeError(f"{other_name} must have the dtype of {name}, {hidden.dtype}, got {parameter.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name} must have shape (vocabulary, {hidden.shape[-1]}), got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{prefix}bias must have one entry for each id, shape {tuple(weight.shape[:1])}, "
+            f"got shape {tuple(bias.shape)}"
+        )
+    return dtype
+
+
+def scaled_softcap(scale: float, softcap: float | None, prefix: str = "") -> float | None:
+    """The softcap of logits whose ``scale`` the temperature takes: c tanh(s x / c) / T = c/s tanh(x / (c/s)) / (T/s).
+
+    Raise unless both are positive.
+    """
+    check_positive(f"{prefix}logit_scale", scale)
+    if softcap is None:
+        return None
+    check_positive(f"{prefix}logit_softcap", softcap)
+    check_positive(f"{prefix}logit_softcap / {prefix}logit_scale", softcap / scale)
+    return float(softcap / scale)

@@ -1,7 +1,5 @@
 """Divergence of a student's distribution over the vocabulary from a teacher's, from the hidden states of both."""
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,11 +10,9 @@ from leafkernels._core.checks import (
     check_device,
     check_kernel_dtype,
     check_mask,
-    check_positive,
-    check_real,
 )
 from leafkernels._core.derivatives import refuse_forward_mode
-from leafkernels.vocabulary.chunks import HeadOptions, HeadTensors, dtype_of_products
+from leafkernels.vocabulary.chunks import HeadOptions, HeadTensors, check_head, scaled_softcap
 from leafkernels.vocabulary.divergence import (
     Divergence,
     TeacherTopK,
@@ -105,7 +101,8 @@ def linear_divergence(
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message says which, and what came.
     """
-    student, dtype = _check_head("student", student_hidden, student_weight, student_bias)
+    dtype = check_head(student_hidden, student_weight, student_bias, "student_", "student_weight")
+    student = HeadTensors(student_hidden, student_weight, student_bias)
     shape, device = student_hidden.shape[:-1], student_hidden.device
     is_served = isinstance(teacher_hidden, TeacherTopK)
     teacher, teacher_dtype = student, dtype
@@ -113,7 +110,8 @@ def linear_divergence(
         if teacher_weight is not None or teacher_bias is not None:
             raise ValueError("teacher_weight and teacher_bias must be None with a TeacherTopK")
     else:
-        teacher, teacher_dtype = _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+        teacher_dtype = check_head(teacher_hidden, teacher_weight, teacher_bias, "teacher_", "teacher_weight")
+        teacher = HeadTensors(teacher_hidden, teacher_weight, teacher_bias)  # type: ignore[arg-type]
         if teacher_hidden.shape[:-1] != shape:
             raise ValueError(
                 f"teacher_hidden must have one row for each of student_hidden, {tuple(shape)}, "
@@ -144,18 +142,13 @@ def linear_divergence(
     like = torch.empty(shape, dtype=torch.bool, device=device)
     num_live = shape.numel() if mask is None else num_live
 
-    def scaled(model: str, scale: float, softcap: float | None, dtype: torch.dtype) -> tuple[Tensor, HeadOptions]:
-        check_positive(f"{model}_logit_scale", scale)
+    def scaled(prefix: str, scale: float, softcap: float | None, dtype: torch.dtype) -> tuple[Tensor, HeadOptions]:
+        softcap = scaled_softcap(scale, softcap, prefix)
         temperatures = check_temperature(temperature, like, mask, scale).reshape(-1).contiguous()
-        if softcap is not None:
-            # c tanh(s x / c) / T = c/s tanh(x / (c/s)) / (T/s): a scale costs nothing.
-            check_positive(f"{model}_logit_softcap", softcap)
-            softcap = float(softcap / scale)
-            check_positive(f"{model}_logit_softcap / {model}_logit_scale", softcap)
         return temperatures, HeadOptions(softcap, num_live, chunk_tokens, dtype)
 
-    student_temperature, own = scaled("student", student_logit_scale, student_logit_softcap, dtype)
-    teacher_temperature, other = scaled("teacher", teacher_logit_scale, teacher_logit_softcap, teacher_dtype)
+    student_temperature, own = scaled("student_", student_logit_scale, student_logit_softcap, dtype)
+    teacher_temperature, other = scaled("teacher_", teacher_logit_scale, teacher_logit_softcap, teacher_dtype)
     pair = Pair(student_temperature, teacher_temperature, row_mask)
     student, teacher = (HeadTensors(_in_rows(head.hidden), *head[1:]) for head in (student, teacher))
     served = None
@@ -188,28 +181,3 @@ def linear_divergence(
 
 def _in_rows(hidden: Tensor) -> Tensor:
     return hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
-
-
-def _check_head(model: str, hidden: Tensor, weight: Any, bias: Tensor | None) -> tuple[HeadTensors, torch.dtype]:
-    """What makes a model's logits, and the dtype of its products."""
-    name = f"{model}_hidden"
-    check_real(name, hidden)
-    if hidden.dim() == 0:
-        raise ValueError(f"{name} must have shape (..., width), got a scalar")
-    dtype = dtype_of_products(hidden)
-    parameters = {f"{model}_weight": weight} | ({} if bias is None else {f"{model}_bias": bias})
-    for other_name, parameter in parameters.items():
-        check_real(other_name, parameter)
-        check_device(other_name, parameter, name, hidden.device)
-        if dtype_of_products(parameter) != dtype:
-            raise TypeError(f"{other_name} must have the dtype of {name}, {hidden.dtype}, got {parameter.dtype}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{model}_weight must have shape (vocabulary, {hidden.shape[-1]}), got shape {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{model}_bias must have one entry for each id, shape {tuple(weight.shape[:1])}, "
-            f"got shape {tuple(bias.shape)}"
-        )
-    return HeadTensors(hidden, weight, bias), dtype

@@ -15,8 +15,6 @@ from leafkernels._core.checks import (
     check_integer,
     check_kernel_dtype,
     check_mask,
-    check_positive,
-    check_real,
 )
 from leafkernels._core.derivatives import refuse_forward_mode, refuse_second_derivative
 from leafkernels._core.operation import operation
@@ -28,8 +26,9 @@ from leafkernels.vocabulary.chunks import (
     HeadGradients,
     HeadOptions,
     HeadTensors,
-    dtype_of_products,
+    check_head,
     no_gradients,
+    scaled_softcap,
 )
 from leafkernels.vocabulary.inputs import RowStatistics, SampledTokens, check_temperature, for_live_rows
 from leafkernels.vocabulary.kept import add_head_gradients, gradient_of, head_logits, joined, statistics_of, with_states
@@ -457,43 +456,20 @@ def linear_surprisal_entropy(
         >>> leafkernels.linear_surprisal_entropy(hidden, weight, torch.tensor([0, 2]))
         SurprisalEntropy(surprisal=tensor([1.0986, 0.4076]), entropy=tensor([1.0986, 0.8324]))
     """
-    check_real("hidden", hidden)
-    device = hidden.device
-    for name, parameter in (("lm_head_weight", lm_head_weight), ("bias", bias)):
-        if parameter is not None:
-            check_real(name, parameter)
-            check_device(name, parameter, "hidden", device)
+    dtype, device = check_head(hidden, lm_head_weight, bias), hidden.device
     token_ids = check_integer("token_ids", token_ids)
     wanted = check_statistics(statistics)
-    if hidden.dim() == 0 or token_ids.shape != hidden.shape[:-1]:
+    if token_ids.shape != hidden.shape[:-1]:
         raise ValueError(
             f"token_ids must have one entry for each row of hidden, shape {tuple(hidden.shape[:-1])}, "
             f"got shape {tuple(token_ids.shape)}"
         )
-    if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"lm_head_weight must have shape (vocabulary, {hidden.shape[-1]}), got shape {tuple(lm_head_weight.shape)}"
-        )
-    if bias is not None and bias.shape != lm_head_weight.shape[:1]:
-        raise ValueError(
-            f"bias must have one entry for each id, shape {tuple(lm_head_weight.shape[:1])}, "
-            f"got shape {tuple(bias.shape)}"
-        )
     check_device("token_ids", token_ids, "hidden", device)
     mask = check_mask(response_mask, "token_ids", token_ids.shape, device)
-    check_positive("logit_scale", logit_scale)
-    # c tanh(s x / c) / T = c/s tanh(x / (c/s)) / (T/s): a scale costs nothing.
+    softcap = scaled_softcap(logit_scale, logit_softcap)
     temperatures = check_temperature(temperature, token_ids, mask, logit_scale)
-    if logit_softcap is not None:
-        check_positive("logit_softcap", logit_softcap)
-        logit_softcap = logit_softcap / logit_scale
-        check_positive("logit_softcap / logit_scale", logit_softcap)
     if num_live is not None:
         check_count("num_live", num_live, 0)
-    dtype = dtype_of_products(hidden)
-    for name, parameter in (("lm_head_weight", lm_head_weight), ("bias", bias)):
-        if parameter is not None and dtype_of_products(parameter) != dtype:
-            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {parameter.dtype}")
     backend = resolve_backend(backend, device)
     check_kernel_dtype("hidden", dtype, backend)
     if chunk_tokens is None:
@@ -514,7 +490,6 @@ def linear_surprisal_entropy(
         kept, row_mask = kept_ids(sampling_mask, ids, lm_head_weight.shape[0], live, own)
         num_live = None  # of those that are left
     tokens = SampledTokens(ids, temperatures.reshape(num_rows).contiguous(), row_mask)
-    softcap = None if logit_softcap is None else float(logit_softcap)
     options = HeadOptions(softcap, num_rows if row_mask is None else num_live, chunk_tokens, dtype)
     rows = hidden.reshape(num_rows, hidden.shape[-1])
     head = rows, lm_head_weight, bias, tokens

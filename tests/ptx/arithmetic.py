@@ -147,12 +147,13 @@ def permute_bytes(a: Array, b: Array, selector: Array) -> Array:
 
 
 def shuffle(mode: str, values: Array, by: Array, bounds: Array, members: Array) -> Array:
-    """``shfl.sync`` of whole warps over all 32 lanes: what another lane holds."""
-    if np.any(np.asarray(bounds) != 31) or np.any(np.asarray(members) != 0xFFFFFFFF):
+    """``shfl.sync`` of whole warps over all 32 lanes: what another lane holds; its own where ``up`` finds none."""
+    if np.any(np.asarray(bounds) != (0 if mode == "up" else 31)) or np.any(np.asarray(members) != 0xFFFFFFFF):
         raise ValueError("shfl over a part of a warp")
-    lanes = np.arange(len(values))
-    partner = lanes ^ by if mode == "bfly" else lanes // WARP * WARP + (by & u4(31))
-    return values[partner.astype(np.intp)]
+    threads, by = np.arange(len(values)), (np.asarray(by) & u4(31)).astype(np.intp)
+    lanes = threads % WARP
+    partner = {"bfly": lanes ^ by, "idx": by, "up": np.where(lanes >= by, lanes - by, lanes)}[mode]
+    return values[threads - lanes + partner]
 
 
 def reduce_warp(name: str, values: Array, members: Array) -> Array:

@@ -110,7 +110,7 @@ FORMULAS: dict[str, Callable[..., Formula]] = {
     r"cvt(\.rmi)\.(f64|f32)\.(\2)": lambda *what: (what[1], (what[2],), _convert(*what)),
     r"cvt(\.rzi)\.([us]\d+)\.(f\d\d)": lambda *what: (what[1], (what[2],), _convert(*what)),
     r"cvt(\.rn)?\.([us]\d+|f\d\d|bf16)\.([us]\d+|f\d\d|bf16)": lambda *what: (what[1], (what[2],), _convert(*what)),
-    r"shfl\.sync\.(bfly|idx)\.b32": lambda mode: ("b32", ("b32", "u32", "u32", "u32"), partial(do.shuffle, mode)),
+    r"shfl\.sync\.(bfly|idx|up)\.b32": lambda mode: ("b32", ("b32", "u32", "u32", "u32"), partial(do.shuffle, mode)),
     r"redux\.sync\.(add|min|max)\.(s32|u32|f32)": lambda how, kind: (kind, (kind, "u32"), partial(do.reduce_warp, how)),
 }
 

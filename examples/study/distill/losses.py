@@ -21,20 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset
 from rich.progress import track
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parent)]
 
 from paired import compare, holm, interval, table  # noqa: E402
-from run import TERMS, Pair, held_out_prompts  # noqa: E402
+from run import TERMS, Pair, held_out_prompts, trainer_of  # noqa: E402
 from running_sums import draw_prompt, greedy_accuracy  # noqa: E402
 from runs import Runs  # noqa: E402
-from trl_leaf import build_tokenizer  # noqa: E402
 
-from leafkernels.integrations.trl_distillation import FireOPDConfig, FireOPDTrainer  # noqa: E402
+from leafkernels.integrations.trl_distillation import FireOPDTrainer  # noqa: E402
 
 SEEDS = range(8)
 LOSSES = {"sampled": "sampled", "reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "JSD"}
@@ -90,29 +88,11 @@ def distil(arm: tuple[str, str], seed: int, pair: Pair, prompts: Sequence[str], 
     asked = [draw_prompt(rng, TERMS, held_out=False) for _ in range(most * BATCH)]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        config = FireOPDConfig(
-            output_dir=folder,
-            seed=seed,
-            max_steps=most,
-            per_device_train_batch_size=BATCH,
-            max_completion_length=8 * TERMS,
-            learning_rate=rate,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-            fire_loss=loss,
-            **WEIGHTS[weights],
-        )
-        data = Dataset.from_dict({"prompt": asked})
-        trainer = Counted(pair.student, pair.teacher, config, train_dataset=data, processing_class=build_tokenizer())
+        options = {"seed": seed, "max_steps": most, "learning_rate": rate, "fire_loss": loss, **WEIGHTS[weights]}
+        options |= {"per_device_train_batch_size": BATCH, "gradient_checkpointing": False}
+        trainer = trainer_of(Counted, pair, asked, folder, **options)
         budget = Budget(trainer, prompts, tokens)
         trainer.add_callback(budget)
-        trainer.remove_callback(PrinterCallback)
         first = greedy_accuracy(pair.student, prompts)
         pair.student.train()
         trainer.train()

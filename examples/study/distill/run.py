@@ -171,33 +171,36 @@ class Evaluation(TrainerCallback):
             self.model.train()
 
 
+def trainer_of(kind: type[FireOPDTrainer], pair: Pair, asked: list[str], folder: str, **options: Any) -> Any:
+    """A trainer of the pair's student on the prompts ``asked``, which says and saves nothing."""
+    config = FireOPDConfig(
+        output_dir=folder,
+        max_completion_length=8 * TERMS,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        **options,
+    )
+    data = Dataset.from_dict({"prompt": asked})
+    trainer = kind(pair.student, pair.teacher, config, train_dataset=data, processing_class=build_tokenizer())
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def distil(arm: str, seed: int, pair: Pair, prompts: Sequence[str], steps: int, rate: float) -> dict[str, Any]:
     rng = random.Random(seed)
     asked = [draw_prompt(rng, TERMS, held_out=False) for _ in range(POOL)]
     started = time.perf_counter()
     teacher_greedy = greedy_accuracy(pair.teacher, prompts)
     with tempfile.TemporaryDirectory() as folder:
-        config = FireOPDConfig(
-            output_dir=folder,
-            seed=seed,
-            max_steps=steps,
-            per_device_train_batch_size=BATCH,
-            max_completion_length=8 * TERMS,
-            learning_rate=rate,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            **ARMS[arm],
-        )
-        data = Dataset.from_dict({"prompt": asked})
-        trainer = Watched(pair.student, pair.teacher, config, train_dataset=data, processing_class=build_tokenizer())
+        options = {"seed": seed, "max_steps": steps, "learning_rate": rate, **ARMS[arm]}
+        trainer = trainer_of(Watched, pair, asked, folder, per_device_train_batch_size=BATCH, **options)
         evaluation = Evaluation(pair.student, prompts, min(EVERY, steps))
         trainer.add_callback(evaluation)
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
     history = [line for line in trainer.state.log_history if "fire/teacher_gap" in line]
     names = {"gap": "fire/teacher_gap", "norm": "grad_norm", "clipped": "clip_ratio/region_mean"}
