@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leafkernels._core.checks import check_device, check_finite, check_like, check_rewards, check_tensor
+from leafkernels._core.checks import (
+    check_device,
+    check_finite,
+    check_like,
+    check_rewards,
+    check_tensor,
+    values_readable,
+)
 from leafkernels.rows.find import Rows
 from leafkernels.rows.layout import Layout
 from leafkernels.rows.segments import running_sums, segments_of_groups
@@ -95,10 +102,14 @@ def check_functions(
             f"rewards must have one entry for each row of {name} and each function where reward_weights is given, "
             f"shape {(*row_shape, 'functions')}, got shape {shape}"
         )
+    if not shape[-1]:
+        raise ValueError(f"rewards must be those of one function at least with reward_weights, got shape {shape}")
     # One column stands for all: dtype and device are those of the whole.
-    check_rewards(rewards[..., 0] if shape[-1] else rewards.sum(-1), name, row_shape, device)
+    check_rewards(rewards[..., 0], name, row_shape, device)
     if isinstance(weights, Tensor):
         check_device("reward_weights", weights, name, device)
+        if values_readable(weights) and not bool(weights.isfinite().all()):
+            raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")
         size = tuple(weights.shape)
     elif isinstance(weights, Sequence) and not isinstance(weights, str | bytes):
         for weight in weights:
