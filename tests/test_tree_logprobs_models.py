@@ -64,6 +64,18 @@ def test_a_model_that_counts_from_elsewhere_runs_rows() -> None:
     assert tree_stats(model, ids, mask).plan == "rows"
 
 
+def test_tokens_that_an_adapter_puts_before_rows_are_found_out() -> None:
+    """Also where the model inside has been seen without it."""
+    peft = pytest.importorskip("peft")
+    model, (ids, mask) = tiny_decoders.build_model("llama"), padded(ROWS)
+    assert tree_stats(model, ids, mask).plan == "tree"
+    tuned = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    assert tree_stats(tuned, ids, mask).plan == "rows"
+    expected = tuned(input_ids=ids, attention_mask=mask).logits[:, 2:-1].log_softmax(-1).gather(2, ids[:, 1:, None])
+    found = tree_logprobs(tuned, ids, mask).logprobs[:, 1:]
+    torch.testing.assert_close(found, expected[..., 0] * mask[:, 1:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("plan", ["rows", "trunks", "tree"])
 def test_ids_of_any_width_and_padding_that_is_no_id(plan: str) -> None:
     model, (ids, mask) = tiny_decoders.build_model("llama"), padded(ROWS)

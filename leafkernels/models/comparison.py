@@ -19,8 +19,8 @@ def compared(model: Any, kind: str, batch: TreeBatch, inputs: dict[str, Any], in
     """What is wrong with a kind of plan, by a few tokens, once for each way that a model may be run; None: nothing."""
     if kind == ROWS:
         return None
-    bare = bare_model(model)
-    known = _checked.setdefault(bare, {})
+    # Of what wraps a model too: prompt tuning puts tokens before its rows.
+    known = _checked.setdefault(model, {})
     # Each half of a plan by itself: the cache and the mask.
     asked: list[tuple[Any, ...]] = []
     if kind in (TRUNKS, TREE_BELOW):
