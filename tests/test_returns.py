@@ -462,11 +462,6 @@ REWARDS = torch.zeros(2, device=DEVICE)
             r"reward_weights must be finite, got \[1.0, nan, 3.0\]",
             marks=pytest.mark.skipif(DEVICE != "cpu", reason="values are looked at on a CPU alone"),
         ),
-        (
-            {"rewards": IDS[:, :0].float(), "reward_weights": []},
-            ValueError,
-            r"rewards must be those of one function at least with reward_weights, got shape \(2, 0\)",
-        ),
         ({"rewards": IDS.bool(), "reward_weights": [1.0] * 3}, TypeError, "rewards must be floating point or integers"),
     ],
 )

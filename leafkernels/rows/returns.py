@@ -102,10 +102,8 @@ def check_functions(
             f"rewards must have one entry for each row of {name} and each function where reward_weights is given, "
             f"shape {(*row_shape, 'functions')}, got shape {shape}"
         )
-    if not shape[-1]:
-        raise ValueError(f"rewards must be those of one function at least with reward_weights, got shape {shape}")
     # One column stands for all: dtype and device are those of the whole.
-    check_rewards(rewards[..., 0], name, row_shape, device)
+    check_rewards(rewards[..., 0] if shape[-1] else rewards.sum(-1), name, row_shape, device)
     if isinstance(weights, Tensor):
         check_device("reward_weights", weights, name, device)
         if values_readable(weights) and not bool(weights.isfinite().all()):
