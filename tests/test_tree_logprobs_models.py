@@ -64,6 +64,22 @@ def test_a_model_that_counts_from_elsewhere_runs_rows() -> None:
     assert tree_stats(model, ids, mask).plan == "rows"
 
 
+def test_a_window_of_another_kind_runs_rows() -> None:
+    """Doge chooses so many keys of all that a token sees: none of the few tokens of a comparison, and later another."""
+    if not hasattr(transformers, "DogeConfig"):
+        pytest.skip("needs a transformers with Doge")
+    torch.manual_seed(0)
+    model = transformers.DogeForCausalLM(transformers.DogeConfig(**SIZES, keep_window_size=600)).eval()
+    ids, mask = padded(ROWS)
+    message = (
+        "^plan must be 'rows' with DogeForCausalLM: its config has a window of a kind that is not known, keep_windo"
+    )
+    for plan in ("trunks", "tree"):
+        with pytest.raises(RuntimeError, match=message):
+            tree_logprobs(model, ids, mask, plan=plan)
+    assert tree_stats(model, ids, mask).plan == "rows"
+
+
 def test_tokens_that_an_adapter_puts_before_rows_are_found_out() -> None:
     """Also where the model inside has been seen without it."""
     peft = pytest.importorskip("peft")
