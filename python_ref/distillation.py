@@ -5,6 +5,8 @@ import struct
 from collections.abc import Sequence
 from fractions import Fraction
 
+from python_ref.values import total
+
 Table = Sequence[Sequence[float]]
 # The lowest finite float32: of scores, -inf alone is below it.
 LOWEST = -(2.0 - 2.0**-23) * 2.0**127
@@ -25,14 +27,14 @@ def fire_statistics(
         rows.append(
             [
                 float(len(live)),
-                _sum([teacher_logprobs[i][t] for t in live]),
+                total([teacher_logprobs[i][t] for t in live]),
                 math.nan if teacher is None else _largest(teacher),
                 math.nan if student is None else _largest(student),
-                math.nan if teacher is None else _sum(teacher),
-                math.nan if student is None else _sum(student),
+                math.nan if teacher is None else total(teacher),
+                math.nan if student is None else total(student),
                 math.nan
                 if teacher is None or student is None
-                else _sum([h_t * h_s for h_t, h_s in zip(teacher, student, strict=True)]),
+                else total([h_t * h_s for h_t, h_s in zip(teacher, student, strict=True)]),
             ]
         )
     return rows
@@ -121,17 +123,17 @@ def _mean_weight(rows: Table, teacher_max: float, student_max: float, alpha: flo
     (1 + a (1 - h_t)) (1 + b h_s) = (1 + a) + (1 + a) b h_s - a h_t - a b h_t h_s, with entropies as shares of the
     largest, summed over tokens.
     """
-    count = _sum([row[0] for row in rows])
+    count = total([row[0] for row in rows])
     if not count:
         return 1.0
-    total = (1 + alpha) * count
+    weight = (1 + alpha) * count
     if beta:
-        total += (1 + alpha) * beta / student_max * _sum([row[5] for row in rows])
+        weight += (1 + alpha) * beta / student_max * total([row[5] for row in rows])
     if alpha:
-        total -= alpha / teacher_max * _sum([row[4] for row in rows])
+        weight -= alpha / teacher_max * total([row[4] for row in rows])
     if alpha and beta:
-        total -= alpha * beta / (teacher_max * student_max) * _sum([row[6] for row in rows])
-    return total / count
+        weight -= alpha * beta / (teacher_max * student_max) * total([row[6] for row in rows])
+    return weight / count
 
 
 def fire_weights(
@@ -207,7 +209,7 @@ def score(teacher_logprobs: Sequence[float], live: Sequence[int]) -> float:
     """The mean log-probability of a row under the teacher, in float32; NaN for a row without a token."""
     if not live:
         return math.nan
-    row_mean = _sum([teacher_logprobs[t] for t in live]) / len(live)
+    row_mean = total([teacher_logprobs[t] for t in live]) / len(live)
     return float(struct.unpack("f", struct.pack("f", row_mean))[0])
 
 
@@ -244,11 +246,6 @@ def _entropies(entropy: Table | None, row: int, live: Sequence[int]) -> list[flo
 
 def _largest(numbers: Sequence[float]) -> float:
     return math.nan if any(map(math.isnan, numbers)) else max(numbers, default=0.0)
-
-
-def _sum(numbers: Sequence[float]) -> float:
-    """Infinities of one sign are fine, and of both are NaN."""
-    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
 
 
 def _clip(x: float) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from python_ref.values import mean
+from python_ref.values import mean, total
 
 Table = Sequence[Sequence[float]]
 
@@ -65,10 +65,10 @@ def policy_loss(
                 if entropy_coef != 0:
                     loss -= entropy_coef * entropy[i][t]
             of_row.append(loss)
-        losses.append(weights[i] * math.fsum(of_row))
+        losses.append(weights[i] * total(of_row))
     found = [token for row in tokens for token in row.values()]
     return {
-        "loss": math.fsum(losses),
+        "loss": total(losses),
         "clip_fraction": mean([float(token.is_clipped) for token in found]),
         "approx_kl": mean([token.moved for token in found]),
         "mean_ratio": mean([token.ratio for token in found]),
@@ -112,9 +112,10 @@ def row_weights(
 ) -> list[float]:
     """The share that a token's loss has in the whole loss, for each row."""
     counts = [sum(map(bool, mask)) for mask in response_mask]
-    tokens = max(sum(counts), 1) if num_tokens is None else num_tokens
-    alive = max(sum(count > 0 for count in counts), 1) if num_rows is None else num_rows
-    every = max(len(counts), 1) if num_rows is None else num_rows
+    # A step without a token, or a row, has the loss 0.
+    tokens = (sum(counts) if num_tokens is None else num_tokens) or 1
+    alive = (sum(count > 0 for count in counts) if num_rows is None else num_rows) or 1
+    every = (len(counts) if num_rows is None else num_rows) or 1
     width = max(map(len, response_mask), default=1) if constant is None else constant
     return [
         {
@@ -198,7 +199,7 @@ def token_terms(
             if kind == "clip_cov" and marked[i][t]:
                 weight = 0.0
             if kind == "fipo":
-                future = math.fsum(0.5 ** ((u - t) / options["half_life"]) * log_ratios[i][u] for u in row if u >= t)
+                future = total([0.5 ** ((u - t) / options["half_life"]) * log_ratios[i][u] for u in row if u >= t])
                 low, high = options["future_clip"]
                 weight *= clamp(exp(future), 1 - low, 1 + high)
             if kind == "kl_cov" and marked[i][t]:
@@ -209,8 +210,8 @@ def token_terms(
             if ref_logprobs is not None:
                 kl, kl_slope = divergence(kl_kind, ref_logprobs[i][t] - logprobs[i][t])
                 if kl_weighted:
-                    kl *= ratio
-                    kl_slope = ratio * kl_slope + (kl if moves and kl_kind != "k3+" else 0.0)
+                    kl = times(ratio, kl)
+                    kl_slope = times(ratio, kl_slope) + (kl if moves and kl_kind != "k3+" else 0.0)
                 # Without a weight it is a statistic: 0 * inf would be NaN.
                 if kl_coef != 0:
                     loss += kl_coef * kl
@@ -274,9 +275,10 @@ def dppo(
     if is_variation:
         is_far = p - q > high if advantage > 0 else q - p > low
     else:
-        # Of the two events "this token" and "another one".
-        others = 0.0 if old == 0 else (log(-expm1(old)) - log(-expm1(logprob))) * -expm1(old)
-        distance = times(old - logprob, q) + others
+        # Of the two events "this token" and "another one"; what rounding left above 0 is 0.
+        new, old = min(logprob, 0.0), min(old, 0.0)
+        others = 0.0 if old == 0 else (log(-expm1(old)) - log(-expm1(new))) * -expm1(old)
+        distance = times(old - new, exp(old)) + others
         is_far = p > q and distance > high if advantage > 0 else p < q and distance > low
     gain = times(min(ratio, options["max_ratio"]) if ratio == ratio else ratio, advantage)
     return (0.0, 0.0, True) if is_far else (-times(logprob, gain), -gain, False)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Hashable, Sequence
 
 from python_ref.find import full_mask, stretch
-from python_ref.values import deviation, mean, settled
+from python_ref.values import deviation, mean, settled, total
 
 
 def returns_to_go(
@@ -23,7 +23,7 @@ def returns_to_go(
         start, end = stretch(mask)
         last = 0.0 if rewards is None else rewards[i]
         steps = [0.0] * (end - start) if step_rewards is None else step_rewards[i][start:end]
-        found.append([math.fsum([last, *steps[t:]]) for t in range(end - start + 1)])
+        found.append([total([last, *steps[t:]]) for t in range(end - start + 1)])
     return found
 
 
@@ -59,5 +59,5 @@ def weighed_rewards(
                 terms.append(0.0)
             else:
                 terms.append(weights[f] * (own - mean(known)) / (deviation(known) + 1e-6))
-        found.append(math.fsum(terms) if terms else math.nan)
+        found.append(total(terms) if terms else math.nan)
     return found

@@ -27,9 +27,14 @@ def settled(rewards: Sequence[float]) -> list[float]:
     return list(rewards)
 
 
+def total(numbers: Sequence[float]) -> float:
+    """The sum with one rounding; NaN of infinities of both signs."""
+    return math.fsum(numbers) if all(map(math.isfinite, numbers)) else sum(numbers)
+
+
 def mean(values: Sequence[float]) -> float:
     """Arithmetic mean with one rounding in the sum; 0 for an empty list."""
-    return math.fsum(values) / len(values) if values else 0.0
+    return total(values) / len(values) if values else 0.0
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -37,7 +42,7 @@ def deviation(values: Sequence[float]) -> float:
     if len(values) < 2:
         return 0.0
     m = mean(values)
-    return math.sqrt(math.fsum((v - m) ** 2 for v in values) / (len(values) - 1))
+    return math.sqrt(total([(v - m) ** 2 for v in values]) / (len(values) - 1))
 
 
 def nodes_from_prefix_lengths(

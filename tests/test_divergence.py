@@ -542,5 +542,10 @@ def test_errors() -> None:
         refuses(ValueError, "ids must hold each id once in a row, got one twice", teacher=twice)
         more = TeacherTopK(served.ids, served.logprobs + 1)
         refuses(ValueError, "logprobs must be log-probabilities, at most 0, got 1.0", teacher=more)
+        logits_of_it = TeacherTopK(torch.arange(4).expand(2, 4), torch.full((2, 4), -0.1))
+        message = (
+            "logprobs must be those of one distribution, whose probabilities add up to at most 1, got a row of 3.62"
+        )
+        refuses(ValueError, message, teacher=logits_of_it, kind="forward_kl")
     message = "student_logits must be float32, bfloat16 or float16 with backend='triton', got torch.float64"
     refuses(TypeError, message, logits.double(), logits.double(), backend="triton")

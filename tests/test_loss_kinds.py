@@ -392,6 +392,56 @@ def test_the_losses_of_micro_batches_add_up(aggregate: str) -> None:
         torch.testing.assert_close(torch.cat([part[1 + i] for part in parts]), want, rtol=1e-13, atol=1e-14)
 
 
+def test_a_step_without_a_token_has_the_loss_0() -> None:
+    """As a batch without one has, whose tokens are counted by the call; and no NaN of 0 / 0."""
+    tensors = in_layout(inputs(0, [3, 2]), [3, 2], packed=False)
+    masked = tensors | {"response_mask": tensors["response_mask"] & False}
+    for backend in ("torch", "reference"):
+        for count in (0, torch.tensor(0, device=DEVICE)):
+            for options in ({"num_tokens": count}, {"num_rows": count, "aggregate": "sequence_mean"}):
+                found, *gradients = loss_and_gradients(**masked, backend=backend, **options)
+                assert float(found.loss.detach()) == 0
+                assert not any(gradient.any() for gradient in gradients)
+                if DEVICE == "cpu" and backend == "torch":  # where it is seen
+                    with pytest.raises(
+                        ValueError, match=r"^num_(tokens|rows) must be positive where tokens count, got 0"
+                    ):
+                        loss_and_gradients(**tensors, backend=backend, **options)
+
+
+def test_a_weighted_divergence_of_0_is_0_whatever_the_ratio() -> None:
+    """Policy and reference agree about a token that the old policy found next to impossible."""
+    for kl_kind in KL_KINDS:
+        for old in (-200.0, -math.inf):
+            numbers = {"logprobs": -1.0, "old_logprobs": old, "advantages": 1.0, "ref_logprobs": -1.0}
+            tensors = {name: torch.full((1, 1), number, device=DEVICE) for name, number in numbers.items()}
+            tensors |= {"response_mask": torch.ones(1, 1, device=DEVICE), "entropy": torch.zeros(1, 1, device=DEVICE)}
+            for backend in ("torch", "triton", "reference"):
+                options = {"kl_coef": 0.5, "kl_kind": kl_kind, "kl_weighted": True, "backend": backend}
+                found, gradient, _ = loss_and_gradients(**tensors, **options)
+                assert float(found.loss.detach()) == pytest.approx(-1.2), (kl_kind, backend)
+                assert float(found.mean_kl) == 0, (kl_kind, backend)
+                # The mean of k1 has a gradient of its own.
+                assert kl_kind == "k1" or float(gradient) == 0, (kl_kind, backend)
+
+
+def test_log_probabilities_that_rounding_left_above_0_are_0() -> None:
+    """Their KL is that of certainty, and no NaN, which would let tokens pass that have moved far."""
+    for policy, old, advantage in ((1e-6, -1.0, 1.0), (-1.0, 1e-6, -1.0), (1e-6, 1e-6, 1.0), (1e-6, -1e-3, 1.0)):
+        results = []
+        for change in (0.0, 1.0):
+            numbers = {"logprobs": policy, "old_logprobs": old, "advantages": advantage}
+            tensors = {
+                name: torch.full((1, 1), number if change or name == "advantages" else min(number, 0.0), device=DEVICE)
+                for name, number in numbers.items()
+            }
+            tensors |= {"response_mask": torch.ones(1, 1, device=DEVICE), "entropy": torch.zeros(1, 1, device=DEVICE)}
+            for backend in ("torch", "triton", "reference"):
+                found, *_ = loss_and_gradients(**tensors, kind="dppo_kl", backend=backend)
+                results.append(float(found.clip_fraction))
+        assert len(set(results)) == 1, (policy, old, results)
+
+
 def test_errors() -> None:
     tensors = in_layout(inputs(0, [3, 4]), [3, 4], packed=False)
     tensors = {name: tensor.nan_to_num(0.0) for name, tensor in tensors.items()}
@@ -435,8 +485,10 @@ def test_errors() -> None:
     message = "num_tokens must be None with aggregate='sequence_mean', which does not divide by it"
     check_refuses(ValueError, message, aggregate="sequence_mean", num_tokens=3)
     check_refuses(ValueError, "num_rows must be None with aggregate='token_mean'", num_rows=3)
-    check_refuses(ValueError, "num_tokens must be at least 1, got 0", num_tokens=0)
-    check_refuses(ValueError, "num_tokens must be positive, got -2.0", num_tokens=torch.tensor(-2, device=DEVICE))
+    check_refuses(ValueError, "num_tokens must be at least 0, got -1", num_tokens=-1)
+    check_refuses(ValueError, "num_tokens must be at least 0, got -2.0", num_tokens=torch.tensor(-2, device="cpu"))
+    for clip in ((0.2, None), ("0.2", 0.2), (0.2, True)):
+        check_refuses(TypeError, "clip must hold numbers (math.inf: no bound), got", clip=clip)
     check_refuses(ValueError, "num_tokens must be one number, got shape (2,)", num_tokens=torch.ones(2))
     check_refuses(ValueError, "constant must be given with aggregate='dr_grpo', and only then", aggregate="dr_grpo")
     offsets = torch.tensor([0, 3, 8], device=DEVICE)

@@ -456,6 +456,12 @@ REWARDS = torch.zeros(2, device=DEVICE)
             TypeError,
             "reward_weights must be a list of numbers, got float",
         ),
+        pytest.param(
+            {"rewards": IDS.float(), "reward_weights": torch.tensor([1.0, math.nan, 3.0])},
+            ValueError,
+            r"reward_weights must be finite, got \[1.0, nan, 3.0\]",
+            marks=pytest.mark.skipif(DEVICE != "cpu", reason="values are looked at on a CPU alone"),
+        ),
         ({"rewards": IDS.bool(), "reward_weights": [1.0] * 3}, TypeError, "rewards must be floating point or integers"),
     ],
 )

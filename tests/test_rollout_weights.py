@@ -131,6 +131,7 @@ def test_errors() -> None:
     check_refuses(
         ValueError, "old_logprobs must have shape (rows, tokens), got shape (24,)", old_logprobs=old.flatten()
     )
+    check_refuses(TypeError, "response_mask must be a torch.Tensor, got NoneType", response_mask=None)
     check_refuses(ValueError, "level must be one of 'token', 'sequence', 'geometric', got 'row'", level="row")
     check_refuses(ValueError, "mode must be one of 'truncate', 'mask', got 'clip'", mode="clip")
     check_refuses(ValueError, "high must be positive, got 0", high=0)
@@ -182,6 +183,15 @@ def test_equal_rewards_leave_the_loss() -> None:
     assert float(leafkernels.policy_loss(new, old, old, kept, ref_logprobs=reference, kl_coef=1.0).loss) == 0
     empty = drop_equal(mask[:0], rewards[:0], group_size=2)
     assert empty.response_mask.shape == (0, 3) and int(empty.dropped_prompts) == 0
+
+
+def test_rewards_that_differ_by_rounding_are_equal() -> None:
+    """As to the estimators, which give them no credit."""
+    rewards = torch.tensor([0.1 + 0.2, 0.3, 1.0, 1.001, 3e7, 3e7 + 100], dtype=torch.float64, device=DEVICE)
+    kept = drop_equal(torch.ones(6, 1, device=DEVICE), rewards, group_size=2).response_mask[:, 0]
+    assert kept.tolist() == [False, False, True, True, True, True]
+    ids = torch.zeros(6, 1, dtype=torch.int64, device=DEVICE)
+    assert torch.equal(leafkernels.dr_grpo(ids.double(), ids, rewards, group_size=2)[:, 0] != 0, kept)
 
 
 def test_equal_rewards_errors() -> None:

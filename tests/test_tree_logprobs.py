@@ -78,7 +78,7 @@ def padded(rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
 
 def row_by_row(model: Any, ids: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Each row in a forward pass of its own, without padding."""
-    logprobs, entropy = torch.zeros(ids.shape), torch.zeros(ids.shape)
+    logprobs, entropy = next(model.parameters()).new_zeros((2, *ids.shape))
     for row, is_token in enumerate(mask.bool()):
         columns = is_token.nonzero().flatten()
         if len(columns) < 2:
@@ -238,7 +238,7 @@ class Columns(torch.nn.Module):
         self.inner = tiny_decoders.build_model("llama")
         self.config = self.inner.config
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past_key_values: Any = None,
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Any = None, past_key_values: Any = None,
                 use_cache: bool = False, logits_to_keep: int = 0) -> Any:  # fmt: skip
         width = input_ids.shape[1]
         return self.inner(input_ids=input_ids, attention_mask=attention_mask[:, -width:], position_ids=position_ids,
@@ -448,7 +448,7 @@ class Deaf(torch.nn.Module):
         self.get_input_embeddings = self.inner.get_input_embeddings
         self.get_output_embeddings = self.inner.get_output_embeddings
 
-    def forward(self, input_ids: Tensor, attention_mask: Any, position_ids: Tensor, logits_to_keep: int = 0) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Any, position_ids: Any = None, logits_to_keep: int = 0) -> Any:
         mask = None if attention_mask.dim() == 4 else attention_mask
         return self.inner(input_ids=input_ids, attention_mask=mask, position_ids=position_ids,
                           logits_to_keep=logits_to_keep)  # fmt: skip

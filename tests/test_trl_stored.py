@@ -109,6 +109,11 @@ def test_a_student_learns_what_is_stored(tmp_path: Path) -> None:
             "must hold a log-probability, at most 0, for each of the 2",
         ),
         ("teacher_logprobs", lambda of: [[0.5, -1.0], *of[1:]], r"at most 0, for each of the 2 ids, got \[0.5, -1.0\]"),
+        (
+            "teacher_logprobs",
+            lambda of: [[-0.1, -0.2], *of[1:]],
+            r"must hold log-probabilities of one distribution, .* got \[-0.1, -0.2\] for token 0",
+        ),
     ],
 )
 def test_what_is_stored_is_read_with_care(tmp_path: Path, column: str, change: Any, message: str) -> None:

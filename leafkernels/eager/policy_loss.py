@@ -42,8 +42,7 @@ def token_loss(
     if ref_logprob is not None:
         kl, kl_slope = _divergence(ref_logprob - logprob, options.kl_kind)
         if options.kl_weighted:
-            kl = ratio * kl
-            kl_slope = ratio * kl_slope
+            kl, kl_slope = _times(ratio, kl), _times(ratio, kl_slope)
             if options.kl_kind != "k3+":
                 kl_slope = kl_slope + kl.masked_fill(is_beyond, 0.0)
         if options.kl_coef:
@@ -102,10 +101,11 @@ def _dppo(at: _Tokens, options: "LossOptions") -> Surrogate:
     if options.formula == "dppo_tv":
         is_far = torch.where(at.advantage > 0, p - q, q - p) > bound
     else:
-        # Of the two events "this token" and "another one".
-        other = -at.old_logprob.expm1()
-        others = ((other.log() - (-at.logprob.expm1()).log()) * other).masked_fill(at.old_logprob == 0, 0.0)
-        distance = _times(at.old_logprob - at.logprob, q) + others
+        # Of the two events "this token" and "another one"; what rounding left above 0 is 0.
+        new, old = at.logprob.clamp_max(0.0), at.old_logprob.clamp_max(0.0)
+        other = -old.expm1()
+        others = ((other.log() - (-new.expm1()).log()) * other).masked_fill(old == 0, 0.0)
+        distance = _times(old - new, old.exp()) + others
         is_far = (distance > bound) & torch.where(at.advantage > 0, p > q, p < q)
     gain = _times(at.ratio.clamp(max=most), at.advantage)
     return (-_times(at.logprob, gain)).masked_fill(is_far, 0.0), -gain.masked_fill(is_far, 0.0), is_far

@@ -116,6 +116,11 @@ class StoredTeacher:
                     f"the column {logprobs_of!r} must hold a log-probability, at most 0, for each of the {len(ids)} "
                     f"ids, got {_short(values)} for token {token}"
                 )
+            if sum(map(math.exp, values)) > 1.05:
+                raise ValueError(
+                    f"the column {logprobs_of!r} must hold log-probabilities of one distribution, whose probabilities "
+                    f"add up to at most 1, got {_short(values)} for token {token}"
+                )
             kept = [pair for pair in zip(ids, values, strict=True) if pair[0] < num_ids]
             found.append(([i for i, _ in kept] or [-1], [float(value) for _, value in kept] or [-math.inf]))
         return found

@@ -103,10 +103,11 @@ def surrogate(
         if FORMULA == "dppo_tv":
             is_clipped = tl.where(advantage > 0.0, p - q, q - p) > bound
         else:
-            # Of the two events "this token" and "another one".
-            other = -expm1(old_logprob)
-            others = tl.where(old_logprob == 0.0, 0.0, (tl.log(other) - tl.log(-expm1(logprob))) * other)
-            distance = _times(old_logprob - logprob, q) + others
+            # Of the two events "this token" and "another one"; what rounding left above 0 is 0.
+            new, old = tl.where(logprob > 0.0, 0.0, logprob), tl.where(old_logprob > 0.0, 0.0, old_logprob)
+            other = -expm1(old)
+            others = tl.where(old == 0.0, 0.0, (tl.log(other) - tl.log(-expm1(new))) * other)
+            distance = _times(old - new, tl.exp(old)) + others
             is_clipped = (distance > bound) & tl.where(advantage > 0.0, p > q, p < q)
         slope = tl.where(is_clipped, 0.0, -_times(tl.where(ratio > third, third, ratio), advantage))
         loss = tl.where(is_clipped, 0.0, _times(logprob, slope))
@@ -209,8 +210,8 @@ def token_loss(
     if HAS_REF:
         kl, kl_slope = divergence(ref_logprob - logprob, KL)
         if KL_WEIGHTED:
-            kl *= ratio
-            kl_slope *= ratio
+            kl = _times(ratio, kl)
+            kl_slope = _times(ratio, kl_slope)
             if KL != "k3+":
                 kl_slope += tl.where(is_beyond, 0.0, kl)
         loss += tl.where(kl_coef == 0.0, 0.0, kl_coef * kl)

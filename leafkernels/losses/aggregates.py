@@ -79,12 +79,12 @@ def check_aggregate(aggregate: str, constant: Any, num_tokens: Any, num_rows: An
         if not is_read:
             raise ValueError(f"{name} must be None with aggregate={aggregate!r}, which does not divide by it")
         if not isinstance(count, Tensor):
-            check_count(name, count, 1)
+            check_count(name, count, 0)
             continue
         if check_tensor(name, count).numel() != 1 or count.is_complex():
             raise ValueError(f"{name} must be one number, got shape {tuple(count.shape)}")
-        if values_readable(count) and not float(count) > 0:
-            raise ValueError(f"{name} must be positive, got {float(count)}")
+        if values_readable(count) and not float(count) >= 0:
+            raise ValueError(f"{name} must be at least 0, got {float(count)}")
     return Counts(constant, num_tokens, num_rows)
 
 
@@ -92,12 +92,12 @@ def row_weights(tokens: Tensor, aggregate: str, counts: Counts) -> Tensor:
     """The share that a token's loss has in the whole loss, for each row, from the numbers of tokens that count (N,)."""
     entry = AGGREGATES[aggregate]
     if entry.all_tokens:
-        return _given_or(counts.num_tokens, tokens, tokens.sum).reciprocal().expand_as(tokens)
+        return _given_or("num_tokens", counts.num_tokens, tokens, tokens.sum).reciprocal().expand_as(tokens)
     weights = None
     if entry.rows:
         # The products are those of a mean over rows of means over tokens.
         divisor = torch.ones_like(tokens) if not entry.own_tokens else tokens.clamp_min(1)
-        rows = _given_or(counts.num_rows, tokens, lambda: _rows(tokens, entry.rows))
+        rows = _given_or("num_rows", counts.num_rows, tokens, lambda: _rows(tokens, entry.rows))
         weights = (divisor * rows).reciprocal()
     if entry.constant:
         assert counts.constant is not None
@@ -109,10 +109,15 @@ def _rows(tokens: Tensor, which: str) -> Tensor:
     return (tokens > 0).sum() if which == "alive" else torch.full((), tokens.shape[0], device=tokens.device)
 
 
-def _given_or(given: "int | Tensor | None", tokens: Tensor, count: Any) -> Tensor:
-    """A count of the whole step, or that of the call, at least 1; a tensor on the device of ``tokens``."""
+def _given_or(name: str, given: "int | Tensor | None", tokens: Tensor, count: Any) -> Tensor:
+    """A count of the whole step, or that of the call, on the device of ``tokens``; 1 in place of 0, where the
+    loss is 0."""
     if given is None:
         return count().clamp_min(1)
     if isinstance(given, Tensor):
-        return given.detach().reshape(()).to(tokens.device, tokens.dtype)
-    return torch.full((), given, dtype=tokens.dtype, device=tokens.device)
+        found = given.detach().reshape(()).to(tokens.device, tokens.dtype)
+    else:
+        found = torch.full((), given, dtype=tokens.dtype, device=tokens.device)
+    if values_readable(found) and found == 0 and tokens.any():
+        raise ValueError(f"{name} must be positive where tokens count, got 0")
+    return torch.where(found == 0, 1.0, found)

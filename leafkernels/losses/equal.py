@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from leafkernels._core.checks import check_mask, check_rewards, check_tensor
+from leafkernels._core.precision import is_rounding
 from leafkernels.losses.tokens import count_tokens, spread_rows
 from leafkernels.rows.find import find_rows
 
@@ -32,6 +33,7 @@ def drop_equal(
 ) -> DroppedEqual:
     """Leave the rows of prompts out whose rewards are all equal: their credit is 0, and a mean is diluted by them.
 
+    Equal are those that the estimators take for equal: also where they differ by rounding alone, as sums in float32 do.
     A loss that averages then counts the other rows alone, and adds no KL for these; DAPO (arXiv 2503.14476) samples
     others in their place. A row whose reward is NaN is not scored, and does not count; a prompt of which no row is
     scored is dropped too. Nothing is read back to the host.
@@ -61,8 +63,8 @@ def drop_equal(
     for fill, how in ((torch.inf, "amin"), (-torch.inf, "amax")):
         start = torch.full((num_groups,), fill, dtype=torch.float64, device=device)
         bounds.append(start.scatter_reduce(0, names, values.masked_fill(~is_scored, fill), how))
-    # Of a prompt without a scored row the least is above the most.
-    is_equal = bounds[0] >= bounds[1]
+    # Of a prompt without a scored row the least is above the most; infinite ones that are equal have no spread.
+    is_equal = (bounds[0] >= bounds[1]) | is_rounding(*bounds)
     drops = is_equal[names]
     if cu_seqlens is None:
         kept = mask & ~drops.reshape(shape[:-1])[..., None]

@@ -146,6 +146,9 @@ def _check_option(kind: str, name: str, value: Any) -> None:
         # A ratio falls to 0 at the least; log-ratios and divergences have no such end.
         _check_pair(name, value, "(below, above)")
         low, high = value
+        for number in value:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise TypeError(f"clip must hold numbers (math.inf: no bound), got {value!r}")
         most = 1 if KINDS[kind].formula == "clip" or kind in ("clip", "cispo") else math.inf
         if not (0 <= low <= most and high >= 0):
             least = "0 <= below <= 1" if most == 1 else "below >= 0"

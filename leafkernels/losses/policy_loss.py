@@ -196,8 +196,8 @@ def policy_loss(
         constant: what the sum is divided by with aggregate="constant", positive: rows times the longest response, say;
             with "dr_grpo" the longest response, by which, and by the rows, is divided.
         num_tokens, num_rows: how many there are in the whole step, where this call is a part of it, for an aggregate
-            that divides by them: the losses of the parts then add up to that of the step. Tensors need no host
-            synchronisation.
+            that divides by them: the losses of the parts then add up to that of the step, and a step without any has
+            the loss 0. Tensors need no host synchronisation.
         cu_seqlens: (N + 1,) int32, the offsets of packed rows.
         backend: "auto", "triton", "torch" or "reference". Triton takes no float64, for which "auto" is "torch".
         options: those of the kind: "sapo" ``tau``; "vespo" ``shape``, ``shape_negative``; "dppo_tv" and "dppo_kl"

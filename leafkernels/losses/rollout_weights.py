@@ -7,7 +7,15 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from leafkernels._core.checks import check_choice, check_finite, check_like, check_mask, check_positive, check_real
+from leafkernels._core.checks import (
+    check_choice,
+    check_finite,
+    check_like,
+    check_mask,
+    check_positive,
+    check_real,
+    check_tensor,
+)
 from leafkernels._core.precision import compute_dtype
 from leafkernels.losses.tokens import count_tokens, reduce_rows, spread_rows
 from leafkernels.rows.find import check_cu_seqlens
@@ -99,7 +107,7 @@ def rollout_weights(
         raise ValueError(f"old_logprobs must have shape (rows, tokens), got shape {tuple(old_logprobs.shape)}")
     shape, device = old_logprobs.shape, old_logprobs.device
     check_like("sampler_logprobs", check_real("sampler_logprobs", sampler_logprobs), "old_logprobs", shape, device)
-    mask = cast(Tensor, check_mask(response_mask, "old_logprobs", shape, device))
+    mask = cast(Tensor, check_mask(check_tensor("response_mask", response_mask), "old_logprobs", shape, device))
     check_choice("level", level, LEVELS)
     check_choice("mode", mode, MODES)
     for name, bound in (("low", low), ("high", high)):

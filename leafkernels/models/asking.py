@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from leafkernels._core.checks import values_readable
+
 # Of each module that is run so: by how many now, and the mode that it was found in.
 _MODES: dict[nn.Module, tuple[int, bool]] = {}
 _MODES_LOCK = threading.Lock()
@@ -60,6 +62,29 @@ def bare_model(model: Any) -> Any:
             break
         model = inner
     return bare_model(model.get_base_model()) if hasattr(model, "get_base_model") else model
+
+
+def check_model(model: Any) -> Any:
+    """The model of transformers inside of what wraps it; raise unless it is a decoder of tokens."""
+    bare = bare_model(model) if isinstance(model, nn.Module) else model
+    if not isinstance(bare, nn.Module) or not hasattr(bare, "config") or not hasattr(bare, "get_input_embeddings"):
+        raise TypeError(f"model must be one of transformers, with a config and an embedding, got {type(bare).__name__}")
+    if getattr(bare.config, "is_encoder_decoder", False):
+        raise TypeError(f"model must be a decoder alone, got {type(bare).__name__}, an encoder with a decoder")
+    return bare
+
+
+def check_ids(bare: Any, ids: Tensor) -> None:
+    """Raise where an id has no row in the model's embedding; on other devices than the CPU nobody looks."""
+    weight = getattr(bare.get_input_embeddings(), "weight", None)
+    size = 0 if weight is None else getattr(weight, "ds_shape", weight.shape)[0]
+    if size and values_readable(ids) and ids.numel():
+        least, most = (int(number) for number in ids.aminmax())
+        if least < 0 or most >= size:
+            raise ValueError(
+                f"input_ids must be at least 0 and less than {size}, the rows of the embedding of "
+                f"{type(bare).__name__}, got {least if least < 0 else most}"
+            )
 
 
 def parameters_of(model: Any) -> Mapping[str, inspect.Parameter]:

@@ -71,8 +71,8 @@ def tree_batch(
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must have shape (rows, tokens), got shape {tuple(input_ids.shape)}")
     backend = resolve_backend("auto", input_ids.device)
-    layout = find_rows("input_ids", input_ids, attention_mask, groups, group_size, None, backend).layout
-    ids = as_rows(input_ids)
+    found = find_rows("input_ids", input_ids, attention_mask, groups, group_size, None, backend)
+    layout, ids = found.layout, as_rows(input_ids)
     order, shared = order_of_rows(ids, layout, backend)
     asked = check_mask(response_mask, "input_ids", input_ids.shape, input_ids.device)
     columns = torch.arange(ids.shape[1], device=ids.device)
@@ -83,8 +83,16 @@ def tree_batch(
     firsts = torch.where(scored, columns - starts, ends - starts).amin(1) if ids.shape[1] else layout.row_lengths
     # An empty prompt begins where the next does, or behind the last row.
     begins = pad(torch.zeros_like(order), (0, 1)).index_fill_(0, layout.group_starts[:-1], 1)[:-1]
+    holes = torch.zeros_like(begins) if found.mask is None else layout.row_lengths - found.mask.sum(1)
     # The one look at the device.
-    numbers = torch.stack([layout.row_lengths[order], shared, firsts[order], begins]).tolist()
+    *numbers, missing = torch.stack([layout.row_lengths[order], shared, firsts[order], begins, holes[order]]).tolist()
+    if any(missing):
+        place = next(place for place, number in enumerate(missing) if number)
+        raise ValueError(
+            "attention_mask must be one stretch of each row, got a hole in row "
+            f"{int(order[place])}: {missing[place]} of the {numbers[0][place]} entries from its first to its last "
+            "token are 0"
+        )
     kept = [place for place, length in enumerate(numbers[0]) if length]
     lengths, common, first_asked, begin = ([column[place] for place in kept] for column in numbers)
     if len(kept) < len(numbers[0]):
@@ -95,8 +103,12 @@ def tree_batch(
     places = (begins[:, None] + torch.arange(longest, device=ids.device)).clamp_max(ids.shape[1] - 1)
     is_scored = scored[order].gather(1, places)
     if longest and min(lengths) < longest:
-        is_scored &= columns[:longest] < layout.row_lengths[order, None]
-    rows = Rows(ids[order].gather(1, places), is_scored, lengths, common, first_asked)
+        # What stands behind a row may be no id: its last token, which stands for no recording or image.
+        last = begins + layout.row_lengths[order] - 1
+        is_scored &= places <= last[:, None]
+        places = torch.minimum(places, last[:, None])
+    # Models look up ids of 32 or 64 bits alone.
+    rows = Rows(ids[order].gather(1, places).to(torch.int64), is_scored, lengths, common, first_asked)
     named = prompts if groups is not None or group_size is not None else None
     return TreeBatch(rows, order, begins, named, input_ids.shape)
 

@@ -18,7 +18,7 @@ from leafkernels.models.asking import (
 from leafkernels.models.batch import Rows, TreeBatch
 from leafkernels.models.comparison import compared
 from leafkernels.models.heads import Head, head_of
-from leafkernels.models.masks import why_no_masks
+from leafkernels.models.masks import why_no_masks, why_no_sharing
 from leafkernels.models.plan import KINDS, ROWS, TREE, TREE_BELOW, TRUNKS, Plan, Weights, cheapest, plans
 from leafkernels.models.ranks import largest, why_alone
 
@@ -145,7 +145,8 @@ def _why_not(model: Any, kind: str, inputs: dict[str, Any], in_step: bool) -> st
             return "its forward takes no position_ids, or no cache of keys and values"
         if bare.training and is_checkpointed(bare):
             return "gradient checkpointing switches the cache off"
-    if has_masks and (reason := why_no_masks(text_config(model))):
+    config = text_config(model)
+    if reason := why_no_sharing(config) or (why_no_masks(config) if has_masks else None):
         return reason
     types = sorted(name for name in parameters if name.endswith("token_type_ids"))
     if inputs and types:

@@ -19,8 +19,8 @@ def compared(model: Any, kind: str, batch: TreeBatch, inputs: dict[str, Any], in
     """What is wrong with a kind of plan, by a few tokens, once for each way that a model may be run; None: nothing."""
     if kind == ROWS:
         return None
-    bare = bare_model(model)
-    known = _checked.setdefault(bare, {})
+    # Of what wraps a model too: prompt tuning puts tokens before its rows.
+    known = _checked.setdefault(model, {})
     # Each half of a plan by itself: the cache and the mask.
     asked: list[tuple[Any, ...]] = []
     if kind in (TRUNKS, TREE_BELOW):
@@ -40,11 +40,10 @@ def _compare(model: Any, kind: str, batch: TreeBatch, inputs: dict[str, Any], in
     how = "from the keys and values of a shared prefix" if kind == TRUNKS else "under a mask of four dimensions"
     try:
         with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
-            # Positions behind images and recordings are the model's business: its own forward counts them.
-            alone = Run(model, None, inputs=inputs, has_positions=not inputs, in_step=in_step)
+            alone = Run(model, None, inputs=inputs, in_step=in_step)
             count = len(rows.lengths)
             truth = run_piece(alone, rows, Piece([], [Bin(n, n + 1, rows.lengths[n]) for n in range(count)])).logprobs
-            found = run_piece(alone._replace(has_positions=True), rows, piece).logprobs
+            found = run_piece(alone, rows, piece).logprobs
     except Exception as error:  # whatever a model's code raises says that it cannot run so
         return f"it cannot continue {how} ({type(error).__name__}: {error})"
     most = float((truth - found).abs().max())

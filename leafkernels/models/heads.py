@@ -66,18 +66,19 @@ def _find(bare: Any, linear: Any) -> tuple[float, float | None] | None:
     ids = plain_ids(bare)[None].to(linear.weight.device)
     try:
         with evaluating(bare), hidden_states(bare) as hidden:
-            logits = bare(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
+            logits = bare(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=1).logits.float()
     except Exception:  # a model that cannot be asked so is used as it is
         return None
     states = hidden[-1] if hidden else None
-    if states is None or states.shape[:2] != ids.shape or logits.shape[:2] != ids.shape:
+    # A decoder may give the states of the kept columns alone, and another layer may lie between it and the head.
+    if states is None or states.shape != (*ids.shape, linear.in_features) or logits.shape[:2] != (1, 1):
         return None
     if states.dtype != linear.weight.dtype and not torch.is_autocast_enabled(ids.device.type):
         return None
     config = text_config(bare)
     scale, scaling = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
     softcap = getattr(config, "final_logit_softcapping", None)
-    raw = linear(states).float()
+    raw = linear(states[:, -1:]).float()
     # Other products of the same numbers.
     bound = 1e-4 if linear.weight.dtype in (torch.float32, torch.float64) else 3e-2
     for factor in (scale, scaling and 1.0 / scaling, 1.0):

@@ -28,6 +28,15 @@ def why_no_masks(config: Any) -> str | None:
     return None
 
 
+def why_no_sharing(config: Any) -> str | None:
+    """Why neither a cache nor a mask tells what a token sees: a window other than ``reaches`` knows, beyond which the
+    few tokens of a comparison do not go; None: there is none."""
+    for name, size in vars(config).items():
+        if name.endswith(("_window", "_window_size")) and name != "sliding_window" and type(size) is int and size:
+            return f"its config has a window of a kind that is not known, {name}={size}"
+    return None
+
+
 def reaches(config: Any) -> dict[str, Reach]:
     """Kinds of layers that do not see all that stands before: whether they see from a position (q) to one (k)."""
     kinds = set(getattr(config, "layer_types", None) or ())

@@ -29,8 +29,6 @@ class Run(NamedTuple):
     head: Head | None = None
     temperature: float = 1.0
     inputs: Mapping[str, Any] = MappingProxyType({})
-    # False where a model counts the positions behind its inputs itself.
-    has_positions: bool = True
     # Whether ranks run each forward and backward pass together: then none may be left out.
     in_step: bool = False
     read: Read | None = None
@@ -70,12 +68,11 @@ def run_piece(run: Run, rows: Rows, piece: Piece) -> Found:
 
 def _run_rows(run: Run, rows: Rows, piece: Piece) -> tuple[list[_States], Found]:
     device, width = rows.ids.device, rows.ids.shape[1]
-    positions = torch.arange(width, device=device).expand(rows.ids.shape)
-    is_token = positions < torch.tensor(rows.lengths, device=device)[:, None]
+    is_token = torch.arange(width, device=device) < torch.tensor(rows.lengths, device=device)[:, None]
     # Nothing before the first token that is asked for needs logits, but for the last of that.
     skip = max(min(min(rows.firsts), width - 1) - 1, 0)
-    given = positions if run.has_positions else None
-    states = _forward(run, rows.ids, is_token.long(), given, width - skip, None, run.inputs)
+    # Rows begin in the first column: positions are the model's business, which may count from another than 0.
+    states = _forward(run, rows.ids, is_token.long(), None, width - skip, None, run.inputs)
     asked = rows.scored[:, skip + 1 :]
     kept = run.kept(None if rows.cells is None else rows.cells[:, skip + 1 :])
     found = score(run.head, states.kept[:, :-1], rows.ids[:, skip + 1 :], run.temperature, asked, kept)
@@ -316,12 +313,15 @@ def _forward(
     if "use_cache" in names:
         more["use_cache"] = cache is not None
     if "logits_to_keep" in names:
-        more["logits_to_keep"] = keep if run.head is None else 1
+        # A decoder may cut its own states by it, which then has no head here, and is asked for all that are read.
+        more["logits_to_keep"] = 1 if run.head else keep if run.read is None else ids.shape[1]
     if "position_ids" in names and positions is not None:
         more["position_ids"] = positions
     hooked: Any = hidden_states(bare_model(run.model)) if run.head or run.read else nullcontext([])
     with hooked as found:
         output = run.model(input_ids=ids, attention_mask=mask, **more)
+    if run.head is None and getattr(output, "logits", None) is None:
+        raise TypeError(f"model must have a head that gives logits, got {type(bare_model(run.model)).__name__}")
     states = output.logits if run.head is None else found[-1]
     if run.read is None:
         return _States(states[:, -keep:], None)

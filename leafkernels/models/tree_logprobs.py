@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leafkernels._core.checks import check_choice
-from leafkernels.models.asking import bare_model, plain_ids
+from leafkernels._core.checks import check_choice, check_positive
+from leafkernels.models.asking import bare_model, check_ids, check_model, plain_ids
 from leafkernels.models.batch import Rows, TreeBatch, as_batch
 from leafkernels.models.choose import PLANS, Choice, choose
 from leafkernels.models.kept import kept_of_tree
@@ -118,7 +118,7 @@ def prepare(
 ) -> Prepared:
     """Choose how a model runs a batch; the arguments of ``tree_logprobs``. One choice serves the log and the run."""
     check_choice("plan", plan, PLANS)
-    bare, features = bare_model(model), dict(inputs or {})
+    bare, features = check_model(model), dict(inputs or {})
     device, in_step = placed(bare)
     if device not in (None, batch.rows.ids.device):
         raise ValueError(f"input_ids must be on the device of the model, {device}, got {batch.rows.ids.device}")
@@ -127,6 +127,8 @@ def prepare(
             "groups or group_size must say which rows are a prompt where inputs has its features, got neither: rows "
             "of equal tokens may belong to different recordings"
         )
+    if not features:  # ids that stand for them may lie outside of the embedding
+        check_ids(bare, batch.rows.ids)
     choice = choose(model, batch, plan, check, max_tokens, features, in_step)
     return Prepared(model, batch, choice, features, bool(in_step))
 
@@ -161,6 +163,7 @@ def tree_logprobs(
         input_ids: (N, T) integers, rows of any prompts in any order; or what ``tree_batch`` has read of them, and then
             masks and groups are its own.
         attention_mask: (N, T), nonzero on the tokens of a row, which are one stretch: padding left, right, or none.
+            A hole is refused; what stands outside need be no id.
         response_mask: (N, T), nonzero at tokens whose log-probability is asked for; None: all. What stands before them
             needs no logits.
         temperature: positive; logits are divided by it.
@@ -185,6 +188,7 @@ def tree_logprobs(
             run so, or (with ``inputs``) reads a number for each token beside its id, as models that see do; or the
             mask of a tree does not fit into memory.
     """
+    check_positive("temperature", temperature)
     batch = as_batch(input_ids, attention_mask, response_mask=response_mask, groups=groups, group_size=group_size)
     prepared = prepare(model, batch, max_tokens=max_tokens, inputs=inputs, plan=plan, check=check)
     logprobs, entropies, _ = prepared.run(temperature, sampling_mask=sampling_mask)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from leafkernels._core.checks import check_device, check_finite, check_like, check_rewards, check_tensor
+from leafkernels._core.checks import (
+    check_device,
+    check_finite,
+    check_like,
+    check_rewards,
+    check_tensor,
+    values_readable,
+)
 from leafkernels.rows.find import Rows
 from leafkernels.rows.layout import Layout
 from leafkernels.rows.segments import running_sums, segments_of_groups
@@ -99,6 +106,8 @@ def check_functions(
     check_rewards(rewards[..., 0] if shape[-1] else rewards.sum(-1), name, row_shape, device)
     if isinstance(weights, Tensor):
         check_device("reward_weights", weights, name, device)
+        if values_readable(weights) and not bool(weights.isfinite().all()):
+            raise ValueError(f"reward_weights must be finite, got {weights.tolist()}")
         size = tuple(weights.shape)
     elif isinstance(weights, Sequence) and not isinstance(weights, str | bytes):
         for weight in weights:

@@ -56,7 +56,9 @@ class TeacherTopK(NamedTuple):
     ids: Tensor
     """(..., k) integers; -1, or any other that is negative, where an entry is missing."""
     logprobs: Tensor
-    """(..., k), nats, as the teacher gave them: no temperature divides them. -inf where an entry is missing."""
+    """(..., k), nats, as the teacher gave them: no temperature divides them. -inf where an entry is missing.
+
+    Those of a row are of one distribution; on a CPU a row whose probabilities add up to more than 1.05 is refused."""
 
 
 class DivergenceOptions(NamedTuple):
@@ -267,6 +269,12 @@ def check_teacher(
         # What was stored with few digits may pass 1 by a rounding of that.
         if bool((live_numbers > 0.01).any()):
             raise ValueError(f"logprobs must be log-probabilities, at most 0, got {float(live_numbers.max())}")
+        sums = live_numbers.double().exp().masked_fill(live < 0, 0.0).sum(1)
+        if bool((sums > 1.05).any()):
+            raise ValueError(
+                "logprobs must be those of one distribution, whose probabilities add up to at most 1, got a row of "
+                f"{float(sums.max()):.3g}"
+            )
     # An id that no vocabulary has says nothing: what counts it is NaN.
     numbers = numbers.masked_fill(is_outside, torch.nan)
     return rows, numbers
