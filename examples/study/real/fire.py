@@ -41,7 +41,7 @@ WEIGHTS: dict[str, dict[str, float]] = {"plain": PLAIN, "FiRe": {}}
 
 
 class Settings(NamedTuple):
-    tokens: int = 7200  # of which the teacher is asked in a run
+    tokens: int = 3600  # of which the teacher is asked in a run
     looks: int = 2  # evaluations, at equal shares of these
     prompts: int = 4
     rollouts: int = 4

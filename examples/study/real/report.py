@@ -248,8 +248,9 @@ def answers_to(family: str) -> dict[str, Answers]:
     return found
 
 
-def lookahead_table() -> str:
-    """Over the families that every system has answered; rows in the order of what they say."""
+def lookahead_table(only: str = "") -> str:
+    """Over the families that have been answered greedily and by samples: the systems that answered all of them, those
+    first that decide, or only those whose name begins so."""
     by_family = {family: found for family in FAMILIES if "one sample" in (found := answers_to(family))}
     names = [name for name in next(iter(by_family.values())) if all(name in of for of in by_family.values())]
     joined = {
@@ -263,6 +264,8 @@ def lookahead_table() -> str:
         peers = {other: cost for other, cost in tokens.items() if other.startswith("best") and other.endswith(channel)}
         peer = paired.cheapest(tokens[name], peers) if name.startswith(("look", "paper")) else None
         ours = joined[name].rewards
+        if not name.startswith(only):
+            continue
         cells = [name, f"{tokens[name]:.1f}", f"{mean_of(ours):.3f}"]
         cells.append("" if name == "greedy" else resampled(ours, joined["greedy"].rewards))
         cells.append(f"{resampled(ours, joined[peer].rewards)} ({peer.partition(',')[0]})" if peer else "")
