@@ -223,6 +223,9 @@ class Answers(NamedTuple):
     tokens: list[float]
 
 
+UNTAUGHT = "look ahead, nothing learnt"
+
+
 def answers_to(family: str) -> dict[str, Answers]:
     """All systems that answered all problems of a family; those that choose among samples are made here."""
     lines = {tuple(line["unit"][1:]): line for line in RUNS.of("look ahead") if line["unit"][0] == family}
@@ -269,11 +272,14 @@ def lookahead_table(only: str = "") -> str:
         cells = [name, f"{tokens[name]:.1f}", f"{mean_of(ours):.3f}"]
         cells.append("" if name == "greedy" else resampled(ours, joined["greedy"].rewards))
         cells.append(f"{resampled(ours, joined[peer].rewards)} ({peer.partition(',')[0]})" if peer else "")
+        untaught = name.startswith("look") and name != UNTAUGHT and UNTAUGHT in names
+        cells.append(resampled(ours, joined[UNTAUGHT].rewards) if untaught else "")
         for of in by_family.values():
             gain = "" if name == "greedy" else f" ({resampled(of[name].rewards, of['greedy'].rewards)})"
             cells.append(f"{mean_of(of[name].rewards):.3f}{gain}")
         rows.append(cells)
-    return paired.table(["system, channel", "tokens", "reward", "less greedy", "less best of n", *by_family], rows)
+    head = ["system, channel", "tokens", "reward", "less greedy", "less best of n", "less nothing learnt", *by_family]
+    return paired.table(head, rows)
 
 
 def judged_table() -> str:
