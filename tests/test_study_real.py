@@ -383,7 +383,7 @@ def test_tables_of_training_and_distillation(sums: Any, tmp_path: Path, monkeypa
     assert rows[0] == ["sums", "grpo", "2", "0.500", "", "0.600", "", "0.400", ""]
     assert rows[1][:4] == ["sums", "leaf", "2", "0.500"] and rows[1][4].startswith("+0.000 [-1.271, +1.271]")
     assert len(cells_of(found["Training, run by run"])) == 6
-    assert cells_of(found["Distillation"])[2][:6] == ["sampled, FiRe", "0.700", "", "0.800", "", "0.100"]
+    assert cells_of(found["Distillation"])[2][:6] == ["sampled, FiRe", "0.700", "+0.100", "0.800", "+0.100", "0.100"]
     sums.report.curves("training", tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 10_000
     assert sums.report.resampled([1.0, 0.0, 1.0, 1.0], [0.0] * 4).startswith("+0.750 [+0.250, +1.000]")
@@ -454,7 +454,8 @@ def test_the_model_of_the_package(sums: Any, tmp_path: Path) -> None:
 
 def test_the_tables_of_the_page_on_evidence_are_those_of_the_results() -> None:
     pytest.importorskip("matplotlib", reason="needs the extra study")
-    code = "import evidence; print(evidence.table(evidence.agreement())); print(evidence.table(evidence.training()))"
+    code = "import evidence; print(evidence.table(evidence.agreement())); print(evidence.table(evidence.training())); "
+    code += "print(evidence.ahead()); print(evidence.distilled())"
     printed = run_python("-c", code, cwd=ROOT / "docs").stdout
     page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     assert len(cells_of(printed)) > 15 and all(part in page for part in printed.strip().split("\n\n"))

@@ -203,8 +203,9 @@ def gains_table(part: str, base: str) -> str:
 
 
 def less(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The mean difference seed by seed with its 95% t interval; of one seed there is none."""
     if len(ours) < 2:
-        return ""
+        return "".join(f"{a - b:+.3f}" for a, b in zip(ours, theirs, strict=True))
     return paired.less(np.array(ours), np.array(theirs))
 
 
@@ -322,16 +323,19 @@ def distillation_table() -> str:
         return [outcome(runs[(seed, *arm)]) for seed in seeds]
 
     rows = []
+    for history in RUNS.of("teacher"):
+        before, *_, after = (f"{value:.3f}" for value in history["greedy"].values())
+        rows += [[name, value, "", value, *[""] * 5] for name, value in (("start", before), ("teacher", after))]
     for arm in arms:
         cells = [", ".join(arm)]
         for outcome in DISTILLED.values():
             ours = of(arm, outcome)
             cells += [f"{mean_of(ours):.3f}" if ours else "", "" if arm == base else less(ours, of(base, outcome))]
         rows.append(cells)
-    for loss in dict.fromkeys(loss for loss, _ in arms):
+    for loss in (loss for loss, weights in arms if weights == "FiRe" and (loss, "plain") in arms):
         pairs = ((of((loss, "FiRe"), outcome), of((loss, "plain"), outcome)) for outcome in DISTILLED.values())
         rows.append([f"{loss}: FiRe less plain", *(cell for pair in pairs for cell in ("", less(*pair)))])
-    head = [f"{len(seeds)} seeds", *(cell for name in DISTILLED for cell in (name, "less sampled, plain"))]
+    head = [f"seeds: {len(seeds)}", *(cell for name in DISTILLED for cell in (name, "less sampled, plain"))]
     return paired.table(head, rows)
 
 
