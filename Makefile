@@ -38,4 +38,7 @@ study-real:
 	PYTHONPATH=. python $(REAL)/masks.py --work $(WORK)
 	PYTHONPATH=. python $(REAL)/train.py --work $(WORK) --power
 	PYTHONPATH=. python $(REAL)/train.py --work $(WORK)
+	PYTHONPATH=. python $(REAL)/train.py --work $(WORK) --masks
+	PYTHONPATH=. python $(REAL)/sla.py --work $(WORK)
+	PYTHONPATH=. python $(REAL)/fire.py --work $(WORK)
 	PYTHONPATH=. python $(REAL)/report.py --draw

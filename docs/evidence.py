@@ -93,6 +93,15 @@ def training() -> list[Found]:
     return found
 
 
+def ahead() -> str:
+    """Look-ahead of SmolLM2 less greedy decoding."""
+    return str(importlib.import_module("report").lookahead_table("look ahead"))
+
+
+def distilled() -> str:
+    return str(importlib.import_module("report").distillation_table())
+
+
 def table(rows: list[Found]) -> str:
     settings = list(dict.fromkeys(row.setting for row in rows))
     by_key = {(row.setting, row.scheme): row.words for row in rows}
@@ -130,6 +139,7 @@ def main() -> None:
     for name, rows in parts.items():
         print(table(rows))
         draw(rows, labels[name], HERE / f"evidence_{name}.png")
+    print(f"{ahead()}\n{distilled()}")
 
 
 if __name__ == "__main__":

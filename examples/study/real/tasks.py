@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from model import Message
 
 # Seeds of reasoning-gym's generators, which make problem i from seed + i: far apart, so that no two uses share one.
-USES = ("start", "pilot", "measured", "held out", "trained", "evaluated", "power")
+USES = ("start", "pilot", "measured", "held out", "trained", "evaluated", "power", "preferred", "answered", "distilled")
 SEEDS = {use: 100_000 * (1 + place) for place, use in enumerate(USES)}
 NUMBER = re.compile(r"-?\d+")
 

@@ -2,6 +2,7 @@
 
     python examples/study/real/train.py --power --work runs/real      # the least difference that can be seen
     python examples/study/real/train.py --work runs/real --minutes 60
+    python examples/study/real/train.py --work runs/real --masks      # part 4: top-p 0.9 with and without a mask
     python examples/study/real/train.py --work runs/real --collect    # adds what is not finished
 
 Finished runs go to results/runs.jsonl.gz; WORK/training keeps the others, every ten steps.
@@ -10,10 +11,11 @@ Finished runs go to results/runs.jsonl.gz; WORK/training keeps the others, every
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ sys.path.append(str(HERE.parent))
 import model as models  # noqa: E402
 import rollouts  # noqa: E402
 import start  # noqa: E402
-from model import Policy  # noqa: E402
+from model import Policy, Sampled  # noqa: E402
 from runs import Runs  # noqa: E402
 from tasks import FAMILIES, SEEDS, Problem, problem  # noqa: E402
 
@@ -35,10 +37,20 @@ import leafkernels  # noqa: E402
 from leafkernels.models import tree_logprobs  # noqa: E402
 
 RUNS = Runs(HERE)
-ARMS: dict[str, Callable[..., Tensor]] = {
-    "grpo": leafkernels.grpo,
-    "leaf": leafkernels.span_advantages,
-    "tree_td": leafkernels.tree_td,
+
+
+class Arm(NamedTuple):
+    scheme: Callable[..., Tensor]
+    top_p: float = 1.0  # of sampling
+    masked: bool = False  # whether the policy's distribution is truncated as the sampler's was
+
+
+ARMS = {
+    "grpo": Arm(leafkernels.grpo),
+    "leaf": Arm(leafkernels.span_advantages),
+    "tree_td": Arm(leafkernels.tree_td),
+    "top_p": Arm(leafkernels.grpo, 0.9),
+    "top_p_mask": Arm(leafkernels.grpo, 0.9, True),
 }
 TRAINED = ("sums", "sorting")
 RUN_SEEDS = range(4)
@@ -64,12 +76,26 @@ class Run(NamedTuple):
         return f"{self.family}-{self.arm}-{self.seed}"
 
 
-def queue(settings: Settings) -> Iterator[tuple[Run, int]]:
+class Part(NamedTuple):
+    """Of the protocol: its name among the results, and the runs that are of it."""
+
+    name: str
+    arms: tuple[str, ...]
+    settings: Settings
+    families: tuple[tuple[str, ...], ...]  # seed by seed within each of these, one after the other
+
+
+SCHEMES = Part("training", ("grpo", "leaf", "tree_td"), Settings(), (TRAINED,))
+MASKS = Part("training with masks", ("top_p", "top_p_mask"), Settings(steps=40), (("sorting",), ("sums",)))
+
+
+def queue(part: Part) -> Iterator[tuple[Run, int]]:
     """All arms of a seed before the next, in turns as far as to the next evaluation: what stops early is paired."""
-    stages = range(settings.evaluate_every, settings.steps + 1, settings.evaluate_every)
-    return (
-        (Run(seed, family, arm), stage) for seed in RUN_SEEDS for family in TRAINED for stage in stages for arm in ARMS
-    )
+    every = part.settings.evaluate_every
+    stages = range(every, part.settings.steps + 1, every)
+    for families in part.families:
+        for seed, family, stage, arm in itertools.product(RUN_SEEDS, families, stages, part.arms):
+            yield Run(seed, family, arm), stage
 
 
 @torch.no_grad()
@@ -78,26 +104,46 @@ def greedy_reward(policy: Policy, family: str, count: int) -> float:
     tasks = [problem(family, "evaluated", index) for index in range(count)]
     prompts = [policy.prompt_ids(task.messages) for task in tasks]
     found = models.sample(policy, prompts, 1, FAMILIES[family].limit, temperature=0.0)
-    rows = zip(tasks, found.token_ids, found.mask, strict=True)
-    return sum(task.score(policy.text(ids[mask].tolist())) for task, ids, mask in rows) / count
+    return float(rewards_of(policy, tasks, found).double().mean())
 
 
-def update(policy: Policy, tasks: list[Problem], scheme: Callable[..., Tensor], settings: Settings, seed: int) -> float:
+class Rows(NamedTuple):
+    """Prompts and answers in one row each, all (N, T)."""
+
+    ids: Tensor
+    there: Tensor  # prompts, padded on the left, and answers
+    asked: Tensor  # answers
+
+
+def in_rows(prompts: Sequence[Tensor], found: Sampled) -> Rows:
+    width, count = max(map(len, prompts)), len(found.mask) // len(prompts)
+    padded = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
+    there = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts])
+    before = [part.repeat_interleave(count, 0) for part in (padded, there)]
+    ids, there = torch.cat([before[0], found.token_ids], 1), torch.cat([before[1], found.mask], 1)
+    return Rows(ids, there, torch.cat([torch.zeros_like(before[1]), found.mask], 1))
+
+
+def rewards_of(policy: Policy, tasks: Sequence[Problem], found: Sampled) -> Tensor:
+    """(N,) of the answers, those to one task one after the other."""
+    count = len(found.mask) // len(tasks)
+    texts = [policy.text(ids[mask].tolist()) for ids, mask in zip(found.token_ids, found.mask, strict=True)]
+    return torch.tensor([tasks[row // count].score(text) for row, text in enumerate(texts)])
+
+
+def update(policy: Policy, tasks: list[Problem], arm: Arm, settings: Settings, seed: int) -> float:
     """Sample, credit, and put the gradient of the loss into the adapter; the mean reward."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [policy.prompt_ids(task.messages) for task in tasks]
-    found = models.sample(policy, prompts, settings.rollouts, FAMILIES[tasks[0].family].limit, generator=generator)
-    texts = [policy.text(ids[mask].tolist()) for ids, mask in zip(found.token_ids, found.mask, strict=True)]
-    rewards = torch.tensor([tasks[row // settings.rollouts].score(text) for row, text in enumerate(texts)])
-    width = max(map(len, prompts))
-    padded = torch.stack([torch.nn.functional.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
-    there = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts])
-    before = [part.repeat_interleave(settings.rollouts, 0) for part in (padded, there)]
-    ids, there = torch.cat([before[0], found.token_ids], 1), torch.cat([before[1], found.mask], 1)
-    asked = torch.cat([torch.zeros_like(before[1]), found.mask], 1)
-    logprobs = tree_logprobs(policy.model, ids, there, response_mask=asked, entropy=False).logprobs[:, width:]
-    old = logprobs.detach()
-    credit = scheme(old, found.token_ids, rewards, response_mask=found.mask, group_size=settings.rollouts)
+    limit = FAMILIES[tasks[0].family].limit
+    found = models.sample(policy, prompts, settings.rollouts, limit, top_p=arm.top_p, generator=generator)
+    rewards, rows = rewards_of(policy, tasks, found), in_rows(prompts, found)
+    kept = found.kept.pad(rows.asked) if arm.masked and found.kept is not None else None
+    asked = {"response_mask": rows.asked, "sampling_mask": kept, "entropy": False}
+    logprobs = tree_logprobs(policy.model, rows.ids, rows.there, **asked).logprobs[:, max(map(len, prompts)) :]
+    # A sampler that truncates has another distribution, whose log-probabilities an engine would hand over.
+    old = logprobs.detach() if arm.top_p == 1.0 else found.logprobs - found.kept_mass.log()
+    credit = arm.scheme(old, found.token_ids, rewards, response_mask=found.mask, group_size=settings.rollouts)
     # One root mean square for all arms, so that a step's length is no part of the comparison.
     credit = credit / credit[found.mask].square().mean().sqrt().clamp_min(1e-6)
     leafkernels.policy_loss(logprobs, old, credit, found.mask).loss.backward()
@@ -166,29 +212,31 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop, and keep what is there, after these")
     parser.add_argument("--families", nargs="+", choices=TRAINED, default=list(TRAINED), help="for two processes")
+    parser.add_argument("--masks", action="store_true", help="the runs of part 4 in place of those of part 2")
     parser.add_argument("--power", action="store_true")
     parser.add_argument("--collect", action="store_true")
     arguments = parser.parse_args()
-    settings, until = Settings(), time.time() + 60 * arguments.minutes
+    part, until = MASKS if arguments.masks else SCHEMES, time.time() + 60 * arguments.minutes
     if arguments.power:
         found = []
         for family in TRAINED:
             records = rollouts.taken(arguments.work, "measured", [family])
             for seeds in (4, 8, 16):
-                found.append({"family": family, "seeds": seeds, **least_difference(records, settings, seeds)})
+                found.append({"family": family, "seeds": seeds, **least_difference(records, part.settings, seeds)})
         return RUNS.replace("power", found)
-    done = [tuple(line["run"]) for line in RUNS.of("training")]
+    done = [tuple(line["run"]) for line in RUNS.of(part.name)]
     if arguments.collect:
         states = (torch.load(path, weights_only=True) for path in sorted((arguments.work / "training").glob("*.pt")))
-        return RUNS.replace("training so far", [state["history"] for state in states])
+        histories = [state["history"] for state in states]
+        return RUNS.replace(f"{part.name} so far", [of for of in histories if of["run"][2] in part.arms])
     start.make(arguments.work, start.STEPS)
     policy = models.load(arguments.work / "start")
-    for run, stage in queue(settings):
+    for run, stage in queue(part):
         if run in done or run.family not in arguments.families or time.time() > until:
             continue
-        history = train(arguments.work, policy, run, settings, stage, until)
-        if len(history["reward"]) == settings.steps:
-            RUNS.add("training", history)
+        history = train(arguments.work, policy, run, part.settings, stage, until)
+        if len(history["reward"]) == part.settings.steps:
+            RUNS.add(part.name, history)
             (arguments.work / "training" / f"{run.name}.pt").unlink()
 
 
