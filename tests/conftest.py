@@ -1,5 +1,6 @@
 """Triton's interpreter where there is no GPU, and uninitialised memory that cannot pass for a result."""
 
+import gc
 import importlib
 import os
 from collections.abc import Iterator
@@ -56,6 +57,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         on_triton = "triton" in item.name and "by_hand" not in item.name
         if on_triton or item.path.stem in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the end of every training looks for garbage, half a second among all of that."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -126,6 +126,7 @@ def _serve(is_deepspeed: bool, pipe: Connection) -> None:
             engine, function, arguments = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
+        gc.freeze()  # what has been imported stays: every training ends with a look for garbage
         try:
             with _on(engine):
                 answer = True, function(rank, *arguments)

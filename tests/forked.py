@@ -1,5 +1,6 @@
 """Python programs in processes that start with what takes long to import: a fork of one server of this run."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -75,6 +76,7 @@ def run_ranks(script: str, folder: Path, *more: str) -> None:
 
 
 def _run(words: Sequence[str], cwd: str, environment: dict[str, str], folder: str) -> None:
+    gc.freeze()  # what has been imported stays: every training ends with a look for garbage
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
     os.chdir(cwd)

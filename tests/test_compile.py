@@ -57,18 +57,21 @@ def call_everything(backend: str) -> None:
     at = torch.tensor([[2, 4], [3, -1]], device=DEVICE)
     leafkernels.span_values(shared, at, group["rewards"].view(2, 2), lengths, backend=backend)
     leafkernels.prefix_tree(ids, response_mask=mask, backend=backend)
-    logits = torch.randn(4, 10, 9, device=DEVICE, requires_grad=True)
-    temperature = torch.full((4, 10), 0.5, device=DEVICE)
+    # Of what is over a vocabulary half the rows do, for which Triton's interpreter takes long.
+    ids, logprobs, mask = ids[:2], logprobs[:2], mask[:2]
+    packed = {"cu_seqlens": torch.tensor([0, 7, 7, 20], dtype=torch.int32, device=DEVICE)}
+    logits = torch.randn(2, 10, 9, device=DEVICE, requires_grad=True)
+    temperature = torch.full((2, 10), 0.5, device=DEVICE)
     for options in ({}, {"response_mask": mask, "temperature": temperature, "inplace_backward": True}):
         found = leafkernels.surprisal_entropy(logits * 1, ids, **options, backend=backend)
         (found.surprisal + 2 * found.entropy).sum().backward()
-    hidden, weight, bias = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((4, 10, 5), (9, 5), 9))
+    hidden, weight, bias = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((2, 10, 5), (9, 5), 9))
     for options in ({}, {"bias": bias, "response_mask": mask, "logit_softcap": 3.0, "chunk_tokens": 16}):
         more = {"statistics": ["sum_squares", "top_ids"], **options}
         result = leafkernels.linear_surprisal_entropy(hidden, weight, ids, **more, backend=backend)
         (result.surprisal + 2 * result.entropy).sum().backward()
-    teacher, few = torch.randn(4, 10, 9, device=DEVICE), torch.tensor([0, -1, 5], device=DEVICE).expand(4, 10, 3)
-    served = leafkernels.TeacherTopK(few, torch.full((4, 10, 3), -2.0, device=DEVICE))
+    teacher, few = torch.randn(2, 10, 9, device=DEVICE), torch.tensor([0, -1, 5], device=DEVICE).expand(2, 10, 3)
+    served = leafkernels.TeacherTopK(few, torch.full((2, 10, 3), -2.0, device=DEVICE))
     for options in ({}, {"kind": "jsd", "top_k": 2, "response_mask": mask, "temperature": temperature}):
         found = leafkernels.divergence(logits, teacher, **options, backend=backend)
         (found.divergence + 2 * found.student_entropy).sum().backward()
@@ -76,7 +79,7 @@ def call_everything(backend: str) -> None:
         for other in ((hidden.detach(), weight), (served,))[: 1 if "top_k" in options else 2]:
             found = leafkernels.linear_divergence(hidden, weight, *other, **options, chunk_tokens=16, backend=backend)
             (found.divergence + 2 * found.student_entropy).sum().backward()
-    some = leafkernels.SamplingMask.from_lists([[0, 3, 3, 8], [], [9, 7]] * 13 + [[1]], device=DEVICE)
+    some = leafkernels.SamplingMask.from_lists([[0, 3, 3, 8], [], [9, 7]] * 6 + [[1], [2]], device=DEVICE)
     for options in ({}, {"response_mask": mask, "temperature": temperature, "inplace_backward": True}):
         found = leafkernels.surprisal_entropy(logits * 1, ids, sampling_mask=some, **options, backend=backend)
         (found.surprisal + 2 * found.entropy).sum().backward()
