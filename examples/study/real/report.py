@@ -156,7 +156,7 @@ def power_table() -> str:
 
 def training_table(part: str, base: str) -> str:
     """What ran, finished or not; differences to the base over as many steps as both have."""
-    runs = training_runs(part)
+    runs = dict(sorted((name, run) for name, run in training_runs(part).items() if run["reward"]))
     rows = []
     for (seed, family, arm), run in runs.items():
         reward, greedy, other = run["reward"], run["greedy"], runs.get((seed, family, base))
@@ -410,11 +410,11 @@ BLOCK = 5  # steps that a point of a curve is the mean of
 
 
 def curves(part: str, path: Path) -> None:
-    """Sampled reward above, greedy reward below, by family: means with 95% t intervals over the seeds that an arm has
-    there, where it has two."""
+    """Sampled reward above, greedy reward below, by family: means over finished runs, with 95% t intervals over seeds
+    where there are two."""
     from matplotlib import pyplot
 
-    runs = training_runs(part)
+    runs = {tuple(run["run"]): run for run in RUNS.of(part)}
     families, arms = (list(dict.fromkeys(run[at] for run in runs)) for at in (1, 2))
     size = (5 * len(families), 6.4)
     figure, axes = pyplot.subplots(2, len(families), figsize=size, squeeze=False, sharex=True, layout="constrained")
