@@ -21,7 +21,7 @@ pytest.importorskip("scipy", reason="needs the extra study")
 
 STUDY = ROOT / "examples" / "study" / "real"
 MODULES = ("model", "tasks", "start", "rollouts", "agreement", "masks", "steps", "train", "sla", "fire", "report")
-MODULES += ("runs", "paired")
+MODULES += ("tables_training", "tables_lookahead", "runs", "paired")
 
 
 class Sums:
@@ -370,6 +370,8 @@ def test_a_teacher_is_what_training_kept(sums: Any, tmp_path: Path) -> None:
 def test_tables_of_training_and_distillation(sums: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what is finished, by hand; a seed counts where all arms have it."""
     pytest.importorskip("matplotlib", reason="needs the extra study")
+    import tables_lookahead
+
     results = sums.report.Runs(tmp_path)
     monkeypatch.setattr(sums.report, "RUNS", results)
     for seed, arm, reward in ((0, "grpo", 0.5), (0, "leaf", 0.6), (1, "grpo", 0.3), (1, "leaf", 0.2), (2, "grpo", 0.9)):
@@ -385,9 +387,9 @@ def test_tables_of_training_and_distillation(sums: Any, tmp_path: Path, monkeypa
     assert rows[1][:4] == ["sums", "leaf", "2", "0.500"] and rows[1][4].startswith("+0.000 [-1.271, +1.271]")
     assert len(cells_of(found["Training, run by run"])) == 6
     assert cells_of(found["Distillation"])[2][:6] == ["sampled, FiRe", "0.700", "+0.100", "0.800", "+0.100", "0.100"]
-    sums.report.curves("training", tmp_path / "training.png")
+    sums.report.curves(results, "training", tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 10_000
-    assert sums.report.resampled([1.0, 0.0, 1.0, 1.0], [0.0] * 4).startswith("+0.750 [+0.250, +1.000]")
+    assert tables_lookahead.resampled([1.0, 0.0, 1.0, 1.0], [0.0] * 4).startswith("+0.750 [+0.250, +1.000]")
 
 
 @pytest.mark.slow

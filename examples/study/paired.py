@@ -32,11 +32,16 @@ def compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
     return {"difference": float(mean), "half": float(half), "p": float(reached.mean()), "seeds": count}
 
 
+def in_words(middle: float, low: float, high: float) -> str:
+    """A difference and its interval, which is left out where it is NaN."""
+    return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]" if low == low else f"{middle:+.3f}"
+
+
 def less(ours: np.ndarray, theirs: np.ndarray) -> str:
     """The mean difference seed by seed with its 95% t interval, in words."""
     found = compare(ours, theirs)
     middle, half = found["difference"], found["half"]
-    return f"{middle:+.3f} [{middle - half:+.3f}, {middle + half:+.3f}]"
+    return in_words(middle, middle - half, middle + half)
 
 
 def holm(p_values: list[float]) -> list[float]:
