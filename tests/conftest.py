@@ -1,8 +1,9 @@
 """Triton's interpreter where there is no GPU, and uninitialised memory that cannot pass for a result."""
 
 import gc
-import importlib
+import importlib.util
 import os
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,31 @@ SLOW_FILES = (
 )
 
 
+# A minute each, in processes of their own: first, or one worker is left with them at the end.
+LONG_FILES = ("test_vllm", "test_aot", "test_ptx")
+
+
+def pytest_configure() -> None:
+    patch_the_language_once()
+
+
+def patch_the_language_once() -> None:
+    """Triton's interpreter goes through all names of its language with each call of a device function, a third of the
+    time of small kernels; what it puts in their places when a kernel starts holds until that ends."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, scope = (getattr(interpreter, name, None) for name in ("_patch_lang", "_LangPatchScope"))
+    if patch is None or scope is None:  # older versions have other names
+        return
+    both = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang = lambda _: patch(both) if tl.core.is_builtin(tl.load) else scope()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)
     for item in items:
         # Under the interpreter a kernel takes seconds; what is worked by hand is small.
         on_triton = "triton" in item.name and "by_hand" not in item.name

@@ -10,6 +10,8 @@ from packaging.version import Version
 from torch import Tensor
 from trl import GRPOTrainer
 
+from leafkernels.vocabulary.divergence import MOST_LOGPROB, MOST_PROBABILITY
+
 
 class StoredTeacher:
     """What a teacher said of stored completions: for each token its most likely ids, and their log-probabilities.
@@ -110,13 +112,12 @@ class StoredTeacher:
                     f"{_short(ids)} for token {token}"
                 )
             is_numbers = isinstance(values, list) and len(values) == len(ids)
-            # What was stored with few digits may pass 1 by a rounding of that.
             if not is_numbers or not all(_is_logprob(value) for value in values):
                 raise ValueError(
                     f"the column {logprobs_of!r} must hold a log-probability, at most 0, for each of the {len(ids)} "
                     f"ids, got {_short(values)} for token {token}"
                 )
-            if sum(map(math.exp, values)) > 1.05:
+            if sum(map(math.exp, values)) > MOST_PROBABILITY:
                 raise ValueError(
                     f"the column {logprobs_of!r} must hold log-probabilities of one distribution, whose probabilities "
                     f"add up to at most 1, got {_short(values)} for token {token}"
@@ -127,7 +128,7 @@ class StoredTeacher:
 
 
 def _is_logprob(value: Any) -> bool:
-    return isinstance(value, int | float) and value <= 0.01  # NaN is not
+    return isinstance(value, int | float) and value <= MOST_LOGPROB  # NaN is not
 
 
 def _short(value: Any) -> str:

@@ -36,6 +36,11 @@ from leafkernels.vocabulary.slices import check_same_rows
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 
+# What was stored with few digits passes 1 by a rounding of that: the most that a log-probability may be, and that the
+# probabilities of one distribution may add up to.
+MOST_LOGPROB = 0.01
+MOST_PROBABILITY = 1.05
+
 
 class Divergence(NamedTuple):
     """Numbers of each token in nats, 0 where the mask is False; shaped like the rows, float32 (float64 for float64)."""
@@ -266,11 +271,10 @@ def check_teacher(
         ranked = live.sort(1).values
         if bool(((ranked[:, 1:] == ranked[:, :-1]) & (ranked[:, 1:] >= 0)).any()):
             raise ValueError("ids must hold each id once in a row, got one twice")
-        # What was stored with few digits may pass 1 by a rounding of that.
-        if bool((live_numbers > 0.01).any()):
+        if bool((live_numbers > MOST_LOGPROB).any()):
             raise ValueError(f"logprobs must be log-probabilities, at most 0, got {float(live_numbers.max())}")
         sums = live_numbers.double().exp().masked_fill(live < 0, 0.0).sum(1)
-        if bool((sums > 1.05).any()):
+        if bool((sums > MOST_PROBABILITY).any()):
             raise ValueError(
                 "logprobs must be those of one distribution, whose probabilities add up to at most 1, got a row of "
                 f"{float(sums.max()):.3g}"
