@@ -10,8 +10,9 @@ from leafkernels.credit.agreement import GradientAgreement, gradient_agreement
 from leafkernels.credit.baselines import maxrl, opo, pass_at_k, qae
 from leafkernels.credit.boundaries import select_boundaries
 from leafkernels.credit.differences import tempo, tree_td, treerl
-from leafkernels.credit.distillation import FireOPD, FireStatistics, fire_opd, fire_statistics, fire_teachers
+from leafkernels.credit.distillation import FireOPD, FireStatistics, fire_opd, fire_statistics
 from leafkernels.credit.estimators import dr_grpo, grpo, rloo
+from leafkernels.credit.fire_teachers import fire_teachers
 from leafkernels.credit.key_tokens import ktae
 from leafkernels.credit.options import PRESETS
 from leafkernels.credit.prefix_lengths import common_prefix_lengths
