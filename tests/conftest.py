@@ -84,8 +84,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-def pytest_collection_finish() -> None:
-    """What has been imported stays: the end of every training looks for garbage, half a second among all of that."""
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """What is there stays: the end of every training looks for garbage three times, a second among all of that."""
     gc.collect()
     gc.freeze()
 

@@ -520,6 +520,12 @@ FEW += [
 ]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of Triton's compiler, which assembles nothing in these processes."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def executed(folder: Path, *options: object) -> dict[str, Any]:
     pytest.importorskip("triton")
     compiler = pytest.importorskip("triton.compiler")
@@ -560,33 +566,34 @@ def test_the_page_shows_what_was_executed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
-def test_kernels_in_order_and_interleaved(part: str, tmp_path: Path) -> None:
+def test_kernels_in_order_and_interleaved(part: str, cache: Path) -> None:
     """Results are those of the PyTorch backend, and nothing is seen. Threads may write one value together."""
     cases, kernels = PARTS[part]
     # Programs of the two parts tell each other something by memory. Those of the others are alone: a few of them are
     # interleaved below, and all by make ptx.
     seeds = [1, 2, 3] if part in ("prefixes", "spans") else []
-    found = executed(tmp_path, "--seeds", *seeds, "--cases", *cases)
+    found = executed(cache, "--seeds", *seeds, "--cases", *cases)
     assert found["failed"] == {}
     assert found["seen"] == []
     assert set(found["kernels"]) >= full_names(kernels)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "seeds"), [(80, []), (90, [1]), (100, [])])
-def test_one_of_each_kernel(arch: int, seeds: list[int], tmp_path: Path) -> None:
-    found = executed(tmp_path, "--arch", arch, "--seeds", *seeds, "--cases", *FEW)
+@pytest.mark.parametrize(("arch", "seeds", "cases"), [(80, [], FEW[::2]), (90, [1], FEW), (100, [], FEW[1::2])])
+def test_one_of_each_kernel(arch: int, seeds: list[int], cases: list[str], cache: Path) -> None:
+    """Interleaved on one architecture, and half of them in order on each of the others; ``make ptx`` has all on all."""
+    found = executed(cache, "--arch", arch, "--seeds", *seeds, "--cases", *cases)
     assert found["failed"] == {}
     assert found["seen"] == []
-    assert len(found["kernels"]) >= 20
+    assert len(found["kernels"]) >= len(cases)
 
 
 @pytest.mark.slow
-def test_results_agree_with_another_executor(shared: Path, tmp_path: Path) -> None:
+def test_results_agree_with_another_executor(shared: Path, cache: Path) -> None:
     other = shared / "tools" / "ptx"
     if not other.is_dir():
         pytest.skip(f"needs {other}, which is not here")
-    ours, theirs = (executed(tmp_path, "--cases", *FEW, *more) for more in ([], ["--other", other]))
+    ours, theirs = (executed(cache, "--cases", *FEW, *more) for more in ([], ["--other", other]))
     assert ours["seen"] == theirs["seen"] == []
     assert ours["kernels"] == theirs["kernels"]
     for name, results in ours["results"].items():

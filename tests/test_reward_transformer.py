@@ -683,7 +683,7 @@ def test_in_the_generate_of_another_model() -> None:
         own_generate(wrapped, max_branches=4)
 
 
-@pytest.mark.parametrize("kind", ["peft", "compiled"])
+@pytest.mark.parametrize("kind", ["peft", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_in_the_generate_of_a_model_around_it(kind: str) -> None:
     """Which hands the model within to ``custom_generate``; greedy is its own greedy decoding."""
     model = build_model("llama")
