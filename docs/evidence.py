@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 STUDY = HERE.parent / "examples" / "study"
 sys.path[:0] = [str(STUDY), str(STUDY / "real"), str(HERE.parent)]
@@ -67,7 +69,8 @@ def agreement() -> list[Found]:
 
 
 def training() -> list[Found]:
-    """Mean sampled reward over training; LEAF's on speech is of the first round, the others of the second."""
+    """Mean sampled reward over training; LEAF's on speech is of the first round, the others of the second. SmolLM2 was
+    not trained with TEMPO."""
     analyse = importlib.import_module("analyse")
     found = []
     for task, setting in SPEECH.items():
@@ -81,6 +84,14 @@ def training() -> list[Found]:
             gain = paired.compare(ours, theirs)
             middle, half = gain["difference"], gain["half"]
             found.append(Found(setting, scheme, middle, middle - half, middle + half))
+    real, tables = importlib.import_module("report"), importlib.import_module("tables_training")
+    for family in ("sums", "sorting"):
+        arms = tables.paired_runs(real.RUNS, "training", family)
+        rewards = {arm: np.array([np.mean(run["reward"]) for run in of]) for arm, of in arms.items()}
+        for scheme in ("tree_td", "leaf"):
+            gain = paired.compare(rewards[scheme], rewards["grpo"])
+            middle, half = gain["difference"], gain["half"]
+            found.append(Found(REAL[family], scheme, middle, middle - half, middle + half))
     named = {"tree_td 0, 0.5": "tree_td", "tempo": "tempo", "leaf": "leaf"}
     settings: list[Any] = []
     for row in of_study("agreement", "tabular"):
@@ -107,7 +118,7 @@ def distilled() -> str:
 def table(rows: list[Found]) -> str:
     settings = list(dict.fromkeys(row.setting for row in rows))
     by_key = {(row.setting, row.scheme): row.words for row in rows}
-    lines = [[setting, *(by_key[setting, scheme] for scheme in SCHEMES)] for setting in settings]
+    lines = [[setting, *(by_key.get((setting, scheme), "") for scheme in SCHEMES)] for setting in settings]
     return paired.table(["less GRPO", *SCHEMES], lines)
 
 

@@ -57,18 +57,24 @@ OUTCOMES: dict[str, Outcome] = {
 }
 
 
-def gains_table(runs: Runs, part: str, base: str) -> str:
-    """Finished runs by family and arm, over the seeds that all arms of the family have: means, and what they are less
-    the base, with 95% t intervals."""
+def paired_runs(runs: Runs, part: str, family: str) -> dict[str, list[Line]]:
+    """Of each arm the finished runs, seed by seed, of the seeds that all arms of the family have."""
     found = {tuple(run["run"]): run for run in runs.of(part)}
-    arms = list(dict.fromkeys(arm for _, _, arm in found))
+    arms = list(dict.fromkeys(arm for _, of, arm in found if of == family))
+    seeds = [seed for seed in range(64) if all((seed, family, arm) in found for arm in arms)]
+    return {arm: [found[seed, family, arm] for seed in seeds] for arm in arms}
+
+
+def gains_table(runs: Runs, part: str, base: str) -> str:
+    """By family and arm, over the seeds that all arms of the family have: means, and what they are less the base, with
+    95% t intervals."""
     rows = []
-    for family in dict.fromkeys(family for _, family, _ in found):
-        seeds = [seed for seed in range(64) if all((seed, family, arm) in found for arm in (*arms, base))]
-        for arm in arms:
-            cells = [family, arm, str(len(seeds))]
+    for family in dict.fromkeys(run["run"][1] for run in runs.of(part)):
+        arms = paired_runs(runs, part, family)
+        for arm, chosen in arms.items():
+            cells = [family, arm, str(len(chosen))]
             for outcome in OUTCOMES.values():
-                ours, theirs = ([outcome(found[seed, family, one]) for seed in seeds] for one in (arm, base))
+                ours, theirs = ([outcome(run) for run in of] for of in (chosen, arms.get(base, [])))
                 cells += [f"{fmean(ours):.3f}" if ours else "", less(ours, theirs) if arm != base else ""]
             rows.append(cells)
     head = ["family", "arm", "seeds", *(cell for name in OUTCOMES for cell in (name, f"less {base}"))]
