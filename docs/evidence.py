@@ -68,6 +68,13 @@ def agreement() -> list[Found]:
     return found
 
 
+def compared(setting: str, scheme: str, ours: np.ndarray, theirs: np.ndarray) -> Found:
+    """Seed by seed, with the t interval."""
+    gain = paired.compare(ours, theirs)
+    middle, half = gain["difference"], gain["half"]
+    return Found(setting, scheme, middle, middle - half, middle + half)
+
+
 def training() -> list[Found]:
     """Mean sampled reward over training; LEAF's on speech is of the first round, the others of the second. SmolLM2 was
     not trained with TEMPO."""
@@ -81,17 +88,13 @@ def training() -> list[Found]:
         ):
             speech = analyse.Speech(name)
             ours, theirs = (speech.outcome(task, which, "reward") for which in (arm, "grpo"))
-            gain = paired.compare(ours, theirs)
-            middle, half = gain["difference"], gain["half"]
-            found.append(Found(setting, scheme, middle, middle - half, middle + half))
+            found.append(compared(setting, scheme, ours, theirs))
     real, tables = importlib.import_module("report"), importlib.import_module("tables_training")
     for family in ("sums", "sorting"):
         arms = tables.paired_runs(real.RUNS, "training", family)
         rewards = {arm: np.array([np.mean(run["reward"]) for run in of]) for arm, of in arms.items()}
         for scheme in ("tree_td", "leaf"):
-            gain = paired.compare(rewards[scheme], rewards["grpo"])
-            middle, half = gain["difference"], gain["half"]
-            found.append(Found(REAL[family], scheme, middle, middle - half, middle + half))
+            found.append(compared(REAL[family], scheme, rewards[scheme], rewards["grpo"]))
     named = {"tree_td 0, 0.5": "tree_td", "tempo": "tempo", "leaf": "leaf"}
     settings: list[Any] = []
     for row in of_study("agreement", "tabular"):

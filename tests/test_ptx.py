@@ -579,13 +579,15 @@ def test_kernels_in_order_and_interleaved(part: str, cache: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "seeds", "cases"), [(80, [], FEW[::2]), (90, [1], FEW), (100, [], FEW[1::2])])
-def test_one_of_each_kernel(arch: int, seeds: list[int], cases: list[str], cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("arch", "seeds", "cases", "least"), [(80, [], FEW[::2], 20), (90, [1], FEW, 20), (100, [], FEW[1::2], 16)]
+)
+def test_one_of_each_kernel(arch: int, seeds: list[int], cases: list[str], least: int, cache: Path) -> None:
     """Interleaved on one architecture, and half of them in order on each of the others; ``make ptx`` has all on all."""
     found = executed(cache, "--arch", arch, "--seeds", *seeds, "--cases", *cases)
     assert found["failed"] == {}
     assert found["seen"] == []
-    assert len(found["kernels"]) >= len(cases)
+    assert len(found["kernels"]) >= least
 
 
 @pytest.mark.slow
