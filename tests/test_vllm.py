@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -428,6 +429,66 @@ def test_leaf_learns_from_rollouts_of_vllm(saved: dict[str, tuple[Path, Path]], 
     command = [sys.executable, "-W", "ignore", "-c", LEAF, str(saved["qwen2"][0]), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert "learnt" in done.stdout, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+@on_vllm
+def test_a_teacher_that_vllm_serves(saved: dict[str, tuple[Path, Path]]) -> None:
+    """``ServedTeacher`` has from vLLM's own server what the model gives: prompts it has seen before, padding, holes."""
+    import httpx
+    import transformers
+
+    pytest.importorskip("trl", reason="needs TRL: pip install -e '.[trl]'")
+    from leafkernels.integrations.trl_distillation import ServedTeacher
+
+    model, _ = saved["qwen2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "64", "--max-logprobs", "4"]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen([*command, "--served-model-name", "tiny"], start_new_session=True) as server:
+        try:
+            served = ServedTeacher(url, "tiny", top_k=4, retries=0)
+            while True:
+                assert server.poll() is None
+                with suppress(httpx.TransportError):
+                    httpx.get(f"{url}/health").raise_for_status()
+                    break
+                time.sleep(0.2)
+            served.check([3, 4, 5])
+            ids = torch.randint(2, 60, (3, 40), generator=torch.Generator().manual_seed(0))
+            mask = torch.ones_like(ids)
+            mask[0, :8], mask[1, 33:], mask[2, 20:24] = 0, 0, 0
+            parts = {"ids": ids, "mask": mask}
+            batch = {f"prompt_{name}": part[:, :12] for name, part in parts.items()}
+            batch |= {f"completion_{name}": part[:, 12:] for name, part in parts.items()}
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(model)
+            for _ in range(2):
+                logprobs, _, top_ids, top = served.score(batch, torch.arange(3), top_k=4, num_ids=64)
+                for row in range(3):
+                    live = mask[row].bool()
+                    with torch.no_grad():
+                        wanted = theirs(input_ids=ids[row, live][None]).logits[0, :-1].log_softmax(-1)
+                    wanted = wanted[int(mask[row, :12].sum()) - 1 :]
+                    live = live[12:]
+                    own = wanted.gather(1, ids[row, 12:][live][:, None])[:, 0]
+                    torch.testing.assert_close(logprobs[row, live], own, atol=1e-5, rtol=0)
+                    torch.testing.assert_close(top[row, live], wanted.topk(4).values, atol=1e-5, rtol=0)
+                    assert torch.equal(top_ids[row, live], wanted.topk(4).indices)
+            served.check([3] * 63)
+            for change, token_ids, message in [
+                ({"top_k": 5}, [3, 4], "prompt logprobs of 5, which is greater than max allowed: 4"),
+                ({"model": "other"}, [3, 4], "The model `other` does not exist"),
+                ({}, [3] * 64, "max_tokens must be at least 1"),  # room for the one that it is asked for
+                ({}, [3] * 65, "maximum context length is 64 tokens"),
+                ({}, [3, 64], "Token id 64 is out of vocabulary"),
+            ]:
+                with pytest.raises(ValueError, match=message):
+                    ServedTeacher(url, **{"model": "tiny", "retries": 0, **change}).check(token_ids)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 @on_vllm
