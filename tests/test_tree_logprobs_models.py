@@ -126,3 +126,38 @@ def test_what_no_model_can_run() -> None:
     bart = transformers.BartConfig(**{**tiny_decoders._BART, "vocab_size": 29})
     with pytest.raises(TypeError, match="^model must be a decoder alone, got BartForConditionalGeneration, an encoder"):
         tree_logprobs(transformers.BartForConditionalGeneration(bart), ids, mask)
+
+
+LOOKING_AHEAD = {
+    "CpmAnt": {"vocab_size": 29, "hidden_size": 32, "num_attention_heads": 2, "dim_head": 16, "dim_ff": 64,
+               "num_hidden_layers": 2, "prompt_types": 4, "prompt_length": 8, "segment_types": 4},
+    "Roberta": {**MODELS["Roberta"], "is_decoder": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOKING_AHEAD)
+def test_a_model_that_looks_ahead_is_refused(name: str) -> None:
+    """Its rows give a number for each token, and it is not the token's probability after those before it."""
+    torch.manual_seed(0)
+    sizes = LOOKING_AHEAD[name]
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    ids, mask = padded(ROWS)
+    message = f"^model must not look ahead, as {name}ForCausalLM does: log-probabilities of a few tokens change by"
+    for ask in (tree_logprobs, tree_stats, tree_hidden_states):
+        for _ in range(2):  # known the second time
+            with pytest.raises(RuntimeError, match=message):
+                ask(model, ids, mask)
+    assert tree_logprobs(model, ids, mask, check=False).logprobs.isfinite().all()
+
+
+def test_ids_that_a_model_bans_are_no_difference() -> None:
+    model = tiny_decoders.build_model("llama")
+    model.lm_head.register_forward_hook(
+        lambda _, __, logits: torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor([9]), 0.0)
+    )
+    ids, mask = padded(ROWS)
+    for plan in ("rows", "trunks", "tree"):
+        assert tree_logprobs(model, ids, mask, plan=plan, entropy=False).logprobs.isneginf().any()

@@ -16,7 +16,7 @@ from leafkernels.models.asking import (
     turns_change,
 )
 from leafkernels.models.batch import Rows, TreeBatch
-from leafkernels.models.comparison import compared
+from leafkernels.models.comparison import compared, looks_ahead
 from leafkernels.models.heads import Head, head_of
 from leafkernels.models.masks import why_no_masks, why_no_sharing
 from leafkernels.models.plan import KINDS, ROWS, TREE, TREE_BELOW, TRUNKS, Plan, Weights, cheapest, plans
@@ -102,6 +102,8 @@ def choose(
     if kind is None:
         most = max(rows.lengths, default=0)
         raise ValueError(f"max_tokens must be at least the tokens of the longest row, {most}, got {max_tokens}")
+    if check and kind == ROWS and (wrong := looks_ahead(model, rows.ids.device, bool(in_step))):
+        raise RuntimeError(f"model must not look ahead, as {name} does: {wrong}")
     head = None if in_step else head_of(model)
     chosen = found[kind][0] if kind in found else Plan(kind, [])
     if plan != "auto":

@@ -1,9 +1,10 @@
-"""A kind of plan beside rows, on a few tokens: whether a model gives the same log-probabilities that way."""
+"""A model on a few tokens: whether it looks ahead, and whether a kind of plan gives what rows give."""
 
 import weakref
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from leafkernels.models.asking import bare_model, evaluating, plain_ids, text_config
 from leafkernels.models.batch import Rows, TreeBatch
@@ -11,7 +12,7 @@ from leafkernels.models.masks import attention_of
 from leafkernels.models.plan import ROWS, TREE, TREE_BELOW, TRUNKS, Bin, Cluster, Piece, whole_bins
 from leafkernels.models.run import Run, run_piece
 
-# Models that have been compared with rows, and what came of it, by what was asked: None, or why not.
+# Models that have been run on a few tokens, and what came of it, by what was asked: None, or what is wrong.
 _checked: "weakref.WeakKeyDictionary[Any, dict[Any, str | None]]" = weakref.WeakKeyDictionary()
 
 
@@ -35,20 +36,57 @@ def compared(model: Any, kind: str, batch: TreeBatch, inputs: dict[str, Any], in
     return None
 
 
+def looks_ahead(model: Any, device: torch.device, in_step: bool) -> str | None:
+    """What is wrong with a model of which a token's log-probability depends on those behind it, once; None: nothing.
+
+    Run from a cache such a model shows it; in whole rows nothing else would.
+    """
+    known = _checked.setdefault(model, {})
+    key = (ROWS,)
+    if key not in known:
+        ids = plain_ids(bare_model(model)).to(device)
+        pair = torch.stack([ids, torch.cat([ids[:-1], ids[:1]])])  # they differ in the last token
+        scored = torch.ones_like(pair, dtype=torch.bool)
+        scored[:, 0] = False
+        size = len(ids)
+        rows = Rows(pair, scored, [size] * 2, [0, size - 1], [1] * 2)
+        try:
+            one, other = _on_few(model, rows, in_step)[:, :-1]
+            most = _apart(one, other)
+        except Exception:  # it does not run on so few tokens alone, and what it does on more is not known
+            most = 0.0
+        how = f"log-probabilities of a few tokens change by {most:.2g} with the token behind them"
+        known[key] = None if most < _tolerance(model, device) else how
+    return known[key]
+
+
+def _on_few(
+    model: Any, rows: Rows, in_step: bool, inputs: dict[str, Any] | None = None, piece: Piece | None = None
+) -> Tensor:
+    """Log-probabilities of few rows in evaluation mode, by a piece of a plan or each row alone."""
+    alone = Piece([], [Bin(n, n + 1, length) for n, length in enumerate(rows.lengths)])
+    with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
+        return run_piece(Run(model, None, inputs=inputs or {}, in_step=in_step), rows, piece or alone).logprobs
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float(torch.where(one == other, 0.0, (one - other).abs()).max())  # -inf is no further from itself
+
+
+def _tolerance(model: Any, device: torch.device) -> float:
+    is_exact = next(bare_model(model).parameters()).dtype in (torch.float32, torch.float64)
+    return 1e-3 if is_exact and not torch.is_autocast_enabled(device.type) else 0.2
+
+
 def _compare(model: Any, kind: str, batch: TreeBatch, inputs: dict[str, Any], in_step: bool) -> str | None:
     rows, piece = _longest_rows(batch) if inputs else _few_rows(model, kind, batch.rows.ids.device)
     how = "from the keys and values of a shared prefix" if kind == TRUNKS else "under a mask of four dimensions"
     try:
-        with torch.no_grad(), evaluating(model), torch.compiler.set_stance("force_eager"):
-            alone = Run(model, None, inputs=inputs, in_step=in_step)
-            count = len(rows.lengths)
-            truth = run_piece(alone, rows, Piece([], [Bin(n, n + 1, rows.lengths[n]) for n in range(count)])).logprobs
-            found = run_piece(alone, rows, piece).logprobs
+        truth, found = (_on_few(model, rows, in_step, inputs, each) for each in (None, piece))
     except Exception as error:  # whatever a model's code raises says that it cannot run so
         return f"it cannot continue {how} ({type(error).__name__}: {error})"
-    most = float((truth - found).abs().max())
-    is_exact = next(bare_model(model).parameters()).dtype in (torch.float32, torch.float64)
-    if not most < (1e-3 if is_exact and not torch.is_autocast_enabled(rows.ids.device.type) else 0.2):
+    most = _apart(truth, found)
+    if not most < _tolerance(model, rows.ids.device):
         return f"log-probabilities of a few tokens differ by {most:.2g} {how}"
     return None
 

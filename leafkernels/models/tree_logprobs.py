@@ -180,7 +180,8 @@ def tree_logprobs(
             read back.
         plan: "auto", "rows" (each row alone), "trunks" (what rows begin with once, the rest a row each) or "tree" (each
             node once, in bins of several rows).
-        check: compare a plan with rows on a few tokens, the first time that a model is seen.
+        check: compare a plan with rows on a few tokens, and rows with rows that go on otherwise, the first time that a
+            model is seen.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be; the message names it and what came.
