@@ -381,11 +381,13 @@ def test_tables_of_training_and_distillation(sums: Any, tmp_path: Path, monkeypa
             run = [seed, "sampled", "FiRe" if arm == "leaf" else "plain"]
             columns = {"reward": [reward] * 3, "divergence": [0.9, 0.8, 0.1], "greedy": [reward, reward + 0.2]}
             results.add("distillation", {"run": run, **columns})
+    results.add("training", {"run": [0, "sorting", "leaf"], "reward": [0.4] * 10, "greedy": {"0": 0.1, "20": 0.2}})
     found = dict(sums.report.tables())
     rows = cells_of(found["Training"])[1:]
     assert rows[0] == ["sums", "grpo", "2", "0.500", "", "0.600", "", "0.400", ""]
     assert rows[1][:4] == ["sums", "leaf", "2", "0.500"] and rows[1][4].startswith("+0.000 [-1.271, +1.271]")
-    assert len(cells_of(found["Training, run by run"])) == 6
+    assert rows[2] == ["sorting", "leaf", "1", "0.200", "", "0.200", "", "0.400", ""]  # GRPO has yet to run
+    assert len(cells_of(found["Training, run by run"])) == 7
     assert cells_of(found["Distillation"])[2][:6] == ["sampled, FiRe", "0.700", "+0.100", "0.800", "+0.100", "0.100"]
     sums.report.curves(results, "training", tmp_path / "training.png")
     assert (tmp_path / "training.png").stat().st_size > 10_000

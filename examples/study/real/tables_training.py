@@ -82,7 +82,9 @@ def gains_table(runs: Runs, part: str, base: str) -> str:
 
 
 def less(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """The mean difference seed by seed with its 95% t interval; of one seed there is none."""
+    """The mean difference seed by seed with its 95% t interval; of one seed there is no interval, of none nothing."""
+    if not theirs:
+        return ""
     if len(ours) < 2:
         return "".join(f"{a - b:+.3f}" for a, b in zip(ours, theirs, strict=True))
     return paired.less(np.array(ours), np.array(theirs))
