@@ -656,3 +656,32 @@ def test_ranks_agree_on_the_plan(engine: str, engines: Any) -> None:
             expected = dict(model.named_parameters())[weight].grad
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4, msg=f"{name} {options} {weight}")
     assert {one["plan"].plan for one in of_ranks[0]} > {"trunks"}
+
+
+def wrapped_step(rank: int) -> tuple[str, list[str], dict[str, Any]]:
+    """What is said of buffers that are sent; the plans, and the gradients, of wrappers that send none."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    model, (ids, mask) = tiny_decoders.build_model("llama"), batch(BATCHES["nothing shared"][rank])
+    sends = DistributedDataParallel(model)
+    for each in (sends, torch.compile(sends)):
+        with pytest.raises(ValueError) as refused:
+            tree_logprobs(each, ids, mask)
+    said = str(refused.value)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    plans = [tree_stats(wrapped, ids, mask).plan]
+    tree_logprobs(wrapped, ids, mask).logprobs.sum().backward()
+    return said, plans, {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.slow
+def test_ranks_of_ddp_run_what_each_finds_cheapest(engines: Any) -> None:
+    (said, one, gradients), (_, other, same) = engines.run("ddp", wrapped_step)
+    assert said.startswith("model must be in DistributedDataParallel with forward_sync_buffers=False")
+    assert one == ["rows"] and other != ["rows"]
+    model = tiny_decoders.build_model("llama")
+    for rank in range(2):
+        (row_by_row(model, *batch(BATCHES["nothing shared"][rank]))[0].sum() / 2).backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-4)
+        assert torch.equal(gradients[name], same[name])

@@ -37,6 +37,17 @@ def placed(model: nn.Module) -> Placed:
     return Placed(devices.pop() if len(devices) == 1 and not is_spread else None, list(groups.values()))
 
 
+def sends_buffers(model: Any) -> bool:
+    """Whether a wrapper sends buffers to other ranks in each forward pass: then these must be as many on all ranks."""
+    while model is not None:
+        is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+        if is_ddp and model.will_sync_module_buffers() and dist.get_world_size(model.process_group) > 1:
+            return True
+        # A compiled module shows the names of the module inside, so its own comes first.
+        model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    return False
+
+
 def why_alone(model: nn.Module) -> str | None:
     """Why a model whose weights are spread runs rows, in one forward pass a call; None: it may run several."""
     is_fsdp2 = any(isinstance(module, dist.fsdp.FSDPModule) for module in model.modules())

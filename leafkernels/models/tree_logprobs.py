@@ -18,7 +18,7 @@ from leafkernels.models.batch import Rows, TreeBatch, as_batch
 from leafkernels.models.choose import PLANS, Choice, choose
 from leafkernels.models.kept import kept_of_tree
 from leafkernels.models.plan import ROWS, TREE_BELOW, TRUNKS, Bin, Cluster, Piece, count_nodes
-from leafkernels.models.ranks import placed
+from leafkernels.models.ranks import placed, sends_buffers
 from leafkernels.models.run import Read, Run, run_piece
 from leafkernels.vocabulary.sampling_mask import SamplingMask
 
@@ -119,6 +119,12 @@ def prepare(
     """Choose how a model runs a batch; the arguments of ``tree_logprobs``. One choice serves the log and the run."""
     check_choice("plan", plan, PLANS)
     bare, features = check_model(model), dict(inputs or {})
+    if sends_buffers(model):
+        raise ValueError(
+            "model must be in DistributedDataParallel with forward_sync_buffers=False (before torch 2.13 "
+            "broadcast_buffers=False), got True: ranks run different numbers of forward passes, and cannot send each "
+            "other buffers in each"
+        )
     device, in_step = placed(bare)
     if device not in (None, batch.rows.ids.device):
         raise ValueError(f"input_ids must be on the device of the model, {device}, got {batch.rows.ids.device}")
@@ -158,8 +164,9 @@ def tree_logprobs(
     on the plan and the number of forward passes; a gradient is then asked of the result on all of them or none.
 
     Args:
-        model: a decoder of transformers, or one in PEFT, torch.compile or DistributedDataParallel, that takes
-            ``position_ids``, and a cache of keys and values for each layer or a mask of four dimensions.
+        model: a decoder of transformers, or one in PEFT, torch.compile or DistributedDataParallel (which must not send
+            buffers in its forward pass), that takes ``position_ids``, and a cache of keys and values for each layer or
+            a mask of four dimensions.
         input_ids: (N, T) integers, rows of any prompts in any order; or what ``tree_batch`` has read of them, and then
             masks and groups are its own.
         attention_mask: (N, T), nonzero on the tokens of a row, which are one stretch: padding left, right, or none.
