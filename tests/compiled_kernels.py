@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=0 python tests/compiled_kernels.py [--arch 90] [--seeds 1 2 3] [--cases NAME ...]
 
-Prints a JSON object. Each case is executed in order, then with warps and programs interleaved by each seed; an odd one
+Prints a JSON object. Each case is executed in order, then with warps and programs interleaved by each seed; an odd seed
 lets some run far ahead. ``make ptx`` runs more seeds on all architectures, and writes the table of docs/performance.md.
 """
 
@@ -419,6 +419,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
+    parser.add_argument("--only-interleaved", action="store_true", help="by the seeds, not in order before")
     parser.add_argument("--cases", nargs="*", default=[])
     parser.add_argument("--other", help="a folder with another executor, to compare with")
     parser.add_argument("--write", action="store_true", help="all cases and architectures, and the table of the page")
@@ -426,7 +427,8 @@ def main() -> None:
     if options.write:
         write_table(options.seeds)
         return
-    sys.stdout.write(json.dumps(run(options.arch, [None, *options.seeds], options.cases, options.other)))
+    seeds = options.seeds if options.only_interleaved else [None, *options.seeds]
+    sys.stdout.write(json.dumps(run(options.arch, seeds, options.cases, options.other)))
 
 
 if __name__ == "__main__":

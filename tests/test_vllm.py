@@ -450,12 +450,13 @@ def test_a_teacher_that_vllm_serves(saved: dict[str, tuple[Path, Path]]) -> None
     with subprocess.Popen([*command, "--served-model-name", "tiny"], start_new_session=True) as server:
         try:
             served = ServedTeacher(url, "tiny", top_k=4, retries=0)
-            while True:
-                assert server.poll() is None
-                with suppress(httpx.TransportError):
-                    httpx.get(f"{url}/health").raise_for_status()
-                    break
-                time.sleep(0.2)
+            with httpx.Client() as client:
+                while True:
+                    assert server.poll() is None
+                    with suppress(httpx.TransportError):
+                        client.get(f"{url}/health").raise_for_status()
+                        break
+                    time.sleep(0.5)
             served.check([3, 4, 5])
             ids = torch.randint(2, 60, (3, 40), generator=torch.Generator().manual_seed(0))
             mask = torch.ones_like(ids)
